@@ -4,6 +4,7 @@ import os
 import platform
 
 from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools_rust import RustBin
 
 # An editable installation leaves the programs to scripts/binaries, which cargo keeps up to date.
@@ -25,4 +26,17 @@ PROGRAMS = [
     ),
 ]
 
-setup(rust_extensions=[] if EDITABLE else PROGRAMS, zip_safe=False)
+
+class PlatformWheel(bdist_wheel):
+    """A wheel for one architecture and any Python: it holds programs, no extension module."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        _, _, platform_tag = super().get_tag()
+        return "py3", "none", platform_tag
+
+
+setup(
+    rust_extensions=[] if EDITABLE else PROGRAMS,
+    cmdclass={"bdist_wheel": PlatformWheel},
+    zip_safe=False,
+)

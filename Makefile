@@ -1,0 +1,73 @@
+# sempervirt: what there is to do. Each target is one script in scripts/, which CI calls as well.
+#
+#   make            this list
+#   make demo       everything from a fresh Debian machine to a VM that survives 20 kills
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help demo setup system-packages venv binaries guest test lint format wheel wheel-check \
+	lock fuzz torture bench fresh clean
+
+help: ## this list
+	@echo "sempervirt: keeps QEMU/KVM virtual machines running through the death of their storage backend"
+	@echo
+	@awk -F ' *## *' '/^[a-z-]+:.*## /  { sub(/:.*/, "", $$1); printf "  make %-16s %s\n", $$1, $$2 } \
+	                  /^## /            { printf "\n%s\n", substr($$0, 4) }' Makefile
+	@echo
+	@echo "A new machine (Debian 12 or 13) needs only git and make; 'make demo' installs the rest."
+
+## To see it work
+demo: setup guest ## boot a VM, kill its disk's backend 20 times under load, show that nothing was lost
+	.venv/bin/semper demo $(ARGS)
+
+## To build
+setup: ## system packages, Python environment and Rust programs; leaves semper in .venv/bin
+	@scripts/setup
+
+guest: setup ## the small Linux guest of the demo and the tests: Debian's own kernel, our first process
+	@scripts/guest
+
+system-packages: ## the Debian packages only (this part needs root)
+	@scripts/system-packages
+
+venv: ## the Python environment only
+	@scripts/venv
+
+binaries: ## the Rust programs only
+	@scripts/binaries
+
+wheel: setup ## one wheel with the Python package and the Rust programs, in dist/
+	@scripts/wheel
+
+## To check
+test: ## everything CI runs: setup, guest, lint, cargo test, pytest (ARGS="-k name" for pytest)
+	@scripts/test $(ARGS)
+
+lint: setup ## formatting, types, the import contract and the house rules, in Python and Rust
+	@scripts/lint
+
+format: setup ## put Python and Rust into their standard form
+	.venv/bin/ruff check --quiet --fix-only .
+	.venv/bin/ruff format --quiet .
+	source scripts/toolchain && cargo fmt --all
+
+torture: setup guest ## 1,000 kills over engines, queues, loads and file systems; must lose nothing
+	@scripts/torture $(ARGS)
+
+fuzz: setup ## hostile rings, regions and messages, guided by coverage
+	@scripts/fuzz $(ARGS)
+
+bench: setup guest ## side by side with qemu-storage-daemon, interleaved
+	@scripts/bench $(ARGS)
+
+fresh: ## 'make demo' on a fresh Debian root made for it (root; ARGS="trixie test" for another)
+	@scripts/fresh-root $(ARGS)
+
+## To maintain
+lock: ## take newer versions of the Python packages into requirements.lock
+	@scripts/lock
+
+clean: ## remove what was built here (packages of the system stay)
+	rm -rf .venv .cache build dist target results src/*.egg-info
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find src tests -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
