@@ -5,7 +5,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo setup system-packages venv binaries guest test lint format wheel wheel-check \
+.PHONY: help demo setup system-packages venv binaries guest test lint format wheel \
 	lock fuzz torture bench fresh clean
 
 help: ## this list
