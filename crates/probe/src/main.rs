@@ -1,0 +1,42 @@
+//! The program: PID 1 of a guest, or one of the subcommands on a host.
+
+use std::process::ExitCode;
+
+use semper_probe::init;
+
+mod host;
+
+const USAGE: &str = "\
+usage: semper-probe init                     (as PID 1 of a guest; /init in its image)
+       semper-probe serve --socket PATH      (the guest's commands, on a host, for tests)
+       semper-probe write --device FILE [--seconds N] [--writers N] [--depth N] [--block-size N]
+                          [--span-bytes N] [--mode write|mixed|read] [--flush-every N] [--seed N]
+       semper-probe --version";
+
+fn main() -> ExitCode {
+    if std::process::id() == 1 {
+        init::run();
+    }
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let done = match words.as_slice() {
+        ["--version"] => {
+            println!("semper-probe {}", env!("CARGO_PKG_VERSION"));
+            Ok(true)
+        }
+        ["serve", "--socket", path] => host::serve(path),
+        ["write", options @ ..] => host::write(options),
+        _ => {
+            eprintln!("{USAGE}");
+            return ExitCode::from(2);
+        }
+    };
+    match done {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("semper-probe: error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}

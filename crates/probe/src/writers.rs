@@ -1,0 +1,431 @@
+//! A run: many lanes that write stamped blocks to one device and read them back.
+//!
+//! ```text
+//!   start ──► running ──request_stop──► stopping ──every lane came back──► quiet ──resume──► running
+//!                                          └──deadline──► quiet, the lanes still out are hung
+//! ```
+//!
+//! A *lane* is one thread with one request at a time; a writer of depth n is n lanes. Lane i of n owns
+//! the blocks i, i + n, i + 2n, …, so that no two requests in flight ever overlap and neighbouring
+//! blocks belong to different lanes.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use serde::{Deserialize, Serialize};
+
+use crate::clock::now_ns;
+use crate::device::Device;
+use crate::histogram::Histogram;
+use crate::lane;
+use crate::ledger::Ledger;
+use crate::protocol::Failure;
+use crate::stamp::{Expectation, Identity, SECTOR, Wrong, describe, judge};
+use crate::timeline::{Gaps, Timeline};
+use crate::wakeup::Wakeup;
+
+const ERRORS_KEPT: usize = 20;
+const DETAILS_KEPT: usize = 10;
+const MAX_LANES: u32 = 1024;
+const MAX_BLOCKS: u64 = 16 << 20;
+
+/// What the lanes do.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Serialize, PartialEq, Eq)]
+#[serde(rename_all = "lowercase")]
+pub enum Mode {
+    /// Only write.
+    Write,
+    /// Write, and verify by reading back, in the proportion of `verify_ratio`.
+    #[default]
+    Mixed,
+    /// Only read, and verify what an earlier run wrote.
+    Read,
+}
+
+/// The arguments of `write_start`.
+#[derive(Clone, Debug, Deserialize, Serialize, PartialEq)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// `vda`, `serial:S` or a path.
+    pub device: String,
+    /// How many writers.
+    #[serde(default = "defaults::writers")]
+    pub writers: u32,
+    /// Lanes of each writer.
+    #[serde(default = "defaults::depth")]
+    pub depth: u32,
+    /// Bytes of a block; a multiple of 512.
+    #[serde(default = "defaults::block_size")]
+    pub block_size: u32,
+    /// Where the span starts; a multiple of the block size.
+    #[serde(default)]
+    pub offset_bytes: u64,
+    /// Length of the span; 0 = the rest of the device, at most 256 MiB.
+    #[serde(default)]
+    pub span_bytes: u64,
+    /// Of the choice of blocks.
+    #[serde(default)]
+    pub seed: u64,
+    /// What the lanes do.
+    #[serde(default)]
+    pub mode: Mode,
+    /// Share of reads in mode `mixed`.
+    #[serde(default = "defaults::verify_ratio")]
+    pub verify_ratio: f64,
+    /// Each lane flushes after this many writes; 0 = never.
+    #[serde(default)]
+    pub flush_every: u32,
+    /// A request that is out for longer is hung.
+    #[serde(default = "defaults::hang_s")]
+    pub hang_s: f64,
+    /// Go on counting where the last run on this device stopped, instead of from zero.
+    #[serde(default)]
+    pub resume: bool,
+}
+
+mod defaults {
+    pub fn writers() -> u32 {
+        16
+    }
+    pub fn depth() -> u32 {
+        1
+    }
+    pub fn block_size() -> u32 {
+        4096
+    }
+    pub fn verify_ratio() -> f64 {
+        0.3
+    }
+    pub fn hang_s() -> f64 {
+        30.0
+    }
+}
+
+impl Config {
+    /// Checks the arguments against the device and fills in the span.
+    pub fn checked(mut self, size_bytes: u64) -> Result<Self, Failure> {
+        let block = u64::from(self.block_size);
+        let wrong = |text: String| Err(Failure::invalid(format!("write_start: {text}")));
+        if block == 0 || block % SECTOR as u64 != 0 || block > 1 << 20 {
+            return wrong(format!("block_size {block} is not a multiple of 512 up to 1 MiB"));
+        }
+        if self.writers == 0 || self.depth == 0 || self.lanes() > MAX_LANES {
+            return wrong(format!("writers times depth must be 1 to {MAX_LANES}"));
+        }
+        if self.offset_bytes % block != 0 || self.offset_bytes >= size_bytes {
+            return wrong(format!("offset_bytes is no block of this device of {size_bytes} bytes"));
+        }
+        if !(0.0..=1.0).contains(&self.verify_ratio) || self.hang_s.is_nan() || self.hang_s <= 0.0 {
+            return wrong("verify_ratio must be 0 to 1, and hang_s positive".to_owned());
+        }
+        let rest = size_bytes - self.offset_bytes;
+        if self.span_bytes == 0 {
+            self.span_bytes = rest.min(256 << 20);
+        }
+        self.span_bytes -= self.span_bytes % block;
+        if self.span_bytes > rest || self.blocks() < u64::from(self.lanes()) {
+            return wrong(format!(
+                "a span of {} bytes does not fit the device ({rest} bytes) or gives a lane no block",
+                self.span_bytes
+            ));
+        }
+        if self.blocks() > MAX_BLOCKS {
+            return wrong(format!("more than {MAX_BLOCKS} blocks; choose a smaller span_bytes"));
+        }
+        Ok(self)
+    }
+
+    /// Threads in all.
+    pub fn lanes(&self) -> u32 {
+        self.writers.saturating_mul(self.depth)
+    }
+
+    /// Blocks in the span.
+    pub fn blocks(&self) -> u64 {
+        self.span_bytes / u64::from(self.block_size)
+    }
+
+    /// Whether a ledger made for `other` describes the same blocks and owners.
+    pub fn same_geometry(&self, other: &Self) -> bool {
+        let key = |config: &Self| {
+            (config.block_size, config.offset_bytes, config.span_bytes, config.lanes())
+        };
+        key(self) == key(other)
+    }
+
+    /// Nanoseconds after which a request is hung.
+    pub fn hang_ns(&self) -> u64 {
+        (self.hang_s * 1e9) as u64
+    }
+}
+
+/// The kind of a request.
+#[derive(Clone, Copy, Debug, Serialize, PartialEq, Eq)]
+#[serde(rename_all = "lowercase")]
+pub enum Op {
+    /// A block is read.
+    Read,
+    /// A block is written.
+    Write,
+    /// The device is flushed.
+    Flush,
+    /// The device is opened again.
+    Open,
+}
+
+/// A request that failed.
+#[derive(Clone, Debug, Serialize)]
+pub struct IoError {
+    op: Op,
+    block: u64,
+    /// 0 = a short transfer.
+    errno: i32,
+    monotonic_ns: u64,
+}
+
+/// A block that was wrong.
+#[derive(Clone, Debug, Serialize)]
+pub struct WrongBlock {
+    kind: &'static str,
+    block: u64,
+    offset: u64,
+    writer: u32,
+    acked: u32,
+    attempted: u32,
+    found: String,
+    monotonic_ns: u64,
+}
+
+/// Wrong blocks by kind, and the first few of them.
+#[derive(Clone, Debug, Default)]
+pub struct WrongTally {
+    /// Lost, torn, misplaced, foreign.
+    pub counts: [u64; 4],
+    /// The first ten.
+    pub details: Vec<WrongBlock>,
+}
+
+/// What one lane tells the rest; written by the lane alone.
+#[derive(Debug, Default)]
+pub struct LaneState {
+    /// When the request in flight was issued; 0 = none is.
+    pub issued_ns: AtomicU64,
+    /// The lane ended.
+    pub ended: AtomicBool,
+    /// Completed writes.
+    pub writes: AtomicU64,
+    /// Completed reads.
+    pub reads: AtomicU64,
+    /// Reads whose contents were judged.
+    pub verified: AtomicU64,
+    /// Completed flushes.
+    pub flushes: AtomicU64,
+    /// Requests that came back later than `hang_s`.
+    pub late: AtomicU64,
+}
+
+/// What the lanes of one run share.
+#[derive(Debug)]
+pub struct Shared {
+    /// Checked arguments.
+    pub config: Config,
+    /// Where they write.
+    pub device: Device,
+    /// Goes into every stamp.
+    pub identity: Identity,
+    /// What is known about each block.
+    pub ledger: Arc<Ledger>,
+    /// Completions in bins.
+    pub timeline: Timeline,
+    /// Intervals without completions.
+    pub gaps: Gaps,
+    /// Latencies of completed requests.
+    pub latency: Histogram,
+    /// Lanes end when they see it.
+    pub stop: AtomicBool,
+    /// The stop's deadline passed: whoever is still out is hung.
+    pub overdue: AtomicBool,
+    /// The final verification reads: nobody may write.
+    pub verifying: AtomicBool,
+    /// One for each lane started, in this run and in those that it resumed.
+    pub lanes: Mutex<Vec<Arc<LaneState>>>,
+    /// How many failed.
+    pub error_count: AtomicU64,
+    /// The lanes that run now.
+    pub active: AtomicU32,
+    errors: Mutex<VecDeque<IoError>>,
+    wrong: Mutex<WrongTally>,
+    wakeup: Wakeup,
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().expect("a thread that panics ends the probe")
+}
+
+impl Shared {
+    /// What block `index` of the span may hold now.
+    pub fn expectation(&self, index: usize) -> Expectation {
+        let entry = self.ledger.entry(index);
+        let block_size = u64::from(self.config.block_size);
+        Expectation {
+            identity: self.identity,
+            first_sector: (self.config.offset_bytes + index as u64 * block_size) / SECTOR as u64,
+            run: self.ledger.run,
+            writer: (index as u64 % u64::from(self.config.lanes())) as u32,
+            acked: entry.acked,
+            attempted: entry.attempted,
+        }
+    }
+
+    /// Judges a block that was read, and counts it if it is wrong and not counted yet.
+    pub fn check(&self, index: usize, bytes: &[u8], expect: &Expectation) -> Option<Wrong> {
+        let wrong = judge(bytes, expect)?;
+        if self.ledger.report(index) {
+            let mut tally = locked(&self.wrong);
+            let (slot, kind) = match wrong {
+                Wrong::Lost => (0, "lost"),
+                Wrong::Torn => (1, "torn"),
+                Wrong::Misplaced => (2, "misplaced"),
+                Wrong::Foreign => (3, "foreign"),
+            };
+            tally.counts[slot] += 1;
+            if tally.details.len() < DETAILS_KEPT {
+                let offset = expect.first_sector * SECTOR as u64;
+                tally.details.push(WrongBlock {
+                    kind,
+                    block: offset / u64::from(self.config.block_size),
+                    offset,
+                    writer: expect.writer,
+                    acked: expect.acked,
+                    attempted: expect.attempted,
+                    found: describe(bytes),
+                    monotonic_ns: now_ns(),
+                });
+            }
+        }
+        Some(wrong)
+    }
+
+    /// Notes a request that failed.
+    pub fn failed(&self, op: Op, index: usize, errno: i32) {
+        self.error_count.fetch_add(1, Ordering::Relaxed);
+        let mut errors = locked(&self.errors);
+        if errors.len() == ERRORS_KEPT {
+            errors.pop_front();
+        }
+        let block = self.config.offset_bytes / u64::from(self.config.block_size) + index as u64;
+        errors.push_back(IoError { op, block, errno, monotonic_ns: now_ns() });
+    }
+
+    /// The newest failed requests.
+    pub fn errors(&self) -> Vec<IoError> {
+        locked(&self.errors).iter().cloned().collect()
+    }
+
+    /// The wrong blocks so far.
+    pub fn wrong(&self) -> WrongTally {
+        locked(&self.wrong).clone()
+    }
+
+    /// Requests that are out for too long.
+    pub fn hung(&self, now_ns: u64) -> u64 {
+        let limit = if self.overdue.load(Ordering::Acquire) { 0 } else { self.config.hang_ns() };
+        let hung = |lane: &&Arc<LaneState>| {
+            let issued = lane.issued_ns.load(Ordering::Acquire);
+            issued != 0 && now_ns.saturating_sub(issued) > limit
+        };
+        locked(&self.lanes).iter().filter(hung).count() as u64
+    }
+
+    /// Called by a lane as its last act.
+    pub fn lane_ended(&self, lane: &LaneState) {
+        lane.ended.store(true, Ordering::Release);
+        if self.active.fetch_sub(1, Ordering::AcqRel) == 1 {
+            // Only now: a stall that goes on while the run stops still counts.
+            self.gaps.stop();
+        }
+        self.wakeup.wake();
+    }
+}
+
+/// A run, as its owner holds it.
+pub struct Run {
+    /// What the lanes see.
+    pub shared: Arc<Shared>,
+}
+
+impl Run {
+    /// Starts the lanes of a new run. `ledger` is that of an earlier run with the same geometry.
+    pub fn start(
+        config: Config,
+        device: Device,
+        nonce: u128,
+        ledger: Arc<Ledger>,
+        wakeup: Wakeup,
+    ) -> Result<Self, Failure> {
+        let identity = Identity { nonce, device: device.id() };
+        let run = Self {
+            shared: Arc::new(Shared {
+                identity,
+                device,
+                ledger,
+                config,
+                timeline: Timeline::default(),
+                gaps: Gaps::default(),
+                latency: Histogram::default(),
+                stop: AtomicBool::new(true),
+                overdue: AtomicBool::new(false),
+                verifying: AtomicBool::new(false),
+                lanes: Mutex::default(),
+                error_count: AtomicU64::new(0),
+                active: AtomicU32::new(0),
+                errors: Mutex::default(),
+                wrong: Mutex::default(),
+                wakeup,
+            }),
+        };
+        run.resume()?;
+        Ok(run)
+    }
+
+    /// Starts the lanes again on the same counters.
+    pub fn resume(&self) -> Result<(), Failure> {
+        if !self.is_quiet() {
+            return Err(Failure::unavailable(format!(
+                "{} lanes of the last run on {} did not come back",
+                self.shared.active.load(Ordering::Acquire),
+                self.shared.device.name
+            )));
+        }
+        self.shared.stop.store(false, Ordering::Release);
+        self.shared.overdue.store(false, Ordering::Release);
+        self.shared.gaps.start(now_ns());
+        for index in 0..self.shared.config.lanes() {
+            let state = Arc::new(LaneState::default());
+            locked(&self.shared.lanes).push(Arc::clone(&state));
+            self.shared.active.fetch_add(1, Ordering::AcqRel);
+            if let Err(error) = lane::spawn(Arc::clone(&self.shared), state, index) {
+                self.shared.active.fetch_sub(1, Ordering::AcqRel);
+                self.request_stop();
+                return Err(Failure::failed(format!("cannot start lane {index}: {error}")));
+            }
+        }
+        Ok(())
+    }
+
+    /// Lanes end after the request that they have in flight.
+    pub fn request_stop(&self) {
+        self.shared.stop.store(true, Ordering::Release);
+    }
+
+    /// Whether the lanes were told to run.
+    pub fn is_running(&self) -> bool {
+        !self.shared.stop.load(Ordering::Acquire)
+    }
+
+    /// Whether every lane came back.
+    pub fn is_quiet(&self) -> bool {
+        self.shared.active.load(Ordering::Acquire) == 0
+    }
+}
