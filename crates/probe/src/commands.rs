@@ -130,10 +130,7 @@ fn act(control: &mut Control, request: &mut Request, asker: Asker) -> Result<Out
         }
         "stats" => {
             let of: OfRun = request.arguments()?;
-            let mut stats = control.runs.stats(of.device.as_deref())?;
-            let errors = control.kernel_log.as_ref().map(|log| json!(log.errors()));
-            stats["kernel_errors"] = errors.unwrap_or_else(|| json!([]));
-            Ok(stats)
+            control.runs.stats(of.device.as_deref())
         }
         "timeline" => {
             let of: OfRun = request.arguments()?;
@@ -147,7 +144,7 @@ fn act(control: &mut Control, request: &mut Request, asker: Asker) -> Result<Out
             let since: Since = request.arguments()?;
             let log = control.kernel_log.as_ref();
             let log = log.ok_or_else(|| Failure::unavailable("/dev/kmsg cannot be read"))?;
-            Ok(json!({"lines": log.since(since.since), "errors": log.errors()}))
+            Ok(json!({"lines": log.since(since.since)}))
         }
         "heartbeat_start" | "heartbeat_stop" => {
             let interval_ms = if cmd == "heartbeat_stop" {

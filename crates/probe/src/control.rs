@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use crate::clock::now_ns;
 use crate::commands;
 use crate::heartbeat::Heartbeat;
-use crate::kmsg::KernelLog;
+use crate::kmsg::{KernelLog, Tally};
 use crate::link::Link;
 use crate::protocol::{Answer, Failure, Request, reply};
 use crate::runs::Runs;
@@ -103,11 +103,12 @@ impl Control {
     pub fn new(role: Role, nonce: u128, housekeeping: fn()) -> io::Result<Self> {
         let wakeup = Wakeup::new()?;
         let (sender, answers) = channel();
+        let tally = Tally::default();
         Ok(Self {
             role,
             nonce,
-            runs: Runs::new(nonce, wakeup.clone()),
-            kernel_log: KernelLog::open().ok(),
+            runs: Runs::new(nonce, wakeup.clone(), tally.clone()),
+            kernel_log: KernelLog::open(tally).ok(),
             heartbeat: Heartbeat::new()?,
             jobs: Jobs { sender, wakeup: wakeup.clone() },
             housekeeping,

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use semper_probe::control::{Control, Role};
 use semper_probe::device::Device;
+use semper_probe::kmsg::Tally;
 use semper_probe::ledger::Ledger;
 use semper_probe::link::Link;
 use semper_probe::runs::stats;
@@ -74,7 +75,7 @@ pub fn write(options: &[&str]) -> io::Result<bool> {
         thread::sleep(Duration::from_millis(1));
     }
     let report = verify(&run.shared);
-    let mut figures = stats(&run.shared, false);
+    let mut figures = stats(&run.shared, false, &Tally::default());
     let [lost, torn, misplaced, foreign] = run.shared.wrong().counts;
     let sound = run.is_quiet() && report.complete && lost + torn + misplaced + foreign == 0;
     figures["verified_final"] = serde_json::to_value(report)?;

@@ -5,6 +5,7 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt;
+use std::sync::{Arc, Mutex};
 
 use rustix::fs::OFlags;
 use rustix::io::Errno;
@@ -50,11 +51,35 @@ pub struct ErrorCount {
     last: String,
 }
 
+/// The errors since boot, for whoever reports them.
+#[derive(Clone, Debug, Default)]
+pub struct Tally(Arc<Mutex<Vec<ErrorCount>>>);
+
+impl Tally {
+    /// Counts a line if it is an error.
+    fn note(&self, text: &str) {
+        let Some(pattern) = ERRORS.iter().find(|pattern| text.contains(**pattern)) else { return };
+        let mut errors = self.0.lock().expect("a thread that panics ends the probe");
+        match errors.iter_mut().find(|error| error.pattern == *pattern) {
+            Some(error) => {
+                error.count += 1;
+                text.clone_into(&mut error.last);
+            }
+            None => errors.push(ErrorCount { pattern, count: 1, last: text.to_owned() }),
+        }
+    }
+
+    /// What was counted so far.
+    pub fn counts(&self) -> Vec<ErrorCount> {
+        self.0.lock().expect("a thread that panics ends the probe").clone()
+    }
+}
+
 /// The log since boot, as far as it is kept.
 pub struct KernelLog {
     file: File,
     lines: VecDeque<Line>,
-    errors: Vec<ErrorCount>,
+    tally: Tally,
 }
 
 /// Parses a record of /dev/kmsg: `level,seq,time,flags;text`, then lines of details.
@@ -70,10 +95,10 @@ fn parse(record: &str) -> Option<Line> {
 
 impl KernelLog {
     /// Opens the log at its beginning.
-    pub fn open() -> io::Result<Self> {
+    pub fn open(tally: Tally) -> io::Result<Self> {
         let flags = OFlags::NONBLOCK.bits() as i32;
         let file = OpenOptions::new().read(true).custom_flags(flags).open("/dev/kmsg")?;
-        Ok(Self { file, lines: VecDeque::new(), errors: Vec::new() })
+        Ok(Self { file, lines: VecDeque::new(), tally })
     }
 
     /// Reads what is new.
@@ -94,17 +119,7 @@ impl KernelLog {
     }
 
     fn note(&mut self, line: Line) {
-        if let Some(pattern) = ERRORS.iter().find(|pattern| line.text.contains(**pattern)) {
-            match self.errors.iter_mut().find(|error| error.pattern == *pattern) {
-                Some(error) => {
-                    error.count += 1;
-                    error.last.clone_from(&line.text);
-                }
-                None => {
-                    self.errors.push(ErrorCount { pattern, count: 1, last: line.text.clone() });
-                }
-            }
-        }
+        self.tally.note(&line.text);
         if self.lines.len() == LINES_KEPT {
             self.lines.pop_front();
         }
@@ -114,11 +129,6 @@ impl KernelLog {
     /// Kept lines from number `since` on.
     pub fn since(&self, since: u64) -> Vec<&Line> {
         self.lines.iter().filter(|line| line.seq >= since).collect()
-    }
-
-    /// Errors since boot.
-    pub fn errors(&self) -> &[ErrorCount] {
-        &self.errors
     }
 }
 
@@ -143,14 +153,13 @@ mod tests {
 
     #[test]
     fn errors_are_counted_by_kind() {
-        let file = File::open("/dev/null").unwrap();
-        let mut log = KernelLog { file, lines: VecDeque::new(), errors: Vec::new() };
+        let tally = Tally::default();
         for text in ["req.0:id 3 is not a head!", "I/O error, dev vda", "all well", "I/O error 2"] {
-            log.note(Line { seq: 0, level: 3, time_us: 0, text: text.to_owned() });
+            tally.note(text);
         }
-        let counts: Vec<_> =
-            log.errors().iter().map(|error| (error.pattern, error.count)).collect();
-        assert_eq!(counts, [("is not a head", 1), ("I/O error", 2)]);
-        assert_eq!(log.errors()[1].last, "I/O error 2");
+        let counts = tally.counts();
+        let kinds: Vec<_> = counts.iter().map(|error| (error.pattern, error.count)).collect();
+        assert_eq!(kinds, [("is not a head", 1), ("I/O error", 2)]);
+        assert_eq!(counts[1].last, "I/O error 2");
     }
 }

@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 use crate::clock::now_ns;
 use crate::control::{Asker, Jobs};
 use crate::device::Device;
+use crate::kmsg::Tally;
 use crate::ledger::Ledger;
 use crate::protocol::{Answer, Failure};
 use crate::timeline::BIN_NS;
@@ -31,6 +32,7 @@ struct Stopping {
 pub struct Runs {
     nonce: u128,
     wakeup: Wakeup,
+    tally: Tally,
     runs: BTreeMap<String, Run>,
     newest: Option<String>,
     ledgers: u32,
@@ -42,7 +44,7 @@ fn json_of(value: impl serde::Serialize) -> Value {
 }
 
 /// The answer to `stats`.
-pub fn stats(shared: &Shared, running: bool) -> Value {
+pub fn stats(shared: &Shared, running: bool, tally: &Tally) -> Value {
     let now = now_ns();
     let lanes = shared.lanes.lock().expect("a thread that panics ends the probe").clone();
     let sum = |field: fn(&crate::writers::LaneState) -> u64| -> u64 {
@@ -66,6 +68,7 @@ pub fn stats(shared: &Shared, running: bool) -> Value {
         "io_error_count": shared.error_count.load(Ordering::Relaxed),
         "wrong": {"lost": lost, "torn": torn, "misplaced": misplaced, "foreign": foreign},
         "wrong_details": wrong.details,
+        "kernel_errors": tally.counts(),
         "latency_us": {
             "p50": microseconds(shared.latency.quantile(0.5)),
             "p99": microseconds(shared.latency.quantile(0.99)),
@@ -75,7 +78,7 @@ pub fn stats(shared: &Shared, running: bool) -> Value {
 }
 
 /// Verifies within `limit`; a verification that hangs is left behind, and said so.
-fn verified_stats(shared: &Arc<Shared>, limit: Duration) -> Answer {
+fn verified_stats(shared: &Arc<Shared>, limit: Duration, tally: &Tally) -> Answer {
     let (sender, receiver) = channel();
     let verifier = Arc::clone(shared);
     let started = thread::Builder::new().name("verify".to_owned()).spawn(move || {
@@ -89,16 +92,16 @@ fn verified_stats(shared: &Arc<Shared>, limit: Duration) -> Answer {
     }
     let late = Report { hung: true, seconds: limit.as_secs_f64(), ..Report::default() };
     let report = receiver.recv_timeout(limit).unwrap_or(late);
-    let mut stats = stats(shared, false);
+    let mut stats = stats(shared, false, tally);
     stats["verified_final"] = json_of(report);
     Ok(stats)
 }
 
 impl Runs {
     /// No run yet.
-    pub fn new(nonce: u128, wakeup: Wakeup) -> Self {
+    pub fn new(nonce: u128, wakeup: Wakeup, tally: Tally) -> Self {
         let runs = BTreeMap::new();
-        Self { nonce, wakeup, runs, newest: None, ledgers: 0, stopping: Vec::new() }
+        Self { nonce, wakeup, tally, runs, newest: None, ledgers: 0, stopping: Vec::new() }
     }
 
     /// `write_start`. An earlier run's ledger on the same blocks is kept: what it wrote must still
@@ -158,12 +161,13 @@ impl Runs {
     /// `stats`; of a probe that never wrote, all zeroes are not made up: `running` is false.
     pub fn stats(&self, device: Option<&str>) -> Answer {
         let (_, run) = self.find(device)?;
-        Ok(stats(&run.shared, run.is_running()))
+        Ok(stats(&run.shared, run.is_running(), &self.tally))
     }
 
     /// `timeline`.
     pub fn timeline(&self, device: Option<&str>, since_ns: u64) -> Answer {
         let (_, run) = self.find(device)?;
+        let since_ns = since_ns.max(run.shared.started_ns);
         let (start_ns, counts) = run.shared.timeline.counts(since_ns, now_ns());
         Ok(json!({"bin_ns": BIN_NS, "start_ns": start_ns, "counts": counts}))
     }
@@ -213,9 +217,10 @@ impl Runs {
             match stop.verify {
                 Some(limit) => {
                     shared.verifying.store(true, Ordering::Release);
-                    jobs.spawn(stop.asker.clone(), move || verified_stats(&shared, limit));
+                    let tally = self.tally.clone();
+                    jobs.spawn(stop.asker.clone(), move || verified_stats(&shared, limit, &tally));
                 }
-                None => jobs.answer(stop.asker.clone(), Ok(stats(&shared, false))),
+                None => jobs.answer(stop.asker.clone(), Ok(stats(&shared, false, &self.tally))),
             }
             false
         });

@@ -236,6 +236,8 @@ pub struct Shared {
     pub identity: Identity,
     /// What is known about each block.
     pub ledger: Arc<Ledger>,
+    /// When the run began, before any resumption.
+    pub started_ns: u64,
     /// Completions in bins.
     pub timeline: Timeline,
     /// Intervals without completions.
@@ -371,6 +373,7 @@ impl Run {
                 device,
                 ledger,
                 config,
+                started_ns: now_ns(),
                 timeline: Timeline::default(),
                 gaps: Gaps::default(),
                 latency: Histogram::default(),

@@ -1,10 +1,22 @@
 """The test guest: a distribution's kernel, an initramfs around semper-probe, and its client.
 
-image()       where the built image is: kernel, initramfs, release
-build()       makes it (`python -m sempervirt.guest build`, called by `make guest`)
-probe         ProbeClient, which talks to semper-probe in the running guest
+image()       where the built image is: kernel, initramfs, release, kernel command line
+ProbeClient   talks to semper-probe in the running guest
+initramfs     builds the image (`python -m sempervirt.guest build`, called by `make guest`)
 """
 
+from sempervirt.guest.errors import ProbeGone, ProbeRebooted, ProbeRefused, ProbeSilent
 from sempervirt.guest.image import CMDLINE, GuestImage, image
+from sempervirt.guest.probe import ClockOffset, ProbeClient
 
-__all__ = ["CMDLINE", "GuestImage", "image"]
+__all__ = [
+    "CMDLINE",
+    "ClockOffset",
+    "GuestImage",
+    "ProbeClient",
+    "ProbeGone",
+    "ProbeRebooted",
+    "ProbeRefused",
+    "ProbeSilent",
+    "image",
+]
