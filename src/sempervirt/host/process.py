@@ -1,0 +1,246 @@
+"""The one door through which subprocesses start, and how their end is seen.
+
+A `Process` is watched through a pidfd, so one that this agent started and one that it adopted
+from an earlier agent behave alike; only the exit code of an adopted process is unknown,
+because the kernel tells it to the parent alone.
+
+Long-lived processes (`spawn`) stand in a session of their own and write to a file, never to a
+pipe: they outlive the agent. Short ones (`run`) end with their caller, by a deadline.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shlex
+import signal
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sempervirt.core.errors import CommandFailed
+from sempervirt.host.procfs import ProcessId, identify, start_ticks
+
+TAIL_LINES = 20
+_TAIL_BYTES = 16 << 10
+
+
+@dataclass(frozen=True)
+class Exit:
+    """How a process ended: an exit code, or a signal, or neither when nobody could tell."""
+
+    code: int | None = None
+    signal: int | None = None
+
+    def __str__(self) -> str:
+        if self.signal is not None:
+            try:
+                return f"killed by {signal.Signals(self.signal).name}"
+            except ValueError:
+                return f"killed by signal {self.signal}"
+        return "ended, exit code unknown" if self.code is None else f"exit code {self.code}"
+
+
+@dataclass(frozen=True)
+class Completed:
+    """A command that ended with exit code 0 (or an accepted one)."""
+
+    exit_code: int
+    stdout: str
+    stderr: str
+
+
+class Process:
+    """One watched process. `on_exit` is called once, in the event loop, when it ends."""
+
+    def __init__(
+        self,
+        identity: ProcessId,
+        on_exit: Callable[[Exit], None],
+        child: subprocess.Popen[bytes] | None = None,
+    ) -> None:
+        self.identity = identity
+        self.exit: Exit | None = None
+        self._on_exit = on_exit
+        self._child = child
+        self._ended = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        # Raises ProcessLookupError when it is already gone (an adopted one; a child stays).
+        self._pidfd = os.pidfd_open(identity.pid)
+        self._loop.add_reader(self._pidfd, self._ended_now)
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self.identity.pid
+
+    @property
+    def pidfd(self) -> int:
+        """Its pidfd, open until the process ends."""
+        return self._pidfd
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """Sends a signal; nothing happens when the process has ended."""
+        if self.exit is None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, number)
+
+    async def wait(self) -> Exit:
+        """Waits for the end."""
+        await self._ended.wait()
+        assert self.exit is not None
+        return self.exit
+
+    async def end(self, grace_s: float) -> Exit | None:
+        """SIGTERM, then SIGKILL after `grace_s`; None if even that had no effect in 5 s.
+
+        The last happens when the process is stuck in the kernel.
+        """
+        first = signal.SIGTERM if grace_s > 0 else signal.SIGKILL
+        for number, patience_s in ((first, grace_s), (signal.SIGKILL, 5.0)):
+            self.send_signal(number)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(patience_s):
+                    return await self.wait()
+        return None
+
+    def forget(self) -> None:
+        """Stops watching and leaves the process running."""
+        if self.exit is None:
+            self._stop_watching()
+            if self._child is not None:
+                self._child.returncode = 0  # keeps Popen from warning about a live child
+
+    def _stop_watching(self) -> None:
+        self._loop.remove_reader(self._pidfd)
+        os.close(self._pidfd)
+
+    def _ended_now(self) -> None:
+        self._stop_watching()
+        self.exit = Exit() if self._child is None else _exit_of(self._child.wait())
+        self._ended.set()
+        self._on_exit(self.exit)
+
+
+def _exit_of(returncode: int) -> Exit:
+    return Exit(signal=-returncode) if returncode < 0 else Exit(code=returncode)
+
+
+def spawn(
+    argv: Sequence[str],
+    *,
+    log: Path,
+    on_exit: Callable[[Exit], None],
+    pass_fds: Sequence[int] = (),
+    environment: Mapping[str, str] | None = None,
+) -> Process:
+    """Starts a process that outlives the agent; its output is appended to `log`.
+
+    Raises CommandFailed when the program cannot be started.
+    """
+    with log.open("ab") as output:
+        try:
+            child = subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                pass_fds=pass_fds,
+                env=None if environment is None else {**os.environ, **environment},
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise _cannot_start(argv, error) from error
+    identity = identify(child.pid)
+    if identity is None:  # it ended already; the zombie keeps its pid until it is waited for
+        identity = ProcessId(child.pid, 0, "")
+    return Process(identity, on_exit, child)
+
+
+def adopt(identity: ProcessId, on_exit: Callable[[Exit], None]) -> Process | None:
+    """Watches a process that an earlier agent started; None when it no longer runs."""
+    if not identity.is_alive():
+        return None
+    try:
+        process = Process(identity, on_exit)
+    except ProcessLookupError:
+        return None
+    if start_ticks(identity.pid) != identity.start_ticks:  # the pid was reused in between
+        process.forget()
+        return None
+    return process
+
+
+async def run(
+    argv: Sequence[str],
+    *,
+    timeout_s: float,
+    stdin: str = "",
+    accept: Sequence[int] = (0,),
+) -> Completed:
+    """Runs a command to its end. Raises CommandFailed for any other exit code or the deadline."""
+    command = shlex.join(argv)
+    try:
+        child = await asyncio.create_subprocess_exec(
+            *argv,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+    except OSError as error:
+        raise _cannot_start(argv, error) from error
+    try:
+        async with asyncio.timeout(timeout_s):
+            stdout, stderr = (
+                part.decode(errors="replace") for part in await child.communicate(stdin.encode())
+            )
+    except TimeoutError as error:
+        raise CommandFailed(command, None, []) from error
+    finally:
+        if child.returncode is None:
+            child.kill()
+            await child.wait()
+    assert child.returncode is not None
+    if child.returncode not in accept:
+        tail = (stdout + stderr).splitlines()[-TAIL_LINES:]
+        raise CommandFailed(command, child.returncode, tail)
+    return Completed(child.returncode, stdout, stderr)
+
+
+def _cannot_start(argv: Sequence[str], error: OSError) -> CommandFailed:
+    return CommandFailed(
+        shlex.join(argv),
+        127,
+        [f"cannot start {argv[0]}: {error.strerror}"],
+        remedy="check that the program is installed",
+    )
+
+
+def tail_of(path: Path, lines: int = TAIL_LINES) -> list[str]:
+    """The last lines of a log; none when there is no such file."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - _TAIL_BYTES))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return []
+    return text.splitlines()[-lines:]
+
+
+def bound_log(path: Path, limit_bytes: int) -> None:
+    """Keeps a log that others append to (O_APPEND) below twice the limit, by copy and truncate.
+
+    The previous content goes to `path` + ".1". Lines written between copying and truncating
+    are lost: a few microseconds, once in `limit_bytes`.
+    """
+    try:
+        if path.stat().st_size <= limit_bytes:
+            return
+        kept = path.read_bytes()[-limit_bytes:]
+        path.with_name(path.name + ".1").write_bytes(kept)
+        os.truncate(path, 0)
+    except FileNotFoundError:
+        return

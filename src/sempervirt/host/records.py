@@ -1,0 +1,59 @@
+"""Files that outlive a process: JSON, written atomically, each with a version.
+
+    {"version": 1, ...}
+
+A reader that meets a version it does not know refuses the file and leaves it as it is; zero
+is never written, so an empty or zeroed file cannot pass for a record.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sempervirt.core.errors import SempervirtError
+
+
+class RecordDamaged(SempervirtError):
+    """A record cannot be read; the message says why. The file was left as it is."""
+
+
+def write_record(path: Path, version: int, content: Mapping[str, Any]) -> None:
+    """Replaces the record at `path` in one step.
+
+    Not flushed to the medium: a record describes processes, none of which survives what
+    would lose it. The rename keeps a killed writer from leaving half a file.
+    """
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch.write_text(json.dumps({"version": version, **content}, indent=1) + "\n")
+    scratch.replace(path)
+
+
+def read_record(path: Path, version: int) -> dict[str, Any] | None:
+    """The record at `path`, None when there is none. Raises RecordDamaged."""
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise RecordDamaged(
+            f"{path} cannot be read: {error}", remedy="move the file away and start again"
+        ) from error
+    found = content.get("version") if isinstance(content, dict) else None
+    if found != version:
+        raise RecordDamaged(
+            f"{path} has version {found!r}, this program knows {version}",
+            remedy="use the release that wrote it, or move the file away",
+        )
+    assert isinstance(content, dict)
+    return content
+
+
+def remove_record(path: Path) -> None:
+    """Removes a record that may be absent."""
+    with contextlib.suppress(FileNotFoundError):
+        path.unlink()

@@ -1,0 +1,75 @@
+"""Unix sockets by path, and listening sockets that can be taken back from a process.
+
+The agent owns a disk's listening socket and its backends inherit it. When the agent died, the
+socket lives on in them: `borrow_listener` gets it back with pidfd_getfd(2), so that the
+address need not be bound again and no backend is left listening on a socket that no path
+leads to.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import socket
+from pathlib import Path
+
+from sempervirt.core.errors import InvalidRequest, Unavailable
+
+# struct sockaddr_un holds 108 bytes, the last one a NUL.
+PATH_MAX_BYTES = 107
+# The same number on every architecture (include/uapi/asm-generic/unistd.h).
+_SYS_PIDFD_GETFD = 438
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def check_socket_path(path: Path) -> Path:
+    """`path`, if the kernel can take it as a unix socket's address."""
+    length = len(os.fsencode(path))
+    if length > PATH_MAX_BYTES:
+        raise InvalidRequest(
+            f"the socket path {path} has {length} bytes, more than the kernel's {PATH_MAX_BYTES}",
+            remedy="use a shorter run directory (SEMPERVIRT_RUN_DIR) or shorter names",
+        )
+    return path
+
+
+def listen_unix(path: Path, mode: int = 0o600) -> socket.socket:
+    """A listening socket at `path`; an earlier one there is unlinked.
+
+    Raises InvalidRequest for a path that is too long, Unavailable when it cannot be bound.
+    """
+    check_socket_path(path)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        path.unlink(missing_ok=True)
+        listener.bind(str(path))
+        path.chmod(mode)
+        listener.listen(16)
+    except OSError as error:
+        listener.close()
+        raise Unavailable(f"cannot listen on {path}: {error.strerror}") from error
+    return listener
+
+
+def borrow_listener(pidfd: int, fd: int, path: Path) -> socket.socket | None:
+    """A duplicate of the listening socket that a process holds as `fd`.
+
+    None when the kernel does not allow it, or `fd` is no socket that listens at `path`.
+    """
+    duplicate = _libc.syscall(_SYS_PIDFD_GETFD, pidfd, fd, 0)
+    if duplicate < 0:
+        return None
+    try:
+        listener = socket.socket(fileno=duplicate)
+    except OSError:
+        os.close(duplicate)
+        return None
+    try:
+        listens = listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        if listens and listener.getsockname() == str(path) and path.is_socket():
+            return listener
+    except OSError:
+        pass
+    listener.close()
+    return None
