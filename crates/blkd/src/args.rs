@@ -1,0 +1,93 @@
+//! The command line, after QEMU's "Backend program conventions" (docs/interop/vhost-user.rst).
+
+use std::path::PathBuf;
+
+use clap::{Parser, ValueEnum};
+
+/// What does the I/O.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum EngineKind {
+    /// io_uring with --direct, otherwise sync.
+    Auto,
+    /// One system call for each request, in the thread of the queue.
+    Sync,
+    /// io_uring: many requests in flight.
+    Uring,
+    /// No I/O at all, for measurements: writes are dropped, reads return nothing.
+    Null,
+}
+
+/// Serves a raw image or a block device as a vhost-user-blk device.
+///
+/// The guest survives this process: kill it at any instant, start another one on the same socket,
+/// and the requests in flight are done again.
+#[derive(Debug, Parser)]
+#[command(
+    name = "semper-blkd",
+    version,
+    after_help = "Example:\n  semper-blkd \
+    --socket-path=/tmp/disk.sock --blk-file=disk.raw\n  qemu-system-x86_64 … \
+    -object memory-backend-memfd,id=mem,size=1G,share=on -machine memory-backend=mem \
+    -chardev socket,id=disk,path=/tmp/disk.sock,reconnect-ms=1 \
+    -device vhost-user-blk-pci,chardev=disk"
+)]
+pub(crate) struct Args {
+    /// Listen on this unix socket.
+    #[arg(long, value_name = "PATH")]
+    pub socket_path: Option<PathBuf>,
+
+    /// Listen on this inherited file descriptor (a listening unix socket).
+    #[arg(long, value_name = "N", conflicts_with = "socket_path")]
+    pub fd: Option<i32>,
+
+    /// Print what this program can do as JSON, and exit.
+    #[arg(long)]
+    pub print_capabilities: bool,
+
+    /// The image: a raw file or a block device.
+    #[arg(long, value_name = "IMAGE")]
+    pub blk_file: Option<PathBuf>,
+
+    /// Never write to the image.
+    #[arg(long)]
+    pub read_only: bool,
+
+    /// Most queues that the guest may use.
+    #[arg(long, value_name = "N", default_value_t = 1,
+          value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub num_queues: u16,
+
+    /// Threads that serve the queues (queue i is served by thread i modulo N).
+    #[arg(long, value_name = "N", default_value_t = 1,
+          value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub threads: u16,
+
+    /// Serial number that the guest sees, at most 20 bytes.
+    #[arg(long, value_name = "S", default_value = "", hide_default_value = true)]
+    pub serial: String,
+
+    /// Serve state and counters on this unix socket (JSON lines).
+    #[arg(long, value_name = "PATH")]
+    pub control_socket: Option<PathBuf>,
+
+    /// What does the I/O.
+    #[arg(long, value_enum, default_value_t = EngineKind::Auto)]
+    pub engine: EngineKind,
+
+    /// Go around the host's page cache (O_DIRECT).
+    #[arg(long)]
+    pub direct: bool,
+
+    /// Logical block size that the guest sees, in bytes; by default what the image wants.
+    #[arg(long, value_name = "BYTES")]
+    pub block_size: Option<u32>,
+
+    /// Prepare everything, then wait until the process that serves the image has ended.
+    #[arg(long, conflicts_with = "read_only")]
+    pub standby: bool,
+
+    /// Do not track requests in flight. They are lost when this process dies: only for
+    /// demonstrating just that.
+    #[arg(long)]
+    pub no_inflight: bool,
+}

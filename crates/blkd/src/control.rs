@@ -1,0 +1,218 @@
+//! The control socket: JSON lines, one request and one answer each.
+//!
+//! ```text
+//!   {"id":1,"cmd":"status"}              -> {"id":1,"ok":{…}}
+//!   {"id":2,"cmd":"fault","rule":{…}}    -> {"id":2,"ok":{}}      rule null switches faults off
+//!   anything else                        -> {"id":…,"error":{"kind":"invalid","message":"…"}}
+//! ```
+
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use semper_block::{FaultRule, FaultSwitch};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use crate::queue::Disk;
+
+/// Longest request line, in bytes.
+const MAX_LINE: u64 = 64 << 10;
+
+/// What the control socket shows and switches.
+pub(crate) struct Control {
+    pub disk: Arc<Disk>,
+    pub faults: FaultSwitch,
+    pub engine: &'static str,
+    pub threads: usize,
+}
+
+#[derive(Deserialize)]
+struct Request {
+    #[serde(default)]
+    id: Value,
+    cmd: String,
+    #[serde(default)]
+    rule: Option<Rule>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Rule {
+    op: Option<String>,
+    errno: Option<String>,
+    #[serde(default)]
+    every: u64,
+    #[serde(default)]
+    limit: u64,
+    #[serde(default)]
+    delay_ms: u64,
+}
+
+/// Serves clients until the process ends, each in a thread of its own.
+///
+/// # Errors
+/// The system's, when it has no thread left.
+pub(crate) fn spawn(listener: UnixListener, control: Control) -> io::Result<()> {
+    let control = Arc::new(control);
+    let accept = move || {
+        for client in listener.incoming() {
+            let Ok(client) = client else {
+                // Out of descriptors, most likely: try again when some may be free.
+                std::thread::sleep(Duration::from_millis(100));
+                continue;
+            };
+            let control = Arc::clone(&control);
+            let serve = move || control.serve(&client);
+            if let Err(error) = std::thread::Builder::new().name("control".into()).spawn(serve) {
+                log::warn!("cannot serve a control client error=\"{error}\"");
+            }
+        }
+    };
+    std::thread::Builder::new().name("control".into()).spawn(accept).map(drop)
+}
+
+impl Control {
+    fn serve(&self, client: &UnixStream) {
+        let mut reader = BufReader::new(client);
+        let mut line = String::new();
+        loop {
+            line.clear();
+            match reader.by_ref().take(MAX_LINE).read_line(&mut line) {
+                Ok(n) if n > 0 => {}
+                _ => return,
+            }
+            let mut answer = self.answer(&line).to_string();
+            answer.push('\n');
+            if !line.ends_with('\n') || (&mut &*client).write_all(answer.as_bytes()).is_err() {
+                return;
+            }
+        }
+    }
+
+    fn answer(&self, line: &str) -> Value {
+        let invalid = |id: Value, message: String| json!({"id": id, "error": {"kind": "invalid", "message": message}});
+        let request: Request = match serde_json::from_str(line) {
+            Ok(request) => request,
+            Err(error) => return invalid(Value::Null, format!("not a request: {error}")),
+        };
+        match request.cmd.as_str() {
+            "status" => json!({"id": request.id, "ok": self.status()}),
+            "fault" => match request.rule.map(fault_rule).transpose() {
+                Ok(rule) => {
+                    log::warn!("fault injection rule={rule:?}");
+                    self.faults.set(rule);
+                    json!({"id": request.id, "ok": {}})
+                }
+                Err(message) => invalid(request.id, message),
+            },
+            other => invalid(
+                request.id,
+                format!("unknown command {other:?}; known are \"status\" and \"fault\""),
+            ),
+        }
+    }
+
+    fn status(&self) -> Value {
+        let Disk { image, serial, shared } = &*self.disk;
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let when = |milestone: &AtomicU64| match get(milestone) {
+            0 => Value::Null,
+            ns => json!(ns),
+        };
+        let timeline = &shared.timeline;
+        let queues: Vec<Value> = shared
+            .queues
+            .iter()
+            .enumerate()
+            .map(|(index, queue)| {
+                json!({
+                    "index": index,
+                    "size": get(&queue.size),
+                    "enabled": queue.running.load(Ordering::Relaxed),
+                    "thread": index % self.threads,
+                    "reads": get(&queue.reads),
+                    "writes": get(&queue.writes),
+                    "flushes": get(&queue.flushes),
+                    "discards": get(&queue.discards),
+                    "errors": get(&queue.errors),
+                    "bytes_read": get(&queue.bytes_read),
+                    "bytes_written": get(&queue.bytes_written),
+                    "in_flight": get(&queue.in_flight),
+                    "replayed": get(&queue.replayed),
+                    "kicks": get(&queue.wakeups),
+                    "calls": get(&queue.calls),
+                })
+            })
+            .collect();
+        let replayed: u64 = shared.queues.iter().map(|queue| get(&queue.replayed)).sum();
+        json!({
+            "version": env!("CARGO_PKG_VERSION"),
+            "pid": std::process::id(),
+            "state": shared.phase().name(),
+            "engine": self.engine,
+            "direct": image.direct(),
+            "read_only": image.read_only(),
+            "image": image.path().to_string_lossy(),
+            "size_bytes": image.capacity(),
+            "block_size": image.block_size(),
+            "serial": String::from_utf8_lossy(serial).trim_end_matches('\0'),
+            "num_queues": shared.queues.len(),
+            "inflight": shared.tracked.load(Ordering::Relaxed),
+            "write_cache": if shared.write_through.load(Ordering::Relaxed) {
+                "write-through"
+            } else {
+                "write-back"
+            },
+            "timeline_ns": {
+                "process_start": when(&timeline.process_start),
+                "standby_ready": when(&timeline.standby_ready),
+                "lock_acquired": when(&timeline.lock_acquired),
+                "accepted": when(&timeline.accepted),
+                "started": when(&timeline.started),
+                "replayed": when(&timeline.replayed),
+                "first_completion": when(&timeline.first_completion),
+            },
+            "queues": queues,
+            "counters": {
+                "connections": get(&shared.connections),
+                "replayed": replayed,
+                "protocol_errors": get(&shared.protocol_errors),
+                "guest_errors": get(&shared.guest_errors),
+                "host_errors": get(&shared.host_errors),
+            },
+            "last_error": shared.last_error(),
+        })
+    }
+}
+
+fn fault_rule(rule: Rule) -> Result<FaultRule, String> {
+    const OPS: [&str; 6] = ["any", "read", "write", "flush", "discard", "write-zeroes"];
+    if let Some(op) = &rule.op
+        && !OPS.contains(&op.as_str())
+    {
+        return Err(format!("unknown operation {op:?}; known are {OPS:?}"));
+    }
+    let errno = match rule.errno.as_deref() {
+        None => None,
+        Some("EIO") => Some(libc::EIO),
+        Some("ENOSPC") => Some(libc::ENOSPC),
+        Some("EDQUOT") => Some(libc::EDQUOT),
+        Some("EROFS") => Some(libc::EROFS),
+        Some("ETIMEDOUT") => Some(libc::ETIMEDOUT),
+        Some(other) => {
+            return Err(format!(
+                "unknown errno {other:?}; known are EIO, ENOSPC, EDQUOT, EROFS, ETIMEDOUT"
+            ));
+        }
+    };
+    Ok(FaultRule {
+        op: rule.op.filter(|op| op != "any"),
+        errno,
+        every: rule.every,
+        limit: rule.limit,
+        delay: Duration::from_millis(rule.delay_ms),
+    })
+}

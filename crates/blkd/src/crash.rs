@@ -1,0 +1,62 @@
+//! Dying at a named point, in builds for tests; nothing at all in others.
+
+#[cfg(not(feature = "crash-points"))]
+pub(crate) type CrashHook = semper_inflight::NoHook;
+
+#[cfg(feature = "crash-points")]
+pub(crate) use armed::CrashHook;
+
+#[cfg(feature = "crash-points")]
+mod armed {
+    use std::fs::OpenOptions;
+    use std::io::Write;
+
+    use semper_inflight::{Hook, Point};
+
+    /// `SEMPER_DIE_AT=point[:nth[:deaths]]` with `SEMPER_DIE_LOG=file`: SIGKILL at the nth passage
+    /// of the point in this process, until the log has `deaths` lines (one for each death, so
+    /// that the processes which follow each other share the budget).
+    #[derive(Clone, Default)]
+    pub(crate) struct CrashHook {
+        plan: Option<Option<Plan>>,
+    }
+
+    #[derive(Clone)]
+    struct Plan {
+        point: Point,
+        nth: u64,
+        passed: u64,
+        log: String,
+    }
+
+    fn plan_from_environment() -> Option<Plan> {
+        let at = std::env::var("SEMPER_DIE_AT").ok()?;
+        let log = std::env::var("SEMPER_DIE_LOG").ok()?;
+        let mut parts = at.split(':');
+        let point = Point::from_name(parts.next()?)?;
+        let mut number = || parts.next().and_then(|n| n.parse().ok()).unwrap_or(1);
+        let (nth, deaths): (u64, usize) = (number(), number() as usize);
+        let died = std::fs::read_to_string(&log).map_or(0, |text| text.lines().count());
+        (died < deaths).then_some(Plan { point, nth, passed: 0, log })
+    }
+
+    impl Hook for CrashHook {
+        fn at(&mut self, point: Point) {
+            // Read late: a standby learns only when it serves how often its elders have died.
+            let Some(plan) = self.plan.get_or_insert_with(plan_from_environment) else { return };
+            if plan.point != point {
+                return;
+            }
+            plan.passed += 1;
+            if plan.passed != plan.nth {
+                return;
+            }
+            let line = format!("{} {}\n", point.name(), std::process::id());
+            if let Ok(mut log) = OpenOptions::new().append(true).create(true).open(&plan.log) {
+                let _ = log.write_all(line.as_bytes());
+            }
+            // SAFETY: a signal to ourselves.
+            unsafe { libc::kill(libc::getpid(), libc::SIGKILL) };
+        }
+    }
+}

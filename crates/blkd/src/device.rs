@@ -1,0 +1,468 @@
+//! The vhost-user side: what the front end negotiates, and the life of its queues.
+//!
+//! ```text
+//!   SET_MEM_TABLE, SET_VRING_{NUM,ADDR,BASE,KICK,CALL}, SET_VRING_ENABLE
+//!        └── all there ──► recover the in-flight region ──► the worker serves the queue
+//!   GET_VRING_BASE, disconnection, reset ──► the worker drains, publishes, notifies ──► stopped
+//! ```
+//!
+//! Specification: QEMU `docs/interop/vhost-user.rst`. Parsing is the crate `vhost`'s.
+
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc;
+
+use semper_inflight::TrackedQueue;
+use semper_ring::{GuestMemory, RegionSpec, RingAddresses, SplitQueue};
+use vhost::vhost_user::message::{
+    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
+    VhostUserLog, VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig,
+    VhostUserSharedMsg, VhostUserSingleMemoryRegion, VhostUserVringAddrFlags, VhostUserVringState,
+};
+use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
+
+use crate::config;
+use crate::crash::CrashHook;
+use crate::eventfd::EventFd;
+use crate::inflight_map::{self, InflightMap, Shape};
+use crate::queue::{Disk, QueueSetup};
+use crate::state::Phase;
+use crate::worker::{Order, Worker};
+
+/// Regions that a memory table may have.
+const MAX_MEM_SLOTS: u64 = 32;
+
+/// What is known of one queue.
+#[derive(Default)]
+struct Vring {
+    size: u32,
+    addresses: Option<RingAddresses>,
+    base: u16,
+    kick: Option<File>,
+    call: Option<File>,
+    err: Option<File>,
+    enabled: bool,
+    running: bool,
+}
+
+/// The device, for one front end at a time.
+pub(crate) struct Device {
+    disk: Arc<Disk>,
+    workers: Vec<Worker>,
+    /// Whether to offer in-flight tracking; off only to show what happens without it.
+    track: bool,
+    features: u64,
+    memory: Arc<GuestMemory>,
+    inflight: Option<Arc<InflightMap>>,
+    vrings: Vec<Vring>,
+}
+
+fn failed(error: impl std::fmt::Display) -> Error {
+    Error::ReqHandlerError(io::Error::other(error.to_string()))
+}
+
+impl Device {
+    pub(crate) fn new(disk: Arc<Disk>, workers: Vec<Worker>, track: bool) -> Self {
+        let vrings = disk.shared.queues.iter().map(|_| Vring::default()).collect();
+        Self {
+            disk,
+            workers,
+            track,
+            features: 0,
+            memory: Arc::new(GuestMemory::empty()),
+            inflight: None,
+            vrings,
+        }
+    }
+
+    /// The front end is gone: finishes what is in flight, and forgets it.
+    pub(crate) fn disconnect(&mut self) {
+        self.stop_all();
+        self.forget();
+    }
+
+    /// Finishes what is in flight in all queues and shows it to the driver.
+    pub(crate) fn stop_all(&mut self) {
+        // All are asked first, so that they drain side by side.
+        let replies: Vec<_> = (0..self.vrings.len()).map(|i| (i, self.ask_to_stop(i))).collect();
+        for (index, reply) in replies {
+            self.await_stop(index, reply);
+        }
+    }
+
+    fn forget(&mut self) {
+        self.features = 0;
+        self.memory = Arc::new(GuestMemory::empty());
+        self.inflight = None;
+        self.vrings.iter_mut().for_each(|vring| *vring = Vring::default());
+        self.update_cache_mode(None);
+    }
+
+    fn vring(&mut self, index: u32) -> Result<&mut Vring> {
+        self.vrings.get_mut(index as usize).ok_or(Error::InvalidParam)
+    }
+
+    fn worker(&self, index: usize) -> &Worker {
+        &self.workers[index % self.workers.len()]
+    }
+
+    fn ask_to_stop(&mut self, index: usize) -> Option<mpsc::Receiver<u16>> {
+        if !std::mem::take(&mut self.vrings[index].running) {
+            return None;
+        }
+        let (reply, answer) = mpsc::channel();
+        self.worker(index).order(Order::Stop { index: index as u16, reply });
+        Some(answer)
+    }
+
+    fn await_stop(&mut self, index: usize, answer: Option<mpsc::Receiver<u16>>) {
+        let Some(answer) = answer else { return };
+        // However long the storage takes: to answer earlier would lose requests.
+        if let Ok(last_avail) = answer.recv() {
+            self.vrings[index].base = last_avail;
+        }
+    }
+
+    fn stop(&mut self, index: usize) {
+        let answer = self.ask_to_stop(index);
+        self.await_stop(index, answer);
+    }
+
+    /// Starts the queue if everything is there and it does not run yet.
+    fn try_start(&mut self, index: usize) -> Result<()> {
+        let Some((setup, replay)) = self.prepare(index)? else { return Ok(()) };
+        if replay > 0 {
+            log::info!("replaying requests of an earlier process queue={index} requests={replay}");
+        }
+        self.vrings[index].running = true;
+        self.disk.shared.set_phase(Phase::Running);
+        self.worker(index).order(Order::Start(Box::new(setup)));
+        Ok(())
+    }
+
+    fn prepare(&self, index: usize) -> Result<Option<(QueueSetup, usize)>> {
+        let vring = &self.vrings[index];
+        let negotiated = self.features & config::F_PROTOCOL_FEATURES != 0;
+        let enabled = vring.enabled || !negotiated;
+        let (Some(addresses), Some(kick)) = (vring.addresses, &vring.kick) else { return Ok(None) };
+        if vring.running || !enabled || vring.size == 0 {
+            return Ok(None);
+        }
+        let clone = |file: &Option<File>| -> io::Result<Option<EventFd>> {
+            file.as_ref().map(|f| f.try_clone().map(EventFd::from)).transpose()
+        };
+        let event_idx = self.features & config::F_EVENT_IDX != 0;
+        let ring = SplitQueue::new(Arc::clone(&self.memory), addresses, vring.size, event_idx)
+            .map_err(failed)?;
+        let region = self.inflight.as_ref().and_then(|map| map.queue(index as u16));
+        let tracked = region.is_some();
+        let (tracked_queue, replay) =
+            TrackedQueue::recover(ring, region, vring.base, CrashHook::default()).map_err(|e| {
+                failed(format!("queue {index}: {e}; reset the device (reboot the guest)"))
+            })?;
+        self.disk.shared.tracked.store(tracked, Ordering::Relaxed);
+        let count = replay.len();
+        let setup = QueueSetup {
+            index: index as u16,
+            tracked: tracked_queue,
+            replay,
+            kick: kick.try_clone().map_err(failed)?.into(),
+            call: clone(&vring.call).map_err(failed)?,
+            err: clone(&vring.err).map_err(failed)?,
+            region: self.inflight.clone().map(|map| map as Arc<dyn Send + Sync>),
+        };
+        Ok(Some((setup, count)))
+    }
+
+    /// Puts a new memory table into force; running queues are drained and started again on it.
+    fn replace_memory(&mut self, memory: GuestMemory) -> Result<()> {
+        let running: Vec<usize> =
+            (0..self.vrings.len()).filter(|&i| self.vrings[i].running).collect();
+        self.stop_all();
+        self.memory = Arc::new(memory);
+        running.into_iter().try_for_each(|index| self.try_start(index))
+    }
+
+    fn update_cache_mode(&self, chosen: Option<bool>) {
+        // A driver that can neither flush nor switch the cache expects a write-through disk
+        // (VIRTIO 1.2, 5.2.6.2).
+        let can_flush = self.features & (config::BLK_F_FLUSH | config::BLK_F_CONFIG_WCE) != 0;
+        let write_through = chosen.unwrap_or(self.features != 0 && !can_flush);
+        self.disk.shared.write_through.store(write_through, Ordering::Relaxed);
+    }
+
+    fn inflight_shape(&self, asked: &VhostUserInflight) -> Result<Shape> {
+        let queues = usize::from(asked.num_queues);
+        if queues == 0 || queues > self.vrings.len() || asked.queue_size == 0 {
+            return Err(Error::InvalidParam);
+        }
+        Ok(Shape { num_queues: asked.num_queues, queue_size: asked.queue_size })
+    }
+}
+
+fn region_spec(region: &VhostUserMemoryRegion) -> RegionSpec {
+    RegionSpec {
+        guest_addr: region.guest_phys_addr,
+        size: region.memory_size,
+        user_addr: region.user_addr,
+        file_offset: region.mmap_offset,
+    }
+}
+
+impl VhostUserBackendReqHandlerMut for Device {
+    fn set_owner(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn reset_owner(&mut self) -> Result<()> {
+        self.disconnect();
+        Ok(())
+    }
+
+    fn reset_device(&mut self) -> Result<()> {
+        self.stop_all();
+        // The rings are gone, and with them whatever the region said of them.
+        self.inflight = None;
+        self.vrings.iter_mut().for_each(|vring| *vring = Vring::default());
+        self.update_cache_mode(None);
+        Ok(())
+    }
+
+    fn get_features(&mut self) -> Result<u64> {
+        Ok(config::features(&self.disk.image))
+    }
+
+    fn set_features(&mut self, features: u64) -> Result<()> {
+        if features & !config::features(&self.disk.image) != 0 {
+            return Err(Error::InvalidParam);
+        }
+        self.features = features;
+        let recorded = self.inflight.as_ref().and_then(|map| map.device().write_through());
+        self.update_cache_mode(recorded);
+        Ok(())
+    }
+
+    fn set_mem_table(
+        &mut self,
+        regions: &[VhostUserMemoryRegion],
+        files: Vec<File>,
+        _postcopy_listening: Option<bool>,
+    ) -> Result<Option<Vec<u64>>> {
+        let mut memory = GuestMemory::empty();
+        for (region, file) in regions.iter().zip(&files) {
+            memory = memory.with_region(region_spec(region), file).map_err(failed)?;
+        }
+        self.replace_memory(memory)?;
+        Ok(None)
+    }
+
+    fn set_vring_num(&mut self, index: u32, num: u32) -> Result<()> {
+        if !num.is_power_of_two() || num > 32768 {
+            return Err(Error::InvalidParam);
+        }
+        self.vring(index)?.size = num;
+        Ok(())
+    }
+
+    fn set_vring_addr(
+        &mut self,
+        index: u32,
+        _flags: VhostUserVringAddrFlags,
+        descriptor: u64,
+        used: u64,
+        available: u64,
+        _log: u64,
+    ) -> Result<()> {
+        self.vring(index)?.addresses =
+            Some(RingAddresses { desc: descriptor, avail: available, used });
+        Ok(())
+    }
+
+    fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
+        // Bits above the 16 of an index belong to packed rings, which are not offered.
+        self.vring(index)?.base = base as u16;
+        Ok(())
+    }
+
+    fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
+        self.vring(index)?;
+        self.stop(index as usize);
+        let vring = self.vring(index)?;
+        vring.kick = None;
+        vring.call = None;
+        let base = u32::from(vring.base);
+        if self.vrings.iter().all(|vring| !vring.running) {
+            self.disk.shared.set_phase(Phase::Connected);
+        }
+        Ok(VhostUserVringState::new(index, base))
+    }
+
+    fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> Result<()> {
+        if fd.is_none() {
+            return Err(Error::InvalidOperation("a queue without kicks is not supported"));
+        }
+        self.vring(u32::from(index))?.kick = fd;
+        self.try_start(usize::from(index))
+    }
+
+    fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> Result<()> {
+        let call = fd.as_ref().map(File::try_clone).transpose().map_err(failed)?;
+        let vring = self.vring(u32::from(index))?;
+        vring.call = fd;
+        if vring.running {
+            let order = Order::Call { index: u16::from(index), call: call.map(EventFd::from) };
+            self.worker(usize::from(index)).order(order);
+        }
+        Ok(())
+    }
+
+    fn set_vring_err(&mut self, index: u8, fd: Option<File>) -> Result<()> {
+        self.vring(u32::from(index))?.err = fd;
+        Ok(())
+    }
+
+    fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
+        let mut features = VhostUserProtocolFeatures::MQ
+            | VhostUserProtocolFeatures::REPLY_ACK
+            | VhostUserProtocolFeatures::CONFIG
+            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+            | VhostUserProtocolFeatures::RESET_DEVICE;
+        if self.track {
+            features |= VhostUserProtocolFeatures::INFLIGHT_SHMFD;
+        }
+        Ok(features)
+    }
+
+    fn set_protocol_features(&mut self, _features: u64) -> Result<()> {
+        Ok(())
+    }
+
+    fn get_queue_num(&mut self) -> Result<u64> {
+        Ok(self.vrings.len() as u64)
+    }
+
+    fn set_vring_enable(&mut self, index: u32, enable: bool) -> Result<()> {
+        self.vring(index)?.enabled = enable;
+        if enable {
+            self.try_start(index as usize)
+        } else {
+            self.stop(index as usize);
+            Ok(())
+        }
+    }
+
+    fn get_config(
+        &mut self,
+        offset: u32,
+        size: u32,
+        _flags: VhostUserConfigFlags,
+    ) -> Result<Vec<u8>> {
+        let write_back = !self.disk.shared.write_through.load(Ordering::Relaxed);
+        let mut space = vec![0; 256];
+        space[..config::SIZE].copy_from_slice(&config::space(
+            &self.disk.image,
+            self.vrings.len() as u16,
+            write_back,
+        ));
+        let (start, end) = (offset as usize, offset.saturating_add(size) as usize);
+        space.get(start..end).map(<[u8]>::to_vec).ok_or(Error::InvalidParam)
+    }
+
+    fn set_config(&mut self, offset: u32, buf: &[u8], _flags: VhostUserConfigFlags) -> Result<()> {
+        let &[write_back] = buf else { return Err(Error::InvalidParam) };
+        if offset != config::OFFSET_WCE {
+            return Err(Error::InvalidParam);
+        }
+        let write_through = write_back == 0;
+        // The next process must know it before the guest may rely on it.
+        if let Some(map) = &self.inflight {
+            map.device().set_write_through(write_through);
+        }
+        self.update_cache_mode(Some(write_through));
+        Ok(())
+    }
+
+    fn get_inflight_fd(&mut self, asked: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
+        let shape = self.inflight_shape(asked)?;
+        let file = inflight_map::create(shape).map_err(Error::ReqHandlerError)?;
+        let size = shape.size() as u64;
+        let reply = VhostUserInflight::new(size, 0, shape.num_queues, shape.queue_size);
+        Ok((reply, file))
+    }
+
+    fn set_inflight_fd(&mut self, given: &VhostUserInflight, file: File) -> Result<()> {
+        let shape = self.inflight_shape(given)?;
+        let map = inflight_map::map(&file, given.mmap_offset, given.mmap_size, shape)
+            .map_err(Error::ReqHandlerError)?;
+        match map.device().write_through() {
+            Some(write_through) => self.update_cache_mode(Some(write_through)),
+            // A choice made before there was a region to record it in.
+            None => {
+                let chosen = self.disk.shared.write_through.load(Ordering::Relaxed);
+                map.device().set_write_through(chosen);
+            }
+        }
+        self.inflight = Some(map);
+        Ok(())
+    }
+
+    fn get_max_mem_slots(&mut self) -> Result<u64> {
+        Ok(MAX_MEM_SLOTS)
+    }
+
+    fn add_mem_region(
+        &mut self,
+        region: &VhostUserSingleMemoryRegion,
+        file: File,
+        _postcopy_listening: Option<bool>,
+    ) -> Result<Option<u64>> {
+        if self.memory.specs().count() as u64 >= MAX_MEM_SLOTS {
+            return Err(Error::InvalidParam);
+        }
+        // Nothing moves: queues in service go on with the table that they have until they are
+        // started again, unless a request could name the new memory; so they are.
+        let memory = self.memory.with_region(region_spec(region), &file).map_err(failed)?;
+        self.replace_memory(memory)?;
+        Ok(None)
+    }
+
+    fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
+        let memory = self.memory.without_region(region_spec(region)).map_err(failed)?;
+        self.replace_memory(memory)
+    }
+
+    fn set_gpu_socket(&mut self, _gpu_backend: GpuBackend) -> Result<()> {
+        Err(unsupported())
+    }
+
+    fn get_shared_object(&mut self, _uuid: VhostUserSharedMsg) -> Result<File> {
+        Err(unsupported())
+    }
+
+    fn set_device_state_fd(
+        &mut self,
+        _direction: VhostTransferStateDirection,
+        _phase: VhostTransferStatePhase,
+        _file: File,
+    ) -> Result<Option<File>> {
+        Err(unsupported())
+    }
+
+    fn check_device_state(&mut self) -> Result<()> {
+        Err(unsupported())
+    }
+
+    fn get_shmem_config(&mut self) -> Result<VhostUserShMemConfig> {
+        Err(unsupported())
+    }
+
+    fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> Result<()> {
+        Err(unsupported())
+    }
+}
+
+fn unsupported() -> Error {
+    Error::InvalidOperation("not offered by this backend")
+}

@@ -1,0 +1,367 @@
+//! One virtqueue at work: taking requests, doing them, giving them back.
+//!
+//! ```text
+//!   starting ── replay is empty ─────────────► serving ── stop ──► stopping ── idle ──► gone
+//!      └─ replaying (takes nothing new until every replayed request is published) ─┘
+//!   any of them ── the ring makes no sense ──► broken (finishes what it has, takes nothing)
+//! ```
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::Sender;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use semper_block::{Absorbed, Engine, Image, Op, Submission};
+use semper_inflight::{Point, TrackedQueue};
+
+use crate::crash::CrashHook;
+use crate::eventfd::EventFd;
+use crate::overlap::Overlaps;
+use crate::request::{
+    ID_SIZE, Parsed, Rules, STATUS_IOERR, STATUS_OK, STATUS_UNSUPPORTED, Slot, parse,
+};
+use crate::state::{LastError, QueueCounters, Shared, add, mark};
+
+/// Requests taken from one queue before the others get their turn.
+const TURN: usize = 64;
+/// Completions published at once; small, so that the driver can start on the first.
+const BATCH: usize = 16;
+
+/// What all queues of a disk have in common.
+pub(crate) struct Disk {
+    pub image: Arc<Image>,
+    pub serial: [u8; ID_SIZE],
+    pub shared: Arc<Shared>,
+}
+
+/// Everything that is needed to start a queue.
+pub(crate) struct QueueSetup {
+    pub index: u16,
+    pub tracked: TrackedQueue<CrashHook>,
+    pub replay: Vec<u16>,
+    pub kick: EventFd,
+    pub call: Option<EventFd>,
+    pub err: Option<EventFd>,
+    /// Keeps the memory of the in-flight region mapped.
+    pub region: Option<Arc<dyn Send + Sync>>,
+}
+
+/// A queue that its thread serves.
+pub(crate) struct Queue {
+    pub index: u16,
+    tracked: TrackedQueue<CrashHook>,
+    kick: EventFd,
+    pub call: Option<EventFd>,
+    err: Option<EventFd>,
+    slots: Box<[Slot]>,
+    replay: VecDeque<u16>,
+    replaying: bool,
+    /// A request that is parsed and waits for one that overlaps it.
+    held: Option<u16>,
+    outstanding: usize,
+    broken: bool,
+    stopping: Option<Sender<u16>>,
+    disk: Arc<Disk>,
+    _region: Option<Arc<dyn Send + Sync>>,
+}
+
+impl Queue {
+    pub(crate) fn new(setup: QueueSetup, disk: Arc<Disk>) -> Self {
+        let size = usize::from(setup.tracked.ring().size());
+        let replaying = !setup.replay.is_empty();
+        let counters = &disk.shared.queues[usize::from(setup.index)];
+        counters.size.store(size as u64, Ordering::Relaxed);
+        counters.running.store(true, Ordering::Relaxed);
+        if !replaying {
+            mark(&disk.shared.timeline.replayed);
+        }
+        Self {
+            index: setup.index,
+            tracked: setup.tracked,
+            kick: setup.kick,
+            call: setup.call,
+            err: setup.err,
+            slots: (0..size).map(|_| Slot::default()).collect(),
+            replay: setup.replay.into(),
+            replaying,
+            held: None,
+            outstanding: 0,
+            broken: false,
+            stopping: None,
+            disk,
+            _region: setup.region,
+        }
+    }
+
+    pub(crate) fn kick_fd(&self) -> i32 {
+        self.kick.fd()
+    }
+
+    /// Asks the queue to finish what it has; `reply` gets the next available index.
+    pub(crate) fn stop(&mut self, reply: Sender<u16>) {
+        self.stopping = Some(reply);
+    }
+
+    /// Answers a stop once nothing is left; true when the queue is to be forgotten.
+    pub(crate) fn try_finish(&mut self) -> bool {
+        let idle = self.outstanding == 0 && self.replay.is_empty() && self.held.is_none();
+        if !idle || self.stopping.is_none() {
+            return false;
+        }
+        self.publish();
+        self.counters().running.store(false, Ordering::Relaxed);
+        if let Some(reply) = self.stopping.take() {
+            // The device that asked may be gone with its connection.
+            let _ = reply.send(self.tracked.ring().last_avail());
+        }
+        true
+    }
+
+    /// Asks the driver for kicks before the thread sleeps; true if there is work already.
+    pub(crate) fn prepare_sleep(&mut self) -> bool {
+        let takes = !self.broken && !self.replaying && self.stopping.is_none();
+        takes && self.held.is_none() && self.tracked.ring_mut().enable_kicks()
+    }
+
+    /// Takes and starts requests; true if there was anything to do.
+    pub(crate) fn advance<E: Engine>(&mut self, engine: &mut E, overlaps: &mut Overlaps) -> bool {
+        let mut busy = false;
+        if let Some(head) = self.held.take() {
+            if !self.enter(head, engine, overlaps) {
+                return false;
+            }
+            busy = true;
+        }
+        busy |= self.advance_replay(engine, overlaps);
+        if self.replaying || self.broken || self.stopping.is_some() {
+            return busy;
+        }
+        self.tracked.ring_mut().disable_kicks();
+        for _ in 0..TURN {
+            let head = match self.tracked.pop() {
+                Ok(Some(head)) => head,
+                Ok(None) => break,
+                Err(error) => {
+                    self.break_off(&error);
+                    break;
+                }
+            };
+            busy = true;
+            self.outstanding += 1;
+            if !self.start(head, engine, overlaps) {
+                break;
+            }
+        }
+        busy
+    }
+
+    fn advance_replay<E: Engine>(&mut self, engine: &mut E, overlaps: &mut Overlaps) -> bool {
+        if !self.replaying {
+            return false;
+        }
+        let mut busy = false;
+        while let Some(head) = self.replay.pop_front() {
+            busy = true;
+            self.tracked.passed(Point::ReplaySubmit);
+            add(&self.counters().replayed, 1);
+            self.outstanding += 1;
+            if !self.start(head, engine, overlaps) {
+                return busy;
+            }
+        }
+        if self.outstanding == 0 && self.held.is_none() {
+            self.publish();
+            self.replaying = false;
+            mark(&self.disk.shared.timeline.replayed);
+            busy = true;
+        }
+        busy
+    }
+
+    /// Parses the request at `head` and starts it; false if it has to wait for another.
+    fn start<E: Engine>(&mut self, head: u16, engine: &mut E, overlaps: &mut Overlaps) -> bool {
+        let rules = Rules {
+            image: &self.disk.image,
+            serial: &self.disk.serial,
+            write_through: self.disk.shared.write_through.load(Ordering::Relaxed),
+        };
+        let parsed = parse(&self.tracked, head, &mut self.slots[usize::from(head)], rules);
+        match parsed {
+            Ok(Parsed::Io) => self.enter(head, engine, overlaps),
+            Ok(Parsed::Answer { status, written }) => {
+                if status == STATUS_UNSUPPORTED || status == STATUS_IOERR {
+                    add(&self.counters().errors, 1);
+                }
+                self.answer(head, status, written);
+                true
+            }
+            Ok(Parsed::Unanswerable) => {
+                self.guest_error(&"a request without room for its status byte");
+                self.give_back(head, 0);
+                true
+            }
+            Err(error) => {
+                self.guest_error(&error);
+                self.give_back(head, 0);
+                true
+            }
+        }
+    }
+
+    /// Submits the parsed request at `head` unless one in flight overlaps it.
+    fn enter<E: Engine>(&mut self, head: u16, engine: &mut E, overlaps: &mut Overlaps) -> bool {
+        let slot = &self.slots[usize::from(head)];
+        if E::CONCURRENT && !overlaps.try_enter(slot.io.op, slot.offset, slot.len) {
+            self.held = Some(head);
+            return false;
+        }
+        self.submit(head, engine, overlaps);
+        true
+    }
+
+    fn submit<E: Engine>(&mut self, head: u16, engine: &mut E, overlaps: &mut Overlaps) {
+        let token = (u64::from(self.index) << 16) | u64::from(head);
+        loop {
+            let io = &self.slots[usize::from(head)].io;
+            // SAFETY: the slot stays where it is (a boxed slice that is dropped only when nothing
+            // is outstanding), and the queue keeps guest memory mapped as long.
+            let submission = unsafe { engine.submit(token, io) };
+            self.tracked.passed(Point::IoSubmitted);
+            let Submission::Done(result) = submission else { return };
+            if !self.finish_part(head, result, overlaps, E::CONCURRENT) {
+                return;
+            }
+        }
+    }
+
+    /// The engine has given `head` back.
+    pub(crate) fn complete<E: Engine>(
+        &mut self,
+        head: u16,
+        result: i32,
+        engine: &mut E,
+        overlaps: &mut Overlaps,
+    ) {
+        if self.finish_part(head, result, overlaps, E::CONCURRENT) {
+            self.submit(head, engine, overlaps);
+        }
+    }
+
+    /// Takes a result into account; true if the rest of the request must be submitted.
+    fn finish_part(
+        &mut self,
+        head: u16,
+        result: i32,
+        overlaps: &mut Overlaps,
+        concurrent: bool,
+    ) -> bool {
+        let slot = &mut self.slots[usize::from(head)];
+        let outcome = slot.io.absorb(result, &self.disk.image);
+        if outcome == Absorbed::More {
+            return true;
+        }
+        self.tracked.passed(Point::IoDone);
+        let (op, offset, len) = (slot.io.op, slot.offset, slot.len);
+        if concurrent {
+            overlaps.leave(op, offset, len);
+        }
+        if let Absorbed::Failed(errno) = outcome {
+            self.host_error(op, offset, len, errno);
+            self.answer(head, STATUS_IOERR, 0);
+            return false;
+        }
+        self.count(op, len);
+        let written = if op == Op::Read { u32::try_from(len).unwrap_or(u32::MAX - 1) } else { 0 };
+        self.answer(head, STATUS_OK, written);
+        false
+    }
+
+    /// Writes the status byte and gives the chain back.
+    fn answer(&mut self, head: u16, status: u8, written: u32) {
+        let at = self.slots[usize::from(head)].status;
+        if !at.is_null() {
+            // SAFETY: `parse` found the byte inside a writable segment of mapped guest memory.
+            unsafe { at.write_volatile(status) };
+        }
+        self.tracked.passed(Point::StatusStored);
+        self.give_back(head, written + 1);
+    }
+
+    fn give_back(&mut self, head: u16, written: u32) {
+        self.tracked.complete(head, written);
+        self.outstanding -= 1;
+        if self.tracked.staged() >= BATCH {
+            self.show();
+        }
+    }
+
+    /// Shows finished requests to the driver, without a notification.
+    fn show(&mut self) {
+        self.tracked.publish();
+        mark(&self.disk.shared.timeline.first_completion);
+        if self.replaying {
+            self.tracked.passed(Point::ReplayPublished);
+        }
+    }
+
+    /// Shows finished requests to the driver, and wakes it if it wants that.
+    pub(crate) fn publish(&mut self) {
+        if self.tracked.staged() > 0 {
+            self.show();
+        }
+        self.counters().in_flight.store(self.outstanding as u64, Ordering::Relaxed);
+        if self.tracked.needs_call() {
+            self.notify();
+        }
+    }
+
+    /// Wakes the driver whatever it wants.
+    pub(crate) fn notify(&self) {
+        if let Some(call) = &self.call {
+            call.signal();
+            add(&self.counters().calls, 1);
+        }
+    }
+
+    fn break_off(&mut self, error: &dyn std::fmt::Display) {
+        self.broken = true;
+        self.guest_error(error);
+        if let Some(err) = &self.err {
+            err.signal();
+        }
+    }
+
+    fn guest_error(&self, error: &dyn std::fmt::Display) {
+        add(&self.counters().errors, 1);
+        self.disk.shared.report_guest_error(self.index, error);
+    }
+
+    fn host_error(&self, op: Op, offset: u64, length: u64, errno: i32) {
+        add(&self.counters().errors, 1);
+        let time = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |d| d.as_secs_f64());
+        let message = std::io::Error::from_raw_os_error(errno).to_string();
+        let error = LastError { op: op.name(), offset, length, errno, message, time };
+        self.disk.shared.report_host_error(error);
+    }
+
+    fn count(&self, op: Op, len: u64) {
+        let counters = self.counters();
+        match op {
+            Op::Read => {
+                add(&counters.reads, 1);
+                add(&counters.bytes_read, len);
+            }
+            Op::Write { .. } => {
+                add(&counters.writes, 1);
+                add(&counters.bytes_written, len);
+            }
+            Op::Flush => add(&counters.flushes, 1),
+            Op::Discard | Op::WriteZeroes { .. } => add(&counters.discards, 1),
+        }
+    }
+
+    pub(crate) fn counters(&self) -> &QueueCounters {
+        &self.disk.shared.queues[usize::from(self.index)]
+    }
+}

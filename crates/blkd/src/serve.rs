@@ -1,0 +1,297 @@
+//! From the command line to a served disk.
+
+use std::fmt;
+use std::io;
+use std::os::fd::FromRawFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use semper_block::{
+    Engine, FaultEngine, FaultSwitch, Image, ImageError, LockError, NullEngine, OpenOptions,
+    SyncEngine, UringEngine,
+};
+use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
+
+use crate::args::{Args, EngineKind};
+use crate::control::{self, Control};
+use crate::device::Device;
+use crate::queue::Disk;
+use crate::request::ID_SIZE;
+use crate::state::{Phase, Shared, mark};
+use crate::worker::Worker;
+
+/// Why the backend ends.
+#[derive(Debug)]
+pub(crate) enum Failure {
+    Usage(String),
+    Lock(LockError),
+    Image(ImageError),
+    Socket { path: PathBuf, error: io::Error },
+    System { what: &'static str, error: io::Error },
+}
+
+impl Failure {
+    pub(crate) fn exit_code(&self) -> u8 {
+        match self {
+            Failure::Usage(_) => 2,
+            Failure::Lock(LockError::Held { .. }) => 3,
+            Failure::Lock(_) | Failure::Image(_) => 4,
+            Failure::Socket { .. } | Failure::System { .. } => 1,
+        }
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Failure::Usage(what) => f.write_str(what),
+            Failure::Lock(error) => error.fmt(f),
+            Failure::Image(error) => error.fmt(f),
+            Failure::Socket { path, error } => write!(
+                f,
+                "cannot listen on {}: {error}; choose a path in a directory that you may write, \
+                 of at most 107 bytes, that no other program uses",
+                path.display()
+            ),
+            Failure::System { what, error } => write!(f, "cannot {what}: {error}"),
+        }
+    }
+}
+
+fn system(what: &'static str) -> impl FnOnce(io::Error) -> Failure {
+    move |error| Failure::System { what, error }
+}
+
+/// Serves the disk until a signal ends the process.
+pub(crate) fn run(args: Args, shared: Shared) -> Result<(), Failure> {
+    block_signals();
+    let blk_file = args.blk_file.as_deref().ok_or_else(|| {
+        Failure::Usage("no image was given; name one with --blk-file=IMAGE".to_owned())
+    })?;
+    let serial = serial_number(&args.serial)?;
+    let options =
+        OpenOptions { read_only: args.read_only, direct: args.direct, block_size: args.block_size };
+    let mut image = Image::open(blk_file, options).map_err(Failure::Image)?;
+    // A standby has no business with the socket's name; it inherits the socket itself.
+    let listener = listen(&args)?;
+    let control_listener = args.control_socket.as_deref().map(bind).transpose()?;
+    if !args.standby {
+        image.try_lock().map_err(Failure::Lock)?;
+        image.refresh_size().map_err(Failure::Image)?;
+        mark(&shared.timeline.lock_acquired);
+    } else {
+        shared.set_phase(Phase::Standby);
+    }
+
+    let disk = Arc::new(Disk { image: Arc::new(image), serial, shared: Arc::new(shared) });
+    let faults = FaultSwitch::default();
+    let (workers, engine) = spawn_workers(&args, &disk, &faults)?;
+    let device = Arc::new(Mutex::new(Device::new(Arc::clone(&disk), workers, !args.no_inflight)));
+    if let Some(listener) = control_listener {
+        let threads = usize::from(args.threads);
+        let control = Control { disk: Arc::clone(&disk), faults, engine, threads };
+        control::spawn(listener, control).map_err(system("start the control thread"))?;
+    }
+    watch_signals(&disk, &device).map_err(system("start the signal thread"))?;
+    if args.standby {
+        mark(&disk.shared.timeline.standby_ready);
+        disk.image.wait_lock().map_err(Failure::Lock)?;
+        mark(&disk.shared.timeline.lock_acquired);
+        disk.shared.set_phase(Phase::Listening);
+    }
+    log::info!(
+        "serving image={} size_bytes={} engine={engine} direct={} read_only={} queues={}",
+        disk.image.path().display(),
+        disk.image.capacity(),
+        args.direct,
+        args.read_only,
+        args.num_queues
+    );
+    accept_forever(&listener, &disk, &device)
+}
+
+fn serial_number(text: &str) -> Result<[u8; ID_SIZE], Failure> {
+    let mut serial = [0u8; ID_SIZE];
+    let Some(room) = serial.get_mut(..text.len()) else {
+        return Err(Failure::Usage(format!(
+            "the serial number has {} bytes, and virtio allows {ID_SIZE}; shorten it",
+            text.len()
+        )));
+    };
+    room.copy_from_slice(text.as_bytes());
+    Ok(serial)
+}
+
+fn listen(args: &Args) -> Result<UnixListener, Failure> {
+    match (args.fd, &args.socket_path) {
+        (Some(fd), _) => inherited(fd),
+        (None, Some(path)) => bind(path),
+        (None, None) => Err(Failure::Usage(
+            "no socket was given; name one with --socket-path=PATH or --fd=N".to_owned(),
+        )),
+    }
+}
+
+fn inherited(fd: i32) -> Result<UnixListener, Failure> {
+    let mut listening: libc::c_int = 0;
+    let mut len = size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: the kernel writes one int; on anything but a socket it fails.
+    let status = unsafe {
+        libc::getsockopt(
+            fd,
+            libc::SOL_SOCKET,
+            libc::SO_ACCEPTCONN,
+            (&raw mut listening).cast(),
+            &mut len,
+        )
+    };
+    if fd < 0 || status != 0 || listening == 0 {
+        return Err(Failure::Usage(format!(
+            "file descriptor {fd} is not a listening socket; pass one that is, or --socket-path"
+        )));
+    }
+    // SAFETY: the descriptor is open (getsockopt worked), was given to us by our parent for this,
+    // and nothing else in the process uses it.
+    let listener = unsafe { UnixListener::from_raw_fd(fd) };
+    // SAFETY: no memory is passed.
+    unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) };
+    // A parent that runs an event loop hands over a non-blocking one.
+    listener.set_nonblocking(false).map_err(system("use the inherited socket"))?;
+    Ok(listener)
+}
+
+/// Binds a unix socket; one that a dead process has left behind is replaced.
+fn bind(path: &Path) -> Result<UnixListener, Failure> {
+    let failed = |error| Failure::Socket { path: path.to_owned(), error };
+    match UnixListener::bind(path) {
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+            if UnixStream::connect(path).is_ok() {
+                return Err(failed(error));
+            }
+            std::fs::remove_file(path).and_then(|()| UnixListener::bind(path)).map_err(failed)
+        }
+        bound => bound.map_err(failed),
+    }
+}
+
+fn spawn_workers(
+    args: &Args,
+    disk: &Arc<Disk>,
+    faults: &FaultSwitch,
+) -> Result<(Vec<Worker>, &'static str), Failure> {
+    let fd = disk.image.fd();
+    match args.engine {
+        EngineKind::Null => spawn_all("null", args, disk, faults, NullEngine::new),
+        EngineKind::Sync => spawn_all("sync", args, disk, faults, move || SyncEngine::new(fd)),
+        EngineKind::Uring => spawn_all("uring", args, disk, faults, move || UringEngine::new(fd)),
+        // io_uring on tmpfs sends every request to a worker thread of the kernel.
+        EngineKind::Auto if args.direct && !disk.image.on_tmpfs() => {
+            match spawn_all("uring", args, disk, faults, move || UringEngine::new(fd)) {
+                Err(Failure::System { error, .. }) => {
+                    log::warn!(
+                        "io_uring is not to be had, using the sync engine error=\"{error}\""
+                    );
+                    spawn_all("sync", args, disk, faults, move || SyncEngine::new(fd))
+                }
+                spawned => spawned,
+            }
+        }
+        EngineKind::Auto => spawn_all("sync", args, disk, faults, move || SyncEngine::new(fd)),
+    }
+}
+
+fn spawn_all<E: Engine + 'static>(
+    name: &'static str,
+    args: &Args,
+    disk: &Arc<Disk>,
+    faults: &FaultSwitch,
+    make: impl Fn() -> io::Result<E> + Clone + Send + 'static,
+) -> Result<(Vec<Worker>, &'static str), Failure> {
+    let workers = (0..args.threads.min(args.num_queues)).map(|index| {
+        let (make, faults) = (make.clone(), faults.clone());
+        Worker::spawn(format!("queues-{index}"), Arc::clone(disk), move || {
+            Ok(FaultEngine::new(make()?, faults))
+        })
+    });
+    let workers = workers.collect::<io::Result<_>>();
+    workers.map(|workers| (workers, name)).map_err(system("start the I/O engine"))
+}
+
+fn accept_forever(
+    listener: &UnixListener,
+    disk: &Arc<Disk>,
+    device: &Arc<Mutex<Device>>,
+) -> Result<(), Failure> {
+    let shared = &disk.shared;
+    let mut pause = Duration::ZERO;
+    loop {
+        let (stream, _) = listener.accept().map_err(system("accept a front end"))?;
+        mark(&shared.timeline.accepted);
+        shared.connections.fetch_add(1, Ordering::Relaxed);
+        shared.set_phase(Phase::Connected);
+        let ended = speak(stream, device);
+        device.lock().unwrap_or_else(PoisonError::into_inner).disconnect();
+        shared.set_phase(Phase::Listening);
+        match ended {
+            VhostError::Disconnected => {
+                log::info!("the front end disconnected");
+                pause = Duration::ZERO;
+            }
+            error => {
+                // QEMU comes back at once, with the same message as likely as not.
+                shared.report_protocol_error(&error);
+                pause = (pause * 2).clamp(Duration::from_millis(10), Duration::from_secs(1));
+                std::thread::sleep(pause);
+            }
+        }
+    }
+}
+
+fn speak(stream: UnixStream, device: &Arc<Mutex<Device>>) -> VhostError {
+    let mut handler = BackendReqHandler::from_stream(stream, Arc::clone(device));
+    loop {
+        if let Err(error) = handler.handle_request() {
+            return error;
+        }
+    }
+}
+
+fn signal_set() -> libc::sigset_t {
+    // SAFETY: sigset_t is plain data, and sigemptyset initialises it.
+    unsafe {
+        let mut set: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&mut set);
+        libc::sigaddset(&mut set, libc::SIGTERM);
+        libc::sigaddset(&mut set, libc::SIGINT);
+        set
+    }
+}
+
+/// Before any thread starts, so that all inherit it.
+fn block_signals() {
+    // SAFETY: the set is initialised and lives across the call.
+    unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &signal_set(), std::ptr::null_mut()) };
+}
+
+fn watch_signals(disk: &Arc<Disk>, device: &Arc<Mutex<Device>>) -> io::Result<()> {
+    let (disk, device) = (Arc::clone(disk), Arc::clone(device));
+    let watch = move || {
+        let mut signal = 0;
+        // SAFETY: both live across the call; the signals are blocked in all threads.
+        unsafe { libc::sigwait(&signal_set(), &mut signal) };
+        if disk.shared.phase() == Phase::Standby {
+            std::process::exit(0);
+        }
+        log::info!("ending signal={signal}");
+        disk.shared.set_phase(Phase::Draining);
+        // Held until the end: no further message can start a queue.
+        let mut device = device.lock().unwrap_or_else(PoisonError::into_inner);
+        device.stop_all();
+        log::info!("ended; everything in flight was finished");
+        std::process::exit(0);
+    };
+    std::thread::Builder::new().name("signals".into()).spawn(watch).map(drop)
+}

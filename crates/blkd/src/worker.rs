@@ -1,0 +1,211 @@
+//! A thread that owns some of a disk's queues, and one engine.
+//!
+//! No locks on the data path: whoever wants something of a queue puts an [`Order`] into the
+//! thread's mailbox and wakes it.
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+
+use semper_block::Engine;
+
+use crate::eventfd::EventFd;
+use crate::overlap::Overlaps;
+use crate::queue::{Disk, Queue, QueueSetup};
+use crate::state::{add, mark};
+
+/// What a worker can be asked to do.
+pub(crate) enum Order {
+    /// Serve a queue from now on.
+    Start(Box<QueueSetup>),
+    /// Finish what the queue has in flight, show it to the driver, forget the queue, and reply
+    /// with its next available index.
+    Stop { index: u16, reply: Sender<u16> },
+    /// The driver is to be woken by this from now on.
+    Call { index: u16, call: Option<EventFd> },
+}
+
+struct Mailbox {
+    orders: Mutex<VecDeque<Order>>,
+    pending: AtomicBool,
+    wake: EventFd,
+}
+
+/// A worker, from outside.
+#[derive(Clone)]
+pub(crate) struct Worker {
+    mailbox: Arc<Mailbox>,
+}
+
+impl Worker {
+    /// Starts a thread; the engine is made in it, because io_uring binds itself to its maker.
+    ///
+    /// # Errors
+    /// The engine's, or the system's when it has no thread or descriptor left.
+    pub(crate) fn spawn<E: Engine>(
+        name: String,
+        disk: Arc<Disk>,
+        make: impl FnOnce() -> io::Result<E> + Send + 'static,
+    ) -> io::Result<Self> {
+        let mailbox = Arc::new(Mailbox {
+            orders: Mutex::default(),
+            pending: AtomicBool::new(false),
+            wake: EventFd::new()?,
+        });
+        let (ready, made) = std::sync::mpsc::channel();
+        let theirs = Arc::clone(&mailbox);
+        thread::Builder::new().name(name).spawn(move || {
+            let engine = make().and_then(|mut engine| {
+                engine.add_waker(theirs.wake.fd())?;
+                Ok(engine)
+            });
+            match engine {
+                Err(error) => drop(ready.send(Err(error))),
+                Ok(engine) => {
+                    drop(ready.send(Ok(())));
+                    Thread::new(engine, disk, theirs).run();
+                }
+            }
+        })?;
+        let gone = |_| io::Error::other("the worker ended at once");
+        made.recv().map_err(gone)??;
+        Ok(Self { mailbox })
+    }
+
+    /// Puts an order into the mailbox.
+    pub(crate) fn order(&self, order: Order) {
+        self.mailbox.orders.lock().unwrap_or_else(PoisonError::into_inner).push_back(order);
+        self.mailbox.pending.store(true, Ordering::Release);
+        self.mailbox.wake.signal();
+    }
+}
+
+struct Thread<E> {
+    engine: E,
+    disk: Arc<Disk>,
+    mailbox: Arc<Mailbox>,
+    queues: Vec<Queue>,
+    overlaps: Overlaps,
+    finished: Vec<(u64, i32)>,
+}
+
+impl<E: Engine> Thread<E> {
+    fn new(engine: E, disk: Arc<Disk>, mailbox: Arc<Mailbox>) -> Self {
+        Self {
+            engine,
+            disk,
+            mailbox,
+            queues: Vec::new(),
+            overlaps: Overlaps::new(),
+            finished: Vec::new(),
+        }
+    }
+
+    fn run(mut self) {
+        loop {
+            if let Err(error) = self.turn() {
+                // Without its engine the process can serve nothing; what is in flight is in the
+                // region, and the next process does it again.
+                log::error!(
+                    "the I/O engine failed, ending for the next process to take over error=\"{error}\""
+                );
+                std::process::exit(1);
+            }
+        }
+    }
+
+    fn turn(&mut self) -> io::Result<()> {
+        self.obey()?;
+        let mut busy = false;
+        for queue in &mut self.queues {
+            busy |= queue.advance(&mut self.engine, &mut self.overlaps);
+        }
+        self.engine.flush()?;
+        busy |= self.collect();
+        self.publish();
+        if busy {
+            return Ok(());
+        }
+        // Every queue must be asked, even if the first has work: each then has kicks enabled.
+        let work = self.queues.iter_mut().fold(false, |work, queue| work | queue.prepare_sleep());
+        if work || self.mailbox.pending.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        self.engine.wait()?;
+        for queue in &self.queues {
+            add(&queue.counters().wakeups, 1);
+        }
+        Ok(())
+    }
+
+    fn collect(&mut self) -> bool {
+        self.engine.reap(&mut self.finished);
+        let any = !self.finished.is_empty();
+        for (token, result) in self.finished.drain(..) {
+            let (index, head) = ((token >> 16) as u16, token as u16);
+            if let Some(queue) = self.queues.iter_mut().find(|queue| queue.index == index) {
+                queue.complete(head, result, &mut self.engine, &mut self.overlaps);
+            }
+        }
+        any
+    }
+
+    fn publish(&mut self) {
+        let engine = &mut self.engine;
+        self.queues.retain_mut(|queue| {
+            queue.publish();
+            let gone = queue.try_finish();
+            if gone {
+                engine.remove_waker(queue.kick_fd());
+            }
+            !gone
+        });
+    }
+
+    fn obey(&mut self) -> io::Result<()> {
+        if !self.mailbox.pending.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        self.mailbox.pending.store(false, Ordering::Release);
+        let orders = std::mem::take(
+            &mut *self.mailbox.orders.lock().unwrap_or_else(PoisonError::into_inner),
+        );
+        for order in orders {
+            self.carry_out(order)?;
+        }
+        Ok(())
+    }
+
+    fn carry_out(&mut self, order: Order) -> io::Result<()> {
+        match order {
+            Order::Start(setup) => {
+                let queue = Queue::new(*setup, Arc::clone(&self.disk));
+                if let Err(error) = self.engine.add_waker(queue.kick_fd()) {
+                    self.disk.shared.report_protocol_error(&format_args!(
+                        "the kick descriptor of queue {} is no eventfd: {error}",
+                        queue.index
+                    ));
+                }
+                mark(&self.disk.shared.timeline.started);
+                self.queues.push(queue);
+            }
+            Order::Stop { index, reply } => {
+                // An unknown queue drops the sender, which tells the device that it never ran.
+                if let Some(queue) = self.queues.iter_mut().find(|q| q.index == index) {
+                    queue.stop(reply);
+                }
+            }
+            Order::Call { index, call } => {
+                if let Some(queue) = self.queues.iter_mut().find(|q| q.index == index) {
+                    queue.call = call;
+                    // Whatever was signalled through the old one may have gone nowhere.
+                    queue.notify();
+                }
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,278 @@
+//! Opening a raw image or a block device, and what it can do.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use crate::SECTOR_SIZE;
+
+/// How to open an image.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct OpenOptions {
+    /// Never write to it.
+    pub read_only: bool,
+    /// Go around the page cache (O_DIRECT).
+    pub direct: bool,
+    /// Logical block size that the guest shall see, in bytes; by default what the image demands.
+    pub block_size: Option<u32>,
+}
+
+/// Why an image cannot be used. Each message names the cause and the remedy.
+#[derive(Debug, thiserror::Error)]
+pub enum ImageError {
+    /// It is not there.
+    #[error("image {0} does not exist; create it (qemu-img create -f raw) or correct the path")]
+    Missing(PathBuf),
+    /// The file system says no.
+    #[error("no permission to open image {path} {how}; change its owner or mode{hint}")]
+    Permission {
+        /// The image.
+        path: PathBuf,
+        /// "for reading" or "for writing".
+        how: &'static str,
+        /// A further remedy, or nothing.
+        hint: &'static str,
+    },
+    /// The medium is read-only.
+    #[error("image {0} is on a read-only medium; mount it read-write, or make the disk read-only")]
+    ReadOnlyMedium(PathBuf),
+    /// Not a file and not a block device.
+    #[error("image {0} is neither a regular file nor a block device; give one of these")]
+    Kind(PathBuf),
+    /// Nothing in it.
+    #[error("image {0} is empty; it was truncated or never allocated: restore it, or resize it")]
+    Empty(PathBuf),
+    /// The file system cannot do O_DIRECT.
+    #[error("the file system of image {0} does not support direct I/O; serve it without --direct")]
+    Direct(PathBuf),
+    /// The block size asked for does not suit the image.
+    #[error("block size {asked} does not suit image {path}, which wants {wants}; leave it out")]
+    BlockSize {
+        /// The image.
+        path: PathBuf,
+        /// What was asked for.
+        asked: u32,
+        /// What works.
+        wants: String,
+    },
+    /// Anything else the system said.
+    #[error("cannot open image {path}: {source}")]
+    Io {
+        /// The image.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+}
+
+/// An open raw image or block device. All sizes in bytes.
+#[derive(Debug)]
+pub struct Image {
+    file: File,
+    path: PathBuf,
+    file_size: u64,
+    read_only: bool,
+    direct: bool,
+    block_size: u32,
+    memory_alignment: usize,
+}
+
+impl Image {
+    /// Opens `path`. Takes no lock; see [`Image::try_lock`].
+    ///
+    /// # Errors
+    /// [`ImageError`].
+    pub fn open(path: &Path, options: OpenOptions) -> Result<Self, ImageError> {
+        let file = open_file(path, options)?;
+        let other = |source| ImageError::Io { path: path.to_owned(), source };
+        let metadata = file.metadata().map_err(other)?;
+        if !metadata.is_file() && !metadata.file_type().is_block_device() {
+            return Err(ImageError::Kind(path.to_owned()));
+        }
+        let file_size = size_of(&file).map_err(other)?;
+        if file_size == 0 {
+            return Err(ImageError::Empty(path.to_owned()));
+        }
+        let (memory_alignment, offset_alignment) = if options.direct {
+            direct_alignment(&file).ok_or_else(|| ImageError::Direct(path.to_owned()))?
+        } else {
+            (1, 1)
+        };
+        let least = offset_alignment.max(SECTOR_SIZE as u32);
+        let block_size = options.block_size.unwrap_or(least);
+        let fits = block_size.is_power_of_two()
+            && (least..=65536).contains(&block_size)
+            && (block_size == SECTOR_SIZE as u32 || file_size % u64::from(block_size) == 0);
+        if !fits {
+            let wants = format!("a power of two from {least} to 65536 that divides its size");
+            return Err(ImageError::BlockSize { path: path.to_owned(), asked: block_size, wants });
+        }
+        Ok(Self {
+            file,
+            path: path.to_owned(),
+            file_size,
+            read_only: options.read_only,
+            direct: options.direct,
+            block_size,
+            memory_alignment,
+        })
+    }
+
+    /// The image's file descriptor.
+    pub fn fd(&self) -> RawFd {
+        self.file.as_raw_fd()
+    }
+
+    /// The open file; its locks are the image's.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Where it was opened.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Size of the file or device.
+    pub fn file_size(&self) -> u64 {
+        self.file_size
+    }
+
+    /// Size that the guest sees: whole sectors, the last one perhaps ending beyond the file.
+    pub fn capacity(&self) -> u64 {
+        self.file_size.next_multiple_of(SECTOR_SIZE)
+    }
+
+    /// Looks at the size again, after the lock was taken: until then another process wrote.
+    ///
+    /// # Errors
+    /// [`ImageError::Empty`] or [`ImageError::Io`].
+    pub fn refresh_size(&mut self) -> Result<(), ImageError> {
+        let path = || self.path.clone();
+        let size = size_of(&self.file).map_err(|source| ImageError::Io { path: path(), source })?;
+        if size == 0 {
+            return Err(ImageError::Empty(path()));
+        }
+        self.file_size = size;
+        Ok(())
+    }
+
+    /// Whether it was opened for reading only.
+    pub fn read_only(&self) -> bool {
+        self.read_only
+    }
+
+    /// Whether the page cache is bypassed.
+    pub fn direct(&self) -> bool {
+        self.direct
+    }
+
+    /// Logical block size.
+    pub fn block_size(&self) -> u32 {
+        self.block_size
+    }
+
+    /// Alignment that buffers must have; 1 where any will do.
+    pub fn memory_alignment(&self) -> usize {
+        self.memory_alignment
+    }
+
+    /// Whether the image is on tmpfs, where io_uring sends every request to a worker thread.
+    pub fn on_tmpfs(&self) -> bool {
+        // SAFETY: statfs is plain data, and fstatfs fills it.
+        unsafe {
+            let mut fs: libc::statfs = std::mem::zeroed();
+            libc::fstatfs(self.fd(), &mut fs) == 0 && fs.f_type == libc::TMPFS_MAGIC
+        }
+    }
+
+    /// Writes zeros, for file systems that cannot make them.
+    pub(crate) fn write_zeros(&self, mut offset: u64, mut len: u64) -> io::Result<()> {
+        #[repr(align(4096))]
+        struct Zeros([u8; 65536]);
+        static ZEROS: Zeros = Zeros([0; 65536]);
+        while len > 0 {
+            let now = len.min(ZEROS.0.len() as u64);
+            self.file.write_all_at(&ZEROS.0[..now as usize], offset)?;
+            offset += now;
+            len -= now;
+        }
+        Ok(())
+    }
+}
+
+fn open_file(path: &Path, options: OpenOptions) -> Result<File, ImageError> {
+    let mut flags = libc::O_CLOEXEC;
+    if options.direct {
+        flags |= libc::O_DIRECT;
+    }
+    let opened = std::fs::OpenOptions::new()
+        .read(true)
+        .write(!options.read_only)
+        .custom_flags(flags)
+        .open(path);
+    let path = path.to_owned();
+    opened.map_err(|source| match source.raw_os_error() {
+        Some(libc::ENOENT | libc::ENOTDIR) => ImageError::Missing(path),
+        Some(libc::EACCES | libc::EPERM) if options.read_only => {
+            ImageError::Permission { path, how: "for reading", hint: "" }
+        }
+        Some(libc::EACCES | libc::EPERM) => ImageError::Permission {
+            path,
+            how: "for writing",
+            hint: ", or make the disk read-only",
+        },
+        Some(libc::EROFS) => ImageError::ReadOnlyMedium(path),
+        Some(libc::EISDIR) => ImageError::Kind(path),
+        Some(libc::EINVAL) if options.direct => ImageError::Direct(path),
+        _ => ImageError::Io { path, source },
+    })
+}
+
+fn size_of(file: &File) -> io::Result<u64> {
+    let metadata = file.metadata()?;
+    if metadata.is_file() {
+        return Ok(metadata.len());
+    }
+    const BLKGETSIZE64: libc::c_ulong = 0x8008_1272;
+    let mut size = 0u64;
+    // SAFETY: the ioctl writes one u64 to the address given.
+    match unsafe { libc::ioctl(file.as_raw_fd(), BLKGETSIZE64, &mut size) } {
+        0 => Ok(size),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Alignment of (memory, offset) that O_DIRECT wants, as statx tells it; a safe guess where the
+/// kernel is too old to say; `None` where it is not supported.
+fn direct_alignment(file: &File) -> Option<(usize, u32)> {
+    const STATX_DIOALIGN: u32 = 0x2000;
+    // SAFETY: statx is plain data, and the call fills it; the path is an empty C string.
+    let (status, stat) = unsafe {
+        let mut stat: libc::statx = std::mem::zeroed();
+        let status = libc::statx(
+            file.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH,
+            STATX_DIOALIGN,
+            &mut stat,
+        );
+        (status, stat)
+    };
+    if status != 0 || stat.stx_mask & STATX_DIOALIGN == 0 {
+        return Some((4096, 4096.min(1 << file_block_shift(file))));
+    }
+    (stat.stx_dio_mem_align > 0)
+        .then_some((stat.stx_dio_mem_align as usize, stat.stx_dio_offset_align))
+}
+
+/// log2 of the device's logical block size where there is one; 9 for files.
+fn file_block_shift(file: &File) -> u32 {
+    const BLKSSZGET: libc::c_ulong = 0x1268;
+    let mut size: libc::c_int = 512;
+    // SAFETY: the ioctl writes one int; on a file it fails and leaves the value.
+    unsafe { libc::ioctl(file.as_raw_fd(), BLKSSZGET, &mut size) };
+    size.max(512).unsigned_abs().trailing_zeros()
+}

@@ -1,0 +1,27 @@
+//! Disk images: opening, locking, and the engines that do their I/O.
+//!
+//! [`Engine`] is the one interface; [`SyncEngine`], [`UringEngine`] and [`NullEngine`] are behind
+//! it, and [`FaultEngine`] decorates any of them with errors and delays. An engine belongs to one
+//! thread. Front ends (vhost-user today) depend on the trait and never on a concrete engine.
+
+mod engine;
+mod fault;
+mod image;
+mod io;
+mod lock;
+mod null;
+mod sleeper;
+mod sync;
+mod uring;
+
+pub use engine::{Engine, Submission};
+pub use fault::{FaultEngine, FaultRule, FaultSwitch};
+pub use image::{Image, ImageError, OpenOptions};
+pub use io::{Absorbed, Io, Op};
+pub use lock::{Holder, LockError};
+pub use null::NullEngine;
+pub use sync::SyncEngine;
+pub use uring::UringEngine;
+
+/// Bytes of the unit in which virtio-blk counts, whatever the disk's block size is.
+pub const SECTOR_SIZE: u64 = 512;
