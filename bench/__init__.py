@@ -1,0 +1,15 @@
+"""semper-blkd and its peers side by side: ``python -m bench`` (what ``make bench`` runs).
+
+The machine's speed changes from second to second, so absolute figures say little. Each round runs
+every case with every backend, one right after the other in random order, and what counts is the
+ratio of a backend to the reference (qemu-storage-daemon with aio=io_uring) *of the same round*;
+the median of the rounds is reported with its spread.
+
+    cases, storages, backends   what is measured
+    schedule                    in which order
+    load                        one measurement, by the program semper-load
+    driver                      all of them
+    ratios, verdicts            what follows from them (pure)
+    results, machine            what is kept, and on which machine it was seen
+    table, plot, markdown       how it is shown
+"""

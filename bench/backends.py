@@ -1,0 +1,154 @@
+"""The programs that are compared, and one running process of one of them."""
+
+import shlex
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from bench.storages import Storage
+
+STOP_TIMEOUT_S = 10.0
+
+
+class BackendError(Exception):
+    """A backend that did not start or stop; the message ends with what it said."""
+
+
+class Backend(Protocol):
+    """One way to serve an image."""
+
+    @property
+    def name(self) -> str:
+        """Unique among the backends of a run."""
+
+    def serves(self, storage: Storage) -> bool:
+        """Whether it can serve this storage at all."""
+
+    def command(self, storage: Storage, queues: int, socket: Path) -> list[str]:
+        """The program and its arguments."""
+
+
+@dataclass(frozen=True)
+class Blkd:
+    """semper-blkd. `program` may carry arguments of its own."""
+
+    name: str
+    program: tuple[str, ...]
+    engine: str | None = "auto"
+
+    def serves(self, storage: Storage) -> bool:
+        """The null engine stands for the null storage only, and the other way round."""
+        return storage.null or self.engine != "null"
+
+    def command(self, storage: Storage, queues: int, socket: Path) -> list[str]:
+        """One thread for each queue: what the other backends may not do is their limit."""
+        engine = "null" if storage.null else self.engine
+        return [
+            *self.program,
+            f"--socket-path={socket}",
+            f"--blk-file={storage.image}",
+            f"--num-queues={queues}",
+            f"--threads={queues}",
+            *([f"--engine={engine}"] if engine else []),
+            *(["--direct"] if storage.direct else []),
+        ]
+
+
+@dataclass(frozen=True)
+class QemuStorageDaemon:
+    """qemu-storage-daemon's vhost-user-blk export with an iothread of its own."""
+
+    name: str
+    aio: str
+    program: str = "qemu-storage-daemon"
+
+    def serves(self, storage: Storage) -> bool:
+        """aio=native needs O_DIRECT; null has no aio, so one of the three stands for it."""
+        if storage.null:
+            return self.aio == "io_uring"
+        return storage.direct or self.aio != "native"
+
+    def command(self, storage: Storage, queues: int, socket: Path) -> list[str]:
+        """The node is the file itself: no format layer above it, which is QEMU's shortest path."""
+        if storage.null:
+            node = f"driver=null-co,size={storage.size_bytes},read-zeroes=off"
+        else:
+            image = str(storage.image).replace(",", ",,")
+            direct = "on" if storage.direct else "off"
+            node = f"driver=file,filename={image},aio={self.aio},cache.direct={direct}"
+        export = (
+            f"type=vhost-user-blk,id=export,node-name=disk,writable=on,num-queues={queues},"
+            f"iothread=thread0,addr.type=unix,addr.path={socket}"
+        )
+        return [
+            self.program,
+            "--object",
+            "iothread,id=thread0",
+            "--blockdev",
+            f"{node},node-name=disk",
+            "--export",
+            export,
+        ]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Any other vhost-user-blk backend, by a template of its command.
+
+    Known in the template: {socket}, {image}, {queues}, {direct} (on or off), {size}.
+    """
+
+    name: str
+    template: str
+
+    def serves(self, storage: Storage) -> bool:
+        """Nothing is known of its null engine."""
+        return not storage.null
+
+    def command(self, storage: Storage, queues: int, socket: Path) -> list[str]:
+        """The template with its places filled."""
+        fields = {
+            "socket": str(socket),
+            "image": str(storage.image),
+            "queues": str(queues),
+            "direct": "on" if storage.direct else "off",
+            "size": str(storage.size_bytes),
+        }
+        return [word.format_map(fields) for word in shlex.split(self.template)]
+
+
+@contextmanager
+def running(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a backend for the duration of the block; stop it with SIGTERM.
+
+    Raises BackendError if it cannot be started, has ended by itself, or must be killed.
+    """
+    with log.open("wb") as output:
+        try:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+            )
+        except OSError as error:
+            raise BackendError(f"{shlex.join(command)}: {error.strerror}") from error
+    try:
+        yield process
+        if process.poll() is not None:
+            raise BackendError(f"ended with status {process.returncode}: {last_words(log)}")
+    finally:
+        process.terminate()
+        try:
+            process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired as error:
+            process.kill()
+            process.wait()
+            message = f"had to be killed {STOP_TIMEOUT_S:.0f} s after SIGTERM"
+            raise BackendError(message) from error
+
+
+def last_words(log: Path, lines: int = 5) -> str:
+    """The end of what a backend printed, in one line."""
+    text = log.read_text(errors="replace").strip().splitlines()
+    return " | ".join(text[-lines:]) or "it printed nothing"

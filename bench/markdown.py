@@ -1,0 +1,114 @@
+"""The tables that stand in SPECIFICATION.md."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from bench.ratios import spread
+from bench.results import Results, Row
+from bench.verdicts import GOALS, Goal, Verdict, compare
+
+BEGIN = "<!-- bench: begin (python -m bench --update writes this part) -->"
+END = "<!-- bench: end -->"
+
+
+class MarkersError(Exception):
+    """A document without the two markers."""
+
+
+def document(results: Results) -> str:
+    """Everything between the markers."""
+    return "\n".join(_lines(results))
+
+
+def update(path: Path, results: Results) -> None:
+    """Replace what stands between the markers in `path`.
+
+    Raises MarkersError if they are not there, once each and in order.
+    """
+    text = path.read_text()
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise MarkersError(f"{path} needs the lines {BEGIN!r} and {END!r}, once each")
+    head, tail = text.split(BEGIN)[0], text.split(END)[1]
+    path.write_text(f"{head}{BEGIN}\n\n{document(results)}\n\n{END}{tail}")
+
+
+def _lines(results: Results) -> Iterator[str]:
+    machine = results.machine
+    rounds = results.settings["rounds"]
+    yield (
+        f"Measured {machine['date'][:10]} on {machine['processors']} × {machine['processor']} "
+        f"(hypervisor: {machine['hypervisor']}), {int(machine['memory_mib']) >> 10} GiB, "
+        f"Linux {machine['kernel']}, {machine['qemu']}, {machine['semper_blkd']} at commit "
+        f"{machine['commit']}; load average {results.load_average[0]} before, "
+        f"{results.load_average[1]} after. {rounds} rounds in random order, "
+        f"{results.settings['seconds']} s each. Medians; the ratios are to {results.reference} in "
+        "the same round, with their quartiles. CPU is the backend's, in µs for each I/O."
+    )
+    for storage, label in results.labels.items():
+        rows = [row for row in results.rows() if row.storage == storage]
+        if rows:
+            yield f"\n**{label}**\n"
+            yield "| case | backend | IOPS | p50 µs | p99 µs | CPU µs | × IOPS | × p50 | × CPU |"
+            yield "|---|---|--:|--:|--:|--:|--:|--:|--:|"
+            yield from (_row(row) for row in rows)
+    yield from _goals(results)
+    if results.failures:
+        yield "\nMeasurements that failed:\n"
+        for one in results.failures:
+            yield f"- {one.storage} {one.case} {one.backend}, round {one.round}: {one.error}"
+
+
+def _row(row: Row) -> str:
+    cells = [row.case, row.backend]
+    for metric in ("iops", "p50_us", "p99_us", "cpu_us"):
+        seen = row.absolute(metric)
+        cells.append("failed" if seen is None else number(seen.median))
+    ratios = (row.ratios("iops"), row.ratios("p50_us"), row.ratios("cpu_us"))
+    cells.extend("1" if row.is_reference else ratio_cell(ratio) for ratio in ratios)
+    return f"| {' | '.join(cells)} |"
+
+
+def number(value: float) -> str:
+    """Three significant digits: 12 300, 456, 7.89."""
+    if value >= 1000:
+        digits = len(str(int(value))) - 3
+        return f"{round(value / 10**digits) * 10**digits:,}".replace(",", " ")
+    return f"{value:.3g}"
+
+
+def ratio_cell(ratios: list[float]) -> str:
+    """`2.31 (2.2-2.4)`: the median and the quartiles."""
+    if not ratios:
+        return "–"
+    seen = spread(ratios)
+    return f"{seen.median:.2f} ({seen.q1:.2f}–{seen.q3:.2f})"
+
+
+MARKS = {Verdict.BETTER: "reached", Verdict.WITHIN_NOISE: "within the noise", Verdict.WORSE: "no"}
+
+
+def goal_rows(results: Results, backend: str) -> Iterator[tuple[Goal, str, dict[str, str]]]:
+    """The goals that were measured: (goal, case, what was seen by metric)."""
+    for goal in GOALS:
+        for case in goal.cases:
+            row = Row(results, goal.storage, case, backend)
+            cells: dict[str, str] = {}
+            for metric, bound in goal.bounds():
+                ratios = row.ratios(metric)
+                if ratios:
+                    sign = "≥" if metric == "iops" else "≤"
+                    mark = MARKS[compare(ratios, metric, bound)]
+                    cells[metric] = f"{ratio_cell(ratios)} {sign} {bound:g}: {mark}"
+            if cells:
+                yield goal, case, cells
+
+
+def _goals(results: Results) -> Iterator[str]:
+    rows = list(goal_rows(results, results.settings["subject"]))
+    if rows:
+        yield f"\n**Goals for {results.settings['subject']}**\n"
+        yield "| goal | case | × p50 | × CPU | × IOPS |"
+        yield "|---|---|---|---|---|"
+        for goal, case, cells in rows:
+            seen = [cells.get(metric, "–") for metric in ("p50_us", "cpu_us", "iops")]
+            yield f"| {goal.label} | {case} | {' | '.join(seen)} |"

@@ -1,0 +1,109 @@
+"""Where the image lies."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+NAMES = ("tmpfs", "cached", "direct", "null")
+CHUNK = 16 << 20
+
+
+class StorageError(Exception):
+    """A place for images that cannot be used; the message says which and why."""
+
+
+@dataclass(frozen=True)
+class Storage:
+    """One image and how it is opened. `null`: the image is never touched."""
+
+    name: str
+    image: Path
+    size_bytes: int
+    file_system: str
+    direct: bool = False
+    null: bool = False
+
+    @property
+    def label(self) -> str:
+        """For people: `ext4 O_DIRECT`."""
+        if self.null:
+            return "null"
+        if self.name == "tmpfs":
+            return "tmpfs"
+        return f"{self.file_system} {'O_DIRECT' if self.direct else 'cached'}"
+
+    def settle(self) -> None:
+        """Bring the image to rest after a run: what is dirty would be written during the next."""
+        if self.null or self.name == "tmpfs":
+            return
+        descriptor = os.open(self.image, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+            if self.direct:
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+
+
+def file_system(path: Path) -> str:
+    """The type of the file system that holds `path`, from the kernel's table of mounts."""
+    best, kind = -1, "unknown"
+    resolved = path.resolve()
+    for line in Path("/proc/self/mounts").read_text().splitlines():
+        _, mount, found, *_ = line.split()
+        point = Path(mount.encode().decode("unicode_escape"))
+        if resolved.is_relative_to(point) and len(point.parts) >= best:
+            best, kind = len(point.parts), found
+    return kind
+
+
+@contextmanager
+def prepared(
+    names: tuple[str, ...], directory: Path, memory: Path, size_bytes: int
+) -> Iterator[list[Storage]]:
+    """Make an image for each storage, and remove them all at the end.
+
+    Raises StorageError for a place that is too small or is not what it should be.
+    """
+    made: list[Storage] = []
+    try:
+        for name in names:
+            folder = memory if name in {"tmpfs", "null"} else directory
+            folder.mkdir(parents=True, exist_ok=True)
+            kind = file_system(folder)
+            _demand_room(folder, kind, name, size_bytes)
+            image = folder / f"semper-bench-{os.getpid()}-{name}.img"
+            storage = Storage(
+                name, image, size_bytes, kind, direct=name == "direct", null=name == "null"
+            )
+            made.append(storage)
+            _write(storage)
+        yield made
+    finally:
+        for storage in made:
+            storage.image.unlink(missing_ok=True)
+
+
+def _demand_room(folder: Path, kind: str, name: str, size_bytes: int) -> None:
+    if name == "tmpfs" and kind != "tmpfs":
+        raise StorageError(f"{folder} is {kind}, not tmpfs; choose another with --memory")
+    if name in {"cached", "direct"} and kind == "tmpfs":
+        raise StorageError(f"{folder} is tmpfs, not on a disk; choose another with --directory")
+    free = shutil.disk_usage(folder).free
+    if free < size_bytes + (64 << 20):
+        raise StorageError(f"{folder} has {free >> 20} MiB free: too few; choose a smaller --size")
+
+
+def _write(storage: Storage) -> None:
+    """Really write every block, with data that nothing below can compress or share."""
+    with storage.image.open("xb", buffering=0) as image:
+        block = os.urandom(CHUNK)
+        for start in range(0, storage.size_bytes, CHUNK):
+            # Rotated by its own place, so that no two chunks are the same.
+            turn = (start // CHUNK * 4099) % CHUNK
+            data = block[turn:] + block[:turn]
+            image.write(data[: storage.size_bytes - start])
+    storage.settle()
