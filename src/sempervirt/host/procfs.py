@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -51,18 +52,17 @@ def identify(pid: int) -> ProcessId | None:
     return None if ticks is None else ProcessId(pid, ticks, boot_id())
 
 
-def find_by_argument(text: str) -> list[int]:
-    """Processes with an argument that contains `text`, for finding ones nobody recorded."""
-    wanted = text.encode()
+def find_by_argument(pattern: re.Pattern[str]) -> list[int]:
+    """Processes with an argument that `pattern` matches whole: ones that nobody recorded."""
     found = []
     for entry in PROC.iterdir():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
             continue
         try:
-            arguments = (entry / "cmdline").read_bytes().split(b"\0")
+            arguments = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
         except OSError:
             continue
-        if any(wanted in argument for argument in arguments):
+        if any(pattern.fullmatch(argument) for argument in arguments):
             found.append(int(entry.name))
     return sorted(found)
 

@@ -52,12 +52,17 @@ def listen_unix(path: Path, mode: int = 0o600) -> socket.socket:
     return listener
 
 
-def borrow_listener(pidfd: int, fd: int, path: Path) -> socket.socket | None:
+def borrow_listener(pid: int, fd: int, path: Path) -> socket.socket | None:
     """A duplicate of the listening socket that a process holds as `fd`.
 
     None when the kernel does not allow it, or `fd` is no socket that listens at `path`.
     """
+    try:
+        pidfd = os.pidfd_open(pid)
+    except OSError:
+        return None
     duplicate = _libc.syscall(_SYS_PIDFD_GETFD, pidfd, fd, 0)
+    os.close(pidfd)
     if duplicate < 0:
         return None
     try:

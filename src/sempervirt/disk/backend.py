@@ -1,0 +1,110 @@
+"""How a backend process is started: the command is a strategy, so that tests can serve a
+disk by another program.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from sempervirt.core.errors import Unavailable
+
+BLKD_ENVIRONMENT = "SEMPERVIRT_BLKD"
+
+
+@dataclass(frozen=True)
+class DiskOptions:
+    """What the owner of a disk chose for it."""
+
+    image: Path
+    read_only: bool = False
+    queues: int = 1
+    engine: str = "auto"
+    direct: bool = False
+    block_size: int | None = None
+    serial: str = ""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One process to start. `listen_fd` is the inherited listening socket."""
+
+    binary: str
+    options: DiskOptions
+    listen_fd: int
+    control: Path
+    wait_for_lock: bool
+
+
+class BackendCommand(Protocol):
+    """A program that serves a disk over vhost-user."""
+
+    @property
+    def has_standby(self) -> bool:
+        """Whether a second process can wait for the image's lock."""
+
+    @property
+    def has_control(self) -> bool:
+        """Whether it answers on a control socket."""
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """What is added to its environment."""
+
+    def binary(self) -> str:
+        """The program; raises Unavailable when it is not installed."""
+
+    def argv(self, launch: Launch) -> list[str]:
+        """The command line for one process."""
+
+
+@dataclass(frozen=True)
+class Blkd:
+    """semper-blkd. `extra` arguments and environment are for tests."""
+
+    path: Path | None = None
+    extra: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+    has_standby: bool = True
+    has_control: bool = True
+
+    def binary(self) -> str:
+        """`path`, or the first of: $SEMPERVIRT_BLKD, beside the interpreter, on the PATH."""
+        if self.path is not None:
+            return str(self.path)
+        chosen = os.environ.get(BLKD_ENVIRONMENT)
+        beside = Path(sys.executable).with_name("semper-blkd")
+        found = chosen or (str(beside) if beside.exists() else shutil.which("semper-blkd"))
+        if not found:
+            raise Unavailable(
+                "semper-blkd is not installed", remedy=f"run make setup, or set {BLKD_ENVIRONMENT}"
+            )
+        return found
+
+    def argv(self, launch: Launch) -> list[str]:
+        """The command line, in the order of semper-blkd --help."""
+        options = launch.options
+        argv = [
+            launch.binary,
+            f"--fd={launch.listen_fd}",
+            f"--blk-file={options.image}",
+            f"--num-queues={options.queues}",
+            f"--control-socket={launch.control}",
+            f"--engine={options.engine}",
+        ]
+        if options.block_size is not None:
+            argv.append(f"--block-size={options.block_size}")
+        if options.serial:
+            argv.append(f"--serial={options.serial}")
+        if options.read_only:
+            argv.append("--read-only")
+        if options.direct:
+            argv.append("--direct")
+        if launch.wait_for_lock:
+            argv.append("--standby")
+        return [*argv, *self.extra]

@@ -1,0 +1,295 @@
+"""A disk of a running VM: one owner task that carries out what `supervision` decides.
+
+The agent owns the listening socket; every backend inherits it, and QEMU connects to it again
+by path after each take-over. What became of the processes arrives as events in one queue;
+only the task that drains it changes the disk's state.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import time
+from collections import deque
+from typing import Any
+
+from sempervirt.core.errors import OutcomeUnknown, StateConflict, Unavailable
+from sempervirt.core.events import Journal
+from sempervirt.disk import control, takeover
+from sempervirt.disk.crew import Crew
+from sempervirt.disk.running import Running
+from sempervirt.disk.setup import DiskSetup
+from sempervirt.disk.supervised import (
+    Effect,
+    Kill,
+    Refused,
+    Start,
+    State,
+    StopAsked,
+    Stopped,
+    SupervisionEvent,
+    Terminate,
+    Tick,
+    TookOver,
+    UpgradeAsked,
+    UpgradeEnded,
+    UpgradeRefused,
+)
+from sempervirt.disk.supervision import condition, decide, next_wake
+from sempervirt.disk.takeover import Restart
+from sempervirt.disk.upgrade import check_binary
+from sempervirt.host.changes import Changes
+from sempervirt.host.records import remove_record
+
+log = logging.getLogger(__name__)
+
+RESTARTS_KEPT = 64
+# Beyond the deadlines of supervision itself; only a process stuck in the kernel takes longer.
+STOP_DEADLINE_S = 40.0
+
+
+class Disk:
+    """Made by `lifecycle.start_disk` or `lifecycle.adopt_disk`; ends with `stop` or `detach`."""
+
+    def __init__(
+        self, setup: DiskSetup, listener: socket.socket, state: State, restarts: int = 0
+    ) -> None:
+        self.setup = setup
+        self.name = setup.name
+        self.journal = Journal()
+        self.changes = Changes()
+        self.restarts: deque[Restart] = deque(maxlen=RESTARTS_KEPT)
+        self.restart_count = restarts
+        self.upgrade_count = 0
+        self.last_error: dict[str, Any] | None = None
+        self.reason = ""
+        self.refused: str | None = None
+        self.stopped = False
+        self.crew = Crew(setup, listener, self.post, self._seen)
+        self._state = state
+        self._upgrades: deque[asyncio.Future[None]] = deque()
+        self._queue: asyncio.Queue[SupervisionEvent] = asyncio.Queue()
+        self._timer: asyncio.TimerHandle | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._owner = asyncio.create_task(self._own(), name=f"disk {setup.name}")
+
+    # What it is like
+
+    @property
+    def condition(self) -> str:
+        """One word; see `supervision.condition`."""
+        return condition(self._state, time.monotonic(), self.setup.policy)
+
+    @property
+    def state(self) -> State:
+        """What supervision knows."""
+        return self._state
+
+    @property
+    def generation(self) -> int:
+        """The generation of the active process, 0 when there is none."""
+        return self._state.active.generation if self._state.active else 0
+
+    @property
+    def active_pid(self) -> int | None:
+        """The process that serves."""
+        return self._pid(self._state.active.generation if self._state.active else None)
+
+    @property
+    def standby_pid(self) -> int | None:
+        """The process that waits to take over."""
+        return self._pid(self._state.standby.generation if self._state.standby else None)
+
+    @property
+    def standby_ready(self) -> bool:
+        """Whether a standby has prepared everything."""
+        return self._state.standby is not None and self._state.standby.ready
+
+    def _pid(self, generation: int | None) -> int | None:
+        member = self.crew.get(generation)
+        return None if member is None else member.pid
+
+    async def status(self) -> dict[str, Any]:
+        """The active backend's own status, asked now. Raises Unavailable, OutcomeUnknown."""
+        return await self._ask("status")
+
+    async def inject_fault(self, rule: dict[str, Any] | None) -> None:
+        """For tests: sets or removes the active backend's fault rule (see semper-blkd)."""
+        await self._ask("fault", rule=rule)
+
+    async def _ask(self, command: str, **arguments: Any) -> dict[str, Any]:
+        member = self.crew.get(self.generation)
+        if member is None:
+            raise Unavailable(f"disk {self.name} has no active backend now: {self.reason}")
+        return await control.ask(member.control, command, **arguments)
+
+    # What can be asked of it
+
+    async def wait_serving(self, timeout_s: float) -> None:
+        """Waits until a backend serves. Raises Unavailable at the deadline."""
+        await self.changes.wait_until(
+            lambda: self._state.active is not None and self._state.active.serving_since is not None,
+            timeout_s=timeout_s,
+            what=f"a serving backend of disk {self.name}",
+        )
+
+    async def wait_standby_ready(self, timeout_s: float) -> None:
+        """Waits until a backend serves and a standby is ready. Raises Unavailable."""
+        await self.changes.wait_until(
+            lambda: self.condition == "guarded",
+            timeout_s=timeout_s,
+            what=f"a standby of disk {self.name}",
+        )
+
+    async def upgrade(self, binary: str | None = None) -> None:
+        """Serves from another binary (by default the installed one); the guest goes on.
+
+        Returns when the new one serves. Raises StateConflict when the disk is not served or
+        is being upgraded, Unavailable when the new one failed: then the old binary serves.
+        """
+        chosen = binary or self.setup.command.binary()
+        await check_binary(chosen, self.setup.options)
+        ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._upgrades.append(ended)
+        self.post(UpgradeAsked(chosen))
+        await ended
+        self.upgrade_count += 1
+
+    async def stop(self) -> None:
+        """Ends all backends, the active one after draining.
+
+        Raises OutcomeUnknown when a process does not end; the disk must then not be served
+        elsewhere.
+        """
+        self.post(StopAsked())
+        try:
+            await self.changes.wait_until(
+                lambda: self.stopped, timeout_s=STOP_DEADLINE_S, what="the backends' end"
+            )
+        except Unavailable as error:
+            pids = [pid for pid in (self.active_pid, self.standby_pid) if pid]
+            raise OutcomeUnknown(
+                f"disk {self.name}: the backend {pids} does not end",
+                remedy="look at its kernel stack in /proc/PID/stack; the storage may hang",
+            ) from error
+        await self.detach()
+        self.setup.files.socket.unlink(missing_ok=True)
+        remove_record(self.setup.record)
+
+    async def detach(self) -> None:
+        """Leaves the backends running, for another agent to adopt."""
+        if self._timer is not None:
+            self._timer.cancel()
+        for task in (self._owner, *self._tasks):
+            task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._owner
+        self.crew.release()
+
+    def keep(self, task: asyncio.Task[None]) -> None:
+        """Keeps a task that works on this disk; it ends with `detach`."""
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def post(self, event: SupervisionEvent) -> None:
+        """Gives the owner task an event."""
+        self._queue.put_nowait(event)
+
+    # The owner task
+
+    async def _own(self) -> None:
+        while True:
+            event = await self._queue.get()
+            self._state, effects = decide(self._state, event, time.monotonic(), self.setup.policy)
+            for effect in effects:
+                self._carry_out(effect)
+            self._rearm()
+            if not self.stopped:
+                self.crew.record(self._state, self.restart_count)
+            self.changes.notify()
+
+    def _rearm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        wake = next_wake(self._state)
+        if wake is not None:
+            # loop.time() is time.monotonic().
+            self._timer = asyncio.get_running_loop().call_at(wake, self.post, Tick())
+
+    def _carry_out(self, effect: Effect) -> None:
+        match effect:
+            case Start(generation):
+                self.crew.start(effect, active=self.generation == generation)
+            case Terminate(generation):
+                self.crew.send_signal(generation, signal.SIGTERM)
+            case Kill(generation):
+                self.crew.send_signal(generation, signal.SIGKILL)
+            case TookOver():
+                self._took_over(effect)
+            case Refused(reason):
+                self.refused = reason
+            case UpgradeEnded(failure):
+                self._upgrade_ended(failure)
+            case UpgradeRefused(reason):
+                refused = self._upgrades.pop()
+                refused.set_exception(StateConflict(f"disk {self.name} is not upgraded: {reason}"))
+            case Stopped():
+                self.stopped = True
+
+    def _took_over(self, event: TookOver) -> None:
+        now = time.time()
+        self.reason = event.reason
+        pid = self._pid(event.successor)
+        self.restarts.append(
+            Restart(
+                time=now,
+                generation=event.predecessor,
+                reason="upgrade" if event.planned else event.reason,
+                planned=event.planned,
+                successor=event.successor,
+                successor_pid=pid,
+                seen_ns=time.monotonic_ns(),
+            )
+        )
+        if not event.planned:
+            self.restart_count += 1
+        if event.successor is not None:
+            self.crew.promote(event.successor)
+        text = f"backend {event.predecessor} ended ({event.reason}); " + (
+            f"backend {event.successor} takes over" if event.successor else "backing off"
+        )
+        self.journal.note(now, "upgrade" if event.planned else "restart", text)
+        level = logging.INFO if event.planned else logging.WARNING
+        log.log(level, "takeover disk=%s %s", self.name, text)
+
+    def _upgrade_ended(self, failure: str) -> None:
+        ended = self._upgrades.popleft() if self._upgrades else None
+        text = f"not upgraded: {failure}" if failure else f"upgraded to {self._state.binary}"
+        self.journal.note(time.time(), "upgrade", text)
+        log.log(logging.ERROR if failure else logging.INFO, "upgrade disk=%s %s", self.name, text)
+        if ended is None or ended.done():
+            return
+        if failure:
+            ended.set_exception(Unavailable(f"disk {self.name}: {text}"))
+        else:
+            ended.set_result(None)
+
+    def _seen(self, member: Running, status: dict[str, Any]) -> None:
+        """The active process told its status."""
+        # Never set back: a backend that has just taken over is not connected *yet*.
+        self.crew.connected |= status.get("state") in takeover.CONNECTED_STATES
+        error = status.get("last_error")
+        if error and error != self.last_error:
+            self.last_error = error
+            text = f"{error.get('op')} at {error.get('offset')}: {error.get('message')}"
+            self.journal.note(time.time(), "io-error", text)
+            log.warning("io-error disk=%s backend=%d %s", self.name, member.generation, text)
+        if self.restarts and self.restarts[-1].successor == member.generation:
+            restart = self.restarts[-1]
+            restart.milestones_ms = takeover.milestones(status["timeline_ns"], restart.seen_ns)
+            restart.replayed = takeover.replayed_count(status)
+        self.changes.notify()

@@ -1,0 +1,130 @@
+"""How a disk comes to be: started anew, or adopted from an agent that is gone."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+
+from sempervirt.core.errors import SempervirtError, Unavailable
+from sempervirt.disk import running as processes
+from sempervirt.disk.disk import Disk
+from sempervirt.disk.record import DiskRecord, RecordedProcess, read_disk_record
+from sempervirt.disk.running import Running
+from sempervirt.disk.setup import DiskSetup
+from sempervirt.disk.supervised import Backend, Begin, Exited, State, Tick
+from sempervirt.host import process
+from sempervirt.host.sockets import borrow_listener, listen_unix
+
+log = logging.getLogger(__name__)
+
+# Opening a block device over a network can take seconds.
+START_DEADLINE_S = 30.0
+
+
+async def start_disk(setup: DiskSetup) -> Disk:
+    """Starts the first backend of a disk and returns when it listens.
+
+    Raises ImageLocked, InvalidRequest or Unavailable as the backend gives its reason; nothing
+    is left running then.
+    """
+    binary = setup.command.binary()
+    disk = Disk(setup, listen_unix(setup.files.socket), State(binary=binary))
+    disk.post(Begin())
+    try:
+        await disk.changes.wait_until(
+            lambda: disk.refused is not None or disk.state.served,
+            timeout_s=START_DEADLINE_S,
+            what=f"the backend of disk {setup.name}",
+        )
+    except BaseException:
+        await disk.stop()
+        raise
+    if disk.refused is None:
+        return disk
+    await disk.stop()
+    if disk.crew.last_end is None:
+        raise Unavailable(f"disk {setup.name}: {disk.refused}")
+    raise processes.refusal(setup.name, *disk.crew.last_end)
+
+
+async def adopt_disk(setup: DiskSetup) -> Disk:
+    """Takes over the backends that an earlier agent started; guests go on meanwhile.
+
+    The listening socket is taken back from a backend that holds it. Where that is not
+    allowed, a new one is bound at the same path: then the old standby, which listens on a
+    socket without a path, is killed before that, and the active one hands over to a process
+    with the new socket as in an upgrade. Processes that nobody recorded are killed.
+    """
+    record = read_disk_record(setup.record) or DiskRecord(1, setup.command.binary(), 0, ())
+    alive = [item for item in record.processes if item.identity.is_alive()]
+    alive.sort(key=lambda item: item.role)  # "active" before "standby"
+    for pid in processes.kill_orphans(setup.files, {item.identity.pid for item in alive}):
+        log.warning("adopt disk=%s killed unrecorded backend pid=%d", setup.name, pid)
+    listener = None
+    for item in alive:
+        listener = listener or borrow_listener(
+            item.identity.pid, item.listen_fd, setup.files.socket
+        )
+    stale = listener is None and bool(alive)
+    if stale:
+        for item in alive[1:]:
+            await _kill(item)
+        alive = alive[:1]
+    backends = [Backend(item.generation, item.binary) for item in alive]
+    state = State(
+        binary=record.binary,
+        next_generation=record.next_generation,
+        active=backends[0] if backends else None,
+        standby=backends[1] if len(backends) > 1 else None,
+        served=True,
+        start_due=None if len(backends) > 1 else 0.0,
+    )
+    disk = Disk(setup, listener or listen_unix(setup.files.socket), state, record.restarts)
+    for item in alive:
+        _admit(disk, item, active=item is alive[0])
+    disk.post(Tick())
+    if stale:
+        disk.keep(asyncio.create_task(_hand_over(disk)))
+    log.info(
+        "adopt disk=%s active=%s standby=%s socket=%s",
+        setup.name,
+        disk.active_pid,
+        disk.standby_pid,
+        "bound again" if listener is None else "taken back",
+    )
+    return disk
+
+
+def _admit(disk: Disk, item: RecordedProcess, *, active: bool) -> None:
+    generation = item.generation
+    adopted = process.adopt(item.identity, lambda end: disk.crew.ended(generation, end))
+    if adopted is None:
+        disk.post(Exited(generation, "ended while it was being adopted"))
+        return
+    files = disk.setup.files
+    member = Running(
+        generation,
+        item.binary,
+        adopted,
+        files.control(generation),
+        files.log(generation),
+        item.listen_fd,
+    )
+    disk.crew.admit(member, active=active)
+
+
+async def _kill(item: RecordedProcess) -> None:
+    adopted = process.adopt(item.identity, lambda end: None)
+    if adopted is not None:
+        adopted.send_signal(signal.SIGKILL)
+        await adopted.wait()
+
+
+async def _hand_over(disk: Disk) -> None:
+    """From an active process with a stale socket to one with the present socket."""
+    try:
+        await disk.wait_standby_ready(START_DEADLINE_S)
+        await disk.upgrade(disk.state.binary)
+    except SempervirtError as error:
+        log.error("adopt disk=%s keeps a backend with a stale socket: %s", disk.name, error)  # noqa: TRY400

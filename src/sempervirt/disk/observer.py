@@ -1,0 +1,71 @@
+"""Watches one backend process over its control socket and reports what it has reached.
+
+Nothing waits for these reports while a guest stalls: the take-over itself is the kernel's and
+the backends' own. So it asks rarely at first after a take-over, when the processors are
+needed elsewhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from sempervirt.core.errors import SempervirtError
+from sempervirt.disk import takeover
+from sempervirt.disk.control import ask
+from sempervirt.disk.running import Running
+from sempervirt.disk.supervised import Progressed, Ready, Serving, SupervisionEvent
+
+# Seconds between two questions: while it starts (grows), just promoted, and when all is well.
+STARTING_S, STARTING_MAX_S = 0.005, 0.1
+PROMOTED_S = 0.02
+STEADY_S = 1.0
+
+Report = Callable[[SupervisionEvent], None]
+Seen = Callable[[Running, dict[str, Any]], None]
+
+
+async def observe(
+    running: Running, report: Report, seen: Seen, connection_expected: Callable[[], bool]
+) -> None:
+    """Reports Ready, then, once `running.promoted` is set, Serving and Progressed.
+
+    `seen` gets every status of a promoted process. Runs until it is cancelled.
+    """
+    if not running.promoted.is_set():
+        await _answers_when(running, takeover.is_prepared)
+        report(Ready(running.generation))
+        await running.promoted.wait()
+        await asyncio.sleep(PROMOTED_S)
+    await _answers_when(
+        running, lambda s: takeover.serves(s, connection_expected=connection_expected()), seen
+    )
+    report(Serving(running.generation))
+    await _answers_when(running, takeover.has_progressed, seen, STEADY_S)
+    report(Progressed(running.generation))
+    while True:
+        await asyncio.sleep(STEADY_S)
+        await _ask(running, seen)
+
+
+async def _answers_when(
+    running: Running,
+    reached: Callable[[dict[str, Any]], bool],
+    seen: Seen | None = None,
+    ceiling_s: float = STARTING_MAX_S,
+) -> None:
+    interval_s = STARTING_S
+    while not reached(await _ask(running, seen)):
+        await asyncio.sleep(interval_s)
+        interval_s = min(interval_s * 1.5, ceiling_s)
+
+
+async def _ask(running: Running, seen: Seen | None) -> dict[str, Any]:
+    try:
+        running.status = await ask(running.control, "status")
+    except SempervirtError:
+        return {}  # it does not listen yet, or has just ended, which its pidfd tells
+    if seen is not None:
+        seen(running, running.status)
+    return running.status

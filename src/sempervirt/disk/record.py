@@ -1,0 +1,74 @@
+"""What an agent leaves for the next one about a disk's processes.
+
+{"version": 1, "next_generation": 7, "binary": "…", "restarts": 3,
+ "processes": [{"role": "active", "generation": 5, "binary": "…", "listen_fd": 9,
+                "pid": 4711, "start_ticks": 123456, "boot_id": "…"}, …]}
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sempervirt.host.procfs import ProcessId
+from sempervirt.host.records import RecordDamaged, read_record, write_record
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class RecordedProcess:
+    """One process of a disk. `role` is "active" or "standby"."""
+
+    role: str
+    generation: int
+    binary: str
+    listen_fd: int
+    identity: ProcessId
+
+
+@dataclass(frozen=True)
+class DiskRecord:
+    """The content of the record."""
+
+    next_generation: int
+    binary: str
+    restarts: int
+    processes: tuple[RecordedProcess, ...]
+
+    def write(self, path: Path) -> None:
+        """Replaces the record at `path`."""
+        content = asdict(self)
+        for item in content["processes"]:
+            item.update(item.pop("identity"))
+        write_record(path, VERSION, content)
+
+
+def read_disk_record(path: Path) -> DiskRecord | None:
+    """The record at `path`, None when there is none. Raises RecordDamaged."""
+    content = read_record(path, VERSION)
+    if content is None:
+        return None
+    try:
+        return DiskRecord(
+            next_generation=int(content["next_generation"]),
+            binary=str(content["binary"]),
+            restarts=int(content["restarts"]),
+            processes=tuple(_recorded(item) for item in content["processes"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise RecordDamaged(
+            f"{path} is not the record of a disk: {error!r}",
+            remedy="move the file away and start the VM again",
+        ) from error
+
+
+def _recorded(item: dict[str, Any]) -> RecordedProcess:
+    return RecordedProcess(
+        role=str(item["role"]),
+        generation=int(item["generation"]),
+        binary=str(item["binary"]),
+        listen_fd=int(item["listen_fd"]),
+        identity=ProcessId(int(item["pid"]), int(item["start_ticks"]), str(item["boot_id"])),
+    )

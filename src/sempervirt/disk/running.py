@@ -1,0 +1,144 @@
+"""One backend process of a disk: its files, its start, and what it said when it ended."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sempervirt.core.errors import ImageLocked, InvalidRequest, SempervirtError, Unavailable
+from sempervirt.disk.backend import BackendCommand, Launch
+from sempervirt.host import process
+from sempervirt.host.process import Exit, Process
+from sempervirt.host.procfs import find_by_argument
+
+LOGS_KEPT = 5
+_ERROR_LINE = re.compile(r"\S+: error: (?P<cause>.*?)(?:; (?P<remedy>[^;]*))?")
+# Exit codes of semper-blkd.
+_LOCKED, _UNUSABLE = 3, 4
+
+
+@dataclass(frozen=True)
+class DiskFiles:
+    """Where a disk keeps its sockets and logs: RUN/vm/<vm>/disk-<disk>…"""
+
+    directory: Path
+    disk: str
+
+    @property
+    def socket(self) -> Path:
+        """What QEMU connects to."""
+        return self.directory / f"disk-{self.disk}.sock"
+
+    def control(self, generation: int) -> Path:
+        """The control socket of one process."""
+        return self.directory / f"disk-{self.disk}-{generation}.ctl"
+
+    def log(self, generation: int) -> Path:
+        """What one process wrote."""
+        return self.directory / f"disk-{self.disk}-{generation}.log"
+
+    def logs(self) -> list[Path]:
+        """The logs that are there, oldest first."""
+        pattern = re.compile(rf"disk-{re.escape(self.disk)}-(\d+)\.log")
+        found = [
+            (int(match[1]), path)
+            for path in self.directory.glob("disk-*.log")
+            if (match := pattern.fullmatch(path.name))
+        ]
+        return [path for _, path in sorted(found)]
+
+    def prune(self, generation: int) -> None:
+        """Removes what a process of that generation left, except the last logs."""
+        self.control(generation).unlink(missing_ok=True)
+        for path in self.logs()[:-LOGS_KEPT]:
+            path.unlink(missing_ok=True)
+
+    def find_processes(self) -> list[int]:
+        """Pids of this disk's backends, recorded or not."""
+        control = re.escape(str(self.directory / f"disk-{self.disk}-"))
+        return find_by_argument(re.compile(rf"--control-socket={control}\d+\.ctl"))
+
+
+@dataclass
+class Running:
+    """A process that was started and has not been seen to end."""
+
+    generation: int
+    binary: str
+    process: Process
+    control: Path
+    log: Path
+    listen_fd: int
+    status: dict[str, Any] = field(default_factory=dict)
+    promoted: asyncio.Event = field(default_factory=asyncio.Event)
+    watcher: asyncio.Task[None] | None = None
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self.process.pid
+
+    def release(self) -> None:
+        """Stops watching it; it runs on."""
+        if self.watcher is not None:
+            self.watcher.cancel()
+        self.process.forget()
+
+    def last_words(self) -> str:
+        """The cause it gave, in one line, or an empty string."""
+        return next((line for line in reversed(process.tail_of(self.log)) if line.strip()), "")
+
+
+def start(
+    command: BackendCommand,
+    launch: Launch,
+    files: DiskFiles,
+    generation: int,
+    on_exit: Callable[[Exit], None],
+) -> Running:
+    """Starts one process. Raises CommandFailed when the program cannot be started."""
+    launch.control.unlink(missing_ok=True)
+    log = files.log(generation)
+    started = process.spawn(
+        command.argv(launch),
+        log=log,
+        on_exit=on_exit,
+        pass_fds=(launch.listen_fd,),
+        environment=command.environment,
+    )
+    return Running(generation, launch.binary, started, launch.control, log, launch.listen_fd)
+
+
+def describe_end(end: Exit, last_words: str) -> str:
+    """The reason of an end in one line: what the process said, or else how it ended."""
+    match = _ERROR_LINE.fullmatch(last_words)
+    return f"{end}: {match['cause']}" if match else str(end)
+
+
+def refusal(disk: str, end: Exit, last_words: str) -> SempervirtError:
+    """Why the first process of a disk would not serve."""
+    match = _ERROR_LINE.fullmatch(last_words)
+    cause = match["cause"] if match else last_words or str(end)
+    remedy = (match["remedy"] or "") if match else ""
+    message = f"disk {disk}: {cause}"
+    if end.code == _LOCKED:
+        return ImageLocked(message, remedy=remedy or "end the program that uses the image")
+    if end.code == _UNUSABLE:
+        return InvalidRequest(message, remedy=remedy)
+    return Unavailable(f"disk {disk}: the backend ended at once ({end}): {cause}", remedy=remedy)
+
+
+def kill_orphans(files: DiskFiles, keep: set[int]) -> list[int]:
+    """SIGKILL to this disk's backends that nobody watches: they listen on a stale socket."""
+    orphans = [pid for pid in files.find_processes() if pid not in keep]
+    for pid in orphans:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return orphans
