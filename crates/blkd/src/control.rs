@@ -92,7 +92,7 @@ impl Control {
         }
     }
 
-    fn answer(&self, line: &str) -> Value {
+    pub(crate) fn answer(&self, line: &str) -> Value {
         let invalid = |id: Value, message: String| json!({"id": id, "error": {"kind": "invalid", "message": message}});
         let request: Request = match serde_json::from_str(line) {
             Ok(request) => request,

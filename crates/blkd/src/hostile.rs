@@ -1,0 +1,130 @@
+//! Doors for fuzzers and tests: each takes what an enemy controls and gives it to the real code.
+//!
+//! Nothing of the program goes through here, and nothing here is an interface for anybody else.
+
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use semper_block::{FaultSwitch, Image, NullEngine, OpenOptions};
+use semper_inflight::{NoHook, TrackedQueue};
+use semper_ring::ChainError;
+use vhost::vhost_user::BackendReqHandler;
+
+use crate::control::Control;
+use crate::device::Device;
+use crate::queue::Disk;
+use crate::request::{ID_SIZE, Parsed, Rules, Slot, parse};
+use crate::state::Shared;
+use crate::worker::Worker;
+
+/// A disk for as many attacks as you like; the null engine never touches the image's data.
+pub struct Target {
+    disk: Arc<Disk>,
+}
+
+/// What a descriptor chain was taken for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// I/O on this range of the disk, with segments of this many bytes in all.
+    Io {
+        /// First byte on the disk.
+        offset: u64,
+        /// Bytes.
+        len: u64,
+        /// Sum of the segments' lengths.
+        segments: u64,
+    },
+    /// Answered at once with a status byte.
+    Answered(u8),
+    /// No room for a status byte.
+    Unanswerable,
+}
+
+impl Target {
+    /// A disk on the image at `path`.
+    ///
+    /// # Panics
+    /// When the image cannot be opened.
+    pub fn new(path: &Path, read_only: bool, num_queues: u16) -> Self {
+        let options = OpenOptions { read_only, ..OpenOptions::default() };
+        let image = Image::open(path, options).expect("the target's image");
+        let shared = Arc::new(Shared::new(num_queues));
+        Self { disk: Arc::new(Disk { image: Arc::new(image), serial: [b's'; ID_SIZE], shared }) }
+    }
+
+    /// Bytes that the guest sees.
+    pub fn capacity(&self) -> u64 {
+        self.disk.image.capacity()
+    }
+
+    /// Parses the chain at `head` as a queue's thread does; `room` is reused like a queue's slot.
+    ///
+    /// # Errors
+    /// [`ChainError`].
+    pub fn parse(
+        &self,
+        queue: &TrackedQueue<NoHook>,
+        head: u16,
+        room: &mut Room,
+        write_through: bool,
+    ) -> Result<Verdict, ChainError> {
+        let Disk { image, serial, .. } = &*self.disk;
+        let slot = &mut room.0;
+        Ok(match parse(queue, head, slot, Rules { image, serial, write_through })? {
+            Parsed::Io => Verdict::Io {
+                offset: slot.offset,
+                len: slot.len,
+                segments: slot.io.segments().iter().map(|s| s.iov_len as u64).sum(),
+            },
+            Parsed::Answer { status, .. } => Verdict::Answered(status),
+            Parsed::Unanswerable => Verdict::Unanswerable,
+        })
+    }
+
+    /// A device with real threads and the null engine, ready for front ends.
+    ///
+    /// # Panics
+    /// When the system has no thread or descriptor left.
+    pub fn device(&self, threads: usize) -> Server {
+        let workers = (0..threads)
+            .map(|i| Worker::spawn(format!("w{i}"), Arc::clone(&self.disk), NullEngine::new))
+            .collect::<Result<_, _>>()
+            .expect("the target's threads");
+        Server { device: Arc::new(Mutex::new(Device::new(Arc::clone(&self.disk), workers, true))) }
+    }
+
+    /// Answers one line of the control socket.
+    pub fn control(&self, line: &str) -> String {
+        let control = Control {
+            disk: Arc::clone(&self.disk),
+            faults: FaultSwitch::default(),
+            engine: "null",
+            threads: 1,
+        };
+        control.answer(line).to_string()
+    }
+}
+
+/// Room for one parsed request.
+#[derive(Default)]
+pub struct Room(Slot);
+
+/// A device behind a vhost-user connection.
+pub struct Server {
+    device: Arc<Mutex<Device>>,
+}
+
+impl Server {
+    /// Speaks vhost-user on `stream` until the other end breaks the connection or the rules; gives
+    /// the number of messages handled. The device then finishes everything and is as new.
+    pub fn serve(&self, stream: UnixStream) -> u64 {
+        let mut handler = BackendReqHandler::from_stream(stream, Arc::clone(&self.device));
+        let mut handled = 0;
+        while handler.handle_request().is_ok() {
+            handled += 1;
+        }
+        self.device.lock().unwrap_or_else(PoisonError::into_inner).disconnect();
+        handled
+    }
+}
