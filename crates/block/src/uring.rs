@@ -1,9 +1,18 @@
 //! The io_uring engine: many requests in flight from one thread, one system call for a batch.
+//!
+//! Two features that would make it a little cheaper are left out on purpose, because they make
+//! the *next* process wait. The image lock is free when the last reference to the open file is
+//! gone (see `lock`). A registered file is let go only when the kernel has torn down the dead
+//! process's ring, 20 to 60 ms after its death; and with deferred task work, requests that end
+//! after the death wait for the same tear-down, which looks every 50 ms. Measured from SIGKILL to
+//! the lock in the next process, O_DIRECT on ext4 under load, median: 41 ms with both, 7 ms with
+//! deferred task work alone, 2 ms with neither. The price is 0.1 to 0.5 µs of processor time for
+//! each request.
 
 use std::io;
 use std::os::fd::RawFd;
 
-use io_uring::types::{Fd, Fixed};
+use io_uring::types::Fd;
 use io_uring::{IoUring, opcode, squeue};
 
 use crate::engine::{Engine, Submission};
@@ -16,12 +25,10 @@ const ENTER_GETEVENTS: u32 = 1;
 const WAKER: u64 = 1 << 63;
 /// Completions of our own cancel requests.
 const IGNORED: u64 = u64::MAX;
-/// The image is registered at this index.
-const IMAGE: Fixed = Fixed(0);
 
-/// io_uring with one issuer, deferred task work and a registered image. Create it in the thread
-/// that uses it.
+/// io_uring with one issuer. Create it in the thread that uses it.
 pub struct UringEngine {
+    image: Fd,
     ring: IoUring,
     in_flight: usize,
     /// Wakers whose poll ended and must be armed again.
@@ -38,13 +45,11 @@ impl UringEngine {
         let ring = IoUring::builder()
             .setup_single_issuer()
             .setup_coop_taskrun()
-            .setup_defer_taskrun()
             .setup_cqsize(4 * ENTRIES)
             .build(ENTRIES)
             // Kernels before 6.1 do not know some of these.
             .or_else(|_| IoUring::builder().setup_cqsize(4 * ENTRIES).build(ENTRIES))?;
-        ring.submitter().register_files(&[fd])?;
-        Ok(Self { ring, in_flight: 0, rearm: Vec::new(), wakers: Vec::new() })
+        Ok(Self { image: Fd(fd), ring, in_flight: 0, rearm: Vec::new(), wakers: Vec::new() })
     }
 
     /// Puts an entry into the submission queue, making room if there is none.
@@ -93,29 +98,30 @@ impl Engine for UringEngine {
     unsafe fn submit(&mut self, token: u64, io: &Io) -> Submission {
         let segments = io.segments();
         let count = segments.len().min(libc::UIO_MAXIOV as usize) as u32;
+        let image = self.image;
         let entry = match (io.op, segments) {
             (Op::Read, [one]) => {
-                opcode::Read::new(IMAGE, one.iov_base.cast(), bounded(one.iov_len))
+                opcode::Read::new(image, one.iov_base.cast(), bounded(one.iov_len))
                     .offset(io.offset)
                     .build()
             }
             (Op::Read, _) => {
-                opcode::Readv::new(IMAGE, segments.as_ptr(), count).offset(io.offset).build()
+                opcode::Readv::new(image, segments.as_ptr(), count).offset(io.offset).build()
             }
             (Op::Write { stable }, [one]) => {
-                opcode::Write::new(IMAGE, one.iov_base.cast(), bounded(one.iov_len))
+                opcode::Write::new(image, one.iov_base.cast(), bounded(one.iov_len))
                     .offset(io.offset)
                     .rw_flags(if stable { libc::RWF_DSYNC } else { 0 })
                     .build()
             }
-            (Op::Write { stable }, _) => opcode::Writev::new(IMAGE, segments.as_ptr(), count)
+            (Op::Write { stable }, _) => opcode::Writev::new(image, segments.as_ptr(), count)
                 .offset(io.offset)
                 .rw_flags(if stable { libc::RWF_DSYNC } else { 0 })
                 .build(),
             (Op::Flush, _) => {
-                opcode::Fsync::new(IMAGE).flags(io_uring::types::FsyncFlags::DATASYNC).build()
+                opcode::Fsync::new(image).flags(io_uring::types::FsyncFlags::DATASYNC).build()
             }
-            (Op::Discard | Op::WriteZeroes { .. }, _) => opcode::Fallocate::new(IMAGE, io.len)
+            (Op::Discard | Op::WriteZeroes { .. }, _) => opcode::Fallocate::new(image, io.len)
                 .offset(io.offset)
                 .mode(fallocate_mode(io.op))
                 .build(),
