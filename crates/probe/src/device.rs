@@ -52,8 +52,12 @@ fn serial_of(name: &str) -> String {
 
 fn names() -> Vec<String> {
     let Ok(entries) = fs::read_dir(SYS_BLOCK) else { return Vec::new() };
-    let mut names: Vec<String> =
-        entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+    let mut names: Vec<String> = entries
+        .flatten()
+        // A path of a multipath NVMe disk has no node of its own.
+        .filter(|entry| attribute(&entry.path().join("hidden")) != "1")
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .collect();
     names.sort();
     names
 }

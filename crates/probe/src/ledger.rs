@@ -61,6 +61,13 @@ impl Ledger {
     pub fn report(&self, block: usize) -> bool {
         self.words[block].fetch_or(REPORTED, Ordering::AcqRel) & REPORTED == 0
     }
+
+    /// Clears all marks: a run that begins counts for itself.
+    pub fn forget_reports(&self) {
+        for word in &self.words {
+            word.fetch_and(!REPORTED, Ordering::AcqRel);
+        }
+    }
 }
 
 #[cfg(test)]

@@ -330,12 +330,14 @@ impl Shared {
         locked(&self.wrong).clone()
     }
 
-    /// Requests that are out for too long.
+    /// Requests that are out for too long; after the stop's deadline, lanes that did not come back.
     pub fn hung(&self, now_ns: u64) -> u64 {
-        let limit = if self.overdue.load(Ordering::Acquire) { 0 } else { self.config.hang_ns() };
+        if self.overdue.load(Ordering::Acquire) {
+            return u64::from(self.active.load(Ordering::Acquire));
+        }
         let hung = |lane: &&Arc<LaneState>| {
             let issued = lane.issued_ns.load(Ordering::Acquire);
-            issued != 0 && now_ns.saturating_sub(issued) > limit
+            issued != 0 && now_ns.saturating_sub(issued) > self.config.hang_ns()
         };
         locked(&self.lanes).iter().filter(hung).count() as u64
     }
@@ -367,6 +369,7 @@ impl Run {
         wakeup: Wakeup,
     ) -> Result<Self, Failure> {
         let identity = Identity { nonce, device: device.id() };
+        ledger.forget_reports();
         let run = Self {
             shared: Arc::new(Shared {
                 identity,

@@ -6,7 +6,7 @@ initramfs     builds the image (`python -m sempervirt.guest build`, called by `m
 """
 
 from sempervirt.guest.errors import ProbeGone, ProbeRebooted, ProbeRefused, ProbeSilent
-from sempervirt.guest.image import CMDLINE, GuestImage, image
+from sempervirt.guest.location import CMDLINE, GuestImage, image
 from sempervirt.guest.probe import ClockOffset, ProbeClient
 
 __all__ = [

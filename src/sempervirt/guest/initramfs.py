@@ -13,7 +13,7 @@ from pathlib import Path
 
 from sempervirt.core.errors import CommandFailed, NotFound
 from sempervirt.guest.cpio import Archive
-from sempervirt.guest.image import INITRD, KERNEL, RELEASE, GuestImage
+from sempervirt.guest.location import INITRD, KERNEL, RELEASE, GuestImage
 from sempervirt.guest.modules import choose_modules, module_list
 
 BUSYBOX = Path("/bin/busybox")

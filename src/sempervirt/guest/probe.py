@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from sempervirt.core.errors import Unavailable
 from sempervirt.guest.connection import ProbeConnection
 from sempervirt.guest.errors import ProbeGone, ProbeRebooted, ProbeSilent
 from sempervirt.guest.reports import (
@@ -21,6 +24,8 @@ from sempervirt.guest.reports import (
     Stats,
     Timeline,
 )
+
+STATS_POLL_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,26 @@ class ProbeClient(ProbeConnection):
 
     async def stats(self, *, device: str | None = None) -> Stats:
         return Stats.model_validate(await self.call("stats", device=device))
+
+    async def wait_stats(
+        self,
+        condition: Callable[[Stats], bool],
+        *,
+        device: str | None = None,
+        deadline_s: float = 60.0,
+    ) -> Stats:
+        """Waits until the figures of the writers fulfil a condition, and gives them.
+
+        Raises Unavailable, with the last figures, when they do not by the deadline.
+        """
+        give_up = time.monotonic() + deadline_s
+        while True:
+            stats = await self.stats(device=device)
+            if condition(stats):
+                return stats
+            if time.monotonic() > give_up:
+                raise Unavailable(f"not reached within {deadline_s:g} s; the last figures: {stats}")
+            await asyncio.sleep(STATS_POLL_S)
 
     async def timeline(self, *, since_ns: int = 0, device: str | None = None) -> Timeline:
         answer = await self.call("timeline", device=device, since_ns=since_ns)

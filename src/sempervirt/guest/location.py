@@ -8,8 +8,8 @@ from pathlib import Path
 
 from sempervirt.core.errors import NotFound
 
-# What the guest's kernel should be told. Most of it is for speed under emulation: no calibration, no
-# measurement of one clock by another, no self-tests of ciphers. A panic reboots at once.
+# What the guest's kernel should be told. Most of it is for speed under emulation: no calibration,
+# no measurement of one clock by another, no self-tests of ciphers. A panic reboots at once.
 CMDLINE = (
     "console=ttyS0 quiet loglevel=4 panic=-1 reboot=t tsc=reliable tsc=nowatchdog no_timer_check "
     "mitigations=off cryptomgr.notests random.trust_cpu=on audit=0"
