@@ -28,6 +28,8 @@ def main() -> int:
     """Do what the command line says; the exit status."""
     options = parse()
     console = Console()
+    if not console.is_terminal:
+        console.width = 160  # a file has no width, and a table cut to 80 columns says nothing
     try:
         results = Results.read(options.earlier) if options.earlier else _measure(options, console)
         if options.update:

@@ -1,8 +1,9 @@
 """Runs all measurements of a bench, one after the other."""
 
+import subprocess
 import tempfile
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,6 +78,9 @@ def _measure(plan: Plan, storage: Storage, case: Case, backend: Backend, seed: i
                     timeout_s=plan.seconds + plan.warmup + 4 * PATIENCE_S,
                 )
             except LoadError as error:
+                # If the backend is ending, it has not yet said why.
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=1)
                 raise LoadError(f"{error}; {backend.name}: {last_words(log)}") from error
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from bench.ratios import spread
 from bench.results import Results, Row
-from bench.verdicts import GOALS, Goal, Verdict, compare
+from bench.verdicts import GOALS, Goal, Metric, Verdict, compare
 
 BEGIN = "<!-- bench: begin (python -m bench --update writes this part) -->"
 END = "<!-- bench: end -->"
@@ -84,7 +84,12 @@ def ratio_cell(ratios: list[float]) -> str:
     return f"{seen.median:.2f} ({seen.q1:.2f}–{seen.q3:.2f})"
 
 
-MARKS = {Verdict.BETTER: "reached", Verdict.WITHIN_NOISE: "within the noise", Verdict.WORSE: "no"}
+def mark(ratios: list[float], metric: Metric, bound: float) -> str:
+    """Whether the median keeps the bound, and whether the noise lets one say so."""
+    median = spread(ratios).median
+    word = "reached" if (median >= bound if metric == "iops" else median <= bound) else "missed"
+    noise = compare(ratios, metric, bound) is Verdict.WITHIN_NOISE
+    return f"{word} (noise)" if noise else word
 
 
 def goal_rows(results: Results, backend: str) -> Iterator[tuple[Goal, str, dict[str, str]]]:
@@ -97,8 +102,8 @@ def goal_rows(results: Results, backend: str) -> Iterator[tuple[Goal, str, dict[
                 ratios = row.ratios(metric)
                 if ratios:
                     sign = "≥" if metric == "iops" else "≤"
-                    mark = MARKS[compare(ratios, metric, bound)]
-                    cells[metric] = f"{ratio_cell(ratios)} {sign} {bound:g}: {mark}"
+                    verdict = mark(ratios, metric, bound)
+                    cells[metric] = f"{ratio_cell(ratios)} {sign} {bound:g}: {verdict}"
             if cells:
                 yield goal, case, cells
 

@@ -1,7 +1,9 @@
 """Where the image lies."""
 
+import fcntl
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,6 +11,7 @@ from pathlib import Path
 
 NAMES = ("tmpfs", "cached", "direct", "null")
 CHUNK = 16 << 20
+UNLOCK_TIMEOUT_S = 10.0
 
 
 class StorageError(Exception):
@@ -36,7 +39,11 @@ class Storage:
         return f"{self.file_system} {'O_DIRECT' if self.direct else 'cached'}"
 
     def settle(self) -> None:
-        """Bring the image to rest after a run: what is dirty would be written during the next."""
+        """Bring the image to rest after a run: what is dirty would be written during the next.
+
+        Raises StorageError if a lock of the run stays on the image.
+        """
+        self._wait_unlocked()
         if self.null or self.name == "tmpfs":
             return
         descriptor = os.open(self.image, os.O_RDONLY)
@@ -46,6 +53,21 @@ class Storage:
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(descriptor)
+
+    def _wait_unlocked(self) -> None:
+        """The kernel frees an io_uring, and with it its files' locks, after the process is gone."""
+        deadline = time.monotonic() + UNLOCK_TIMEOUT_S
+        with self.image.open("rb+") as image:
+            while True:
+                try:
+                    fcntl.lockf(image, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError as error:
+                    if time.monotonic() > deadline:
+                        message = f"{self.image} is still locked {UNLOCK_TIMEOUT_S:.0f} s later"
+                        raise StorageError(message) from error
+                    time.sleep(0.002)
+                else:
+                    return
 
 
 def file_system(path: Path) -> str:
