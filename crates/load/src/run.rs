@@ -156,10 +156,11 @@ fn set_up(options: &Options, path: &std::path::Path) -> Result<Device, SetupErro
     let capacity_bytes = transport.get_config().map_err(connection)?.capacity.to_native() * 512;
     let span_bytes = options.span.map_or(capacity_bytes, |span| span.min(capacity_bytes));
     let memory = Memory::new(queues * depth, options.block_size as usize)?;
-    let rings = VirtioBlkQueue::setup_queues(&mut *transport, queues, options.ring_size())
-        .map_err(connection)?;
+    // Before the rings, as QEMU does: a ring that starts may already have requests to replay.
     transport
         .map_mem_region(memory.address(), memory.length(), memory.fd(), 0)
+        .map_err(connection)?;
+    let rings = VirtioBlkQueue::setup_queues(&mut *transport, queues, options.ring_size())
         .map_err(connection)?;
 
     let blocks = span_bytes / options.block_size;
