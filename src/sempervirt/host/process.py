@@ -25,6 +25,7 @@ from sempervirt.host.procfs import ProcessId, identify, start_ticks
 
 TAIL_LINES = 20
 _TAIL_BYTES = 16 << 10
+_LINE_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -179,8 +180,13 @@ async def run(
     timeout_s: float,
     stdin: str = "",
     accept: Sequence[int] = (0,),
+    hopeless: str | None = None,
 ) -> Completed:
-    """Runs a command to its end. Raises CommandFailed for any other exit code or the deadline."""
+    """Runs a command to its end.
+
+    Raises CommandFailed for an exit code that is not accepted, at the deadline, and as soon
+    as a line of stderr contains `hopeless`. The command has ended when this returns.
+    """
     command = shlex.join(argv)
     try:
         child = await asyncio.create_subprocess_exec(
@@ -188,25 +194,54 @@ async def run(
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
+            limit=_LINE_BYTES,
         )
     except OSError as error:
         raise _cannot_start(argv, error) from error
+    output: tuple[list[str], list[str]] = ([], [])
     try:
         async with asyncio.timeout(timeout_s):
-            stdout, stderr = (
-                part.decode(errors="replace") for part in await child.communicate(stdin.encode())
+            reading = asyncio.gather(
+                _read(child.stdout, output[0], None), _read(child.stderr, output[1], hopeless)
             )
-    except TimeoutError as error:
-        raise CommandFailed(command, None, []) from error
+            await _feed(child.stdin, stdin)
+            await reading
+            await child.wait()
+    except (TimeoutError, _HopelessError) as error:
+        raise CommandFailed(command, None, output[1][-TAIL_LINES:]) from error
     finally:
         if child.returncode is None:
             child.kill()
             await child.wait()
     assert child.returncode is not None
     if child.returncode not in accept:
-        tail = (stdout + stderr).splitlines()[-TAIL_LINES:]
+        tail = (output[0] + output[1])[-TAIL_LINES:]
         raise CommandFailed(command, child.returncode, tail)
-    return Completed(child.returncode, stdout, stderr)
+    return Completed(child.returncode, "\n".join(output[0]), "\n".join(output[1]))
+
+
+class _HopelessError(Exception):
+    """The awaited line was seen."""
+
+
+async def _read(
+    stream: asyncio.StreamReader | None, lines: list[str], hopeless: str | None
+) -> None:
+    assert stream is not None
+    async for raw in stream:
+        line = raw.decode(errors="replace").rstrip("\n")
+        lines.append(line)
+        if hopeless is not None and hopeless in line:
+            raise _HopelessError
+
+
+async def _feed(stream: asyncio.StreamWriter | None, text: str) -> None:
+    assert stream is not None
+    with contextlib.suppress(ConnectionError):
+        stream.write(text.encode())
+        await stream.drain()
+        stream.close()
+        await stream.wait_closed()
 
 
 def _cannot_start(argv: Sequence[str], error: OSError) -> CommandFailed:

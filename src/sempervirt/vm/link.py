@@ -1,0 +1,99 @@
+"""Keeps a VM's monitor connected, passes on what it tells, and notices when it falls silent."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from sempervirt.core.errors import OutcomeUnknown, SempervirtError, Unavailable
+from sempervirt.host.changes import Changes
+from sempervirt.vm.qmp import COMMAND_DEADLINE_S, Monitor
+from sempervirt.vm.states import QemuEvent, Silent, StatusTold, VmEvent
+
+CONNECT_DEADLINE_S = 10.0
+START_DEADLINE_S = 30.0
+HEARTBEAT_S = 5.0
+RETRY_S = 0.02
+RETRY_MAX_S = 1.0
+HANG_UP_S = 0.5
+
+
+class Link:
+    """The way to one QEMU. `run` is its task; `report` gets what it learns."""
+
+    def __init__(self, path: Path, name: str, report: Callable[[VmEvent], None]) -> None:
+        self._path = path
+        self._name = name
+        self._report = report
+        self._monitor: Monitor | None = None
+        self._changes = Changes()
+
+    async def execute(
+        self,
+        command: str,
+        arguments: Mapping[str, Any] | None = None,
+        timeout_s: float = COMMAND_DEADLINE_S,
+    ) -> Any:
+        """Runs a monitor command. Raises as `Monitor.execute` does."""
+        if self._monitor is None:
+            raise Unavailable(f"the monitor of {self._name} is not connected")
+        return await self._monitor.execute(command, arguments, timeout_s=timeout_s)
+
+    async def wait_disconnected(self, timeout_s: float) -> None:
+        """Waits until all that an ending QEMU told was passed on. Raises Unavailable."""
+        await self._changes.wait_until(
+            lambda: self._monitor is None, timeout_s=timeout_s, what="the monitor's last words"
+        )
+
+    async def run(self) -> None:
+        """Connects again and again until it is cancelled."""
+        patience_s = START_DEADLINE_S
+        while True:
+            self._monitor = await self._connect(patience_s)
+            patience_s = 0.0
+            if self._monitor is not None:
+                await self._follow(self._monitor)
+            await asyncio.sleep(RETRY_MAX_S)
+
+    async def _connect(self, patience_s: float) -> Monitor | None:
+        """Tries until `patience_s` is over, then reports silence."""
+        now = asyncio.get_running_loop().time
+        deadline = now() + patience_s
+        interval_s = RETRY_S
+        while True:
+            try:
+                return await Monitor.connect(self._path, self._name, CONNECT_DEADLINE_S)
+            except Unavailable as error:  # not listening (yet)
+                if now() >= deadline:
+                    self._report(Silent(error.message))
+                    return None
+            except OutcomeUnknown as error:
+                self._report(Silent(error.message))
+                return None
+            await asyncio.sleep(interval_s)
+            interval_s = min(interval_s * 1.5, RETRY_MAX_S)
+
+    async def _follow(self, monitor: Monitor) -> None:
+        """Works on one connection until it ends or falls silent, and says so."""
+        following = asyncio.create_task(monitor.follow(self._passed_on))
+        try:
+            while not following.done():
+                self._report(StatusTold(await monitor.query_status()))
+                await asyncio.wait((following,), timeout=HEARTBEAT_S)
+            reason = "the monitor hung up"
+        except SempervirtError as error:
+            reason = error.message
+        finally:
+            following.cancel()
+            await asyncio.wait((following,))
+            self._monitor = None
+            self._changes.notify()
+            await monitor.close()
+        # Mostly it hung up because QEMU ended, and then this task is cancelled right now.
+        await asyncio.sleep(HANG_UP_S)
+        self._report(Silent(reason))
+
+    def _passed_on(self, name: str, data: Mapping[str, Any]) -> None:
+        self._report(QemuEvent(name, str(data.get("reason", ""))))

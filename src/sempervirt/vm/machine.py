@@ -1,0 +1,298 @@
+"""A running VM: one owner task that carries out what `runstate` decides.
+
+Requests, the monitor's events and QEMU's end arrive in one queue; only the task that drains
+it changes the VM's state. Commands to the monitor run beside it, so that `kill` never waits
+for a monitor that hangs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from sempervirt.core.errors import OutcomeUnknown, SempervirtError, StateConflict, Unavailable
+from sempervirt.core.events import Journal
+from sempervirt.host import process
+from sempervirt.host.changes import Changes
+from sempervirt.host.process import Exit, Process
+from sempervirt.host.procfs import ProcessId
+from sempervirt.vm.files import VmFiles
+from sempervirt.vm.link import Link
+from sempervirt.vm.runstate import QUIT_DEADLINE_S, step
+from sempervirt.vm.spec import VmSpec
+from sempervirt.vm.states import (
+    Accept,
+    Asked,
+    Done,
+    Ended,
+    Execute,
+    KillProcess,
+    NotDone,
+    Refusal,
+    Refuse,
+    Request,
+    Runstate,
+    Silent,
+    Tick,
+    VmEffect,
+    VmEvent,
+    VmState,
+)
+
+log = logging.getLogger(__name__)
+
+STOP_GRACE_S = 60.0
+KILL_DEADLINE_S = 10.0
+# The last events of a QEMU that ended are still in the socket.
+DRAIN_S = 2.0
+LOG_LIMIT_BYTES = 4 << 20
+HOUSEKEEPING_S = 10.0
+
+Reply = asyncio.Future[None]
+
+
+class Machine:
+    """One QEMU process, from its start to its end; made by `launch` or `adopt`."""
+
+    def __init__(self, spec: VmSpec, files: VmFiles) -> None:
+        self.spec = spec
+        self.name = spec.name
+        self.files = files
+        self.started = time.time()
+        self.journal = Journal()
+        self.changes = Changes()
+        self._state = VmState()
+        self._process: Process | None = None
+        self._queue: asyncio.Queue[tuple[VmEvent, Reply | None]] = asyncio.Queue()
+        self._pending: Reply | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._link = Link(files.monitor, spec.name, self._post)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._linking: asyncio.Task[None] | None = None
+
+    @classmethod
+    def launch(cls, spec: VmSpec, files: VmFiles, argv: Sequence[str]) -> Machine:
+        """Starts QEMU. Raises CommandFailed when the program cannot be started."""
+        machine = cls(spec, files)
+        machine._watch(process.spawn(argv, log=files.log, on_exit=machine._exited))
+        return machine
+
+    @classmethod
+    def adopt(cls, spec: VmSpec, files: VmFiles, identity: ProcessId | None) -> Machine:
+        """Takes over a QEMU that an earlier agent started, also one that has ended since."""
+        machine = cls(spec, files)
+        adopted = identity and process.adopt(identity, machine._exited)
+        if adopted:
+            machine._watch(adopted)
+        else:
+            machine._keep(machine._own(), "owner")
+            machine._post(Ended(None, None))
+        return machine
+
+    # What it is like
+
+    @property
+    def state(self) -> VmState:
+        """What the state machine knows."""
+        return self._state
+
+    @property
+    def run(self) -> Runstate:
+        """The runstate."""
+        return self._state.run
+
+    @property
+    def pid(self) -> int | None:
+        """QEMU's process id, while it runs."""
+        running = self._process is not None and self._process.exit is None
+        return self._process.pid if running and self._process else None
+
+    @property
+    def identity(self) -> ProcessId | None:
+        """What a later agent recognises the process by."""
+        return self._process.identity if self._process else None
+
+    # What can be asked of it
+
+    async def pause(self) -> None:
+        """Stops the processors. Raises StateConflict, Unavailable or OutcomeUnknown."""
+        await self._ask(Asked(Request.PAUSE))
+
+    async def resume(self) -> None:
+        """Lets a paused guest run on. Raises StateConflict, Unavailable or OutcomeUnknown."""
+        await self._ask(Asked(Request.RESUME))
+
+    async def stop(self, grace_s: float = STOP_GRACE_S) -> None:
+        """Asks the guest to power off and waits for the end; see `runstate` for the rest.
+
+        Raises StateConflict when it cannot react, OutcomeUnknown when QEMU does not end.
+        """
+        await self._ask(Asked(Request.STOP, grace_s))
+        await self._wait_end(grace_s + QUIT_DEADLINE_S + KILL_DEADLINE_S)
+
+    async def kill(self) -> None:
+        """Ends QEMU at once, whatever its state. Raises OutcomeUnknown if that has no effect."""
+        await self._ask(Asked(Request.KILL))
+        await self._wait_end(KILL_DEADLINE_S)
+
+    async def wait_ended(self, timeout_s: float | None = None) -> None:
+        """Waits for QEMU's end. Raises Unavailable at the deadline."""
+        await self.changes.wait_until(
+            lambda: self.run.is_end, timeout_s=timeout_s, what=f"the end of VM {self.name}"
+        )
+
+    async def wait_state(self, *states: Runstate, timeout_s: float) -> None:
+        """Waits for one of `states`. Raises Unavailable at the deadline, or if it ended first."""
+        await self.changes.wait_until(
+            lambda: self.run in states or self.run.is_end,
+            timeout_s=timeout_s,
+            what=f"VM {self.name} to be {' or '.join(state.value for state in states)}",
+        )
+        if self.run not in states:
+            raise Unavailable(f"VM {self.name} has ended: {self._state.why}")
+
+    async def execute(self, command: str, arguments: dict[str, Any] | None = None) -> Any:
+        """A monitor command that does not change the runstate. Raises as `qmp.Monitor` does."""
+        return await self._link.execute(command, arguments)
+
+    async def detach(self) -> None:
+        """Leaves QEMU running, for another agent to adopt; or ends the tasks after its end."""
+        if self._timer is not None:
+            self._timer.cancel()
+        tasks = [task for task in self._tasks if task is not asyncio.current_task()]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+        if self._process is not None:
+            self._process.forget()
+
+    async def _ask(self, event: Asked) -> None:
+        reply: Reply = asyncio.get_running_loop().create_future()
+        self._post(event, reply)
+        await reply
+
+    async def _wait_end(self, timeout_s: float) -> None:
+        try:
+            await self.wait_ended(timeout_s)
+        except Unavailable as error:
+            raise OutcomeUnknown(
+                f"VM {self.name}: QEMU (pid {self.pid}) does not end",
+                remedy="nothing of it may be started elsewhere; look at /proc/PID/stack",
+            ) from error
+
+    # The owner task
+
+    def _watch(self, started: Process) -> None:
+        self._process = started
+        self._keep(self._own(), "owner")
+        self._keep(self._bound_logs(), "logs")
+        self._linking = self._keep(self._link.run(), "monitor")
+
+    def _post(self, event: VmEvent, reply: Reply | None = None) -> None:
+        self._queue.put_nowait((event, reply))
+
+    async def _own(self) -> None:
+        while True:
+            event, reply = await self._queue.get()
+            before = self._state
+            now = time.monotonic()
+            self._state, effects = step(before, event, now)
+            if reply is not None and self._state.pending is not None and not before.pending:
+                self._pending, reply = reply, None
+            for effect in effects:
+                self._carry_out(effect, reply)
+            if self._state.run is not before.run:
+                self._changed(before.run)
+            self._rearm()
+            self.changes.notify()
+
+    def _carry_out(self, effect: VmEffect, reply: Reply | None) -> None:
+        match effect:
+            case Execute(command):
+                self._keep(self._execute(command), command)
+            case KillProcess():
+                if self._process is not None:
+                    self._process.send_signal(signal.SIGKILL)
+            case Accept():
+                self._answer(reply, None)
+            case Refuse():
+                self._answer(reply, self._refusal(effect))
+
+    def _answer(self, reply: Reply | None, error: SempervirtError | None) -> None:
+        if reply is None:
+            reply, self._pending = self._pending, None
+        if reply is None or reply.done():
+            return
+        if error is None:
+            reply.set_result(None)
+        else:
+            reply.set_exception(error)
+
+    def _refusal(self, effect: Refuse) -> SempervirtError:
+        message = f"cannot {effect.request.value} VM {self.name}: {effect.reason}"
+        match effect.kind:
+            case Refusal.UNKNOWN:
+                return OutcomeUnknown(
+                    message, remedy=f"look again with: semper vm show {self.name}"
+                )
+            case Refusal.NOT_DONE:
+                return Unavailable(message)
+            case Refusal.CONFLICT if self.run is Runstate.UNKNOWN:
+                return StateConflict(message, remedy=f"settle it: semper vm kill {self.name}")
+            case Refusal.CONFLICT if effect.request is Request.STOP and not self.run.is_end:
+                return StateConflict(message, remedy="resume it first, or kill it")
+            case Refusal.CONFLICT:
+                return StateConflict(message)
+
+    async def _execute(self, command: str) -> None:
+        try:
+            await self._link.execute(command)
+        except OutcomeUnknown as error:
+            self._post(Silent(error.message))
+        except SempervirtError as error:
+            self._post(NotDone(error.message))
+        else:
+            self._post(Done())
+
+    def _changed(self, before: Runstate) -> None:
+        state = self._state
+        text = f"{before.value} -> {state.run.value}" + (f": {state.why}" if state.why else "")
+        self.journal.note(time.time(), "state", text)
+        bad = state.run in (Runstate.CRASHED, Runstate.UNKNOWN, Runstate.HALTED)
+        log.log(logging.WARNING if bad else logging.INFO, "vm name=%s %s", self.name, text)
+
+    def _rearm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._state.deadline is not None:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_at(self._state.deadline, self._post, Tick())
+
+    def _exited(self, end: Exit) -> None:
+        self._keep(self._finish(end), "end")
+
+    async def _finish(self, end: Exit) -> None:
+        with contextlib.suppress(Unavailable):
+            await self._link.wait_disconnected(DRAIN_S)
+        if self._linking is not None:
+            self._linking.cancel()
+        self._post(Ended(end.code, end.signal))
+
+    async def _bound_logs(self) -> None:
+        while True:
+            for path in (self.files.console_log, self.files.log):
+                process.bound_log(path, LOG_LIMIT_BYTES)
+            await asyncio.sleep(HOUSEKEEPING_S)
+
+    def _keep(self, work: Any, what: str) -> asyncio.Task[None]:
+        task: asyncio.Task[None] = asyncio.create_task(work, name=f"{self.name}: {what}")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task

@@ -1,0 +1,102 @@
+"""QEMU's monitor, on the library qemu.qmp: typed, with a deadline on every call.
+
+What the caller can rely on: `StateConflict` — QEMU refused, nothing was done; `Unavailable` —
+not connected, nothing was sent; `OutcomeUnknown` — sent, and no answer came by the deadline
+or before the connection ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from qemu.qmp import ExecuteError, QMPClient, QMPError, Runstate
+
+from sempervirt.core.errors import OutcomeUnknown, StateConflict, Unavailable
+
+COMMAND_DEADLINE_S = 10.0
+
+# Each failure that the library logs is also raised, and is told there in our words.
+logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
+
+OnEvent = Callable[[str, Mapping[str, Any]], None]
+
+
+class Monitor:
+    """One connection. Made by `connect`; `close` it in any case."""
+
+    def __init__(self, client: QMPClient) -> None:
+        self._client = client
+
+    @classmethod
+    async def connect(cls, path: Path, name: str, timeout_s: float) -> Monitor:
+        """Connects and negotiates.
+
+        Raises Unavailable when nobody listens, OutcomeUnknown when somebody does and says
+        nothing: the process is there, but hangs or talks to another client.
+        """
+        client = QMPClient(name)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await client.connect(str(path))
+        except TimeoutError as error:
+            raise OutcomeUnknown(f"the monitor of {name} does not greet") from error
+        except (QMPError, OSError, EOFError) as error:
+            raise Unavailable(f"the monitor of {name} cannot be reached: {error}") from error
+        return cls(client)
+
+    async def execute(
+        self,
+        command: str,
+        arguments: Mapping[str, Any] | None = None,
+        *,
+        timeout_s: float = COMMAND_DEADLINE_S,
+    ) -> Any:
+        """Runs a command; what is raised, see the module."""
+        if self._client.runstate is not Runstate.RUNNING:
+            raise Unavailable(f"not connected to the monitor, {command} was not sent")
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self._client.execute(command, arguments)
+        except ExecuteError as error:
+            raise StateConflict(f"QEMU refused {command}: {error}") from error
+        except TimeoutError as error:
+            raise OutcomeUnknown(
+                f"the monitor did not answer {command} within {timeout_s:g} s"
+            ) from error
+        except (QMPError, OSError, EOFError) as error:
+            raise OutcomeUnknown(f"the monitor was lost during {command}: {error}") from error
+
+    async def query_status(self) -> str:
+        """QEMU's own runstate, for example "running" or "paused"."""
+        answer = await self.execute("query-status")
+        return str(answer["status"])
+
+    async def follow(self, on_event: OnEvent) -> None:
+        """Passes events on until the connection ends, then returns."""
+        ended = asyncio.create_task(self._wait_ended())
+        try:
+            while not ended.done():
+                event = asyncio.ensure_future(self._client.events.get())
+                await asyncio.wait((event, ended), return_when=asyncio.FIRST_COMPLETED)
+                if event.done():
+                    message = event.result()
+                    on_event(str(message["event"]), message.get("data", {}))  # type: ignore[arg-type]
+                else:
+                    event.cancel()
+        finally:
+            ended.cancel()
+
+    async def _wait_ended(self) -> None:
+        while self._client.runstate is Runstate.RUNNING:
+            await self._client.runstate_changed()
+
+    async def close(self) -> None:
+        """Disconnects. The library keeps the reason of a lost connection until this takes it."""
+        if self._client.runstate is not Runstate.IDLE:
+            with contextlib.suppress(QMPError, OSError, EOFError):
+                await self._client.disconnect()

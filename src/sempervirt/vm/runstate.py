@@ -1,0 +1,210 @@
+"""The runstates of a VM: a pure state machine.
+
+                       monitor answers
+       STARTING ─────────────────────────► RUNNING ◄──── resume ──── PAUSED
+           │                                 │ │ └────── pause ───────► ▲
+           │                guest panicked,  │ │                        │
+           │                internal error   │ └── stop ──► STOPPING    │
+           │                      HALTED ◄───┘             │  │         │
+           │                                               │  └ quit, then SIGKILL,
+           ▼       monitor silent or lost                  │    at their deadlines
+        UNKNOWN ◄──── from any state above but STOPPING    │
+           └─────── the monitor answers again ──► what it says
+                                                           ▼
+       any state ───────────── QEMU ends ─────────► STOPPED  or  CRASHED
+
+- STOPPED: the end was wanted: the guest powered off, or somebody asked for it. CRASHED: it
+  was not. `End` says more, with the exit code.
+- `stop` presses the power button and gives the guest a grace period; then QEMU is told to
+  quit; if that is not obeyed either, it is killed. A paused guest cannot react to a button:
+  `stop` is refused.
+- UNKNOWN: a command was sent and not answered, or the monitor ended while the process lives.
+  QEMU may still write to the disks. Nothing but asking again (which goes on by itself) or
+  `kill` leads out of it.
+- `kill` works in every state. It is the fence: once the process is seen to have ended, the
+  VM's disks are free.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from sempervirt.vm.states import (
+    Accept,
+    Asked,
+    Done,
+    End,
+    Ended,
+    Execute,
+    KillProcess,
+    NotDone,
+    QemuEvent,
+    Refusal,
+    Refuse,
+    Request,
+    Runstate,
+    Silent,
+    StatusTold,
+    Step,
+    Tick,
+    VmEffect,
+    VmEvent,
+    VmState,
+)
+
+QUIT_DEADLINE_S = 10.0
+
+# What QEMU's own runstates mean here; the others (migration, say) hold the guest still.
+_FROM_QEMU = {
+    "running": Runstate.RUNNING,
+    "guest-panicked": Runstate.HALTED,
+    "internal-error": Runstate.HALTED,
+    "io-error": Runstate.HALTED,
+    "watchdog": Runstate.HALTED,
+    "shutdown": Runstate.HALTED,
+}
+
+
+def step(state: VmState, event: VmEvent, now: float) -> Step:
+    """The next state, and what has to be done."""
+    if state.run.is_end:
+        if isinstance(event, Asked):
+            return state, [_conflict(event.request, f"the VM is {state.run.value}")]
+        return state, []
+    match event:
+        case Asked(request, grace_s):
+            return _asked(state, request, grace_s, now)
+        case Done():
+            return _done(state)
+        case NotDone(reason):
+            if state.pending is None:
+                return state, []
+            refuse = Refuse(state.pending, Refusal.NOT_DONE, reason)
+            return replace(state, pending=None), [refuse]
+        case Silent(reason):
+            return _silent(state, reason)
+        case StatusTold(status):
+            return _status_told(state, status), []
+        case QemuEvent(name, cause):
+            return _qemu_event(state, name, cause, now), []
+        case Ended(exit_code, signal):
+            return _ended(state, exit_code, signal)
+        case Tick():
+            return _tick(state, now)
+
+
+def _conflict(request: Request, reason: str) -> Refuse:
+    return Refuse(request, Refusal.CONFLICT, reason)
+
+
+def _asked(state: VmState, request: Request, grace_s: float, now: float) -> Step:
+    if request is Request.KILL:
+        return replace(state, killed_because="killed on request"), [KillProcess(), Accept(request)]
+    if state.run is Runstate.UNKNOWN:
+        reason = f"the VM's state is unknown ({state.why})"
+        return state, [Refuse(request, Refusal.CONFLICT, reason)]
+    if state.pending is not None:
+        return state, [_conflict(request, f"the VM is busy with {state.pending.value}")]
+    match request, state.run:
+        case (Request.PAUSE, Runstate.PAUSED) | (Request.RESUME, Runstate.RUNNING):
+            return state, [Accept(request)]
+        case Request.PAUSE, Runstate.RUNNING:
+            return replace(state, pending=request), [Execute("stop")]
+        case Request.RESUME, Runstate.PAUSED:
+            return replace(state, pending=request), [Execute("cont")]
+        case Request.STOP, Runstate.RUNNING:
+            stopping = replace(state, run=Runstate.STOPPING, deadline=now + grace_s, why="asked")
+            return stopping, [Execute("system_powerdown"), Accept(request)]
+        case Request.STOP, Runstate.STOPPING:
+            return state, [Accept(request)]
+        case _:
+            return state, [_conflict(request, f"the VM is {state.run.value}")]
+
+
+def _done(state: VmState) -> Step:
+    if state.pending is None:
+        return state, []
+    run = Runstate.PAUSED if state.pending is Request.PAUSE else Runstate.RUNNING
+    accept: list[VmEffect] = [Accept(state.pending)]
+    if state.run not in (Runstate.RUNNING, Runstate.PAUSED):
+        return replace(state, pending=None), accept  # overtaken by an event
+    return replace(state, run=run, why="", pending=None), accept
+
+
+def _silent(state: VmState, reason: str) -> Step:
+    effects: list[VmEffect] = []
+    if state.pending is not None:
+        effects.append(Refuse(state.pending, Refusal.UNKNOWN, reason))
+    if state.run is Runstate.STOPPING:  # it may be on its way out; the deadline decides
+        return replace(state, pending=None), effects
+    return replace(state, run=Runstate.UNKNOWN, why=reason, pending=None), effects
+
+
+def _status_told(state: VmState, status: str) -> VmState:
+    if state.run is Runstate.STOPPING or state.pending is not None:
+        return state
+    run = _FROM_QEMU.get(status, Runstate.PAUSED)
+    if run is state.run:
+        return state
+    return replace(state, run=run, why=status if run is Runstate.HALTED else "")
+
+
+def _qemu_event(state: VmState, name: str, cause: str, now: float) -> VmState:
+    live = state.run in (Runstate.RUNNING, Runstate.PAUSED)
+    match name:
+        case "STOP" if live and state.pending is None:
+            return replace(state, run=Runstate.PAUSED)
+        case "RESUME" if live or state.run is Runstate.HALTED:
+            return replace(state, run=Runstate.RUNNING, why="")
+        case "GUEST_PANICKED":
+            return replace(state, run=Runstate.HALTED, why="the guest panicked")
+        case "RESET":
+            return replace(state, resets=state.resets + 1)
+        case "SHUTDOWN":
+            deadline = now + QUIT_DEADLINE_S
+            return replace(
+                state,
+                run=Runstate.STOPPING,
+                shutdown_cause=cause or "unknown",
+                told_to_quit=True,
+                deadline=deadline,
+            )
+        case _:
+            return state
+
+
+def _ended(state: VmState, exit_code: int | None, signal: int | None) -> Step:
+    run, reason = _judge_end(state, exit_code, signal)
+    effects: list[VmEffect] = []
+    if state.pending is not None:
+        effects.append(Refuse(state.pending, Refusal.NOT_DONE, f"the VM ended: {reason}"))
+    end = End(reason, exit_code, signal)
+    return replace(state, run=run, why=reason, pending=None, deadline=None, end=end), effects
+
+
+def _judge_end(state: VmState, exit_code: int | None, signal: int | None) -> tuple[Runstate, str]:
+    if state.killed_because:
+        return Runstate.STOPPED, state.killed_because
+    if state.shutdown_cause.startswith("guest") and not signal:
+        if state.shutdown_cause == "guest-panic":
+            return Runstate.CRASHED, "the guest panicked"
+        return Runstate.STOPPED, "the guest powered off"
+    if state.told_to_quit and exit_code in (0, None) and not signal:
+        if state.why == "asked":
+            return Runstate.STOPPED, "the guest did not power off in time and was cut off"
+        return Runstate.STOPPED, f"QEMU was told to quit ({state.shutdown_cause})"
+    if signal is not None:
+        return Runstate.CRASHED, f"QEMU was killed by signal {signal}"
+    if exit_code is None:
+        return Runstate.CRASHED, "QEMU ended while no agent ran; how is not known"
+    return Runstate.CRASHED, f"QEMU ended by itself with exit code {exit_code}"
+
+
+def _tick(state: VmState, now: float) -> Step:
+    if state.deadline is None or now < state.deadline:
+        return state, []
+    if not state.told_to_quit:
+        later = replace(state, told_to_quit=True, deadline=now + QUIT_DEADLINE_S)
+        return later, [Execute("quit")]
+    because = "neither the guest nor QEMU ended in time: killed"
+    return replace(state, killed_because=because, deadline=None), [KillProcess()]

@@ -1,0 +1,148 @@
+"""What a VM is, as its owner writes it (TOML) and as the API takes it (JSON)."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from sempervirt.core.names import check_name
+from sempervirt.core.sizes import parse_size
+
+MIB = 1 << 20
+_MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}", re.IGNORECASE)
+# The kernel's IFNAMSIZ, less the NUL.
+_INTERFACE = re.compile(r"[^\s/:]{1,15}")
+_CHANNEL = re.compile(r"[A-Za-z0-9._-]{1,60}")
+RESERVED_CHANNELS = ("qmp", "console", "agent")
+
+
+def _check_mac(mac: str) -> str:
+    if not _MAC.fullmatch(mac):
+        raise ValueError(f'"{mac}" is not a MAC address; write for example "52:54:00:12:34:56"')
+    if int(mac[:2], 16) & 1:
+        raise ValueError(f'"{mac}" is a multicast address; the first byte must be even')
+    return mac.lower()
+
+
+Name = Annotated[str, AfterValidator(check_name)]
+Size = Annotated[int, BeforeValidator(parse_size)]
+Mac = Annotated[str, AfterValidator(_check_mac)]
+
+
+class _Table(BaseModel):
+    """A table of the file: unknown keys are errors, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DiskSpec(_Table):
+    """A disk: a raw image or a block device, served by a backend of its own."""
+
+    name: Name = Field(description="name within the VM; the disk is called VM/NAME")
+    image: Path = Field(description="raw image file or block device")
+    read_only: bool = False
+    queues: int = Field(default=1, ge=1, le=64, description="virtqueues")
+    queue_size: Literal[32, 64, 128, 256, 512, 1024] = Field(
+        default=256, description="requests that each queue can hold; a power of two"
+    )
+    engine: Literal["auto", "sync", "uring", "null"] = "auto"
+    direct: bool = Field(default=False, description="go around the host's page cache")
+    block_size: Literal[512, 4096] | None = Field(
+        default=None, description="logical block size that the guest sees"
+    )
+    serial: str = Field(default="", max_length=20, pattern=r"^[\x21-\x7e]*$")
+    backend: Literal["blkd"] = "blkd"
+
+
+class NicSpec(_Table):
+    """A network card."""
+
+    type: Literal["user", "tap"] = "user"
+    tap: str | None = Field(default=None, description="tap interface, for type = tap")
+    mac: Mac | None = Field(default=None, description="by default derived from VM and position")
+
+    @model_validator(mode="after")
+    def _tap_fits_type(self) -> Self:
+        if (self.type == "tap") != (self.tap is not None):
+            raise ValueError('tap = "…" belongs to type = "tap", and only to it')
+        if self.tap is not None and not _INTERFACE.fullmatch(self.tap):
+            raise ValueError(f'"{self.tap}" cannot be the name of an interface')
+        return self
+
+
+class ChannelSpec(_Table):
+    """A virtio-serial port; its host end is a unix socket named after the last component."""
+
+    name: str
+
+    @property
+    def socket_name(self) -> str:
+        """ "probe" for org.sempervirt.probe."""
+        return self.name.rpartition(".")[2]
+
+    @model_validator(mode="after")
+    def _name_is_usable(self) -> Self:
+        if not _CHANNEL.fullmatch(self.name) or not self.socket_name:
+            raise ValueError(f'"{self.name}" is not a channel name such as org.example.port')
+        if self.socket_name in RESERVED_CHANNELS or self.socket_name.startswith("disk-"):
+            raise ValueError(f'the last component of "{self.name}" is taken by the VM itself')
+        return self
+
+
+class VmSpec(_Table):
+    """A virtual machine."""
+
+    name: Name
+    memory: Size = Field(default=512 * MIB, description='for example "512M" or "4G"')
+    vcpus: int = Field(default=1, ge=1, le=1024)
+    machine: Literal["q35", "pc"] = "q35"
+    cpu: str | None = Field(default=None, pattern=r"^[\w.+=,-]+$", description="QEMU CPU model")
+    accel: Literal["auto", "kvm", "tcg"] = "auto"
+    kernel: Path | None = None
+    initrd: Path | None = None
+    cmdline: str = ""
+    firmware: Path | None = None
+    on_crash: Literal["poweroff", "pause"] = Field(
+        default="pause", description="when the guest reports a panic"
+    )
+    on_reboot: Literal["reset", "poweroff"] = "reset"
+    disks: tuple[DiskSpec, ...] = ()
+    nics: tuple[NicSpec, ...] = ()
+    channels: tuple[ChannelSpec, ...] = ()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.memory < MIB or self.memory % MIB:
+            raise ValueError("memory must be a whole number of MiB, at least 1M")
+        if self.kernel is None and (self.initrd is not None or self.cmdline):
+            raise ValueError("initrd and cmdline need a kernel")
+        for what, names in (
+            ("disks", [disk.name for disk in self.disks]),
+            ("channels", [channel.socket_name for channel in self.channels]),
+        ):
+            twice = {name for name in names if names.count(name) > 1}
+            if twice:
+                raise ValueError(f'two {what} are called "{min(twice)}"')
+        images = [disk.image for disk in self.disks if not disk.read_only]
+        if len(set(images)) != len(images):
+            raise ValueError("two disks write to the same image")
+        return self
+
+    def disk(self, name: str) -> DiskSpec:
+        """The disk of that name; KeyError if there is none."""
+        for disk in self.disks:
+            if disk.name == name:
+                return disk
+        raise KeyError(name)
+
+    def mac(self, index: int) -> str:
+        """The address of a card: as given, or derived, so that it is the same each time."""
+        chosen = self.nics[index].mac
+        if chosen is not None:
+            return chosen
+        digest = hashlib.sha256(f"{self.name}/{index}".encode()).digest()
+        return "52:54:00:" + ":".join(f"{byte:02x}" for byte in digest[:3])
