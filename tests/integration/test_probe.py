@@ -155,6 +155,22 @@ async def test_damage_behind_the_guest_is_found_and_named(tmp_path: Path) -> Non
         await guest.client.write_stop()
 
 
+async def test_overlapping_writes_are_judged(tmp_path: Path) -> None:
+    async with boot(tmp_path) as guest:
+        await guest.client.write_start("vda", mode="overlap")
+        await guest.wait_written(5000)
+        stats = await guest.client.write_stop()
+        assert stats.is_clean
+        assert stats.verified > 0
+        before = guest.read(7)
+        await guest.client.write_start("vda", mode="overlap", resume=True)
+        await guest.wait_written(10_000)
+        await guest.client.write_stop()
+        guest.write(7, before)
+        stats = await guest.client.write_stop()
+        assert [stats.wrong.lost, stats.wrong.total] == [1, 1]
+
+
 async def test_a_reboot_ends_the_writers_and_changes_the_nonce(tmp_path: Path) -> None:
     async with boot(tmp_path) as guest:
         first = await guest.client.wait_hello()

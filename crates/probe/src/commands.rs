@@ -7,9 +7,9 @@ use serde::Deserialize;
 use serde_json::json;
 
 use crate::clock::now_ns;
+use crate::config::Config;
 use crate::control::{Asker, Control, Outcome, Role};
 use crate::protocol::{Answer, Failure, Request};
-use crate::writers::Config;
 use crate::{binding, device, modules, net, program, single};
 
 #[derive(Deserialize)]

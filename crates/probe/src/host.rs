@@ -7,15 +7,15 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use semper_probe::config::Config;
 use semper_probe::control::{Control, Role};
 use semper_probe::device::Device;
 use semper_probe::kmsg::Tally;
-use semper_probe::ledger::Ledger;
 use semper_probe::link::Link;
 use semper_probe::runs::stats;
 use semper_probe::verify::verify;
 use semper_probe::wakeup::Wakeup;
-use semper_probe::writers::{Config, Run};
+use semper_probe::writers::Run;
 use serde_json::{Map, Value, json};
 
 const LANES_COME_BACK_WITHIN: Duration = Duration::from_secs(30);
@@ -66,7 +66,7 @@ pub fn write(options: &[&str]) -> io::Result<bool> {
         |failure: semper_probe::protocol::Failure| io::Error::other(failure.message().to_owned());
     let device = Device::find(&config.device).map_err(failed)?;
     let config = config.checked(device.size_bytes()?).map_err(failed)?;
-    let ledger = Arc::new(Ledger::new(1, config.blocks() as usize));
+    let ledger = Arc::new(config.new_ledger(1));
     let run = Run::start(config, device, nonce()?, ledger, Wakeup::new()?).map_err(failed)?;
     thread::sleep(Duration::from_secs_f64(seconds));
     run.request_stop();

@@ -1,10 +1,11 @@
 //! One lane: a thread that writes and reads its own blocks, one request at a time.
 //!
 //! The order of each write is what makes the ledger true: the attempt is noted before the request is
-//! issued, and the acknowledgement after the kernel reported success, before anything else.
+//! issued, and the acknowledgement only after the kernel reported success.
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -13,7 +14,10 @@ use std::time::Duration;
 
 use crate::buffer::Buffer;
 use crate::clock::now_ns;
-use crate::writers::{LaneState, Mode, Op, Shared};
+use crate::config::{MAX_STRETCH, Mode};
+use crate::judge::Expectation;
+use crate::ledger::Entry;
+use crate::writers::{LaneState, Op, Shared};
 
 const STACK: usize = 128 << 10;
 /// Blocks written lately, which half of the reads choose from: a stale answer is likeliest there.
@@ -29,7 +33,7 @@ struct Lane {
     random: u64,
     index: u32,
     blocks: u64,
-    recent: [usize; RECENT],
+    recent: [Range<usize>; RECENT],
     written: usize,
     unflushed: u32,
 }
@@ -38,21 +42,21 @@ struct Lane {
 pub fn spawn(shared: Arc<Shared>, state: Arc<LaneState>, index: u32) -> io::Result<()> {
     let lanes = u64::from(shared.config.lanes());
     let total = shared.config.blocks();
+    let config = &shared.config;
+    let stretch = if config.mode == Mode::Overlap { MAX_STRETCH as usize } else { 1 };
+    let seed = if config.seed == 0 { now_ns() } else { config.seed };
     let mut lane = Lane {
-        buffer: Buffer::new(shared.config.block_size as usize),
-        random: (shared.config.seed ^ now_ns()).wrapping_add(u64::from(index) << 32) | 1,
+        buffer: Buffer::new(stretch * config.block_size as usize),
+        random: seed.wrapping_add(u64::from(index) << 32) | 1,
         blocks: total / lanes + u64::from(total % lanes > u64::from(index)),
         shared,
         state,
         file: None,
         index,
-        recent: [0; RECENT],
+        recent: std::array::from_fn(|_| 0..0),
         written: 0,
         unflushed: 0,
     };
-    if lane.shared.config.seed != 0 {
-        lane.random = lane.shared.config.seed.wrapping_add(u64::from(index) << 32) | 1;
-    }
     thread::Builder::new().name(format!("lane-{index}")).stack_size(STACK).spawn(move || {
         lane.work();
         lane.shared.lane_ended(&lane.state);
@@ -68,9 +72,9 @@ fn short_is_error(done: io::Result<usize>, wanted: usize) -> Result<(), i32> {
     }
 }
 
-fn count(counter: &AtomicU64) {
+fn count(counter: &AtomicU64, more: u64) {
     // The lane is the only writer of its counters.
-    counter.store(counter.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+    counter.store(counter.load(Ordering::Relaxed) + more, Ordering::Relaxed);
 }
 
 impl Lane {
@@ -81,9 +85,17 @@ impl Lane {
         self.random.wrapping_mul(0x2545_f491_4f6c_dd1d)
     }
 
-    fn any_block(&mut self) -> usize {
-        let pick = (self.next() >> 16) % self.blocks;
-        (pick * u64::from(self.shared.config.lanes()) + u64::from(self.index)) as usize
+    /// A block of this lane; in mode `overlap` a stretch of blocks anywhere.
+    fn any_stretch(&mut self) -> Range<usize> {
+        let config = &self.shared.config;
+        let (lanes, total) = (u64::from(config.lanes()), config.blocks());
+        if config.mode == Mode::Overlap {
+            let length = 1 + (self.next() >> 16) % MAX_STRETCH.min(total);
+            let first = (self.next() >> 16) % (total - length + 1);
+            return first as usize..(first + length) as usize;
+        }
+        let block = ((self.next() >> 16) % self.blocks * lanes + u64::from(self.index)) as usize;
+        block..block + 1
     }
 
     fn work(&mut self) {
@@ -93,11 +105,12 @@ impl Lane {
             let read = match config.mode {
                 Mode::Write => false,
                 Mode::Read => true,
-                Mode::Mixed => share < config.verify_ratio,
+                Mode::Mixed | Mode::Overlap => share < config.verify_ratio,
             };
             let done = if read { self.read() } else { self.write() };
             if !done {
-                self.reopen();
+                // A device that was unbound and bound again is a new one behind the same name.
+                self.file = None;
                 thread::sleep(AFTER_ERROR);
             }
         }
@@ -110,25 +123,19 @@ impl Lane {
         block: usize,
         request: impl FnOnce(&File, &mut Buffer) -> Result<(), i32>,
     ) -> bool {
-        if self.file.is_none() {
-            match self.shared.device.open(self.shared.config.mode != Mode::Read) {
-                Ok(file) => self.file = Some(file),
-                Err(error) => {
-                    self.shared.failed(Op::Open, block, error.raw_os_error().unwrap_or(0));
-                    return false;
-                }
-            }
-        }
-        let Some(file) = &self.file else { return false };
+        // From here on, for a device that hangs may hang already when it is opened.
         let issued = now_ns();
         self.state.issued_ns.store(issued, Ordering::Release);
-        let done = request(file, &mut self.buffer);
+        let done = self.open().and_then(|()| match &self.file {
+            Some(file) => request(file, &mut self.buffer).map_err(|errno| (op, errno)),
+            None => Err((Op::Open, 0)),
+        });
         let now = now_ns();
         self.state.issued_ns.store(0, Ordering::Release);
         if now - issued > self.shared.config.hang_ns() {
-            count(&self.state.late);
+            count(&self.state.late, 1);
         }
-        if let Err(errno) = done {
+        if let Err((op, errno)) = done {
             self.shared.failed(op, block, errno);
             return false;
         }
@@ -138,25 +145,45 @@ impl Lane {
         true
     }
 
+    fn open(&mut self) -> Result<(), (Op, i32)> {
+        if self.file.is_none() {
+            let opened = self.shared.device.open(self.shared.config.mode != Mode::Read);
+            let failed = |error: io::Error| (Op::Open, error.raw_os_error().unwrap_or(0));
+            self.file = Some(opened.map_err(failed)?);
+        }
+        Ok(())
+    }
+
     fn write(&mut self) -> bool {
-        let block = self.any_block();
-        let expect = self.shared.expectation(block);
-        let offset = expect.first_sector * 512;
-        let seq = self.shared.ledger.begin(block);
-        expect.stamp(seq, &mut self.buffer);
-        let done = self.timed(Op::Write, block, |file, buffer| {
-            short_is_error(file.write_at(buffer, offset), buffer.len())
+        let blocks = self.any_stretch();
+        let block_size = self.shared.config.block_size as usize;
+        let offset = self.shared.offset_of(blocks.start);
+        let length = blocks.len() * block_size;
+        let mut seqs = [0; MAX_STRETCH as usize];
+        for (slot, block) in blocks.clone().enumerate() {
+            seqs[slot] = self.shared.ledger.begin(block);
+            let nothing = Entry::default();
+            let expect =
+                Expectation { writer: self.index, ..self.shared.expectation(block, nothing) };
+            let bytes = &mut self.buffer[slot * block_size..(slot + 1) * block_size];
+            expect.stamp(seqs[slot], bytes);
+        }
+        let done = self.timed(Op::Write, blocks.start, |file, buffer| {
+            short_is_error(file.write_at(&buffer[..length], offset), length)
         });
+        for (slot, block) in blocks.clone().enumerate() {
+            self.shared.ledger.end(block, seqs[slot], done);
+        }
         if !done {
             return false;
         }
-        self.shared.ledger.acknowledge(block, seq);
-        count(&self.state.writes);
-        self.recent[self.written % RECENT] = block;
-        self.written += 1;
+        count(&self.state.writes, 1);
         self.unflushed += 1;
         let flush_every = self.shared.config.flush_every;
-        flush_every == 0 || self.unflushed < flush_every || self.flush(block)
+        let flushed = flush_every == 0 || self.unflushed < flush_every || self.flush(blocks.start);
+        self.recent[self.written % RECENT] = blocks;
+        self.written += 1;
+        flushed
     }
 
     fn flush(&mut self, block: usize) -> bool {
@@ -165,37 +192,39 @@ impl Lane {
             file.sync_data().map_err(|error| error.raw_os_error().unwrap_or(0))
         });
         if done {
-            count(&self.state.flushes);
+            count(&self.state.flushes, 1);
         }
         done
     }
 
     fn read(&mut self) -> bool {
         let recent = self.written.min(RECENT) as u64;
-        let block = if recent > 0 && self.next() & (1 << 40) != 0 {
+        let blocks = if recent > 0 && self.next() & (1 << 40) != 0 {
             let pick = (self.next() >> 16) % recent;
-            self.recent[pick as usize]
+            self.recent[pick as usize].clone()
         } else {
-            self.any_block()
+            self.any_stretch()
         };
-        let expect = self.shared.expectation(block);
-        let offset = expect.first_sector * 512;
-        let done = self.timed(Op::Read, block, |file, buffer| {
-            short_is_error(file.read_at(buffer, offset), buffer.len())
+        let block_size = self.shared.config.block_size as usize;
+        let offset = self.shared.offset_of(blocks.start);
+        let length = blocks.len() * block_size;
+        let before: Vec<Entry> =
+            blocks.clone().map(|block| self.shared.ledger.entry(block)).collect();
+        let done = self.timed(Op::Read, blocks.start, |file, buffer| {
+            short_is_error(file.read_at(&mut buffer[..length], offset), length)
         });
         if !done {
             return false;
         }
-        count(&self.state.reads);
-        if expect.acked > 0 {
-            count(&self.state.verified);
+        count(&self.state.reads, 1);
+        let chunks = self.buffer[..length].chunks_exact(block_size);
+        for ((block, entry), bytes) in blocks.zip(before).zip(chunks) {
+            if entry.is_disturbed(&self.shared.ledger.entry(block)) {
+                continue;
+            }
+            count(&self.state.verified, u64::from(entry.acked > 0));
+            self.shared.check(block, bytes, &self.shared.expectation(block, entry));
         }
-        self.shared.check(block, &self.buffer, &expect);
         true
-    }
-
-    /// A device that was unbound and bound again is a new one behind the same name.
-    fn reopen(&mut self) {
-        self.file = None;
     }
 }

@@ -10,15 +10,15 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use crate::clock::now_ns;
+use crate::config::Config;
 use crate::control::{Asker, Jobs};
 use crate::device::Device;
 use crate::kmsg::Tally;
-use crate::ledger::Ledger;
 use crate::protocol::{Answer, Failure};
 use crate::timeline::BIN_NS;
 use crate::verify::{Report, verify};
 use crate::wakeup::Wakeup;
-use crate::writers::{Config, Run, Shared};
+use crate::writers::{Run, Shared};
 
 /// A `write_stop` that waits for its lanes.
 struct Stopping {
@@ -138,7 +138,7 @@ impl Runs {
         let continued = ledger.is_some();
         let ledger = ledger.unwrap_or_else(|| {
             self.ledgers += 1;
-            Arc::new(Ledger::new(self.ledgers, config.blocks() as usize))
+            Arc::new(config.new_ledger(self.ledgers))
         });
         let run = Run::start(config.clone(), device, self.nonce, ledger, self.wakeup.clone())?;
         self.runs.insert(name.clone(), run);

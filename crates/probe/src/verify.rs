@@ -8,7 +8,6 @@ use serde::Serialize;
 use crate::buffer::Buffer;
 use crate::clock::now_ns;
 use crate::ledger::Entry;
-use crate::stamp::Expectation;
 use crate::writers::{Op, Shared};
 
 /// Bytes of one read.
@@ -41,8 +40,9 @@ fn errno_of(error: &std::io::Error) -> i32 {
 
 /// A lane that hung may come back at any time: what was acknowledged before the read is the least
 /// that must be there, what was tried until after it is the most that may be.
-fn check(shared: &Shared, index: usize, before: Entry, bytes: &[u8], report: &mut Report) {
-    let expect = Expectation { acked: before.acked, ..shared.expectation(index) };
+fn check(shared: &Shared, index: usize, before: &Entry, bytes: &[u8], report: &mut Report) {
+    let attempted = shared.ledger.entry(index).attempted;
+    let expect = shared.expectation(index, Entry { attempted, ..before.clone() });
     *(if expect.acked > 0 { &mut report.blocks } else { &mut report.untouched }) += 1;
     if shared.check(index, bytes, &expect).is_some() {
         report.wrong += 1;
@@ -54,9 +54,9 @@ fn read_singly(shared: &Shared, file: &File, first: usize, chunk: &mut [u8], rep
     for (slot, bytes) in chunk.chunks_exact_mut(block_size).enumerate() {
         let index = first + slot;
         let before = shared.ledger.entry(index);
-        let offset = shared.config.offset_bytes + (index * block_size) as u64;
+        let offset = shared.offset_of(index);
         match file.read_exact_at(bytes, offset) {
-            Ok(()) => check(shared, index, before, bytes, report),
+            Ok(()) => check(shared, index, &before, bytes, report),
             Err(error) => {
                 report.unreadable += 1;
                 shared.failed(Op::Read, index, errno_of(&error));
@@ -90,13 +90,13 @@ pub fn verify(shared: &Shared) -> Report {
             continue;
         }
         let chunk = &mut buffer[..count * block_size];
-        let offset = shared.config.offset_bytes + (first * block_size) as u64;
+        let offset = shared.offset_of(first);
         if file.read_exact_at(chunk, offset).is_err() {
             read_singly(shared, &file, first, chunk, &mut report);
             continue;
         }
         for (slot, bytes) in chunk.chunks_exact(block_size).enumerate() {
-            check(shared, first + slot, before[slot], bytes, &mut report);
+            check(shared, first + slot, &before[slot], bytes, &mut report);
         }
     }
     report.complete = report.unreadable == 0;

@@ -7,159 +7,28 @@
 //!
 //! A *lane* is one thread with one request at a time; a writer of depth n is n lanes. Lane i of n owns
 //! the blocks i, i + n, i + 2n, …, so that no two requests in flight ever overlap and neighbouring
-//! blocks belong to different lanes.
+//! blocks belong to different lanes. In mode `overlap` every lane writes stretches of blocks anywhere.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
 use crate::clock::now_ns;
+use crate::config::Config;
 use crate::device::Device;
 use crate::histogram::Histogram;
+use crate::judge::{Expectation, Wrong, describe, judge};
 use crate::lane;
-use crate::ledger::Ledger;
+use crate::ledger::{Entry, Ledger};
 use crate::protocol::Failure;
-use crate::stamp::{Expectation, Identity, SECTOR, Wrong, describe, judge};
+use crate::stamp::{Identity, SECTOR};
 use crate::timeline::{Gaps, Timeline};
 use crate::wakeup::Wakeup;
 
 const ERRORS_KEPT: usize = 20;
 const DETAILS_KEPT: usize = 10;
-const MAX_LANES: u32 = 1024;
-const MAX_BLOCKS: u64 = 16 << 20;
-
-/// What the lanes do.
-#[derive(Clone, Copy, Debug, Default, Deserialize, Serialize, PartialEq, Eq)]
-#[serde(rename_all = "lowercase")]
-pub enum Mode {
-    /// Only write.
-    Write,
-    /// Write, and verify by reading back, in the proportion of `verify_ratio`.
-    #[default]
-    Mixed,
-    /// Only read, and verify what an earlier run wrote.
-    Read,
-}
-
-/// The arguments of `write_start`.
-#[derive(Clone, Debug, Deserialize, Serialize, PartialEq)]
-#[serde(deny_unknown_fields)]
-pub struct Config {
-    /// `vda`, `serial:S` or a path.
-    pub device: String,
-    /// How many writers.
-    #[serde(default = "defaults::writers")]
-    pub writers: u32,
-    /// Lanes of each writer.
-    #[serde(default = "defaults::depth")]
-    pub depth: u32,
-    /// Bytes of a block; a multiple of 512.
-    #[serde(default = "defaults::block_size")]
-    pub block_size: u32,
-    /// Where the span starts; a multiple of the block size.
-    #[serde(default)]
-    pub offset_bytes: u64,
-    /// Length of the span; 0 = the rest of the device, at most 256 MiB.
-    #[serde(default)]
-    pub span_bytes: u64,
-    /// Of the choice of blocks.
-    #[serde(default)]
-    pub seed: u64,
-    /// What the lanes do.
-    #[serde(default)]
-    pub mode: Mode,
-    /// Share of reads in mode `mixed`.
-    #[serde(default = "defaults::verify_ratio")]
-    pub verify_ratio: f64,
-    /// Each lane flushes after this many writes; 0 = never.
-    #[serde(default)]
-    pub flush_every: u32,
-    /// A request that is out for longer is hung.
-    #[serde(default = "defaults::hang_s")]
-    pub hang_s: f64,
-    /// Go on counting where the last run on this device stopped, instead of from zero.
-    #[serde(default)]
-    pub resume: bool,
-}
-
-mod defaults {
-    pub fn writers() -> u32 {
-        16
-    }
-    pub fn depth() -> u32 {
-        1
-    }
-    pub fn block_size() -> u32 {
-        4096
-    }
-    pub fn verify_ratio() -> f64 {
-        0.3
-    }
-    pub fn hang_s() -> f64 {
-        30.0
-    }
-}
-
-impl Config {
-    /// Checks the arguments against the device and fills in the span.
-    pub fn checked(mut self, size_bytes: u64) -> Result<Self, Failure> {
-        let block = u64::from(self.block_size);
-        let wrong = |text: String| Err(Failure::invalid(format!("write_start: {text}")));
-        if block == 0 || block % SECTOR as u64 != 0 || block > 1 << 20 {
-            return wrong(format!("block_size {block} is not a multiple of 512 up to 1 MiB"));
-        }
-        if self.writers == 0 || self.depth == 0 || self.lanes() > MAX_LANES {
-            return wrong(format!("writers times depth must be 1 to {MAX_LANES}"));
-        }
-        if self.offset_bytes % block != 0 || self.offset_bytes >= size_bytes {
-            return wrong(format!("offset_bytes is no block of this device of {size_bytes} bytes"));
-        }
-        if !(0.0..=1.0).contains(&self.verify_ratio) || self.hang_s.is_nan() || self.hang_s <= 0.0 {
-            return wrong("verify_ratio must be 0 to 1, and hang_s positive".to_owned());
-        }
-        let rest = size_bytes - self.offset_bytes;
-        if self.span_bytes == 0 {
-            self.span_bytes = rest.min(256 << 20);
-        }
-        self.span_bytes -= self.span_bytes % block;
-        if self.span_bytes > rest || self.blocks() < u64::from(self.lanes()) {
-            return wrong(format!(
-                "a span of {} bytes does not fit the device ({rest} bytes) or gives a lane no block",
-                self.span_bytes
-            ));
-        }
-        if self.blocks() > MAX_BLOCKS {
-            return wrong(format!("more than {MAX_BLOCKS} blocks; choose a smaller span_bytes"));
-        }
-        Ok(self)
-    }
-
-    /// Threads in all.
-    pub fn lanes(&self) -> u32 {
-        self.writers.saturating_mul(self.depth)
-    }
-
-    /// Blocks in the span.
-    pub fn blocks(&self) -> u64 {
-        self.span_bytes / u64::from(self.block_size)
-    }
-
-    /// Whether a ledger made for `other` describes the same blocks and owners.
-    pub fn same_geometry(&self, other: &Self) -> bool {
-        let key = |config: &Self| {
-            (config.block_size, config.offset_bytes, config.span_bytes, config.lanes())
-        };
-        key(self) == key(other)
-    }
-
-    /// Nanoseconds after which a request is hung.
-    pub fn hang_ns(&self) -> u64 {
-        (self.hang_s * 1e9) as u64
-    }
-}
-
 /// The kind of a request.
 #[derive(Clone, Copy, Debug, Serialize, PartialEq, Eq)]
 #[serde(rename_all = "lowercase")]
@@ -266,17 +135,21 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Shared {
-    /// What block `index` of the span may hold now.
-    pub fn expectation(&self, index: usize) -> Expectation {
-        let entry = self.ledger.entry(index);
-        let block_size = u64::from(self.config.block_size);
+    /// Where block `index` of the span is on the device, in bytes.
+    pub fn offset_of(&self, index: usize) -> u64 {
+        self.config.offset_bytes + index as u64 * u64::from(self.config.block_size)
+    }
+
+    /// What block `index` of the span may hold, given what the ledger says.
+    pub fn expectation(&self, index: usize, entry: Entry) -> Expectation {
         Expectation {
             identity: self.identity,
-            first_sector: (self.config.offset_bytes + index as u64 * block_size) / SECTOR as u64,
+            first_sector: self.offset_of(index) / SECTOR as u64,
             run: self.ledger.run,
             writer: (index as u64 % u64::from(self.config.lanes())) as u32,
             acked: entry.acked,
             attempted: entry.attempted,
+            allowed: entry.allowed,
         }
     }
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-Mode = Literal["write", "mixed", "read"]
+Mode = Literal["write", "mixed", "read", "overlap"]
 
 
 class Report(BaseModel):
