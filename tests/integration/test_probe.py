@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from sempervirt.guest import ProbeClient, ProbeGone, ProbeRefused, image
+from sempervirt.guest import ProbeClient, ProbeGone, ProbeRebooted, ProbeRefused, image
+from sempervirt.guest.cpio import Archive
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(180)]
 
@@ -55,9 +56,15 @@ VIRTIO_BLK = ("-device", "virtio-blk-pci,drive=disk,serial=first")
 
 
 @asynccontextmanager
-async def boot(tmp_path: Path, *devices: str, cmdline: str = "") -> AsyncIterator[Guest]:
+async def boot(
+    tmp_path: Path, *devices: str, cmdline: str = "", extra_initrd: bytes = b""
+) -> AsyncIterator[Guest]:
     """Boots the guest with a plain disk, or with other devices (`{disk}` is the disk's file)."""
     guest = image()
+    initrd = tmp_path / "initrd.img"
+    # An initramfs may be several archives; what comes later replaces what was before.
+    packed = guest.initrd.read_bytes()
+    initrd.write_bytes(packed + bytes(-len(packed) % 4) + extra_initrd)
     disk = tmp_path / "disk.raw"
     with disk.open("wb") as file:
         file.truncate(DISK)
@@ -66,7 +73,7 @@ async def boot(tmp_path: Path, *devices: str, cmdline: str = "") -> AsyncIterato
     command = [
         "qemu-system-x86_64", "-machine", "q35,accel=tcg", "-cpu", "max", "-smp", "2",
         "-m", "256", "-nodefaults", "-display", "none", "-serial", f"file:{serial}",
-        "-kernel", str(guest.kernel), "-initrd", str(guest.initrd),
+        "-kernel", str(guest.kernel), "-initrd", str(initrd),
         "-append", f"{guest.cmdline} {cmdline}",
         "-device", "virtio-serial-pci",
         "-chardev", f"socket,id=probe,path={sockets}/probe,server=on,wait=off",
@@ -343,6 +350,26 @@ async def test_a_guest_that_powers_off_is_gone(tmp_path: Path) -> None:
     async with boot(tmp_path) as guest:
         await guest.client.poweroff()
         assert await asyncio.wait_for(guest.process.wait(), 60) == 0
+
+
+async def test_a_panic_is_a_reboot_that_the_console_explains(tmp_path: Path) -> None:
+    async with boot(tmp_path) as guest:
+        first = guest.client.nonce
+        with pytest.raises(ProbeRebooted):
+            await guest.client.execute("sh", "-c", "echo c > /proc/sysrq-trigger", deadline_s=60)
+        assert guest.client.nonce != first
+        assert "Kernel panic" in guest.serial.read_text(errors="replace")
+
+
+async def test_a_first_process_that_cannot_go_on_says_why(tmp_path: Path) -> None:
+    damage = Archive()
+    damage.file("sys", b"not a directory")
+    with pytest.raises(ProbeGone):
+        async with boot(tmp_path, extra_initrd=damage.to_bytes()):
+            pytest.fail("the guest came up without /sys")
+    console = (tmp_path / "serial.log").read_text(errors="replace")
+    assert "semper-probe: cannot go on, powering off: mount /sys" in console
+    assert "Kernel panic" not in console
 
 
 async def test_the_kernel_says_when_a_task_hangs(tmp_path: Path) -> None:

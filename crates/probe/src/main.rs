@@ -24,6 +24,10 @@ fn main() -> ExitCode {
             println!("semper-probe {}", env!("CARGO_PKG_VERSION"));
             Ok(true)
         }
+        ["--help"] => {
+            println!("{USAGE}");
+            Ok(true)
+        }
         ["serve", "--socket", path] => host::serve(path),
         ["write", options @ ..] => host::write(options),
         _ => {
