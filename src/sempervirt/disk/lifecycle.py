@@ -6,7 +6,7 @@ import asyncio
 import logging
 import signal
 
-from sempervirt.core.errors import SempervirtError, Unavailable
+from sempervirt.core.errors import OutcomeUnknown, SempervirtError, Unavailable
 from sempervirt.disk import running as processes
 from sempervirt.disk.disk import Disk
 from sempervirt.disk.record import DiskRecord, RecordedProcess, read_disk_record
@@ -14,6 +14,7 @@ from sempervirt.disk.running import Running
 from sempervirt.disk.setup import DiskSetup
 from sempervirt.disk.supervised import Backend, Begin, Exited, State, Tick
 from sempervirt.host import process
+from sempervirt.host.records import remove_record
 from sempervirt.host.sockets import borrow_listener, listen_unix
 
 log = logging.getLogger(__name__)
@@ -94,6 +95,23 @@ async def adopt_disk(setup: DiskSetup) -> Disk:
         "bound again" if listener is None else "taken back",
     )
     return disk
+
+
+async def sweep_disk(setup: DiskSetup) -> None:
+    """Ends what an earlier agent left running for a disk whose QEMU is gone.
+
+    Raises OutcomeUnknown when a process does not end.
+    """
+    record = read_disk_record(setup.record)
+    recorded = sorted(record.processes if record else (), key=lambda item: item.role)
+    for item in reversed(recorded):  # the standby first: it would take over
+        adopted = process.adopt(item.identity, lambda end: None)
+        grace_s = setup.policy.drain_s if item.role == "active" else 0
+        if adopted is not None and await adopted.end(grace_s) is None:
+            raise OutcomeUnknown(f"disk {setup.name}: backend {adopted.pid} does not end")
+    processes.kill_orphans(setup.files, set())
+    setup.files.socket.unlink(missing_ok=True)
+    remove_record(setup.record)
 
 
 def _admit(disk: Disk, item: RecordedProcess, *, active: bool) -> None:

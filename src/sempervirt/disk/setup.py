@@ -13,12 +13,20 @@ from sempervirt.disk.volume import Volume
 
 @dataclass(frozen=True)
 class DiskSetup:
-    """`name` is VM/DISK; `record` is the file that the next agent adopts the disk from."""
+    """`name` is VM/DISK; `record` is the file that the next agent adopts the disk from.
+
+    `volume` is None for an adopted disk whose image cannot be looked at any more.
+    """
 
     name: str
-    volume: Volume
+    volume: Volume | None
     options: DiskOptions
     command: BackendCommand
     policy: Policy
     files: DiskFiles
     record: Path
+
+    @property
+    def short_name(self) -> str:
+        """The name within the VM."""
+        return self.name.rpartition("/")[2]

@@ -94,6 +94,14 @@ class Machine:
             machine._post(Ended(None, None))
         return machine
 
+    @classmethod
+    def remember(cls, spec: VmSpec, files: VmFiles, state: VmState) -> Machine:
+        """A QEMU that has ended and whose end is on record."""
+        machine = cls(spec, files)
+        machine._state = state
+        machine._keep(machine._own(), "owner")
+        return machine
+
     # What it is like
 
     @property

@@ -1,0 +1,88 @@
+"""Takes over what an earlier agent left running.
+
+QEMU and the backends stand in sessions of their own and need no agent to go on. A new agent
+finds them by their records (pid, start time and boot, so that a reused pid is not mistaken),
+watches them by pidfd and connects to their sockets again. Disks come first: while one has no
+backend, its guest stalls.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from sempervirt.agent.config import AgentConfig
+from sempervirt.agent.record import VmRecord, read_vm_record
+from sempervirt.agent.vm import Vm
+from sempervirt.agent.wiring import disk_setup
+from sempervirt.core.errors import SempervirtError
+from sempervirt.disk.disk import Disk
+from sempervirt.disk.lifecycle import adopt_disk, sweep_disk
+from sempervirt.host.procfs import ProcessId, find_by_argument, identify
+from sempervirt.vm.files import VmFiles
+from sempervirt.vm.machine import Machine
+from sempervirt.vm.spec import VmSpec
+
+log = logging.getLogger(__name__)
+
+
+def vm_record_path(config: AgentConfig, name: str) -> Path:
+    """The file that a VM is adopted from."""
+    return config.vm_state_dir(name) / "vm.json"
+
+
+async def adopt_all(config: AgentConfig) -> dict[str, Vm]:
+    """Every VM on record, running or ended. One that cannot be adopted is logged and left."""
+    adopted = {}
+    for path in _records(config):
+        try:
+            record = read_vm_record(path)
+            if record is not None:
+                adopted[record.spec.name] = await _adopt(config, record, path)
+        except SempervirtError as error:
+            log.error("adopt record=%s failed: %s", path, error)  # noqa: TRY400
+    return adopted
+
+
+def _records(config: AgentConfig) -> list[Path]:
+    return sorted((config.state_dir / "vms").glob("*/vm.json"))
+
+
+async def _adopt(config: AgentConfig, record: VmRecord, path: Path) -> Vm:
+    spec = record.spec
+    files = VmFiles(config.vm_run_dir(spec.name))
+    if record.end is not None:
+        return Vm(Machine.remember(spec, files, record.end), {}, record, path)
+    identity = record.qemu or _find_qemu(files)
+    record = replace(record, qemu=identity)
+    runs = identity is not None and identity.is_alive()
+    disks: dict[str, Disk] = {}
+    if runs:
+        disks = await _adopt_disks(config, spec)
+    else:
+        await _sweep_disks(config, spec)
+    machine = Machine.adopt(spec, files, identity)
+    machine.started = record.started
+    log.info("adopt vm=%s pid=%s", spec.name, machine.pid)
+    return Vm(machine, disks, record, path)
+
+
+def _find_qemu(files: VmFiles) -> ProcessId | None:
+    """A QEMU that was started and not recorded, found by its monitor's socket."""
+    monitor = re.escape(str(files.monitor))
+    pids = find_by_argument(re.compile(rf"socket,id=monitor,path={monitor},.*"))
+    return identify(pids[0]) if pids else None
+
+
+async def _adopt_disks(config: AgentConfig, spec: VmSpec) -> dict[str, Disk]:
+    setups = [disk_setup(config, spec, disk, adopted=True) for disk in spec.disks]
+    disks = await asyncio.gather(*(adopt_disk(setup) for setup in setups))
+    return {setup.short_name: disk for setup, disk in zip(setups, disks, strict=True)}
+
+
+async def _sweep_disks(config: AgentConfig, spec: VmSpec) -> None:
+    for disk in spec.disks:
+        await sweep_disk(disk_setup(config, spec, disk, adopted=True))

@@ -1,0 +1,214 @@
+"""The agent: which VMs there are, starting them, and letting go of them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+from sempervirt.agent import adoption
+from sempervirt.agent.config import AgentConfig
+from sempervirt.agent.host import HostFacts, HostProbe
+from sempervirt.agent.lock import agent_lock
+from sempervirt.agent.record import VmRecord
+from sempervirt.agent.vm import Vm
+from sempervirt.agent.wiring import disk_setup, prepare_directories
+from sempervirt.core.errors import (
+    InvalidRequest,
+    NotFound,
+    OutcomeUnknown,
+    SempervirtError,
+    StateConflict,
+    Unavailable,
+)
+from sempervirt.core.names import split_disk_name, suggest
+from sempervirt.disk.disk import Disk
+from sempervirt.disk.lifecycle import start_disk
+from sempervirt.vm import accel
+from sempervirt.vm.command_line import build
+from sempervirt.vm.files import VmFiles
+from sempervirt.vm.machine import Machine
+from sempervirt.vm.spec import VmSpec
+from sempervirt.vm.states import Runstate
+
+log = logging.getLogger(__name__)
+
+# From the start of QEMU until its monitor answers; TCG on a busy machine is slow.
+VM_START_DEADLINE_S = 60.0
+
+
+class Agent:
+    """Owns the VMs of one state directory. Made by `Agent.open`."""
+
+    def __init__(self, config: AgentConfig) -> None:
+        self.config = config
+        self.started = time.time()
+        self.vms: dict[str, Vm] = {}
+        self._starting: set[str] = set()
+        self._host = HostProbe(config.qemu, config.state_dir / "cache")
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, config: AgentConfig) -> AsyncIterator[Agent]:
+        """Locks the state directory and adopts what an earlier agent left running.
+
+        Raises StateConflict when another agent works there. On leaving, VMs run on or are
+        killed, as `config.keep_vms` says.
+        """
+        prepare_directories(config)
+        with agent_lock(config.state_dir):
+            agent = cls(config)
+            agent.vms = await adoption.adopt_all(config)
+            try:
+                yield agent
+            finally:
+                await agent._close()
+
+    @property
+    def disks(self) -> Mapping[str, Disk]:
+        """The disks of the VMs that have not ended, by VM/DISK."""
+        return {
+            disk.name: disk
+            for vm in self.vms.values()
+            if not vm.settled
+            for disk in vm.disks.values()
+        }
+
+    async def host(self) -> HostFacts:
+        """What this host offers. Raises Unavailable when QEMU cannot be used."""
+        return await self._host.facts()
+
+    def vm(self, name: str) -> Vm:
+        """The VM of that name. Raises NotFound."""
+        try:
+            return self.vms[name]
+        except KeyError:
+            hint = suggest(name, self.vms) or "list them with: semper vm list"
+            raise NotFound(f"there is no VM {name}", remedy=hint) from None
+
+    def disk(self, name: str) -> Disk:
+        """The disk VM/DISK of a running VM. Raises NotFound, InvalidRequest, StateConflict."""
+        try:
+            vm_name, disk_name = split_disk_name(name)
+        except ValueError as error:
+            raise InvalidRequest(str(error)) from error
+        vm = self.vm(vm_name)
+        if disk_name not in vm.disks:
+            names = [disk.name for disk in vm.spec.disks]
+            if disk_name in names:
+                raise StateConflict(f"VM {vm_name} has ended, its disks are not served")
+            raise NotFound(f"there is no disk {name}", remedy=suggest(disk_name, names))
+        return vm.disks[disk_name]
+
+    async def run_vm(self, spec: VmSpec) -> Vm:
+        """Starts a VM and returns when QEMU runs it.
+
+        Raises StateConflict when one of that name has not ended, ImageLocked, InvalidRequest
+        or Unavailable as the cause may be (nothing is left running then), OutcomeUnknown when
+        QEMU runs and its monitor does not answer (the VM is there, in the state unknown).
+        """
+        self._require_free(spec.name)
+        self._starting.add(spec.name)
+        try:
+            return await self._run(spec)
+        finally:
+            self._starting.discard(spec.name)
+
+    async def forget_vm(self, name: str) -> None:
+        """Drops a VM that has ended, with its logs. Raises NotFound, StateConflict."""
+        vm = self.vm(name)
+        if not vm.settled:
+            raise StateConflict(
+                f"VM {name} is {vm.run.value}", remedy=f"end it first: semper vm stop {name}"
+            )
+        await vm.detach()
+        del self.vms[name]
+        await asyncio.to_thread(self._remove_files, name)
+
+    def _remove_files(self, name: str) -> None:
+        shutil.rmtree(self.config.vm_state_dir(name), ignore_errors=True)
+        shutil.rmtree(self.config.vm_run_dir(name), ignore_errors=True)
+
+    def _require_free(self, name: str) -> None:
+        present = self.vms.get(name)
+        if name in self._starting:
+            raise StateConflict(f"VM {name} is being started")
+        if present is not None and not present.settled:
+            remedy = f"end it first: semper vm stop {name}"
+            if present.run is Runstate.UNKNOWN:
+                remedy = f"its QEMU may still run; settle it: semper vm kill {name}"
+            raise StateConflict(f"VM {name} is {present.run.value}", remedy=remedy)
+
+    async def _run(self, spec: VmSpec) -> Vm:
+        facts = await self.host()
+        accelerator = accel.choose(spec.accel, facts.accelerator)
+        if (ended := self.vms.pop(spec.name, None)) is not None:
+            await ended.detach()
+        files = VmFiles(self.config.vm_run_dir(spec.name))
+        files.prepare(spec)
+        record_path = adoption.vm_record_path(self.config, spec.name)
+        record_path.parent.mkdir(parents=True, exist_ok=True)
+        setups = [disk_setup(self.config, spec, disk) for disk in spec.disks]
+        argv = build(
+            spec,
+            facts.features,
+            qemu=facts.qemu,
+            accel=accelerator.kind,
+            files=files,
+            disk_sockets={setup.short_name: setup.files.socket for setup in setups},
+        )
+        record = VmRecord(spec, accelerator, time.time())
+        record.write(record_path)
+        disks: dict[str, Disk] = {}
+        try:
+            for setup in setups:
+                disks[setup.short_name] = await start_disk(setup)
+            machine = Machine.launch(spec, files, argv)
+        except BaseException:
+            await asyncio.gather(*(disk.stop() for disk in disks.values()))
+            record_path.unlink(missing_ok=True)
+            raise
+        record = replace(record, qemu=machine.identity)
+        record.write(record_path)
+        vm = Vm(machine, disks, record, record_path)
+        self.vms[spec.name] = vm
+        await self._wait_started(vm)
+        log.info("run vm=%s pid=%s accel=%s", vm.name, vm.pid, accelerator.kind)
+        return vm
+
+    async def _wait_started(self, vm: Vm) -> None:
+        started = (Runstate.RUNNING, Runstate.PAUSED, Runstate.HALTED, Runstate.UNKNOWN)
+        try:
+            await vm.wait_state(*started, timeout_s=VM_START_DEADLINE_S)
+        except Unavailable as error:
+            if not vm.run.is_end:
+                await vm.kill()
+            await vm.wait_settled()
+            tail = "; ".join(vm.log_tail(3)) or vm.state.why
+            raise Unavailable(
+                f"VM {vm.name} did not start: {tail}",
+                remedy=f"see its log: semper vm logs {vm.name} --source qemu",
+            ) from error
+        if vm.run is Runstate.UNKNOWN:
+            raise OutcomeUnknown(
+                f"VM {vm.name} was started, and its monitor does not answer: {vm.state.why}",
+                remedy=f"look at it: semper vm show {vm.name}; or end it: semper vm kill {vm.name}",
+            )
+
+    async def _close(self) -> None:
+        if self.config.keep_vms:
+            log.info("close vms=%d left running", sum(not vm.settled for vm in self.vms.values()))
+        else:
+            await asyncio.gather(*(self._kill(vm) for vm in self.vms.values()))
+        for vm in self.vms.values():
+            await vm.detach()
+
+    async def _kill(self, vm: Vm) -> None:
+        try:
+            await vm.kill()
+        except SempervirtError as error:
+            log.error("close vm=%s is left behind: %s", vm.name, error)  # noqa: TRY400

@@ -1,0 +1,76 @@
+"""What an agent leaves for the next one about a VM.
+
+    {"version": 1, "spec": {…}, "accelerator": {"kind": "tcg", "reason": "…"},
+     "started": 1795384877.9, "qemu": {"pid": 4711, "start_ticks": 1, "boot_id": "…"} | null,
+     "end": {"run": "stopped", "reason": "…", "exit_code": 0, "signal": null} | null}
+
+Neither `qemu` nor `end`: the agent ended between its intention and the start of QEMU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from sempervirt.host.procfs import ProcessId
+from sempervirt.host.records import RecordDamaged, read_record, write_record
+from sempervirt.vm.accel import Accelerator
+from sempervirt.vm.spec import VmSpec
+from sempervirt.vm.states import End, Runstate, VmState
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class VmRecord:
+    """The content of the record."""
+
+    spec: VmSpec
+    accelerator: Accelerator
+    started: float
+    qemu: ProcessId | None = None
+    end: VmState | None = None
+
+    def write(self, path: Path) -> None:
+        """Replaces the record at `path`."""
+        state = self.end
+        end = state and state.end and {"run": state.run.value, **asdict(state.end)}
+        content = {
+            "spec": self.spec.model_dump(mode="json"),
+            "accelerator": asdict(self.accelerator),
+            "started": self.started,
+            "qemu": asdict(self.qemu) if self.qemu else None,
+            "end": end,
+        }
+        write_record(path, VERSION, content)
+
+    def ended(self, state: VmState) -> VmRecord:
+        """The record of the same VM after its end."""
+        return replace(self, end=state)
+
+
+def read_vm_record(path: Path) -> VmRecord | None:
+    """The record at `path`, None when there is none. Raises RecordDamaged."""
+    content = read_record(path, VERSION)
+    if content is None:
+        return None
+    try:
+        end = content["end"]
+        state = None
+        if end is not None:
+            run = Runstate(end.pop("run"))
+            state = VmState(run=run, why=end["reason"], end=End(**end))
+        return VmRecord(
+            spec=VmSpec.model_validate(content["spec"]),
+            accelerator=Accelerator(**content["accelerator"]),
+            started=float(content["started"]),
+            qemu=content["qemu"] and ProcessId(**content["qemu"]),
+            end=state,
+        )
+    except (KeyError, TypeError, ValueError, ValidationError) as error:
+        raise RecordDamaged(
+            f"{path} is not the record of a VM: {error}",
+            remedy="move the file away and end the VM's processes by hand",
+        ) from error

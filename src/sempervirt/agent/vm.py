@@ -1,0 +1,133 @@
+"""A VM as the agent sees it: one QEMU and the disks that serve it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from pathlib import Path
+
+from sempervirt.agent.record import VmRecord
+from sempervirt.core.errors import NotFound, SempervirtError
+from sempervirt.disk.disk import Disk
+from sempervirt.host import process
+from sempervirt.vm.machine import STOP_GRACE_S, Machine
+from sempervirt.vm.spec import VmSpec
+from sempervirt.vm.states import End, Runstate, VmState
+
+log = logging.getLogger(__name__)
+
+
+class Vm:
+    """Made by `Agent.run_vm` or adoption. Its disks end with QEMU, and never before."""
+
+    def __init__(
+        self, machine: Machine, disks: dict[str, Disk], record: VmRecord, record_path: Path
+    ) -> None:
+        self.machine = machine
+        self.disks = disks
+        self.record = record
+        self._record_path = record_path
+        self._unsettled: SempervirtError | None = None
+        self._settling = asyncio.create_task(self._settle(), name=f"{self.name}: settle")
+
+    @property
+    def name(self) -> str:
+        """The VM's name."""
+        return self.machine.name
+
+    @property
+    def spec(self) -> VmSpec:
+        """What it was started from."""
+        return self.machine.spec
+
+    @property
+    def state(self) -> VmState:
+        """Everything that is known about its runstate."""
+        return self.machine.state
+
+    @property
+    def run(self) -> Runstate:
+        """Its runstate."""
+        return self.machine.run
+
+    @property
+    def end(self) -> End | None:
+        """How it ended, once it has."""
+        return self.machine.state.end
+
+    @property
+    def pid(self) -> int | None:
+        """QEMU's process id, while it runs."""
+        return self.machine.pid
+
+    @property
+    def settled(self) -> bool:
+        """Whether QEMU has ended and its disks are free."""
+        return self._settling.done()
+
+    def log_tail(self, lines: int = process.TAIL_LINES) -> list[str]:
+        """The last lines that QEMU wrote."""
+        return process.tail_of(self.machine.files.log, lines)
+
+    def channel_path(self, name: str) -> Path:
+        """The host end of a channel. Raises NotFound."""
+        for channel in self.spec.channels:
+            if name in (channel.name, channel.socket_name):
+                return self.machine.files.channel(channel)
+        raise NotFound(f"VM {self.name} has no channel {name}")
+
+    async def pause(self) -> None:
+        """See `Machine.pause`."""
+        await self.machine.pause()
+
+    async def resume(self) -> None:
+        """See `Machine.resume`."""
+        await self.machine.resume()
+
+    async def stop(self, grace_s: float = STOP_GRACE_S) -> None:
+        """See `Machine.stop`; returns when the disks are free too."""
+        await self.machine.stop(grace_s)
+        await self.wait_settled()
+
+    async def kill(self) -> None:
+        """See `Machine.kill`; returns when the disks are free too."""
+        if not self.run.is_end:
+            await self.machine.kill()
+        await self.wait_settled()
+
+    async def wait_ended(self, timeout_s: float | None = None) -> None:
+        """Waits until QEMU has ended and the disks are free. Raises Unavailable."""
+        await self.machine.wait_ended(timeout_s)
+        await self.wait_settled()
+
+    async def wait_state(self, *states: Runstate, timeout_s: float) -> None:
+        """See `Machine.wait_state`."""
+        await self.machine.wait_state(*states, timeout_s=timeout_s)
+
+    async def wait_settled(self) -> None:
+        """Waits until the disks are free. Raises OutcomeUnknown when a backend does not end."""
+        await asyncio.shield(self._settling)
+        if self._unsettled is not None:
+            raise self._unsettled
+
+    async def detach(self) -> None:
+        """Leaves QEMU and the backends running, for another agent to adopt."""
+        if not self._settling.done():
+            self._settling.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._settling
+            for disk in self.disks.values():
+                await disk.detach()
+        await self.machine.detach()
+
+    async def _settle(self) -> None:
+        """Frees the disks after QEMU's end, and writes the end down."""
+        await self.machine.wait_ended()
+        self.record.ended(self.state).write(self._record_path)
+        try:
+            await asyncio.gather(*(disk.stop() for disk in self.disks.values()))
+        except SempervirtError as error:
+            self._unsettled = error
+            log.error("vm name=%s its disks are not free: %s", self.name, error)  # noqa: TRY400
+        log.info("ended vm=%s state=%s: %s", self.name, self.run.value, self.state.why)
