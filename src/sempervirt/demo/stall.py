@@ -1,0 +1,82 @@
+"""How long a guest waited for its disk when a backend died: pure.
+
+The guest's probe records every interval of more than 2 ms in which no writer got an answer. The
+stall of a kill is the time from SIGKILL to the end of the interval in which the next process
+gave its first answers. It counts everything: the death, the lock, QEMU's reconnection, the
+handshake, the replay, the interrupt, the guest's own scheduling.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+STEPS = ("lock_acquired", "accepted", "started", "replayed", "first_completion")
+# How far the clocks of guest and host may be apart after a comparison over virtio-serial.
+CLOCK_SLACK_NS = 500_000
+
+
+@dataclass(frozen=True)
+class Stall:
+    """One take-over. `ms` from the kill to the guest's next completion; None if unknown."""
+
+    at_ns: int
+    ms: float | None
+    steps_ms: Mapping[str, float]
+    replayed: int
+    cause: str
+
+
+def stall_ms(kill_ns: int, first_completion_ns: int, gaps_ns: Iterable[tuple[int, int]]) -> float:
+    """Milliseconds from the kill to the guest's next completion. All times on the host's clock.
+
+    No interval around the new process's first answer means that the guest went without answers
+    for less than the probe records; then it is the time to that first answer.
+    """
+    for start, end in sorted(gaps_ns):
+        if end >= first_completion_ns - CLOCK_SLACK_NS and start <= first_completion_ns:
+            return (end - kill_ns) / 1e6
+    return (first_completion_ns - kill_ns) / 1e6
+
+
+def steps_ms(kill_ns: int, timeline_ns: Mapping[str, Any]) -> dict[str, float]:
+    """Milliseconds from the kill to each step of the take-over that was reached."""
+    reached = ((step, timeline_ns.get(step)) for step in STEPS)
+    return {step: (when - kill_ns) / 1e6 for step, when in reached if when is not None}
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The nearest-rank percentile; NaN of nothing. `share` is 0.5 for the median."""
+    if not values:
+        return math.nan
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median, 99th percentile and maximum, and of how many."""
+
+    count: int
+    p50: float
+    p99: float
+    max: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        return cls(
+            len(values),
+            percentile(values, 0.5),
+            percentile(values, 0.99),
+            max(values, default=math.nan),
+        )
+
+
+def step_spreads(stalls: Sequence[Stall]) -> dict[str, Spread]:
+    """Where the time went: for each step, milliseconds from the kill."""
+    return {
+        step: Spread.of([stall.steps_ms[step] for stall in stalls if step in stall.steps_ms])
+        for step in STEPS
+    }

@@ -1,0 +1,346 @@
+"""One VM with a verified load, and everything that can happen to its disk.
+
+A trial starts an agent of its own in a temporary directory, runs a stock Linux guest whose disk
+is served by a supervised backend, starts the probe's stamped writers in it, and then does what it
+is told: kill, upgrade, stop and continue, reboot, unbind. `finish` stops the writers, reads every
+block back and gives the verdict. The guest is the judge: nothing that the host says counts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from sempervirt.agent import Agent, AgentConfig
+from sempervirt.core.errors import OutcomeUnknown, SempervirtError, Unavailable
+from sempervirt.demo.stall import Stall, stall_ms, steps_ms
+from sempervirt.demo.verdict import Verdict
+from sempervirt.disk.backend import BackendCommand, Blkd
+from sempervirt.disk.disk import Disk
+from sempervirt.guest import image as guest_image
+from sempervirt.guest.probe import ClockOffset, ProbeClient
+from sempervirt.vm.spec import ChannelSpec, DiskSpec, VmSpec
+
+log = logging.getLogger(__name__)
+
+MIB = 1 << 20
+VM = "guest"
+DISK = "data"
+DEVICE = "serial:trial"
+# After a take-over: for the guest to notice, and for the next standby to be ready.
+SETTLE_DEADLINE_S = 20.0
+
+
+@dataclass(frozen=True)
+class Load:
+    """What the writers in the guest do; see the probe's write_start."""
+
+    writers: int = 16
+    depth: int = 1
+    mode: str = "mixed"
+    flush_every: int = 64
+    hang_s: float = 20.0
+
+
+@dataclass(frozen=True)
+class TrialSetup:
+    """What is tried. `image` is made anew, `size_mib` large, unless it is a device."""
+
+    image: Path
+    size_mib: int = 128
+    engine: str = "auto"
+    direct: bool = False
+    queues: int = 1
+    queue_size: int = 128
+    memory_mib: int = 256
+    vcpus: int = 2
+    load: Load = field(default_factory=Load)
+    command: BackendCommand = field(default_factory=Blkd)
+    seed: int = 0
+
+
+class Trial:
+    """Use as `async with Trial(setup) as trial`."""
+
+    def __init__(self, setup: TrialSetup) -> None:
+        self.setup = setup
+        self.verdict = Verdict()
+        self.started_ns = 0
+        self._stack = AsyncExitStack()
+        self._probe: ProbeClient | None = None
+        self._agent: Agent | None = None
+        self.accelerator = ""
+        self._clock = ClockOffset(0, 0)
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self._start()
+        except BaseException:
+            await self._stack.aclose()
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self._stack.aclose()
+
+    # The parts
+
+    @property
+    def agent(self) -> Agent:
+        """The trial's own agent."""
+        assert self._agent is not None
+        return self._agent
+
+    @property
+    def disk(self) -> Disk:
+        """The disk under trial."""
+        return self.agent.disks[f"{VM}/{DISK}"]
+
+    @property
+    def probe(self) -> ProbeClient:
+        """The probe in the guest."""
+        assert self._probe is not None
+        return self._probe
+
+    @property
+    def clock(self) -> ClockOffset:
+        """How the guest's clock and the host's relate, as last compared."""
+        return self._clock
+
+    async def _start(self) -> None:
+        setup = self.setup
+        guest = guest_image()
+        folder = Path(tempfile.mkdtemp(prefix="semper-trial-"))
+        self._stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        if not setup.image.exists() or setup.image.is_file():
+            make_image(setup.image, setup.size_mib * MIB)
+            self._stack.callback(setup.image.unlink, missing_ok=True)
+        self._agent = await self._stack.enter_async_context(
+            Agent.open(
+                AgentConfig(
+                    state_dir=folder / "state", run_dir=folder / "run", backend=setup.command
+                )
+            )
+        )
+        spec = VmSpec(
+            name=VM,
+            memory=setup.memory_mib * MIB,
+            vcpus=setup.vcpus,
+            kernel=guest.kernel,
+            initrd=guest.initrd,
+            cmdline=guest.cmdline,
+            disks=(
+                DiskSpec(
+                    name=DISK,
+                    image=setup.image,
+                    engine=setup.engine,
+                    direct=setup.direct,
+                    queues=setup.queues,
+                    queue_size=setup.queue_size,
+                    serial="trial",
+                ),
+            ),
+            channels=(ChannelSpec(name="org.sempervirt.probe"),),
+        )
+        vm = await self.agent.run_vm(spec)
+        self.accelerator = vm.record.accelerator.kind
+        self._stack.push_async_callback(self._kill_vm)
+        self._probe = await ProbeClient.connect(vm.channel_path("probe"))
+        self._stack.push_async_callback(self.probe.close)
+        await self.probe.wait_hello(deadline_s=90)
+
+    async def _kill_vm(self) -> None:
+        with suppress(SempervirtError):
+            await self.agent.vms[VM].kill()
+
+    # The load
+
+    async def start_load(self) -> None:
+        """Starts the writers, once the disk is guarded."""
+        load = self.setup.load
+        await self.wait_guarded()
+        await self.probe.write_start(
+            DEVICE,
+            writers=load.writers,
+            depth=load.depth,
+            mode=load.mode,  # type: ignore[arg-type]
+            flush_every=load.flush_every,
+            hang_s=load.hang_s,
+            seed=self.setup.seed,
+        )
+        await self.compare_clocks()
+        self.started_ns = time.monotonic_ns()
+
+    async def stop_load(self) -> None:
+        """Stops the writers, reads every block back, and adds up."""
+        deadline_s = self.setup.load.hang_s + 10
+        self.verdict.add(await self.probe.write_stop(stop_deadline_s=deadline_s))
+
+    async def compare_clocks(self) -> None:
+        """To be done after each pause of the guest: its clock stands still meanwhile."""
+        self._clock = await self.probe.measure_clock()
+
+    async def completions(self, since_ns: int = 0) -> list[tuple[float, int]]:
+        """(seconds since the load began, completions) for each 10 ms, on the host's clock."""
+        since = max(0, self._clock.to_guest(since_ns)) if since_ns else 0
+        timeline = await self.probe.timeline(since_ns=since)
+        start = self._clock.to_host(timeline.start_ns) - self.started_ns
+        return [
+            ((start + index * timeline.bin_ns) / 1e9, count)
+            for index, count in enumerate(timeline.counts)
+        ]
+
+    # What happens to the disk
+
+    async def kill_backend(self) -> Stall:
+        """SIGKILL to the backend that serves; returns when its successor is guarded again."""
+        stall = await self._take_over("kill", self.kill_active)
+        self.verdict.kills += 1
+        return stall
+
+    async def upgrade(self, binary: str | None = None) -> Stall:
+        """Replaces the backend, as `semper disk upgrade` does."""
+
+        async def upgrade() -> None:
+            await self.disk.upgrade(binary)
+
+        stall = await self._take_over("upgrade", upgrade)
+        self.verdict.upgrades += 1
+        return stall
+
+    async def terminate_backend(self) -> Stall:
+        """SIGTERM to the backend that serves: it drains, and its standby goes on."""
+
+        async def terminate() -> None:
+            self._signal_active(signal.SIGTERM)
+
+        stall = await self._take_over("terminate", terminate)
+        self.verdict.upgrades += 1
+        return stall
+
+    async def kill_active(self) -> None:
+        """SIGKILL to the backend that serves, and nothing else."""
+        self._signal_active(signal.SIGKILL)
+
+    def _signal_active(self, number: signal.Signals) -> None:
+        pid = self.disk.active_pid
+        if pid is None:
+            raise Unavailable("there is no backend to signal")
+        os.kill(pid, number)
+
+    async def _take_over(self, cause: str, end: Any) -> Stall:
+        await self.compare_clocks()
+        before = self.disk.active_pid
+        kill_ns = time.monotonic_ns()
+        await end()
+        await self.wait_successor(before)
+        stall = await self._measure(cause, kill_ns)
+        self.verdict.stalls.append(stall)
+        await self.wait_guarded()
+        return stall
+
+    async def _measure(self, cause: str, kill_ns: int) -> Stall:
+        if not self.disk.setup.command.has_control:
+            return Stall(kill_ns, None, {}, 0, cause)
+        status = await self._serving_status()
+        if status is None:
+            self.verdict.problems.append("no request was completed after a take-over")
+            return Stall(kill_ns, None, {}, 0, cause)
+        timeline = status["timeline_ns"]
+        first = int(timeline["first_completion"])
+        gaps = await self.probe.gaps(since_ns=max(0, self._clock.to_guest(kill_ns) - 50 * 10**6))
+        on_host = [(self._clock.to_host(a), self._clock.to_host(b)) for a, b in gaps.gaps]
+        return Stall(
+            kill_ns,
+            stall_ms(kill_ns, first, on_host),
+            steps_ms(kill_ns, timeline),
+            int(status["counters"]["replayed"]),
+            cause,
+        )
+
+    async def _serving_status(self) -> dict[str, Any] | None:
+        """The active backend's status once it has answered the guest; None if it never does."""
+        deadline = time.monotonic() + SETTLE_DEADLINE_S
+        while time.monotonic() < deadline:
+            with suppress(Unavailable, OutcomeUnknown):
+                status = await self.disk.status()
+                if status["timeline_ns"]["first_completion"] is not None:
+                    return status
+            await asyncio.sleep(0.005)
+        return None
+
+    async def stop_and_continue(self, pause_s: float = 0.05) -> int:
+        """QMP stop and cont under load; returns when it was, as CLOCK_MONOTONIC nanoseconds."""
+        vm = self.agent.vms[VM]
+        at_ns = time.monotonic_ns()
+        await vm.pause()
+        await asyncio.sleep(pause_s)
+        await vm.resume()
+        await self.compare_clocks()
+        self.verdict.pauses += 1
+        return at_ns
+
+    async def reboot(self) -> None:
+        """Verifies, reboots the guest while its writers run, and starts over."""
+        await self.stop_load()
+        await self.start_load()
+        await self.probe.reboot()
+        self.verdict.reboots += 1
+        await self.start_load()
+
+    async def reset_device(self) -> None:
+        """Unbinds and binds the disk's driver in the guest, between two verified loads."""
+        await self.stop_load()
+        await self.probe.unbind(DEVICE)
+        await self.probe.bind(DEVICE)
+        self.verdict.resets += 1
+        await self.start_load()
+
+    # Waiting
+
+    async def wait_guarded(self) -> None:
+        """Waits until the disk is as well served as it can be. Raises Unavailable."""
+        if self.disk.setup.policy.standby:
+            await self.disk.wait_standby_ready(SETTLE_DEADLINE_S)
+        else:
+            await self.disk.wait_serving(SETTLE_DEADLINE_S)
+
+    async def wait_successor(self, pid: int | None) -> None:
+        """Waits until a process other than `pid` is the active one. Raises Unavailable."""
+        await self.disk.changes.wait_until(
+            lambda: self.disk.active_pid not in (None, pid),
+            timeout_s=SETTLE_DEADLINE_S,
+            what="a successor of the backend",
+        )
+
+
+def make_image(path: Path, size_bytes: int) -> None:
+    """A new image with every block allocated, so that a full disk shows now and not later."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    with path.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, size_bytes)
+
+
+@asynccontextmanager
+async def running(setup: TrialSetup) -> AsyncIterator[Trial]:
+    """A trial whose load is running."""
+    async with Trial(setup) as trial:
+        await trial.start_load()
+        yield trial

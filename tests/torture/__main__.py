@@ -1,0 +1,218 @@
+"""`python -m tests.torture`: the long form of what the tests prove in short."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from tests.torture import campaigns, pictures
+from tests.torture.cells import Cell, cells
+from tests.torture.peers import StorageDaemon, without_region
+
+from sempervirt.demo import report
+from sempervirt.demo.trial import Load
+from sempervirt.demo.verdict import Verdict
+
+POINTS = (
+    "pop-start",
+    "pop-counter",
+    "pop-mark",
+    "io-submitted",
+    "io-done",
+    "status-stored",
+    "used-element",
+    "batch-next",
+    "batch-head",
+    "used-index",
+    "clear-entry",
+    "region-index",
+    "call-pending",
+    "recover-start",
+    "recover-clear",
+    "recover-index",
+    "replay-submit",
+    "replay-published",
+)
+console = Console(stderr=True)
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Callable[[], None]]:
+    with Progress(console=console) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda: bar.advance(task)
+
+
+def run_kills(total: int, seed: int) -> list[tuple[str, Verdict]]:
+    """`total` kills, spread evenly over all cells."""
+    rows = []
+    chosen = cells()
+    share = -(-total // len(chosen))
+    with progress("kills", share * len(chosen)) as done:
+        for index, cell in enumerate(chosen):
+            setup = cell.setup(seed + index)
+            rows.append((str(cell), asyncio.run(campaigns.kills(setup, share, seed + index, done))))
+    return rows
+
+
+def run_events(scale: float, seed: int) -> list[tuple[str, Verdict]]:
+    """The life of a VM: 100 pauses, 100 upgrades, 20 resets, 20 reboots, times `scale`."""
+    counts = {"pauses": 100, "reboots": 20, "resets": 20, "upgrades": 100}
+    scaled = {name: max(1, round(count * scale)) for name, count in counts.items()}
+    chosen = (Cell("sync", 1, "heavy", "tmpfs"), Cell("uring", 4, "heavy", "ext4-direct"))
+    rows = []
+    with progress("events", sum(scaled.values()) * len(chosen)) as done:
+        for index, cell in enumerate(chosen):
+            setup = cell.setup(seed + index)
+            verdict = asyncio.run(campaigns.events(setup, done=done, **scaled))
+            rows.append((f"events {cell}", verdict))
+    return rows
+
+
+def run_points(binary: Path, folder: Path, seed: int) -> list[tuple[str, Verdict]]:
+    """Each named crash point, with both engines; three deaths each, so that replays die too."""
+    chosen = (Cell("sync", 1, "heavy", "tmpfs"), Cell("uring", 2, "heavy", "ext4-direct"))
+    rows = []
+    with progress("crash points", len(POINTS) * len(chosen)) as done:
+        for cell in chosen:
+            for point in POINTS:
+                log = folder / f"deaths-{cell.engine}-{point}.log"
+                log.unlink(missing_ok=True)
+                verdict, died = asyncio.run(
+                    campaigns.crash_point(
+                        cell.setup(seed), binary.resolve(), point, 3, log.resolve()
+                    )
+                )
+                if died < 3:
+                    verdict.problems.append(f"{point} was hit {died} times instead of 3")
+                rows.append((f"{point} {cell.engine}", verdict))
+                done()
+    return rows
+
+
+def run_controls(seed: int) -> list[tuple[str, Verdict]]:
+    """Backends that lose requests. Each of these rows must *not* be clean."""
+    load = Load(writers=16, depth=2, hang_s=5)
+    setup = replace(Cell("uring", 1, "heavy", "ext4-direct").setup(seed), load=load)
+    peers: list[tuple[str, Any]] = [
+        ("qemu-storage-daemon", StorageDaemon()),
+        ("semper-blkd without the region", without_region()),
+    ]
+    rows = []
+    for name, command in peers:
+        verdict = asyncio.run(campaigns.control(replace(setup, command=command), 10, seed))
+        rows.append((f"control: {name}", verdict))
+    return rows
+
+
+def table(rows: list[tuple[str, Verdict]]) -> Table:
+    """One line for each trial."""
+    drawn = Table(title="Torture", title_justify="left")
+    drawn.add_column("trial")
+    for name in (
+        "kills",
+        "events",
+        "replayed",
+        "verified",
+        "errors",
+        "hung",
+        "wrong",
+        "other",
+        "stall p50",
+        "p99",
+        "max",
+    ):
+        drawn.add_column(name, justify="right")
+    for name, verdict in rows:
+        stall = verdict.stall
+        cells_ = [
+            verdict.kills,
+            verdict.pauses + verdict.reboots + verdict.resets + verdict.upgrades,
+            verdict.replayed,
+            f"{verdict.verified:,}",
+            verdict.guest_errors,
+            verdict.hung,
+            verdict.wrong,
+            len(verdict.kernel_lines) + len(verdict.problems) + verdict.unverified,
+            *(
+                f"{value:.1f}" if value == value else "–"
+                for value in (stall.p50, stall.p99, stall.max)
+            ),
+        ]
+        drawn.add_row(name, *map(str, cells_), style="" if verdict.clean else "yellow")
+    return drawn
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="make torture", description=__doc__)
+    parser.add_argument("--kills", type=int, default=1000, help="SIGKILLs over all combinations")
+    parser.add_argument(
+        "--events",
+        type=float,
+        default=1.0,
+        metavar="SCALE",
+        help="1 = 100 stop/cont, 100 upgrades, 20 resets, 20 reboots, twice",
+    )
+    parser.add_argument(
+        "--points-binary",
+        type=Path,
+        metavar="FILE",
+        help="semper-blkd built with the feature crash-points",
+    )
+    parser.add_argument("--no-controls", action="store_true", help="leave the controls out")
+    parser.add_argument("--seed", type=int, default=int(time.time()) & 0xFFFF)
+    parser.add_argument("--results", type=Path, default=Path("results"))
+    options = parser.parse_args()
+    options.results.mkdir(parents=True, exist_ok=True)
+    console.print(f"seed {options.seed}")
+    started = time.monotonic()
+    proven: list[tuple[str, Verdict]] = []
+    if options.kills:
+        proven += run_kills(options.kills, options.seed)
+    if options.events:
+        proven += run_events(options.events, options.seed)
+    if options.points_binary:
+        proven += run_points(options.points_binary, options.results, options.seed)
+    controls = [] if options.no_controls else run_controls(options.seed)
+    total = Verdict()
+    for _, verdict in proven:
+        total.merge(verdict)
+    out = Console()
+    out.print(table(proven + controls))
+    out.print(report.stalls(total))
+    failed = [name for name, verdict in proven if not verdict.clean]
+    blind = [name for name, verdict in controls if verdict.clean]
+    for name, verdict in proven:
+        for line in report.problems(verdict):
+            out.print(f"[red]{name}: {line}[/]")
+    document = {
+        "seed": options.seed,
+        "seconds": round(time.monotonic() - started),
+        "total": total.as_dict() if proven else None,
+        "trials": {name: verdict.as_dict() for name, verdict in proven},
+        "controls": {name: verdict.as_dict() for name, verdict in controls},
+    }
+    (options.results / "torture.json").write_text(json.dumps(document, indent=1) + "\n")
+    pictures.draw_stalls(total, options.results / "stalls.png")
+    for name in blind:
+        out.print(f"[red bold]{name} lost nothing: the harness may be blind[/]")
+    out.print(
+        f"{len(proven) + len(controls) - len(failed) - len(blind)} passed, "
+        f"{len(failed) + len(blind)} failed"
+    )
+    return 1 if failed or blind else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

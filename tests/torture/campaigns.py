@@ -1,0 +1,114 @@
+"""The campaigns: kills at random instants, life's other events, every named crash point."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from sempervirt.core.errors import SempervirtError, Unavailable
+from sempervirt.demo.trial import Trial, TrialSetup, running
+from sempervirt.demo.verdict import Verdict
+from sempervirt.disk.backend import Blkd
+from sempervirt.guest.errors import ProbeGone, ProbeSilent
+
+Step = Callable[[], None]
+# A kill lands in the middle of a take-over now and then: inside a handshake or a replay.
+BURST = 0.2
+
+
+async def kills(setup: TrialSetup, count: int, seed: int, done: Step) -> Verdict:
+    """`count` SIGKILLs at random instants, some of them during the recovery from the last."""
+    chance = random.Random(seed)
+    async with running(setup) as trial:
+        while trial.verdict.kills < count:
+            await asyncio.sleep(chance.uniform(0.0, 0.3))
+            if chance.random() < BURST and trial.verdict.kills + 2 <= count:
+                await _kill_twice(trial, chance)
+                done()
+            else:
+                await trial.kill_backend()
+            done()
+        await trial.stop_load()
+        return trial.verdict
+
+
+async def _kill_twice(trial: Trial, chance: random.Random) -> None:
+    """Kills the backend, and its successor within 20 ms of taking over."""
+    pid = trial.disk.active_pid
+    await trial.kill_active()
+    await trial.wait_successor(pid)
+    await asyncio.sleep(chance.uniform(0.0, 0.02))
+    trial.verdict.kills += 1
+    # The stall of the pair is not that of one kill, so it is not counted among them.
+    stall = await trial.kill_backend()
+    trial.verdict.stalls[-1] = replace(stall, cause="double kill")
+
+
+async def events(
+    setup: TrialSetup, pauses: int, reboots: int, resets: int, upgrades: int, done: Step
+) -> Verdict:
+    """stop/cont under load, guest reboots, device resets, upgrades by SIGTERM."""
+    async with running(setup) as trial:
+        for act, count in (
+            (trial.stop_and_continue, pauses),
+            (trial.terminate_backend, upgrades),
+            (trial.reset_device, resets),
+            (trial.reboot, reboots),
+        ):
+            for _ in range(count):
+                await act()
+                done()
+        await trial.stop_load()
+        return trial.verdict
+
+
+def deaths_in(log: Path) -> int:
+    """How many processes wrote their death down."""
+    return len(log.read_text().splitlines()) if log.exists() else 0
+
+
+async def crash_point(
+    setup: TrialSetup, binary: Path, point: str, deaths: int, log: Path
+) -> tuple[Verdict, int]:
+    """Every process dies at `point` until `deaths` have; gives the verdict and how many did."""
+    # Not at the first passage, so that the guest is well under way; replay points come only in
+    # recoveries, where the first passage is the one.
+    nth = 1 if point.startswith(("recover", "replay")) else 300
+    environment = {"SEMPER_DIE_AT": f"{point}:{nth}:{deaths}", "SEMPER_DIE_LOG": str(log)}
+    command = Blkd(path=binary, environment=environment)
+    async with Trial(replace(setup, command=command)) as trial:
+        await trial.start_load()
+        if point.startswith(("recover", "replay")):
+            await trial.kill_active()
+
+        with suppress(Unavailable):
+            await trial.disk.changes.wait_until(
+                lambda: deaths_in(log) >= deaths, timeout_s=30, what="the deaths"
+            )
+        await trial.wait_guarded()
+        await trial.stop_load()
+        trial.verdict.kills += deaths_in(log)
+        return trial.verdict, deaths_in(log)
+
+
+async def control(setup: TrialSetup, count: int, seed: int) -> Verdict:
+    """As `kills`, for a backend that is expected to lose requests; ends at the first loss."""
+    chance = random.Random(seed)
+    verdict = Verdict()
+    try:
+        async with running(setup) as trial:
+            verdict = trial.verdict
+            while verdict.kills < count:
+                await asyncio.sleep(chance.uniform(0.1, 0.3))
+                await trial.kill_backend()
+                stats = await trial.probe.stats()
+                if stats.hung or stats.io_error_count or stats.wrong.total:
+                    break
+            await trial.stop_load()
+    except (SempervirtError, ProbeGone, ProbeSilent) as error:
+        verdict.problems.append(str(error))
+    return verdict

@@ -1,0 +1,46 @@
+"""Backends that lose requests: the negative controls. The harness must see that they do."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from sempervirt.core.errors import Unavailable
+from sempervirt.disk.backend import Blkd, Launch
+
+
+@dataclass(frozen=True)
+class StorageDaemon:
+    """qemu-storage-daemon, which does not track requests in flight."""
+
+    aio: str = "threads"
+    environment: Mapping[str, str] = field(default_factory=dict)
+    has_standby: bool = False
+    has_control: bool = False
+
+    def binary(self) -> str:
+        """From the PATH."""
+        found = shutil.which("qemu-storage-daemon")
+        if found is None:
+            raise Unavailable("qemu-storage-daemon is not installed", remedy="run make setup")
+        return found
+
+    def argv(self, launch: Launch) -> list[str]:
+        """Serves the same image on the same listening socket."""
+        options = launch.options
+        cache = "on" if options.direct else "off"
+        image = (
+            f"driver=file,node-name=image,filename={options.image},aio={self.aio},"
+            f"cache.direct={cache},locking=off"
+        )
+        export = (
+            f"type=vhost-user-blk,id=disk,node-name=image,writable=on,"
+            f"num-queues={options.queues},addr.type=fd,addr.str={launch.listen_fd}"
+        )
+        return [launch.binary, "--blockdev", image, "--export", export]
+
+
+def without_region() -> Blkd:
+    """Our own backend with the in-flight region switched off."""
+    return Blkd(extra=("--no-inflight",))
