@@ -1,0 +1,73 @@
+"""`semperd`: the agent as a service.
+
+SIGTERM and SIGINT end the agent and leave the VMs running; the next agent adopts them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import sempervirt
+from sempervirt.agent.agent import Agent
+from sempervirt.agent.config import AgentConfig
+from sempervirt.agent.logs import log_to_stderr
+from sempervirt.agent.notify import notify
+from sempervirt.api.server import serving
+from sempervirt.core.errors import SempervirtError, kind_of
+
+log = logging.getLogger(__name__)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The program."""
+    options = _parser().parse_args(arguments)
+    log_to_stderr(options.log_level)
+    config = AgentConfig.default(keep_vms=True)
+    if options.state_dir:
+        config = replace(config, state_dir=options.state_dir.absolute())
+    if options.run_dir:
+        config = replace(config, run_dir=options.run_dir.absolute())
+    try:
+        asyncio.run(_serve(config))
+    except SempervirtError as error:
+        sys.stderr.write(f"semperd: error: {error}\n")
+        return kind_of(error).exit_code
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="semperd",
+        description="The sempervirt agent: runs virtual machines, keeps their disks served.",
+        epilog="It ends on SIGTERM and leaves the VMs running; the next agent adopts them.",
+    )
+    parser.add_argument("--state-dir", type=Path, metavar="DIR", help="what outlives a boot")
+    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="sockets and logs")
+    parser.add_argument(
+        "--log-level", default="info", choices=["debug", "info", "warning", "error"]
+    )
+    parser.add_argument("--version", action="version", version=f"semperd {sempervirt.__version__}")
+    return parser
+
+
+async def _serve(config: AgentConfig) -> None:
+    ended = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, ended.set)
+    async with Agent.open(config) as agent, serving(agent, config.socket):
+        log.info("serve socket=%s state=%s vms=%d", config.socket, config.state_dir, len(agent.vms))
+        notify("READY=1")
+        await ended.wait()
+        notify("STOPPING=1")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

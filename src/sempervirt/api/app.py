@@ -1,0 +1,44 @@
+"""The application: routes and errors around one agent.
+
+`python -m sempervirt.api.app` prints the OpenAPI document (docs/reference/openapi.json).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from fastapi import FastAPI
+
+import sempervirt
+from sempervirt.agent.agent import Agent
+from sempervirt.api import failures
+from sempervirt.api.routes import router
+
+
+def build_app(agent: Agent | None = None) -> FastAPI:
+    """The application; without an agent only its description is of use."""
+    app = FastAPI(
+        title="sempervirt agent",
+        version=sempervirt.__version__,
+        description=(
+            "Virtual machines of one host and their disks. Served on a unix socket that only "
+            "its owner may open."
+        ),
+        docs_url=None,
+        redoc_url=None,
+        generate_unique_id_function=lambda route: route.name,
+    )
+    app.state.agent = agent
+    app.include_router(router)
+    failures.install(app)
+    return app
+
+
+def openapi_text() -> str:
+    """The OpenAPI document as it is checked in."""
+    return json.dumps(build_app().openapi(), indent=2, sort_keys=True) + "\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(openapi_text())

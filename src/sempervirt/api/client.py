@@ -1,0 +1,151 @@
+"""The client of the agent's API. Errors are those that the agent raised."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+from pydantic import BaseModel, TypeAdapter
+
+from sempervirt.api.failures import from_response
+from sempervirt.api.schemas import (
+    AgentView,
+    DiskView,
+    HostView,
+    LogView,
+    StopRequest,
+    UpgradeRequest,
+    VmView,
+)
+from sempervirt.core.errors import AgentUnavailable, InvalidRequest, OutcomeUnknown
+from sempervirt.core.names import split_disk_name
+from sempervirt.vm.spec import VmSpec
+
+READ_TIMEOUT_S = 20.0
+# Starting a VM, upgrading a disk: bounded by the agent's own deadlines.
+WORK_TIMEOUT_S = 150.0
+
+View = TypeVar("View", bound=BaseModel)
+
+
+class Client:
+    """Speaks to one agent. Made by `connect`. Each call raises what the agent raised;
+    AgentUnavailable when none answers; OutcomeUnknown when it stopped answering midway.
+    """
+
+    def __init__(self, http: httpx.AsyncClient, socket: Path) -> None:
+        self._http = http
+        self._socket = socket
+
+    @classmethod
+    @asynccontextmanager
+    async def connect(cls, socket: Path) -> AsyncIterator[Client]:
+        """A client for the agent at `socket`; whether it is there shows in the first call."""
+        transport = httpx.AsyncHTTPTransport(uds=str(socket))
+        async with httpx.AsyncClient(transport=transport, base_url="http://agent/v1") as http:
+            yield cls(http, socket)
+
+    async def agent(self) -> AgentView:
+        """The agent itself."""
+        return AgentView.model_validate(await self._call("GET", "/agent"))
+
+    async def host(self) -> HostView:
+        """What the host offers."""
+        return HostView.model_validate(await self._call("GET", "/host"))
+
+    async def vms(self) -> list[VmView]:
+        """All VMs."""
+        return TypeAdapter(list[VmView]).validate_python(await self._call("GET", "/vms"))
+
+    async def vm(self, name: str) -> VmView:
+        """One VM."""
+        return VmView.model_validate(await self._call("GET", f"/vms/{name}"))
+
+    async def run_vm(self, spec: VmSpec) -> VmView:
+        """Starts a VM."""
+        body = spec.model_dump(mode="json")
+        answer = await self._call("POST", "/vms", body=body, timeout_s=WORK_TIMEOUT_S)
+        return VmView.model_validate(answer)
+
+    async def pause_vm(self, name: str) -> VmView:
+        """Stops the processors."""
+        return VmView.model_validate(await self._call("POST", f"/vms/{name}/pause"))
+
+    async def resume_vm(self, name: str) -> VmView:
+        """Lets a paused guest run on."""
+        return VmView.model_validate(await self._call("POST", f"/vms/{name}/resume"))
+
+    async def stop_vm(self, name: str, grace_s: float) -> VmView:
+        """Asks the guest to power off and waits for the end."""
+        body = StopRequest(grace_s=grace_s).model_dump()
+        timeout_s = WORK_TIMEOUT_S + grace_s
+        answer = await self._call("POST", f"/vms/{name}/stop", body=body, timeout_s=timeout_s)
+        return VmView.model_validate(answer)
+
+    async def kill_vm(self, name: str) -> VmView:
+        """Ends QEMU at once."""
+        answer = await self._call("POST", f"/vms/{name}/kill", timeout_s=WORK_TIMEOUT_S)
+        return VmView.model_validate(answer)
+
+    async def forget_vm(self, name: str) -> None:
+        """Drops a VM that has ended."""
+        await self._call("DELETE", f"/vms/{name}")
+
+    async def vm_log(self, name: str, source: str, lines: int) -> LogView:
+        """The end of a log."""
+        query = {"source": source, "lines": lines}
+        answer = await self._call("GET", f"/vms/{name}/logs", query=query)
+        return LogView.model_validate(answer)
+
+    async def disks(self) -> list[DiskView]:
+        """The disks of all running VMs."""
+        return TypeAdapter(list[DiskView]).validate_python(await self._call("GET", "/disks"))
+
+    async def disk(self, name: str) -> DiskView:
+        """One disk, VM/DISK."""
+        return DiskView.model_validate(await self._call("GET", _disk_path(name)))
+
+    async def upgrade_disk(self, name: str, binary: Path | None) -> DiskView:
+        """Serves a disk from another binary."""
+        body = UpgradeRequest(binary=binary).model_dump(mode="json")
+        path = f"{_disk_path(name)}/upgrade"
+        answer = await self._call("POST", path, body=body, timeout_s=WORK_TIMEOUT_S)
+        return DiskView.model_validate(answer)
+
+    async def _call(
+        self,
+        method: str,
+        path: str,
+        *,
+        body: Any = None,
+        query: dict[str, Any] | None = None,
+        timeout_s: float = READ_TIMEOUT_S,
+    ) -> Any:
+        try:
+            response = await self._http.request(
+                method, path, json=body, params=query, timeout=timeout_s
+            )
+        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            raise AgentUnavailable(
+                f"no agent answers at {self._socket}",
+                remedy="start one: semperd; or run a VM in the foreground: semper vm run FILE",
+            ) from error
+        except httpx.HTTPError as error:
+            raise OutcomeUnknown(
+                f"the agent did not answer {method} {path}: {error!r}",
+                remedy="ask again what the state is",
+            ) from error
+        if response.is_error:
+            raise from_response(response)
+        return response.json() if response.content else None
+
+
+def _disk_path(name: str) -> str:
+    try:
+        vm, disk = split_disk_name(name)
+    except ValueError as error:
+        raise InvalidRequest(str(error)) from error
+    return f"/disks/{vm}/{disk}"

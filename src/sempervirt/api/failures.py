@@ -1,0 +1,52 @@
+"""Errors on the wire: one table, both directions (see sempervirt.core.errors)."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from httpx import Response
+
+from sempervirt.api.schemas import ErrorBody, ErrorView
+from sempervirt.core.errors import (
+    InvalidRequest,
+    OutcomeUnknown,
+    SempervirtError,
+    from_wire,
+    kind_of,
+)
+
+
+def install(app: FastAPI) -> None:
+    """Makes the app answer errors of our tree, and of validation, in our form."""
+
+    @app.exception_handler(SempervirtError)
+    async def _ours(_request: Request, error: SempervirtError) -> JSONResponse:
+        return to_response(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def _validation(_request: Request, error: RequestValidationError) -> JSONResponse:
+        texts = []
+        for detail in error.errors():
+            key = ".".join(str(part) for part in detail["loc"][1:])
+            texts.append(f"{key}: {detail['msg'].removeprefix('Value error, ')}")
+        return to_response(InvalidRequest("; ".join(texts)))
+
+
+def to_response(error: SempervirtError) -> JSONResponse:
+    """The response for an error."""
+    kind = kind_of(error)
+    body = ErrorView(error=ErrorBody(kind=kind.name, message=error.message, remedy=error.remedy))
+    return JSONResponse(body.model_dump(), status_code=kind.http_status)
+
+
+def from_response(response: Response) -> SempervirtError:
+    """The error that a response carries."""
+    try:
+        body = ErrorView.model_validate_json(response.content).error
+    except ValueError:
+        return OutcomeUnknown(
+            f"the agent answered {response.status_code} without saying why",
+            remedy="look at the agent's log",
+        )
+    return from_wire(body.kind, body.message, body.remedy)

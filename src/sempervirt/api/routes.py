@@ -1,0 +1,150 @@
+"""The routes of version 1."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Query, Request, status
+
+import sempervirt
+from sempervirt.agent.agent import Agent
+from sempervirt.agent.vm import Vm
+from sempervirt.api.schemas import (
+    AgentView,
+    DiskView,
+    ErrorView,
+    HostView,
+    LogView,
+    StopRequest,
+    UpgradeRequest,
+    VmView,
+    agent_view,
+)
+from sempervirt.core.errors import InvalidRequest
+from sempervirt.core.names import suggest
+from sempervirt.disk.running import DiskFiles
+from sempervirt.host import process
+from sempervirt.vm.spec import VmSpec
+
+router = APIRouter(prefix="/v1", responses={"default": {"model": ErrorView}})
+
+
+def _agent(request: Request) -> Agent:
+    agent = request.app.state.agent
+    assert isinstance(agent, Agent)
+    return agent
+
+
+AgentHere = Annotated[Agent, Depends(_agent)]
+
+
+def _vm(name: str, agent: AgentHere) -> Vm:
+    return agent.vm(name)
+
+
+VmHere = Annotated[Vm, Depends(_vm)]
+
+
+@router.get("/agent", tags=["host"])
+async def get_agent(agent: AgentHere) -> AgentView:
+    """The agent itself."""
+    return agent_view(agent, sempervirt.__version__, os.getpid())
+
+
+@router.get("/host", tags=["host"])
+async def get_host(agent: AgentHere) -> HostView:
+    """What the host offers to VMs."""
+    return HostView.of(await agent.host())
+
+
+@router.get("/vms", tags=["vm"])
+async def list_vms(agent: AgentHere) -> list[VmView]:
+    """All VMs, also those that have ended."""
+    return [VmView.of(vm) for _, vm in sorted(agent.vms.items())]
+
+
+@router.post("/vms", tags=["vm"], status_code=status.HTTP_201_CREATED)
+async def run_vm(agent: AgentHere, spec: VmSpec) -> VmView:
+    """Starts a VM; answers when QEMU runs it."""
+    return VmView.of(await agent.run_vm(spec))
+
+
+@router.get("/vms/{name}", tags=["vm"])
+async def get_vm(vm: VmHere) -> VmView:
+    """One VM."""
+    return VmView.of(vm)
+
+
+@router.delete("/vms/{name}", tags=["vm"], status_code=status.HTTP_204_NO_CONTENT)
+async def forget_vm(agent: AgentHere, name: str) -> None:
+    """Drops a VM that has ended, with its logs."""
+    await agent.forget_vm(name)
+
+
+@router.post("/vms/{name}/pause", tags=["vm"])
+async def pause_vm(vm: VmHere) -> VmView:
+    """Stops the processors."""
+    await vm.pause()
+    return VmView.of(vm)
+
+
+@router.post("/vms/{name}/resume", tags=["vm"])
+async def resume_vm(vm: VmHere) -> VmView:
+    """Lets a paused guest run on."""
+    await vm.resume()
+    return VmView.of(vm)
+
+
+@router.post("/vms/{name}/stop", tags=["vm"])
+async def stop_vm(vm: VmHere, request: StopRequest) -> VmView:
+    """Asks the guest to power off; answers when QEMU has ended."""
+    await vm.stop(request.grace_s)
+    return VmView.of(vm)
+
+
+@router.post("/vms/{name}/kill", tags=["vm"])
+async def kill_vm(vm: VmHere) -> VmView:
+    """Ends QEMU at once; answers when the VM's disks are free."""
+    await vm.kill()
+    return VmView.of(vm)
+
+
+@router.get("/vms/{name}/logs", tags=["vm"])
+async def get_vm_log(
+    vm: VmHere,
+    source: str = "console",
+    lines: Annotated[int, Query(ge=1, le=10000)] = 100,
+) -> LogView:
+    """The end of a log: `console`, `qemu`, or the name of a disk."""
+    files = vm.machine.files
+    paths = {"console": files.console_log, "qemu": files.log}
+    for disk in vm.spec.disks:
+        logs = DiskFiles(files.directory, disk.name).logs()
+        paths[disk.name] = logs[-1] if logs else files.directory / f"disk-{disk.name}.log"
+    if source not in paths:
+        known = ", ".join(paths)
+        raise InvalidRequest(
+            f"VM {vm.name} has no log {source}; there are: {known}", remedy=suggest(source, paths)
+        )
+    return LogView(path=paths[source], lines=process.tail_of(paths[source], lines))
+
+
+@router.get("/disks", tags=["disk"])
+async def list_disks(agent: AgentHere) -> list[DiskView]:
+    """The disks of all running VMs."""
+    return [await DiskView.of(disk) for disk in agent.disks.values()]
+
+
+@router.get("/disks/{vm}/{disk}", tags=["disk"])
+async def get_disk(agent: AgentHere, vm: str, disk: str) -> DiskView:
+    """One disk."""
+    return await DiskView.of(agent.disk(f"{vm}/{disk}"))
+
+
+@router.post("/disks/{vm}/{disk}/upgrade", tags=["disk"])
+async def upgrade_disk(agent: AgentHere, vm: str, disk: str, request: UpgradeRequest) -> DiskView:
+    """Serves a disk from another binary; answers when that one serves."""
+    found = agent.disk(f"{vm}/{disk}")
+    await found.upgrade(str(request.binary) if request.binary else None)
+    return await DiskView.of(found)

@@ -1,0 +1,155 @@
+"""`semper disk`: the disks of running VMs and the backends that serve them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from sempervirt.api.schemas import DiskView, RestartView
+from sempervirt.cli.completion import disk_names
+from sempervirt.cli.output import (
+    Output,
+    OutputOption,
+    ago,
+    clock,
+    err,
+    facts,
+    listing,
+    out,
+    print_json,
+    styled,
+)
+from sempervirt.cli.session import ask_agent
+from sempervirt.core.sizes import format_size
+
+app = typer.Typer(no_args_is_help=True, help="Disks, and the backends that serve them.")
+
+DiskName = Annotated[
+    str,
+    typer.Argument(metavar="VM/DISK", help="For example web/root.", autocompletion=disk_names),
+]
+RESTARTS_SHOWN = 8
+
+
+@app.command("list", epilog="Example: semper disk list")
+def list_disks(output: OutputOption = Output.TABLE) -> None:
+    """List the disks of all running VMs.
+
+    A guarded disk has a standby backend that takes over when the active one ends.
+    """
+    views = ask_agent(lambda client: client.disks())
+    if output is Output.JSON:
+        print_json(views)
+        return
+    table = listing("disk", "condition", "size", "active", "standby", "restarts", "image")
+    for view in views:
+        table.add_row(
+            view.name,
+            styled(view.condition),
+            _size(view),
+            str(view.active_pid or "-"),
+            str(view.standby_pid or "-"),
+            str(view.restart_count),
+            str(view.image),
+        )
+    out.print(table)
+
+
+@app.command("show", epilog="Example: semper disk show web/root")
+def show(name: DiskName, output: OutputOption = Output.TABLE) -> None:
+    """Show one disk: who serves it, its counters, its last error, its restarts and why."""
+    view = ask_agent(lambda client: client.disk(name))
+    if output is Output.JSON:
+        print_json(view)
+        return
+    out.print(facts(_rows(view)))
+    if view.restarts:
+        out.print()
+        out.print(_restarts(view.restarts[-RESTARTS_SHOWN:]))
+
+
+@app.command("upgrade", epilog="Example: semper disk upgrade web/root")
+def upgrade(
+    name: DiskName,
+    binary: Annotated[
+        Path | None,
+        typer.Option(help="Serve from this binary instead of the installed one."),
+    ] = None,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Replace the running backend by the installed binary; the guest goes on.
+
+    A standby from the new binary is prepared first. If anything about it fails, the present
+    one goes on serving.
+    """
+    absolute = binary.absolute() if binary else None
+    with err.status(f"upgrading {name} …"):
+        view = ask_agent(lambda client: client.upgrade_disk(name, absolute))
+    if output is Output.JSON:
+        print_json(view)
+        return
+    out.print(f"{name} is served by {view.binary}, pid {view.active_pid}")
+
+
+def _size(view: DiskView) -> str:
+    return format_size(view.size_bytes) if view.size_bytes is not None else "?"
+
+
+def _rows(view: DiskView) -> list[tuple[str, str | None]]:
+    backend = view.backend or {}
+    standby = f"{view.standby_pid} ({'ready' if view.standby_ready else 'preparing'})"
+    rows: list[tuple[str, str | None]] = [
+        ("disk", view.name),
+        ("condition", view.condition + (f" ({view.reason})" if view.reason else "")),
+        ("image", f"{view.image} ({_size(view)}{', read-only' if view.read_only else ''})"),
+        ("active", f"{view.active_pid or 'none'}, generation {view.generation}"),
+        ("standby", standby if view.standby_pid else "none"),
+        ("binary", view.binary),
+        ("state", backend.get("state")),
+        ("engine", _engine(backend)),
+        ("requests", _counters(backend)),
+        ("restarts", f"{view.restart_count}, upgrades {view.upgrade_count}"),
+    ]
+    if view.last_error:
+        rows.append(("last error", describe_error(view.last_error)))
+    return rows
+
+
+def describe_error(error: dict[str, object]) -> str:
+    """One line for a backend's last error, with its cause."""
+    where = f"{error.get('op')} of {error.get('length')} bytes at {error.get('offset')}"
+    return f"{where}: {error.get('message')} ({error.get('time')})"
+
+
+def _engine(backend: dict[str, object]) -> str | None:
+    if not backend:
+        return None
+    return f"{backend.get('engine')}{', direct' if backend.get('direct') else ''}"
+
+
+def _counters(backend: dict[str, object]) -> str | None:
+    queues = backend.get("queues")
+    if not isinstance(queues, list):
+        return None
+    names = ("reads", "writes", "flushes", "errors", "replayed", "in_flight")
+    sums = {name: sum(int(queue.get(name, 0)) for queue in queues) for name in names}
+    return ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in sums.items())
+
+
+def _restarts(restarts: list[RestartView]) -> Table:
+    """Restarts, with the milestones of each in ms after its cause was seen."""
+    table = listing("time", "ago", "why", "pid", "lock", "accepted", "started", "first done")
+    steps = ("lock_acquired", "accepted", "started", "first_completion")
+    for restart in restarts:
+        times = [restart.milestones_ms.get(step) for step in steps]
+        table.add_row(
+            clock(restart.time),
+            ago(restart.time),
+            restart.reason,
+            str(restart.successor_pid or "-"),
+            *("-" if ms is None else f"{ms:.1f} ms" for ms in times),
+        )
+    return table

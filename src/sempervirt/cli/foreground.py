@@ -1,0 +1,123 @@
+"""`semper vm run`: hands a VM to the agent, or is the agent while the VM runs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+
+from sempervirt.agent.agent import Agent
+from sempervirt.agent.config import AgentConfig
+from sempervirt.agent.logs import log_to_stderr
+from sempervirt.api.client import Client
+from sempervirt.api.schemas import VmView
+from sempervirt.api.server import serving
+from sempervirt.cli.output import err, out, print_json
+from sempervirt.cli.watch import Watch
+from sempervirt.core.errors import AgentUnavailable, StateConflict
+from sempervirt.vm.spec import VmSpec
+from sempervirt.vm.states import Runstate
+
+
+async def run(spec: VmSpec, *, detach: bool, grace_s: float, json: bool) -> int:
+    """Starts the VM and follows it to its end; the exit code of the command."""
+    config = AgentConfig.default(keep_vms=True)
+    async with AsyncExitStack() as stack:
+        client = await stack.enter_async_context(Client.connect(config.socket))
+        embedded = not await _agent_answers(client)
+        if embedded and detach:
+            raise AgentUnavailable(
+                f"no agent answers at {config.socket}, so nobody could look after the VM",
+                remedy="start one: semperd; or leave out --detach",
+            )
+        if embedded:
+            agent = await stack.enter_async_context(_embedded_agent(config))
+            stack.push_async_callback(_end, agent, spec.name, set(agent.vms))
+        with err.status(f"starting {spec.name} …"):
+            view = await client.run_vm(spec)
+        if json:
+            print_json(view)
+        if detach:
+            if not json:
+                out.print(f"{view.name} is {view.state.value} (pid {view.pid})", highlight=False)
+            return 0
+        return await _follow(client, view, grace_s, json=json)
+
+
+async def _agent_answers(client: Client) -> bool:
+    try:
+        await client.agent()
+    except AgentUnavailable:
+        return False
+    return True
+
+
+@asynccontextmanager
+async def _embedded_agent(config: AgentConfig) -> AsyncIterator[Agent]:
+    log_to_stderr("error")
+    async with Agent.open(config) as agent, serving(agent, config.socket):
+        yield agent
+
+
+async def _end(agent: Agent, name: str, before: set[str]) -> None:
+    """Leaves no VM of this command behind, however it ends; others run on."""
+    for vm in agent.vms.values():
+        if vm.settled:
+            continue
+        if vm.name == name and name not in before:
+            await vm.kill()
+        else:
+            err.print(f"[yellow]{vm.name} runs on without an agent; start one: semperd[/]")
+
+
+async def _follow(client: Client, view: VmView, grace_s: float, *, json: bool) -> int:
+    """Shows the VM until it ends; Ctrl-C stops it, a second one kills it."""
+    with Watch(view.name, client, live=out.is_terminal and not json) as watch:
+        watching = asyncio.create_task(watch.until_ended())
+        async with _interrupts() as interrupted:
+            ending: asyncio.Task[None] | None = None
+            for farewell in (_stop, _kill):
+                pressed = asyncio.create_task(interrupted.get())
+                await asyncio.wait((watching, pressed), return_when=asyncio.FIRST_COMPLETED)
+                pressed.cancel()
+                if watching.done():
+                    break
+                ending = asyncio.create_task(farewell(client, view.name, grace_s))
+            last = await watching
+            if ending is not None:
+                await ending
+    if json:
+        print_json(last)
+    elif last.end is not None:
+        out.print(f"{last.name} is {last.state.value}: {last.end.reason}", highlight=False)
+    return 0 if last.state is Runstate.STOPPED else 1
+
+
+async def _stop(client: Client, name: str, grace_s: float) -> None:
+    err.print(f"powering {name} off; Ctrl-C again ends it at once")
+    try:
+        await client.stop_vm(name, grace_s)
+    except StateConflict:  # paused, halted or unknown: a power button would do nothing
+        await _kill(client, name, grace_s)
+
+
+async def _kill(client: Client, name: str, _grace_s: float) -> None:
+    with contextlib.suppress(StateConflict):
+        await client.kill_vm(name)
+
+
+@asynccontextmanager
+async def _interrupts() -> AsyncIterator[asyncio.Queue[None]]:
+    """Inside, each SIGINT and SIGTERM puts an item into the queue."""
+    loop = asyncio.get_running_loop()
+    queue: asyncio.Queue[None] = asyncio.Queue()
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    for number in numbers:
+        loop.add_signal_handler(number, queue.put_nowait, None)
+    try:
+        yield queue
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)

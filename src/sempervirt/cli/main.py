@@ -1,0 +1,52 @@
+"""`semper`: the program. One sub-command for each noun, each in a module of its own."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+
+import typer
+from rich.markup import escape
+
+import sempervirt
+from sempervirt.cli import disk, host, vm
+from sempervirt.cli.output import Output, OutputOption, err
+from sempervirt.core.errors import SempervirtError, kind_of
+
+app = typer.Typer(
+    name="semper",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Virtual machines that keep running when their storage backend dies.",
+    epilog="Begin with: semper host show, then semper vm run web.toml",
+)
+app.add_typer(vm.app, name="vm")
+app.add_typer(disk.app, name="disk")
+app.add_typer(host.app, name="host")
+if find_spec("sempervirt.demo") is not None:
+    from sempervirt.demo.cli import demo
+
+    app.command("demo")(demo)
+
+
+@app.command("version", epilog="Example: semper version")
+def version(output: OutputOption = Output.TABLE) -> None:
+    """Print the version of this program."""
+    if output is Output.JSON:
+        typer.echo(f'{{"version": "{sempervirt.__version__}"}}')
+    else:
+        typer.echo(f"semper {sempervirt.__version__}")
+
+
+def main() -> None:
+    """The entry point: an error of ours becomes one clear line and an exit code."""
+    try:
+        app()
+    except SempervirtError as error:
+        err.print(f"[bold red]semper: error:[/] {escape(error.message)}", highlight=False)
+        if error.remedy:
+            err.print(f"  {escape(error.remedy)}", highlight=False)
+        sys.exit(kind_of(error).exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)

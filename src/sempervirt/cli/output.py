@@ -1,0 +1,91 @@
+"""How results are printed: tables for people, JSON for programs."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from enum import Enum
+from typing import Annotated
+
+import typer
+from pydantic import BaseModel
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from sempervirt.core.durations import format_duration
+
+out = Console()
+err = Console(stderr=True)
+
+
+class Output(Enum):
+    """The forms of output."""
+
+    TABLE = "table"
+    JSON = "json"
+
+
+OutputOption = Annotated[
+    Output, typer.Option("--output", "-o", help="How to print the result.", show_default=True)
+]
+
+_STYLES = {
+    "running": "green",
+    "guarded": "green",
+    "starting": "cyan",
+    "recovering": "cyan",
+    "stopping": "cyan",
+    "paused": "yellow",
+    "unguarded": "yellow",
+    "halted": "yellow",
+    "backing-off": "yellow",
+    "unknown": "bold red",
+    "failing": "bold red",
+    "crashed": "red",
+    "stopped": "dim",
+}
+
+
+def print_json(value: BaseModel | Sequence[BaseModel]) -> None:
+    """One JSON document on stdout."""
+    if isinstance(value, BaseModel):
+        document: object = value.model_dump(mode="json")
+    else:
+        document = [item.model_dump(mode="json") for item in value]
+    typer.echo(json.dumps(document, indent=2))
+
+
+def styled(word: str) -> Text:
+    """A state in its colour."""
+    return Text(word, style=_STYLES.get(word, ""))
+
+
+def listing(*columns: str) -> Table:
+    """An empty table for a list of things."""
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for column in columns:
+        table.add_column(column.upper(), overflow="fold")
+    return table
+
+
+def facts(rows: Sequence[tuple[str, RenderableType | None]]) -> Table:
+    """A table of names and values; rows without a value are left out."""
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        if value is not None and value != "":
+            table.add_row(name, value)
+    return table
+
+
+def ago(moment: float) -> str:
+    """How long ago a time since the epoch was."""
+    return format_duration(max(0.0, time.time() - moment))
+
+
+def clock(moment: float) -> str:
+    """The time of day of a time since the epoch."""
+    return time.strftime("%H:%M:%S", time.localtime(moment))

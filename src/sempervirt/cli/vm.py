@@ -1,0 +1,215 @@
+"""`semper vm`: virtual machines."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sempervirt.api.client import Client
+from sempervirt.api.schemas import VmView
+from sempervirt.cli import console as terminal
+from sempervirt.cli import foreground, tail
+from sempervirt.cli.completion import vm_names
+from sempervirt.cli.output import (
+    Output,
+    OutputOption,
+    ago,
+    clock,
+    err,
+    facts,
+    listing,
+    out,
+    print_json,
+    styled,
+)
+from sempervirt.cli.session import ask_agent
+from sempervirt.core.errors import StateConflict
+from sempervirt.core.sizes import format_size
+from sempervirt.vm.spec_file import load_spec
+from sempervirt.vm.states import Runstate
+
+app = typer.Typer(no_args_is_help=True, help="Virtual machines.")
+
+VmName = Annotated[
+    str, typer.Argument(metavar="NAME", help="The VM's name.", autocompletion=vm_names)
+]
+EVENTS_SHOWN = 10
+
+
+@app.command("run", epilog="Example: semper vm run web.toml")
+def run(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A VM file (TOML).", show_default=False)
+    ],
+    detach: Annotated[
+        bool, typer.Option("--detach", "-d", help="Return once it runs. Needs an agent.")
+    ] = False,
+    grace: Annotated[
+        float, typer.Option(help="Seconds that the guest may take to power off at Ctrl-C.", min=0)
+    ] = 60.0,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Start the VM that FILE describes.
+
+    If an agent runs (semperd), it takes the VM over. If none does, this command becomes the
+    agent until the VM ends: other terminals can look at it, Ctrl-C powers it off.
+    """
+    spec = load_spec(file)
+    raise typer.Exit(
+        asyncio.run(foreground.run(spec, detach=detach, grace_s=grace, json=output is Output.JSON))
+    )
+
+
+@app.command("list", epilog="Example: semper vm list --output json")
+def list_vms(output: OutputOption = Output.TABLE) -> None:
+    """List the VMs, also those that have ended."""
+    views = ask_agent(lambda client: client.vms())
+    if output is Output.JSON:
+        print_json(views)
+        return
+    table = listing("vm", "state", "pid", "accel", "vcpus", "memory", "up", "why")
+    for view in views:
+        table.add_row(
+            view.name,
+            styled(view.state.value),
+            str(view.pid or "-"),
+            view.accelerator,
+            str(view.vcpus),
+            format_size(view.memory),
+            "-" if view.end else ago(view.started),
+            view.why,
+        )
+    out.print(table)
+
+
+@app.command("show", epilog="Example: semper vm show web")
+def show(name: VmName, output: OutputOption = Output.TABLE) -> None:
+    """Show one VM: its state and why, its disks and channels, and how it ended."""
+    view = ask_agent(lambda client: client.vm(name))
+    _print(view, output)
+
+
+@app.command("stop", epilog="Example: semper vm stop web --grace 30")
+def stop(
+    name: VmName,
+    grace: Annotated[
+        float, typer.Option(help="Seconds that the guest may take to power off.", min=0)
+    ] = 60.0,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Press the power button, wait for the guest, and cut it off when its time is over."""
+    _change(name, "stopping", lambda client: client.stop_vm(name, grace), output)
+
+
+@app.command("kill", epilog="Example: semper vm kill web")
+def kill(name: VmName, output: OutputOption = Output.TABLE) -> None:
+    """End a VM at once, whatever its state; returns when its disks are free.
+
+    This also settles a VM whose state is unknown.
+    """
+    _change(name, "killing", lambda client: client.kill_vm(name), output)
+
+
+@app.command("pause", epilog="Example: semper vm pause web")
+def pause(name: VmName, output: OutputOption = Output.TABLE) -> None:
+    """Stop a VM's processors; memory and disks stay as they are."""
+    _change(name, "pausing", lambda client: client.pause_vm(name), output)
+
+
+@app.command("resume", epilog="Example: semper vm resume web")
+def resume(name: VmName, output: OutputOption = Output.TABLE) -> None:
+    """Let a paused VM run on."""
+    _change(name, "resuming", lambda client: client.resume_vm(name), output)
+
+
+@app.command("remove", epilog="Example: semper vm remove web")
+def remove(name: VmName) -> None:
+    """Drop a VM that has ended from the list, with its logs. Images are not touched."""
+    ask_agent(lambda client: client.forget_vm(name))
+
+
+@app.command("console", epilog="Example: semper vm console web")
+def console(name: VmName) -> None:
+    """Attach this terminal to the VM's serial console. Ctrl-] leaves.
+
+    One terminal at a time: a second one waits until the first has left.
+    """
+    view = ask_agent(lambda client: client.vm(name))
+    if view.end is not None:
+        raise StateConflict(
+            f"VM {name} has ended: {view.end.reason}",
+            remedy=f"see what it wrote: semper vm logs {name}",
+        )
+    terminal.attach(view.console, name)
+
+
+@app.command("logs", epilog="Example: semper vm logs web --source qemu --lines 20")
+def logs(
+    name: VmName,
+    source: Annotated[
+        str, typer.Option("--source", "-s", help="console, qemu, or the name of a disk.")
+    ] = "console",
+    lines: Annotated[int, typer.Option("--lines", "-n", min=1, max=10000)] = 100,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until Ctrl-C.")] = False,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Print the end of what a VM, QEMU or a disk's backend wrote."""
+    view = ask_agent(lambda client: client.vm_log(name, source, lines))
+    if output is Output.JSON:
+        print_json(view)
+        return
+    for line in view.lines:
+        typer.echo(line)
+    if follow:
+        with contextlib.suppress(KeyboardInterrupt):
+            tail.follow(view.path, typer.echo)
+
+
+def _change(
+    name: str,
+    doing: str,
+    request: Callable[[Client], Awaitable[VmView]],
+    output: Output,
+) -> None:
+    with err.status(f"{doing} {name} …"):
+        view = ask_agent(request)
+    if output is Output.JSON:
+        print_json(view)
+    else:
+        why = f" ({view.why})" if view.why else ""
+        out.print(f"{view.name} is {view.state.value}{why}", highlight=False)
+
+
+def _print(view: VmView, output: Output) -> None:
+    if output is Output.JSON:
+        print_json(view)
+        return
+    boot = view.spec.kernel or view.spec.firmware or "default firmware"
+    rows = [
+        ("vm", view.name),
+        ("state", view.state.value + (f" ({view.why})" if view.why else "")),
+        ("pid", str(view.pid) if view.pid else None),
+        ("accelerator", view.accelerator),
+        ("size", f"{view.vcpus} vcpus, {format_size(view.memory)}"),
+        ("boots", str(boot)),
+        ("started", f"{clock(view.started)} ({ago(view.started)} ago), {view.resets} resets"),
+        ("disks", ", ".join(view.disks)),
+        ("console", str(view.console) if view.end is None else None),
+        *((f"channel {name}", str(path)) for name, path in view.channels.items()),
+    ]
+    if view.end is not None:
+        how = f"exit code {view.end.exit_code}" if view.end.exit_code is not None else ""
+        how = f"signal {view.end.signal}" if view.end.signal is not None else how
+        rows.append(("ended", f"{view.end.reason}{f' ({how})' if how else ''}"))
+    out.print(facts(rows))
+    for event in view.events[-EVENTS_SHOWN:]:
+        out.print(f"  {clock(event.time)}  {event.message}", highlight=False)
+    if view.end is not None and view.state is Runstate.CRASHED:
+        out.print("the last lines of QEMU:")
+        for line in view.end.log:
+            out.print(f"  {line}", highlight=False, markup=False)
