@@ -10,17 +10,23 @@ from typing import Any, TypeVar
 import httpx
 from pydantic import BaseModel, TypeAdapter
 
-from sempervirt.api.failures import from_response
 from sempervirt.api.schemas import (
     AgentView,
     DiskView,
+    ErrorView,
     HostView,
     LogView,
     StopRequest,
     UpgradeRequest,
     VmView,
 )
-from sempervirt.core.errors import AgentUnavailable, InvalidRequest, OutcomeUnknown
+from sempervirt.core.errors import (
+    AgentUnavailable,
+    InvalidRequest,
+    OutcomeUnknown,
+    SempervirtError,
+    from_wire,
+)
 from sempervirt.core.names import split_disk_name
 from sempervirt.vm.spec import VmSpec
 
@@ -139,7 +145,7 @@ class Client:
                 remedy="ask again what the state is",
             ) from error
         if response.is_error:
-            raise from_response(response)
+            raise _failure(response)
         return response.json() if response.content else None
 
 
@@ -149,3 +155,15 @@ def _disk_path(name: str) -> str:
     except ValueError as error:
         raise InvalidRequest(str(error)) from error
     return f"/disks/{vm}/{disk}"
+
+
+def _failure(response: httpx.Response) -> SempervirtError:
+    """The error that a response carries."""
+    try:
+        body = ErrorView.model_validate_json(response.content).error
+    except ValueError:
+        return OutcomeUnknown(
+            f"the agent answered {response.status_code} without saying why",
+            remedy="look at the agent's log",
+        )
+    return from_wire(body.kind, body.message, body.remedy)

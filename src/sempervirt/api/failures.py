@@ -1,20 +1,13 @@
-"""Errors on the wire: one table, both directions (see sempervirt.core.errors)."""
+"""How the server answers errors; `client` turns the answers into errors again."""
 
 from __future__ import annotations
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from httpx import Response
 
 from sempervirt.api.schemas import ErrorBody, ErrorView
-from sempervirt.core.errors import (
-    InvalidRequest,
-    OutcomeUnknown,
-    SempervirtError,
-    from_wire,
-    kind_of,
-)
+from sempervirt.core.errors import InvalidRequest, SempervirtError, kind_of
 
 
 def install(app: FastAPI) -> None:
@@ -38,15 +31,3 @@ def to_response(error: SempervirtError) -> JSONResponse:
     kind = kind_of(error)
     body = ErrorView(error=ErrorBody(kind=kind.name, message=error.message, remedy=error.remedy))
     return JSONResponse(body.model_dump(), status_code=kind.http_status)
-
-
-def from_response(response: Response) -> SempervirtError:
-    """The error that a response carries."""
-    try:
-        body = ErrorView.model_validate_json(response.content).error
-    except ValueError:
-        return OutcomeUnknown(
-            f"the agent answered {response.status_code} without saying why",
-            remedy="look at the agent's log",
-        )
-    return from_wire(body.kind, body.message, body.remedy)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query, Request, status
 
-import sempervirt
 from sempervirt.agent.agent import Agent
 from sempervirt.agent.vm import Vm
 from sempervirt.api.schemas import (
@@ -19,8 +17,8 @@ from sempervirt.api.schemas import (
     StopRequest,
     UpgradeRequest,
     VmView,
-    agent_view,
 )
+from sempervirt.api.views import agent_view, disk_view, host_view, vm_view
 from sempervirt.core.errors import InvalidRequest
 from sempervirt.core.names import suggest
 from sempervirt.disk.running import DiskFiles
@@ -49,31 +47,31 @@ VmHere = Annotated[Vm, Depends(_vm)]
 @router.get("/agent", tags=["host"])
 async def get_agent(agent: AgentHere) -> AgentView:
     """The agent itself."""
-    return agent_view(agent, sempervirt.__version__, os.getpid())
+    return agent_view(agent)
 
 
 @router.get("/host", tags=["host"])
 async def get_host(agent: AgentHere) -> HostView:
     """What the host offers to VMs."""
-    return HostView.of(await agent.host())
+    return host_view(await agent.host())
 
 
 @router.get("/vms", tags=["vm"])
 async def list_vms(agent: AgentHere) -> list[VmView]:
     """All VMs, also those that have ended."""
-    return [VmView.of(vm) for _, vm in sorted(agent.vms.items())]
+    return [vm_view(vm) for _, vm in sorted(agent.vms.items())]
 
 
 @router.post("/vms", tags=["vm"], status_code=status.HTTP_201_CREATED)
 async def run_vm(agent: AgentHere, spec: VmSpec) -> VmView:
     """Starts a VM; answers when QEMU runs it."""
-    return VmView.of(await agent.run_vm(spec))
+    return vm_view(await agent.run_vm(spec))
 
 
 @router.get("/vms/{name}", tags=["vm"])
 async def get_vm(vm: VmHere) -> VmView:
     """One VM."""
-    return VmView.of(vm)
+    return vm_view(vm)
 
 
 @router.delete("/vms/{name}", tags=["vm"], status_code=status.HTTP_204_NO_CONTENT)
@@ -86,28 +84,28 @@ async def forget_vm(agent: AgentHere, name: str) -> None:
 async def pause_vm(vm: VmHere) -> VmView:
     """Stops the processors."""
     await vm.pause()
-    return VmView.of(vm)
+    return vm_view(vm)
 
 
 @router.post("/vms/{name}/resume", tags=["vm"])
 async def resume_vm(vm: VmHere) -> VmView:
     """Lets a paused guest run on."""
     await vm.resume()
-    return VmView.of(vm)
+    return vm_view(vm)
 
 
 @router.post("/vms/{name}/stop", tags=["vm"])
 async def stop_vm(vm: VmHere, request: StopRequest) -> VmView:
     """Asks the guest to power off; answers when QEMU has ended."""
     await vm.stop(request.grace_s)
-    return VmView.of(vm)
+    return vm_view(vm)
 
 
 @router.post("/vms/{name}/kill", tags=["vm"])
 async def kill_vm(vm: VmHere) -> VmView:
     """Ends QEMU at once; answers when the VM's disks are free."""
     await vm.kill()
-    return VmView.of(vm)
+    return vm_view(vm)
 
 
 @router.get("/vms/{name}/logs", tags=["vm"])
@@ -133,13 +131,13 @@ async def get_vm_log(
 @router.get("/disks", tags=["disk"])
 async def list_disks(agent: AgentHere) -> list[DiskView]:
     """The disks of all running VMs."""
-    return [await DiskView.of(disk) for disk in agent.disks.values()]
+    return [await disk_view(disk) for disk in agent.disks.values()]
 
 
 @router.get("/disks/{vm}/{disk}", tags=["disk"])
 async def get_disk(agent: AgentHere, vm: str, disk: str) -> DiskView:
     """One disk."""
-    return await DiskView.of(agent.disk(f"{vm}/{disk}"))
+    return await disk_view(agent.disk(f"{vm}/{disk}"))
 
 
 @router.post("/disks/{vm}/{disk}/upgrade", tags=["disk"])
@@ -147,4 +145,4 @@ async def upgrade_disk(agent: AgentHere, vm: str, disk: str, request: UpgradeReq
     """Serves a disk from another binary; answers when that one serves."""
     found = agent.disk(f"{vm}/{disk}")
     await found.upgrade(str(request.binary) if request.binary else None)
-    return await DiskView.of(found)
+    return await disk_view(found)

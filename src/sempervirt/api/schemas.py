@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from pydantic import BaseModel, Field
 
-from sempervirt.agent.agent import Agent
-from sempervirt.agent.host import HostFacts
-from sempervirt.agent.vm import Vm
-from sempervirt.core.errors import SempervirtError
-from sempervirt.core.events import Event
-from sempervirt.disk.disk import Disk
-from sempervirt.disk.takeover import Restart
 from sempervirt.vm.spec import VmSpec
 from sempervirt.vm.states import Runstate
 
@@ -41,10 +34,6 @@ class EventView(BaseModel):
     kind: str
     message: str
 
-    @classmethod
-    def of(cls, event: Event) -> Self:
-        return cls(time=event.time, kind=event.kind, message=event.message)
-
 
 class AgentView(BaseModel):
     """The agent itself."""
@@ -68,21 +57,6 @@ class HostView(BaseModel):
     networks: list[str]
     reconnect: str = Field(description="how QEMU connects to a disk again")
     sandbox: bool
-
-    @classmethod
-    def of(cls, facts: HostFacts) -> Self:
-        features = facts.features
-        fine = "reconnect-ms" in features.chardev_options
-        return cls(
-            accelerator=facts.accelerator.kind,
-            accelerator_reason=facts.accelerator.reason,
-            qemu=facts.qemu,
-            qemu_version=features.version,
-            machines=sorted({"q35", "pc"} & features.machines),
-            networks=sorted({"user", "tap"} & features.netdevs),
-            reconnect="milliseconds" if fine else "whole seconds",
-            sandbox=features.sandbox,
-        )
 
 
 class EndView(BaseModel):
@@ -113,33 +87,6 @@ class VmView(BaseModel):
     events: list[EventView]
     spec: VmSpec
 
-    @classmethod
-    def of(cls, vm: Vm) -> Self:
-        files, end = vm.machine.files, vm.end
-        return cls(
-            name=vm.name,
-            state=vm.run,
-            why=vm.state.why,
-            pid=vm.pid,
-            accelerator=vm.record.accelerator.kind,
-            memory=vm.spec.memory,
-            vcpus=vm.spec.vcpus,
-            started=vm.machine.started,
-            resets=vm.state.resets,
-            disks=[f"{vm.name}/{disk.name}" for disk in vm.spec.disks],
-            channels={c.name: files.channel(c) for c in vm.spec.channels},
-            console=files.console,
-            end=end
-            and EndView(
-                reason=end.reason,
-                exit_code=end.exit_code,
-                signal=end.signal,
-                log=vm.log_tail(),
-            ),
-            events=[EventView.of(event) for event in vm.machine.journal.events],
-            spec=vm.spec,
-        )
-
 
 class RestartView(BaseModel):
     """One change of a disk's active backend.
@@ -156,19 +103,6 @@ class RestartView(BaseModel):
     successor_pid: int | None
     replayed: int | None
     milestones_ms: dict[str, float | None]
-
-    @classmethod
-    def of(cls, restart: Restart) -> Self:
-        return cls(
-            time=restart.time,
-            generation=restart.generation,
-            reason=restart.reason,
-            planned=restart.planned,
-            successor=restart.successor,
-            successor_pid=restart.successor_pid,
-            replayed=restart.replayed,
-            milestones_ms=restart.milestones_ms,
-        )
 
 
 class DiskView(BaseModel):
@@ -192,33 +126,6 @@ class DiskView(BaseModel):
     backend: dict[str, Any] | None
     events: list[EventView]
 
-    @classmethod
-    async def of(cls, disk: Disk) -> Self:
-        try:
-            backend = await disk.status() if disk.setup.command.has_control else None
-        except SempervirtError:
-            backend = None  # it has just ended, or hangs; the rest says more
-        volume = disk.setup.volume
-        return cls(
-            name=disk.name,
-            condition=disk.condition,
-            reason=disk.reason,
-            image=disk.setup.options.image,
-            size_bytes=volume.size_bytes if volume else None,
-            read_only=disk.setup.options.read_only,
-            binary=disk.state.active.binary if disk.state.active else disk.state.binary,
-            active_pid=disk.active_pid,
-            standby_pid=disk.standby_pid,
-            standby_ready=disk.standby_ready,
-            generation=disk.generation,
-            restart_count=disk.restart_count,
-            upgrade_count=disk.upgrade_count,
-            restarts=[RestartView.of(restart) for restart in disk.restarts],
-            last_error=disk.last_error,
-            backend=backend,
-            events=[EventView.of(event) for event in disk.journal.events],
-        )
-
 
 class LogView(BaseModel):
     """The end of a log, and where it stands."""
@@ -237,14 +144,3 @@ class UpgradeRequest(BaseModel):
     """The binary to serve from; by default the installed one."""
 
     binary: Path | None = None
-
-
-def agent_view(agent: Agent, version: str, pid: int) -> AgentView:
-    """The agent's view of itself."""
-    return AgentView(
-        version=version,
-        pid=pid,
-        started=agent.started,
-        state_dir=agent.config.state_dir,
-        run_dir=agent.config.run_dir,
-    )

@@ -103,7 +103,7 @@ def _rows(view: DiskView) -> list[tuple[str, str | None]]:
     standby = f"{view.standby_pid} ({'ready' if view.standby_ready else 'preparing'})"
     rows: list[tuple[str, str | None]] = [
         ("disk", view.name),
-        ("condition", view.condition + (f" ({view.reason})" if view.reason else "")),
+        ("condition", view.condition),
         ("image", f"{view.image} ({_size(view)}{', read-only' if view.read_only else ''})"),
         ("active", f"{view.active_pid or 'none'}, generation {view.generation}"),
         ("standby", standby if view.standby_pid else "none"),
@@ -113,6 +113,8 @@ def _rows(view: DiskView) -> list[tuple[str, str | None]]:
         ("requests", _counters(backend)),
         ("restarts", f"{view.restart_count}, upgrades {view.upgrade_count}"),
     ]
+    if view.reason:
+        rows.append(("last end", view.reason))
     if view.last_error:
         rows.append(("last error", describe_error(view.last_error)))
     return rows

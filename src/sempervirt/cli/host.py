@@ -10,6 +10,7 @@ from sempervirt.agent.config import AgentConfig
 from sempervirt.agent.host import HostProbe
 from sempervirt.api.client import Client
 from sempervirt.api.schemas import HostView
+from sempervirt.api.views import host_view
 from sempervirt.cli.output import Output, OutputOption, facts, out, print_json
 
 app = typer.Typer(no_args_is_help=True, help="What this host offers to VMs.")
@@ -44,4 +45,4 @@ async def _host() -> HostView:
     if config.socket.exists():
         async with Client.connect(config.socket) as client:
             return await client.host()
-    return HostView.of(await HostProbe(config.qemu, config.state_dir / "cache").facts())
+    return host_view(await HostProbe(config.qemu, config.state_dir / "cache").facts())

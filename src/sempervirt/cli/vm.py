@@ -13,7 +13,7 @@ import typer
 from sempervirt.api.client import Client
 from sempervirt.api.schemas import VmView
 from sempervirt.cli import console as terminal
-from sempervirt.cli import foreground, tail
+from sempervirt.cli import tail
 from sempervirt.cli.completion import vm_names
 from sempervirt.cli.output import (
     Output,
@@ -59,6 +59,9 @@ def run(
     If an agent runs (semperd), it takes the VM over. If none does, this command becomes the
     agent until the VM ends: other terminals can look at it, Ctrl-C powers it off.
     """
+    # The HTTP server takes longer to import than most commands take to run.
+    from sempervirt.cli import foreground  # noqa: PLC0415
+
     spec = load_spec(file)
     raise typer.Exit(
         asyncio.run(foreground.run(spec, detach=detach, grace_s=grace, json=output is Output.JSON))

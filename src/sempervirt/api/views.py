@@ -1,0 +1,128 @@
+"""What the agent's objects look like to the API."""
+
+from __future__ import annotations
+
+import os
+
+import sempervirt
+from sempervirt.agent.agent import Agent
+from sempervirt.agent.host import HostFacts
+from sempervirt.agent.vm import Vm
+from sempervirt.api.schemas import (
+    AgentView,
+    DiskView,
+    EndView,
+    EventView,
+    HostView,
+    RestartView,
+    VmView,
+)
+from sempervirt.core.errors import SempervirtError
+from sempervirt.core.events import Journal
+from sempervirt.disk.disk import Disk
+from sempervirt.disk.takeover import Restart
+
+
+def agent_view(agent: Agent) -> AgentView:
+    """The agent that this process is."""
+    return AgentView(
+        version=sempervirt.__version__,
+        pid=os.getpid(),
+        started=agent.started,
+        state_dir=agent.config.state_dir,
+        run_dir=agent.config.run_dir,
+    )
+
+
+def host_view(facts: HostFacts) -> HostView:
+    """What the host offers."""
+    features = facts.features
+    fine = "reconnect-ms" in features.chardev_options
+    return HostView(
+        accelerator=facts.accelerator.kind,
+        accelerator_reason=facts.accelerator.reason,
+        qemu=facts.qemu,
+        qemu_version=features.version,
+        machines=sorted({"q35", "pc"} & features.machines),
+        networks=sorted({"user", "tap"} & features.netdevs),
+        reconnect="milliseconds" if fine else "whole seconds",
+        sandbox=features.sandbox,
+    )
+
+
+def vm_view(vm: Vm) -> VmView:
+    """A VM."""
+    files = vm.machine.files
+    return VmView(
+        name=vm.name,
+        state=vm.run,
+        why=vm.state.why,
+        pid=vm.pid,
+        accelerator=vm.record.accelerator.kind,
+        memory=vm.spec.memory,
+        vcpus=vm.spec.vcpus,
+        started=vm.machine.started,
+        resets=vm.state.resets,
+        disks=[f"{vm.name}/{disk.name}" for disk in vm.spec.disks],
+        channels={channel.name: files.channel(channel) for channel in vm.spec.channels},
+        console=files.console,
+        end=_end_view(vm),
+        events=_events(vm.machine.journal),
+        spec=vm.spec,
+    )
+
+
+def _end_view(vm: Vm) -> EndView | None:
+    end = vm.end
+    if end is None:
+        return None
+    return EndView(reason=end.reason, exit_code=end.exit_code, signal=end.signal, log=vm.log_tail())
+
+
+async def disk_view(disk: Disk) -> DiskView:
+    """A disk; its backend is asked now."""
+    try:
+        backend = await disk.status() if disk.setup.command.has_control else None
+    except SempervirtError:
+        backend = None  # it has just ended, or hangs; the rest says more
+    volume = disk.setup.volume
+    active = disk.state.active
+    return DiskView(
+        name=disk.name,
+        condition=disk.condition,
+        reason=disk.reason,
+        image=disk.setup.options.image,
+        size_bytes=volume.size_bytes if volume else None,
+        read_only=disk.setup.options.read_only,
+        binary=active.binary if active else disk.state.binary,
+        active_pid=disk.active_pid,
+        standby_pid=disk.standby_pid,
+        standby_ready=disk.standby_ready,
+        generation=disk.generation,
+        restart_count=disk.restart_count,
+        upgrade_count=disk.upgrade_count,
+        restarts=[_restart_view(restart) for restart in disk.restarts],
+        last_error=disk.last_error,
+        backend=backend,
+        events=_events(disk.journal),
+    )
+
+
+def _restart_view(restart: Restart) -> RestartView:
+    return RestartView(
+        time=restart.time,
+        generation=restart.generation,
+        reason=restart.reason,
+        planned=restart.planned,
+        successor=restart.successor,
+        successor_pid=restart.successor_pid,
+        replayed=restart.replayed,
+        milestones_ms=restart.milestones_ms,
+    )
+
+
+def _events(journal: Journal) -> list[EventView]:
+    return [
+        EventView(time=event.time, kind=event.kind, message=event.message)
+        for event in journal.events
+    ]
