@@ -1,6 +1,7 @@
 //! The main thread's part of a run: moves the phases, takes the figures at their borders, and
 //! gives up on a backend that is gone or hangs.
 
+use crate::LOST;
 use crate::options::Options;
 use crate::processor::Usage;
 use crate::relay;
@@ -85,8 +86,23 @@ impl<'a> Watch<'a> {
             self.wait_until(None, |watch| watch.ended == watch.workers);
         }
         self.enter(Phase::Abort);
-        self.wait_until(None, |watch| watch.ended == watch.workers);
+        let deadline = Instant::now() + Duration::from_secs_f64(self.options.patience);
+        while self.ended < self.workers {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.inbox.recv_timeout(left) {
+                Ok(event) => self.handle(event),
+                Err(_) => self.leave(),
+            }
+        }
         interval
+    }
+
+    /// Ends the process: a worker does not come back. The driver library's free list can turn into
+    /// a circle when a backend completes a request twice.
+    fn leave(&self) -> ! {
+        let cause = self.lost.as_deref().unwrap_or("the run is over");
+        eprintln!("semper-load: error: {cause}; a thread is caught in a broken ring");
+        std::process::exit(i32::from(LOST))
     }
 
     fn measure(&mut self) -> Interval {
@@ -133,13 +149,13 @@ impl<'a> Watch<'a> {
         }
     }
 
-    /// Handles events until the deadline or the condition. False: the backend is lost, and the
-    /// workers were told to end.
+    /// Handles events until the deadline, the condition, or the loss of the backend. False: it is
+    /// lost, and the workers were told to end.
     fn wait_until(&mut self, deadline: Option<Instant>, done: impl Fn(&Self) -> bool) -> bool {
         let tick = Duration::from_millis(100);
         let patience = Duration::from_secs_f64(self.options.patience);
         self.progress.1 = Instant::now();
-        while !done(self) {
+        while self.lost.is_none() && !done(self) {
             let now = Instant::now();
             let left = deadline.map(|deadline| deadline.saturating_duration_since(now));
             if left.is_some_and(|left| left.is_zero()) {
@@ -151,7 +167,7 @@ impl<'a> Watch<'a> {
             let progress = self.control.progress.load(Ordering::Relaxed);
             if progress != self.progress.0 {
                 self.progress = (progress, Instant::now());
-            } else if self.lost.is_none() && self.progress.1.elapsed() > patience {
+            } else if self.progress.1.elapsed() > patience {
                 self.give_up(format!("no completion for {} s", self.options.patience));
             }
         }
