@@ -210,12 +210,14 @@ impl Session {
         let mut payload = vec![0; 24];
         payload[16..18].copy_from_slice(&self.settings.queues.to_ne_bytes());
         payload[18..20].copy_from_slice(&queue_size.to_ne_bytes());
-        let get = Message::new(request::GET_INFLIGHT_FD, payload, Vec::new());
+        let get = Message::new(request::GET_INFLIGHT_FD, payload.clone(), Vec::new());
         let region = self
             .transact(&get)?
             .filter(|reply| reply.fds.len() == 1)
             .ok_or_else(|| io::Error::other("the backend gave no in-flight region"))?;
-        let set = Message::new(request::SET_INFLIGHT_FD, region.payload, region.fds);
+        // Size and offset are the backend's; the rest is ours, as in QEMU.
+        payload[..16].copy_from_slice(region.payload.get(..16).ok_or(io::ErrorKind::InvalidData)?);
+        let set = Message::new(request::SET_INFLIGHT_FD, payload, region.fds);
         let answer = self.transact(&set)?;
         if answer.is_some_and(|answer| answer.word(0) != 0) {
             return Err(io::Error::other("the backend refused its own in-flight region"));
