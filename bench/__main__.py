@@ -63,6 +63,7 @@ def _measure(options: argparse.Namespace, console: Console) -> Results:
             seconds=options.seconds,
             warmup=options.warmup,
             seed=options.seed,
+            pin=options.pin,
         )
         results = Results(
             reference=options.reference,
@@ -74,6 +75,7 @@ def _measure(options: argparse.Namespace, console: Console) -> Results:
                 "warmup": plan.warmup,
                 "seed": plan.seed,
                 "size_mib": options.size,
+                "pin": plan.pin,
             },
             labels={storage.name: storage.label for storage in storages},
         )
@@ -108,8 +110,10 @@ def _backends(options: argparse.Namespace, blkd: Path) -> list[Backend]:
         name, _, command = given.partition("=")
         known.append(Blkd(name, tuple(shlex.split(command)), engine=None))
     for given in options.peers:
-        name, _, command = given.partition("=")
-        known.append(Peer(name, command))
+        label, _, command = given.partition("=")
+        name, _, storages = label.partition("@")
+        where = {"storages": tuple(storages.split(","))} if storages else {}
+        known.append(Peer(name, command, **where))
     wanted = dict.fromkeys([options.reference, *options.backends])
     names = {backend.name: backend for backend in known}
     unknown = [name for name in wanted if name not in names]

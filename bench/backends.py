@@ -103,10 +103,11 @@ class Peer:
 
     name: str
     template: str
+    storages: tuple[str, ...] = ("tmpfs", "cached", "direct")
 
     def serves(self, storage: Storage) -> bool:
-        """Nothing is known of its null engine."""
-        return not storage.null
+        """Where it is told to; nothing is known of a null engine of its."""
+        return storage.name in self.storages and not storage.null
 
     def command(self, storage: Storage, queues: int, socket: Path) -> list[str]:
         """The template with its places filled."""

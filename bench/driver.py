@@ -28,6 +28,7 @@ class Plan:
     seconds: float
     warmup: float
     seed: int
+    pin: str | None = None
 
     def groups(self) -> list[tuple[tuple[Storage, Case], list[Backend]]]:
         """What is compared with each other, and where."""
@@ -68,13 +69,12 @@ def carry_out(plan: Plan, results: Results, watch: Watcher) -> None:
 def _measure(plan: Plan, storage: Storage, case: Case, backend: Backend, seed: int) -> Figures:
     with _run_directory() as directory:
         socket, log = Path(directory) / "disk.sock", Path(directory) / "backend.log"
-        command = backend.command(storage, case.queues, socket)
+        command = pinned(plan.pin, 0, backend.command(storage, case.queues, socket))
         with running(command, log) as process:
             try:
+                load = arguments(case, socket, plan.seconds, plan.warmup, seed)
                 return measure(
-                    plan.load,
-                    process.pid,
-                    arguments(case, socket, plan.seconds, plan.warmup, seed),
+                    pinned(plan.pin, 1, [str(plan.load), f"--pid={process.pid}", *load]),
                     timeout_s=plan.seconds + plan.warmup + 4 * PATIENCE_S,
                 )
             except LoadError as error:
@@ -82,6 +82,14 @@ def _measure(plan: Plan, storage: Storage, case: Case, backend: Backend, seed: i
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(timeout=1)
                 raise LoadError(f"{error}; {backend.name}: {last_words(log)}") from error
+
+
+def pinned(pin: str | None, place: int, command: list[str]) -> list[str]:
+    """The command on the processor that `pin` gives to the backend (place 0) or the load (1)."""
+    if pin is None:
+        return command
+    processor = place if pin == "apart" else 0
+    return ["taskset", "--cpu-list", str(processor), *command]
 
 
 def _run_directory() -> AbstractContextManager[str]:

@@ -52,14 +52,14 @@ def arguments(case: Case, socket: Path, seconds: float, warmup: float, seed: int
     ]
 
 
-def measure(program: Path, pid: int, command: list[str], timeout_s: float) -> Figures:
-    """Run semper-load and account for process `pid`.
+def measure(command: list[str], timeout_s: float) -> Figures:
+    """Run semper-load with its arguments.
 
     Raises LoadError if it failed, or said nothing in time.
     """
     try:
         result = subprocess.run(
-            [str(program), f"--pid={pid}", *command],
+            command,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=timeout_s,

@@ -11,6 +11,13 @@ BEGIN = "<!-- bench: begin (python -m bench --update writes this part) -->"
 END = "<!-- bench: end -->"
 
 
+PINNED = {
+    None: "Nothing was pinned to a processor.",
+    "together": "Load and backend were pinned to the same processor.",
+    "apart": "Load and backend were pinned to a processor each.",
+}
+
+
 class MarkersError(Exception):
     """A document without the two markers."""
 
@@ -42,7 +49,8 @@ def _lines(results: Results) -> Iterator[str]:
         f"{machine['commit']}; load average {results.load_average[0]} before, "
         f"{results.load_average[1]} after. {rounds} rounds in random order, "
         f"{results.settings['seconds']} s each. Medians; the ratios are to {results.reference} in "
-        "the same round, with their quartiles. CPU is the backend's, in µs for each I/O."
+        "the same round, with their quartiles. CPU is the backend's, in µs for each I/O. "
+        + PINNED[results.settings.get("pin")]
     )
     for storage, label in results.labels.items():
         rows = [row for row in results.rows() if row.storage == storage]

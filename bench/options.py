@@ -62,7 +62,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         default=[],
         metavar="NAME=COMMAND",
         dest="peers",
-        help="any other backend; in its command {socket}, {image}, {queues}, {direct} are filled",
+        help="any other backend; in its command {socket}, {image}, {queues}, {direct} are filled; "
+        "NAME@tmpfs,direct=COMMAND limits it to these storages",
     )
     what.add_argument("--reference", default="qsd-uring", metavar="NAME")
     how = parser.add_argument_group("how")
@@ -73,8 +74,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--seed", type=int, default=1, metavar="N", help="of the order and the offsets"
     )
     how.add_argument("--size", type=int, default=1024, metavar="MIB", help="of each image")
+    how.add_argument(
+        "--pin",
+        choices=("together", "apart"),
+        help="put load and backend on one processor, or on two; default: leave it to the kernel",
+    )
     where = parser.add_argument_group("where")
-    where.add_argument("--directory", type=Path, default=Path("build/bench"), help="on a disk")
+    where.add_argument("--directory", type=Path, default=Path(".cache/bench"), help="on a disk")
     where.add_argument("--memory", type=Path, default=Path("/dev/shm"), help="on tmpfs")
     where.add_argument("--program", type=Path, help="semper-blkd; default: the one built here")
     where.add_argument("--load", type=Path, help="semper-load; default: the one built here")
@@ -100,6 +106,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
+def name(given: str) -> str:
+    """The name in NAME=COMMAND or NAME@STORAGE,…=COMMAND."""
+    return given.partition("=")[0].partition("@")[0]
+
+
 def _fill_defaults(options: argparse.Namespace) -> None:
     short = options.quick or options.check
     options.rounds = options.rounds or (5 if options.quick else 7)
@@ -110,6 +121,6 @@ def _fill_defaults(options: argparse.Namespace) -> None:
     options.cases = options.cases or names
     options.storages = options.storages or (["tmpfs", "direct"] if short else list(storages.NAMES))
     if not options.backends:
-        added = [given.partition("=")[0] for given in (*options.blkds, *options.peers)]
+        added = [name(given) for given in (*options.blkds, *options.peers)]
         peers = [] if short else ["qsd-threads", "qsd-native"]
         options.backends = ["blkd", *peers, *added]

@@ -7,6 +7,7 @@ import pytest
 from bench import markdown, parity, plot
 from bench.backends import BackendError, Blkd, Peer, QemuStorageDaemon, running
 from bench.cases import PARITY
+from bench.driver import pinned
 from bench.load import Figures, LoadError, figures
 from bench.results import Results, ResultsError, Row, Sample
 from bench.storages import Storage, StorageError, file_system, prepared
@@ -188,6 +189,17 @@ def test_a_peer_is_a_template(tmp_path: Path) -> None:
     assert command == [
         "prog", "--socket", "/s", "--file", f"{tmp_path}/a,b.img", "-n", "3", "--direct=on",
     ]  # fmt: skip
+
+
+def test_a_peer_may_be_limited(tmp_path: Path) -> None:
+    peer = Peer("other", "prog", ("direct",))
+    assert [peer.serves(storage(name, tmp_path)) for name in ("direct", "cached")] == [True, False]
+
+
+def test_pinning_gives_places() -> None:
+    assert pinned(None, 0, ["p"]) == ["p"]
+    assert pinned("apart", 1, ["p"])[2] == "1"
+    assert pinned("together", 1, ["p"])[2] == "0"
 
 
 def test_a_backend_that_ends_by_itself_is_an_error(tmp_path: Path) -> None:
