@@ -64,7 +64,7 @@ async def _adopt(config: AgentConfig, record: VmRecord, path: Path) -> Vm:
         disks = await _adopt_disks(config, spec)
     else:
         await _sweep_disks(config, spec)
-    machine = Machine.adopt(spec, files, identity)
+    machine = Machine.adopt(spec, files, identity, config.patience)
     machine.started = record.started
     log.info("adopt vm=%s pid=%s", spec.name, machine.pid)
     return Vm(machine, disks, record, path)

@@ -167,7 +167,7 @@ class Agent:
         try:
             for setup in setups:
                 disks[setup.short_name] = await start_disk(setup)
-            machine = Machine.launch(spec, files, argv)
+            machine = Machine.launch(spec, files, argv, self.config.patience)
         except BaseException:
             await asyncio.gather(*(disk.stop() for disk in disks.values()))
             record_path.unlink(missing_ok=True)

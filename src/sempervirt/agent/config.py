@@ -9,6 +9,7 @@ from pathlib import Path
 
 from sempervirt.disk.backend import BackendCommand, Blkd
 from sempervirt.disk.supervised import Policy
+from sempervirt.vm.link import Patience
 
 STATE_VARIABLE = "SEMPERVIRT_STATE_DIR"
 RUN_VARIABLE = "SEMPERVIRT_RUN_DIR"
@@ -19,7 +20,8 @@ class AgentConfig:
     """`state_dir` outlives the host's boot, `run_dir` holds sockets and logs of this one.
 
     With `keep_vms` the VMs run on when the agent closes; otherwise they are killed.
-    `backend` and `policy` are there for tests; `qemu` is looked up on the PATH if not given.
+    `backend`, `policy` and `patience` are there for tests. `qemu` is looked up on the PATH
+    if it is not given.
     """
 
     state_dir: Path
@@ -28,6 +30,7 @@ class AgentConfig:
     qemu: str | None = None
     backend: BackendCommand = field(default_factory=Blkd)
     policy: Policy = field(default_factory=Policy)
+    patience: Patience = field(default_factory=Patience)
 
     @classmethod
     def default(cls, *, keep_vms: bool = False) -> AgentConfig:

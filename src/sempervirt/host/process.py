@@ -178,7 +178,6 @@ async def run(
     argv: Sequence[str],
     *,
     timeout_s: float,
-    stdin: str = "",
     accept: Sequence[int] = (0,),
     hopeless: str | None = None,
 ) -> Completed:
@@ -191,7 +190,7 @@ async def run(
     try:
         child = await asyncio.create_subprocess_exec(
             *argv,
-            stdin=asyncio.subprocess.PIPE,
+            stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
             limit=_LINE_BYTES,
@@ -201,11 +200,9 @@ async def run(
     output: tuple[list[str], list[str]] = ([], [])
     try:
         async with asyncio.timeout(timeout_s):
-            reading = asyncio.gather(
+            await asyncio.gather(
                 _read(child.stdout, output[0], None), _read(child.stderr, output[1], hopeless)
             )
-            await _feed(child.stdin, stdin)
-            await reading
             await child.wait()
     except (TimeoutError, _HopelessError) as error:
         raise CommandFailed(command, None, output[1][-TAIL_LINES:]) from error
@@ -233,15 +230,6 @@ async def _read(
         lines.append(line)
         if hopeless is not None and hopeless in line:
             raise _HopelessError
-
-
-async def _feed(stream: asyncio.StreamWriter | None, text: str) -> None:
-    assert stream is not None
-    with contextlib.suppress(ConnectionError):
-        stream.write(text.encode())
-        await stream.drain()
-        stream.close()
-        await stream.wait_closed()
 
 
 def _cannot_start(argv: Sequence[str], error: OSError) -> CommandFailed:

@@ -5,23 +5,34 @@ The answer is kept in the state directory until the binary changes.
 
 from __future__ import annotations
 
-import dataclasses
+import asyncio
+import contextlib
 import hashlib
-import json
 import shutil
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sempervirt.core.errors import CommandFailed, Unavailable
+from sempervirt.core.errors import CommandFailed, OutcomeUnknown, StateConflict, Unavailable
 from sempervirt.host import process
 from sempervirt.host.records import RecordDamaged, read_record, write_record
 from sempervirt.vm.command_line import SANDBOX, Features
+from sempervirt.vm.qmp import Monitor
 
 DEADLINE_S = 20.0
+RETRY_S = 0.02
 CACHE_VERSION = 1
-_BARE = ["-machine", "none", "-nodefaults", "-display", "none"]
+
+QUESTIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "version": ("query-version", {}),
+    "machines": ("query-machines", {}),
+    "devices": ("qom-list-types", {"implements": "device", "abstract": False}),
+    "disk": ("device-list-properties", {"typename": "vhost-user-blk-pci"}),
+    "memfd": ("qom-list-properties", {"typename": "memory-backend-memfd"}),
+    "schema": ("query-qmp-schema", {}),
+}
 
 
 def find_qemu(name: str = "qemu-system-x86_64") -> str:
@@ -52,19 +63,12 @@ async def probe(qemu: str, cache_directory: Path) -> Features:
     return features
 
 
-def parse_answers(lines: Iterable[str]) -> Features:
-    """Features from QEMU's answers to `QUESTIONS`, one JSON object a line."""
-    answers: dict[str, Any] = {}
-    for line in lines:
-        message = json.loads(line)
-        if "id" in message and "return" in message:
-            answers[message["id"]] = message["return"]
+def judge(answers: Mapping[str, Any]) -> Features:
+    """Features from QEMU's answers to `QUESTIONS`, by key."""
     schema = answers.get("schema", [])
-    chardev = _members_beside(schema, "logappend")
-    version = answers.get("version", {})
-    number = version.get("qemu", {})
+    version = answers.get("version", {}).get("qemu", {})
     return Features(
-        version=".".join(str(number.get(part, "?")) for part in ("major", "minor", "micro")),
+        version=".".join(str(version.get(part, "?")) for part in ("major", "minor", "micro")),
         machines=frozenset(
             name
             for machine in answers.get("machines", [])
@@ -73,43 +77,51 @@ def parse_answers(lines: Iterable[str]) -> Features:
         ),
         devices=frozenset(item["name"] for item in answers.get("devices", [])),
         disk_properties=frozenset(item["name"] for item in answers.get("disk", [])),
-        chardev_options=frozenset(chardev),
+        chardev_options=frozenset(_members_beside(schema, "logappend")),
         netdevs=frozenset(_netdev_types(schema)),
         memfd="memfd" in answers,
-    )
-
-
-def questions() -> str:
-    """What QEMU is asked, one QMP command a line."""
-    listing = {"implements": "device", "abstract": False}
-    asked: list[tuple[str, str, dict[str, Any]]] = [
-        ("hello", "qmp_capabilities", {}),
-        ("version", "query-version", {}),
-        ("machines", "query-machines", {}),
-        ("devices", "qom-list-types", listing),
-        ("disk", "device-list-properties", {"typename": "vhost-user-blk-pci"}),
-        ("memfd", "qom-list-properties", {"typename": "memory-backend-memfd"}),
-        ("schema", "query-qmp-schema", {}),
-        ("bye", "quit", {}),
-    ]
-    return "".join(
-        json.dumps({"execute": command, "id": key, "arguments": arguments}) + "\n"
-        for key, command, arguments in asked
+        sandbox=bool(answers.get("sandbox")),
     )
 
 
 async def _ask(qemu: str) -> Features:
-    argv = [qemu, *_BARE, "-qmp", "stdio"]
+    argv = [qemu, "-machine", "none", "-nodefaults", "-display", "none"]
     try:
-        done = await process.run(
-            [*argv, "-sandbox", SANDBOX], timeout_s=DEADLINE_S, stdin=questions()
-        )
-        sandbox = True
+        answers = await _interview([*argv, "-sandbox", SANDBOX])
+        return judge({**answers, "sandbox": True})
     except CommandFailed:
-        done = await process.run(argv, timeout_s=DEADLINE_S, stdin=questions())
-        sandbox = False
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    return dataclasses.replace(parse_answers(lines), sandbox=sandbox)
+        return judge(await _interview(argv))
+
+
+async def _interview(argv: list[str]) -> dict[str, Any]:
+    """Runs QEMU, asks all questions, and ends it. A question that it refuses has no answer."""
+    answers: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="semper-") as directory:
+        path = Path(directory) / "qmp.sock"
+        monitored = [*argv, "-qmp", f"unix:{path},server=on,wait=off"]
+        running = asyncio.create_task(process.run(monitored, timeout_s=DEADLINE_S))
+        monitor = await _connect(path, running)
+        try:
+            for key, (command, arguments) in QUESTIONS.items():
+                with contextlib.suppress(StateConflict):
+                    answers[key] = await monitor.execute(command, arguments, timeout_s=DEADLINE_S)
+            with contextlib.suppress(OutcomeUnknown):  # it may be gone before it has answered
+                await monitor.execute("quit", timeout_s=DEADLINE_S)
+        finally:
+            await monitor.close()
+            await running
+    return answers
+
+
+async def _connect(path: Path, running: asyncio.Task[process.Completed]) -> Monitor:
+    while True:
+        try:
+            return await Monitor.connect(path, "features", DEADLINE_S)
+        except Unavailable:  # not listening yet, or never
+            await asyncio.wait((running,), timeout=RETRY_S)
+            if running.done():
+                running.result()
+                raise
 
 
 def _members_beside(schema: list[dict[str, Any]], name: str) -> set[str]:

@@ -4,41 +4,48 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sempervirt.core.errors import OutcomeUnknown, SempervirtError, Unavailable
 from sempervirt.host.changes import Changes
-from sempervirt.vm.qmp import COMMAND_DEADLINE_S, Monitor
+from sempervirt.vm.qmp import Monitor
 from sempervirt.vm.states import QemuEvent, Silent, StatusTold, VmEvent
 
-CONNECT_DEADLINE_S = 10.0
-START_DEADLINE_S = 30.0
-HEARTBEAT_S = 5.0
 RETRY_S = 0.02
 RETRY_MAX_S = 1.0
-HANG_UP_S = 0.5
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long a monitor may take, in seconds, before it counts as silent."""
+
+    start_s: float = 30.0
+    connect_s: float = 10.0
+    command_s: float = 10.0
+    heartbeat_s: float = 5.0
+    hang_up_s: float = 0.5
 
 
 class Link:
     """The way to one QEMU. `run` is its task; `report` gets what it learns."""
 
-    def __init__(self, path: Path, name: str, report: Callable[[VmEvent], None]) -> None:
+    def __init__(
+        self, path: Path, name: str, patience: Patience, report: Callable[[VmEvent], None]
+    ) -> None:
         self._path = path
         self._name = name
+        self._patience = patience
         self._report = report
         self._monitor: Monitor | None = None
         self._changes = Changes()
 
-    async def execute(
-        self,
-        command: str,
-        arguments: Mapping[str, Any] | None = None,
-        timeout_s: float = COMMAND_DEADLINE_S,
-    ) -> Any:
+    async def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> Any:
         """Runs a monitor command. Raises as `Monitor.execute` does."""
         if self._monitor is None:
             raise Unavailable(f"the monitor of {self._name} is not connected")
+        timeout_s = self._patience.command_s
         return await self._monitor.execute(command, arguments, timeout_s=timeout_s)
 
     async def wait_disconnected(self, timeout_s: float) -> None:
@@ -49,7 +56,7 @@ class Link:
 
     async def run(self) -> None:
         """Connects again and again until it is cancelled."""
-        patience_s = START_DEADLINE_S
+        patience_s = self._patience.start_s
         while True:
             self._monitor = await self._connect(patience_s)
             patience_s = 0.0
@@ -64,7 +71,7 @@ class Link:
         interval_s = RETRY_S
         while True:
             try:
-                return await Monitor.connect(self._path, self._name, CONNECT_DEADLINE_S)
+                return await Monitor.connect(self._path, self._name, self._patience.connect_s)
             except Unavailable as error:  # not listening (yet)
                 if now() >= deadline:
                     self._report(Silent(error.message))
@@ -80,19 +87,19 @@ class Link:
         following = asyncio.create_task(monitor.follow(self._passed_on))
         try:
             while not following.done():
-                self._report(StatusTold(await monitor.query_status()))
-                await asyncio.wait((following,), timeout=HEARTBEAT_S)
+                self._report(StatusTold(await monitor.query_status(self._patience.command_s)))
+                await asyncio.wait((following,), timeout=self._patience.heartbeat_s)
             reason = "the monitor hung up"
         except SempervirtError as error:
             reason = error.message
         finally:
             following.cancel()
             await asyncio.wait((following,))
+            await monitor.close()
             self._monitor = None
             self._changes.notify()
-            await monitor.close()
         # Mostly it hung up because QEMU ended, and then this task is cancelled right now.
-        await asyncio.sleep(HANG_UP_S)
+        await asyncio.sleep(self._patience.hang_up_s)
         self._report(Silent(reason))
 
     def _passed_on(self, name: str, data: Mapping[str, Any]) -> None:

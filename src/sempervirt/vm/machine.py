@@ -22,7 +22,7 @@ from sempervirt.host.changes import Changes
 from sempervirt.host.process import Exit, Process
 from sempervirt.host.procfs import ProcessId
 from sempervirt.vm.files import VmFiles
-from sempervirt.vm.link import Link
+from sempervirt.vm.link import Link, Patience
 from sempervirt.vm.runstate import QUIT_DEADLINE_S, step
 from sempervirt.vm.spec import VmSpec
 from sempervirt.vm.states import (
@@ -59,7 +59,7 @@ Reply = asyncio.Future[None]
 class Machine:
     """One QEMU process, from its start to its end; made by `launch` or `adopt`."""
 
-    def __init__(self, spec: VmSpec, files: VmFiles) -> None:
+    def __init__(self, spec: VmSpec, files: VmFiles, patience: Patience) -> None:
         self.spec = spec
         self.name = spec.name
         self.files = files
@@ -71,21 +71,25 @@ class Machine:
         self._queue: asyncio.Queue[tuple[VmEvent, Reply | None]] = asyncio.Queue()
         self._pending: Reply | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._link = Link(files.monitor, spec.name, self._post)
+        self._link = Link(files.monitor, spec.name, patience, self._post)
         self._tasks: set[asyncio.Task[None]] = set()
         self._linking: asyncio.Task[None] | None = None
 
     @classmethod
-    def launch(cls, spec: VmSpec, files: VmFiles, argv: Sequence[str]) -> Machine:
+    def launch(
+        cls, spec: VmSpec, files: VmFiles, argv: Sequence[str], patience: Patience
+    ) -> Machine:
         """Starts QEMU. Raises CommandFailed when the program cannot be started."""
-        machine = cls(spec, files)
+        machine = cls(spec, files, patience)
         machine._watch(process.spawn(argv, log=files.log, on_exit=machine._exited))
         return machine
 
     @classmethod
-    def adopt(cls, spec: VmSpec, files: VmFiles, identity: ProcessId | None) -> Machine:
+    def adopt(
+        cls, spec: VmSpec, files: VmFiles, identity: ProcessId | None, patience: Patience
+    ) -> Machine:
         """Takes over a QEMU that an earlier agent started, also one that has ended since."""
-        machine = cls(spec, files)
+        machine = cls(spec, files, patience)
         adopted = identity and process.adopt(identity, machine._exited)
         if adopted:
             machine._watch(adopted)
@@ -97,7 +101,7 @@ class Machine:
     @classmethod
     def remember(cls, spec: VmSpec, files: VmFiles, state: VmState) -> Machine:
         """A QEMU that has ended and whose end is on record."""
-        machine = cls(spec, files)
+        machine = cls(spec, files, Patience())
         machine._state = state
         machine._keep(machine._own(), "owner")
         return machine

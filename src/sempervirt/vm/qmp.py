@@ -18,8 +18,6 @@ from qemu.qmp import ExecuteError, QMPClient, QMPError, Runstate
 
 from sempervirt.core.errors import OutcomeUnknown, StateConflict, Unavailable
 
-COMMAND_DEADLINE_S = 10.0
-
 # Each failure that the library logs is also raised, and is told there in our words.
 logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
 
@@ -54,7 +52,7 @@ class Monitor:
         command: str,
         arguments: Mapping[str, Any] | None = None,
         *,
-        timeout_s: float = COMMAND_DEADLINE_S,
+        timeout_s: float,
     ) -> Any:
         """Runs a command; what is raised, see the module."""
         if self._client.runstate is not Runstate.RUNNING:
@@ -71,9 +69,9 @@ class Monitor:
         except (QMPError, OSError, EOFError) as error:
             raise OutcomeUnknown(f"the monitor was lost during {command}: {error}") from error
 
-    async def query_status(self) -> str:
+    async def query_status(self, timeout_s: float) -> str:
         """QEMU's own runstate, for example "running" or "paused"."""
-        answer = await self.execute("query-status")
+        answer = await self.execute("query-status", timeout_s=timeout_s)
         return str(answer["status"])
 
     async def follow(self, on_event: OnEvent) -> None:

@@ -1,0 +1,165 @@
+"""A real QEMU through its runstates: requests, its end in every way, and a monitor that hangs."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+from collections.abc import Callable
+
+import pytest
+
+from sempervirt.agent import Agent
+from sempervirt.core.errors import (
+    ImageLocked,
+    OutcomeUnknown,
+    StateConflict,
+    Unavailable,
+)
+from sempervirt.guest import ProbeClient
+from sempervirt.vm.spec import VmSpec
+from sempervirt.vm.states import Runstate
+
+pytestmark = pytest.mark.timeout(90)
+Spec = Callable[..., VmSpec]
+BOOT_S = 60.0
+
+
+async def test_pause_and_resume(agent: Agent, firmware_spec: Spec) -> None:
+    vm = await agent.run_vm(firmware_spec())
+    assert vm.run is Runstate.RUNNING
+    await vm.pause()
+    assert vm.run is Runstate.PAUSED
+    assert (await vm.machine.execute("query-status"))["status"] == "paused"
+    await vm.pause()  # twice is once
+    with pytest.raises(StateConflict, match="resume it first"):
+        await vm.stop()
+    await vm.resume()
+    assert (await vm.machine.execute("query-status"))["status"] == "running"
+    await vm.kill()
+    assert vm.run is Runstate.STOPPED
+    assert vm.end is not None
+    assert vm.end.reason == "killed on request"
+    with pytest.raises(StateConflict):
+        await vm.pause()
+
+
+async def test_state_follows_what_others_do_to_the_monitor(
+    agent: Agent, firmware_spec: Spec
+) -> None:
+    vm = await agent.run_vm(firmware_spec())
+    await vm.machine.execute("stop")
+    await vm.wait_state(Runstate.PAUSED, timeout_s=5)
+    await vm.machine.execute("cont")
+    await vm.wait_state(Runstate.RUNNING, timeout_s=5)
+    await vm.machine.execute("system_reset")
+    await vm.machine.changes.wait_until(lambda: vm.state.resets == 1, timeout_s=5, what="a reset")
+    assert vm.run is Runstate.RUNNING
+
+
+async def test_a_guest_that_ignores_the_power_button_is_cut_off(
+    agent: Agent, firmware_spec: Spec
+) -> None:
+    vm = await agent.run_vm(firmware_spec())
+    await vm.stop(grace_s=0.2)
+    assert vm.run is Runstate.STOPPED
+    assert vm.end is not None
+    assert "cut off" in vm.end.reason
+    assert vm.end.exit_code == 0
+
+
+async def test_a_killed_qemu_is_a_crash_and_frees_its_disk(
+    agent: Agent, firmware_spec: Spec
+) -> None:
+    vm = await agent.run_vm(firmware_spec())
+    assert vm.pid is not None
+    os.kill(vm.pid, signal.SIGKILL)
+    await vm.wait_ended(10)
+    assert vm.run is Runstate.CRASHED
+    assert vm.end is not None
+    assert vm.end.signal == signal.SIGKILL
+    assert not agent.disks
+    again = await agent.run_vm(firmware_spec())
+    assert again.run is Runstate.RUNNING
+
+
+async def test_sigterm_to_qemu_is_an_end_with_its_cause(agent: Agent, firmware_spec: Spec) -> None:
+    vm = await agent.run_vm(firmware_spec())
+    assert vm.pid is not None
+    os.kill(vm.pid, signal.SIGTERM)
+    await vm.wait_ended(10)
+    assert vm.run is Runstate.STOPPED
+    assert "host-signal" in vm.state.why
+
+
+async def test_hung_monitor_makes_the_state_unknown_until_it_answers_again(
+    agent: Agent, firmware_spec: Spec
+) -> None:
+    vm = await agent.run_vm(firmware_spec())
+    assert vm.pid is not None
+    os.kill(vm.pid, signal.SIGSTOP)
+    with pytest.raises(OutcomeUnknown):
+        await vm.pause()
+    assert vm.run is Runstate.UNKNOWN
+    with pytest.raises(StateConflict, match="semper vm kill web"):
+        await agent.run_vm(firmware_spec())
+    with pytest.raises(StateConflict, match="semper vm kill web"):
+        await vm.resume()
+    os.kill(vm.pid, signal.SIGCONT)
+    # The command may have been carried out or not: what QEMU says now is what counts.
+    await vm.wait_state(Runstate.RUNNING, Runstate.PAUSED, timeout_s=20)
+
+
+async def test_kill_settles_an_unknown_state(agent: Agent, firmware_spec: Spec) -> None:
+    vm = await agent.run_vm(firmware_spec())
+    assert vm.pid is not None
+    os.kill(vm.pid, signal.SIGSTOP)
+    await vm.wait_state(Runstate.UNKNOWN, timeout_s=20)  # nobody asked: the heartbeat noticed
+    await vm.kill()
+    assert vm.run is Runstate.STOPPED
+    assert (await agent.run_vm(firmware_spec())).run is Runstate.RUNNING
+
+
+async def test_requests_at_the_same_time_do_not_mix(agent: Agent, firmware_spec: Spec) -> None:
+    vm = await agent.run_vm(firmware_spec())
+    results = await asyncio.gather(vm.pause(), vm.pause(), vm.resume(), return_exceptions=True)
+    assert results[0] is None
+    assert [type(result) for result in results[1:]] == [StateConflict, StateConflict]
+    assert vm.run is Runstate.PAUSED
+
+
+async def test_a_vm_that_cannot_start_says_why_and_leaves_nothing(
+    agent: Agent, firmware_spec: Spec
+) -> None:
+    with pytest.raises(Unavailable, match=re.escape("unable to find CPU model 'nonesuch'")):
+        await agent.run_vm(firmware_spec(cpu="nonesuch"))
+    assert not agent.disks
+    assert agent.vm("web").run is Runstate.CRASHED
+    await agent.forget_vm("web")
+    assert not agent.vms
+
+
+async def test_the_same_image_in_two_vms_is_refused_with_its_holder(
+    agent: Agent, firmware_spec: Spec
+) -> None:
+    vm = await agent.run_vm(firmware_spec())
+    with pytest.raises(ImageLocked, match=rf"pid {agent.disks['web/root'].active_pid}"):
+        await agent.run_vm(firmware_spec(name="other"))
+    assert list(agent.vms) == ["web"]
+    assert vm.run is Runstate.RUNNING
+
+
+@pytest.mark.guest
+async def test_guest_reboots_and_powers_off(agent: Agent, guest_spec: Spec) -> None:
+    vm = await agent.run_vm(guest_spec())
+    pid = vm.pid
+    async with await ProbeClient.connect(vm.channel_path("probe")) as client:
+        await client.wait_hello()
+        await client.reboot()
+        assert vm.state.resets >= 1
+        assert vm.pid == pid
+        await client.poweroff()
+    await vm.wait_ended(BOOT_S)
+    assert vm.run is Runstate.STOPPED
+    assert vm.state.why == "the guest powered off"
