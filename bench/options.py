@@ -45,8 +45,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         action="append",
         dest="backends",
         metavar="NAME",
-        help="one of blkd, blkd-sync, blkd-uring, qsd-uring, qsd-threads, qsd-native, or the name "
-        "given to --blkd or --peer; may be repeated; the reference always runs",
+        help="one of blkd, blkd-sync, blkd-uring, qsd-uring, qsd-threads, qsd-native; "
+        "may be repeated; the reference and what --blkd and --peer name always run",
     )
     what.add_argument(
         "--blkd",
@@ -120,7 +120,6 @@ def _fill_defaults(options: argparse.Namespace) -> None:
     names = [case.name for case in cases.PARITY] if short else list(cases.BY_NAME)
     options.cases = options.cases or names
     options.storages = options.storages or (["tmpfs", "direct"] if short else list(storages.NAMES))
-    if not options.backends:
-        added = [name(given) for given in (*options.blkds, *options.peers)]
-        peers = [] if short else ["qsd-threads", "qsd-native"]
-        options.backends = ["blkd", *peers, *added]
+    peers = ["qsd-uring"] if short else ["qsd-uring", "qsd-threads", "qsd-native"]
+    added = [name(given) for given in (*options.blkds, *options.peers)]
+    options.backends = [*(options.backends or ["blkd", *peers]), *added]
