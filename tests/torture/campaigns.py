@@ -6,7 +6,7 @@ import asyncio
 import random
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sempervirt.core.errors import SempervirtError, Unavailable
@@ -71,28 +71,73 @@ def deaths_in(log: Path) -> int:
     return len(log.read_text().splitlines()) if log.exists() else 0
 
 
-async def crash_point(
-    setup: TrialSetup, binary: Path, point: str, deaths: int, log: Path
-) -> tuple[Verdict, int]:
-    """Every process dies at `point` until `deaths` have; gives the verdict and how many did."""
-    # Not at the first passage, so that the guest is well under way; replay points come only in
-    # recoveries, where the first passage is the one.
-    nth = 1 if point.startswith(("recover", "replay")) else 300
-    environment = {"SEMPER_DIE_AT": f"{point}:{nth}:{deaths}", "SEMPER_DIE_LOG": str(log)}
-    command = Blkd(path=binary, environment=environment)
+@dataclass(frozen=True)
+class Plan:
+    """How to come to a crash point: (point, nth passage in its process, deaths) in order."""
+
+    name: str
+    steps: tuple[tuple[str, int, int], ...]
+
+    @property
+    def deaths(self) -> int:
+        """How many processes die."""
+        return sum(deaths for _, _, deaths in self.steps)
+
+    def environment(self, log: Path) -> dict[str, str]:
+        """For a semper-blkd with crash points."""
+        steps = ",".join(f"{point}:{nth}:{deaths}" for point, nth, deaths in self.steps)
+        return {"SEMPER_DIE_AT": steps, "SEMPER_DIE_LOG": str(log)}
+
+
+# Not at the first passage, so that the guest is well under way.
+NTH = 300
+_LIVE = (
+    "pop-start",
+    "pop-counter",
+    "pop-mark",
+    "io-submitted",
+    "io-done",
+    "status-stored",
+    "used-element",
+    "batch-next",
+    "batch-head",
+    "used-index",
+    "clear-entry",
+    "region-index",
+    "call-pending",
+)
+PLANS = (
+    *(Plan(point, ((point, NTH, 3),)) for point in _LIVE),
+    # Recovery has something to do only after a death at the right instant; then it is killed
+    # itself, and what recovers from that as well.
+    Plan("recover-start", (("io-done", NTH, 1), ("recover-start", 1, 3))),
+    Plan("recover-clear", (("used-index", NTH, 1), ("recover-clear", 1, 3))),
+    Plan("recover-index", (("used-index", NTH, 1), ("recover-index", 1, 1))),
+    Plan("replay-submit", (("io-done", NTH, 1), ("replay-submit", 1, 3))),
+    Plan("replay-published", (("io-done", NTH, 1), ("replay-published", 1, 1))),
+    Plan(
+        "replay of a replay",
+        (("io-done", NTH, 1), ("io-done", 1, 2), ("used-index", 1, 1), ("recover-clear", 1, 1)),
+    ),
+)
+
+
+async def crash_point(setup: TrialSetup, binary: Path, plan: Plan, log: Path) -> Verdict:
+    """Processes die as planned; fewer deaths are a problem."""
+    command = Blkd(path=binary, environment=plan.environment(log))
     async with Trial(replace(setup, command=command)) as trial:
         await trial.start_load()
-        if point.startswith(("recover", "replay")):
-            await trial.kill_active()
-
         with suppress(Unavailable):
             await trial.disk.changes.wait_until(
-                lambda: deaths_in(log) >= deaths, timeout_s=30, what="the deaths"
+                lambda: deaths_in(log) >= plan.deaths, timeout_s=30, what="the deaths"
             )
         await trial.wait_guarded()
         await trial.stop_load()
-        trial.verdict.kills += deaths_in(log)
-        return trial.verdict, deaths_in(log)
+        died = deaths_in(log)
+        trial.verdict.kills += died
+        if died != plan.deaths:
+            trial.verdict.problems.append(f"{died} processes died instead of {plan.deaths}")
+        return trial.verdict
 
 
 async def control(setup: TrialSetup, count: int, seed: int) -> Verdict:

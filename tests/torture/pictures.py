@@ -13,6 +13,8 @@ def draw_stalls(verdict: Verdict, path: Path) -> None:
     from matplotlib.figure import Figure
 
     kills = [stall for stall in verdict.stalls if stall.cause == "kill"]
+    if not kills:
+        return
     curves = [
         (STEP_NAMES[step], [s.steps_ms[step] for s in kills if step in s.steps_ms])
         for step in STEP_NAMES

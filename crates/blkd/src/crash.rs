@@ -13,9 +13,10 @@ mod armed {
 
     use semper_inflight::{Hook, Point};
 
-    /// `SEMPER_DIE_AT=point[:nth[:deaths]]` with `SEMPER_DIE_LOG=file`: SIGKILL at the nth passage
-    /// of the point in this process, until the log has `deaths` lines (one for each death, so
-    /// that the processes which follow each other share the budget).
+    /// `SEMPER_DIE_AT=point[:nth[:deaths]],…` with `SEMPER_DIE_LOG=file`: SIGKILL at the nth
+    /// passage of the first point in this process, until that many have died so (the log has a
+    /// line for each death, by which the processes that follow each other know), then likewise at
+    /// the second point, and so on.
     #[derive(Clone, Default)]
     pub(crate) struct CrashHook {
         plan: Option<Option<Plan>>,
@@ -30,14 +31,20 @@ mod armed {
     }
 
     fn plan_from_environment() -> Option<Plan> {
-        let at = std::env::var("SEMPER_DIE_AT").ok()?;
+        let steps = std::env::var("SEMPER_DIE_AT").ok()?;
         let log = std::env::var("SEMPER_DIE_LOG").ok()?;
-        let mut parts = at.split(':');
-        let point = Point::from_name(parts.next()?)?;
-        let mut number = || parts.next().and_then(|n| n.parse().ok()).unwrap_or(1);
-        let (nth, deaths): (u64, usize) = (number(), number() as usize);
-        let died = std::fs::read_to_string(&log).map_or(0, |text| text.lines().count());
-        (died < deaths).then_some(Plan { point, nth, passed: 0, log })
+        let mut died = std::fs::read_to_string(&log).map_or(0, |text| text.lines().count());
+        for step in steps.split(',') {
+            let mut parts = step.split(':');
+            let point = Point::from_name(parts.next()?)?;
+            let mut number = || parts.next().and_then(|n| n.parse().ok()).unwrap_or(1);
+            let (nth, deaths): (u64, usize) = (number(), number() as usize);
+            if died < deaths {
+                return Some(Plan { point, nth, passed: 0, log });
+            }
+            died -= deaths;
+        }
+        None
     }
 
     impl Hook for CrashHook {

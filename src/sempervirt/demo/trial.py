@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 MIB = 1 << 20
 VM = "guest"
 DISK = "data"
-DEVICE = "serial:trial"
+SERIAL = "trial"
 # After a take-over: for the guest to notice, and for the next standby to be ready.
 SETTLE_DEADLINE_S = 20.0
 
@@ -119,6 +119,11 @@ class Trial:
         return self._probe
 
     @property
+    def device(self) -> str:
+        """What the probe calls the disk; a foreign backend gives it no serial number."""
+        return f"serial:{SERIAL}" if self.setup.command.has_control else "vda"
+
+    @property
     def clock(self) -> ClockOffset:
         """How the guest's clock and the host's relate, as last compared."""
         return self._clock
@@ -153,7 +158,7 @@ class Trial:
                     direct=setup.direct,
                     queues=setup.queues,
                     queue_size=setup.queue_size,
-                    serial="trial",
+                    serial=SERIAL,
                 ),
             ),
             channels=(ChannelSpec(name="org.sempervirt.probe"),),
@@ -176,7 +181,7 @@ class Trial:
         load = self.setup.load
         await self.wait_guarded()
         await self.probe.write_start(
-            DEVICE,
+            self.device,
             writers=load.writers,
             depth=load.depth,
             mode=load.mode,  # type: ignore[arg-type]
@@ -307,8 +312,11 @@ class Trial:
     async def reset_device(self) -> None:
         """Unbinds and binds the disk's driver in the guest, between two verified loads."""
         await self.stop_load()
-        await self.probe.unbind(DEVICE)
-        await self.probe.bind(DEVICE)
+        # A disk without a driver has no serial number to be found by.
+        devices = await self.probe.list_devices()
+        name = next(device.name for device in devices if device.serial == SERIAL)
+        await self.probe.unbind(name)
+        await self.probe.bind(name)
         self.verdict.resets += 1
         await self.start_load()
 

@@ -45,6 +45,11 @@ class Verdict:
         ) and (self.verified > 0)
 
     @property
+    def lost(self) -> bool:
+        """The guest saw a request fail, hang or go wrong; a trial that broke off proves nothing."""
+        return bool(self.guest_errors or self.hung or self.wrong or self.kernel_lines)
+
+    @property
     def stall(self) -> Spread:
         """Of the kills whose stall is known, in milliseconds."""
         known = [s.ms for s in self.stalls if s.cause == "kill" and s.ms is not None]
