@@ -1,0 +1,1 @@
+"""The whole system under a real guest: the short form of `make torture`."""
