@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import logging
 import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator
@@ -159,6 +160,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=int(time.time()) & 0xFFFF)
     parser.add_argument("--results", type=Path, default=Path("results"))
     options = parser.parse_args()
+    logging.getLogger("sempervirt").setLevel(logging.ERROR)
     options.results.mkdir(parents=True, exist_ok=True)
     console.print(f"seed {options.seed}")
     started = time.monotonic()
@@ -174,6 +176,8 @@ def main() -> int:
     for _, verdict in proven:
         total.merge(verdict)
     out = Console()
+    if not out.is_terminal:
+        out.width = 150  # a file has no width
     out.print(table(proven + controls))
     out.print(report.stalls(total))
     failed = [name for name, verdict in proven if not verdict.clean]

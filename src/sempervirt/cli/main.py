@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from importlib.util import find_spec
 
 import typer
 from rich.markup import escape
@@ -12,6 +11,7 @@ import sempervirt
 from sempervirt.cli import disk, host, vm
 from sempervirt.cli.output import Output, OutputOption, err
 from sempervirt.core.errors import SempervirtError, kind_of
+from sempervirt.demo.cli import demo
 
 app = typer.Typer(
     name="semper",
@@ -24,10 +24,7 @@ app = typer.Typer(
 app.add_typer(vm.app, name="vm")
 app.add_typer(disk.app, name="disk")
 app.add_typer(host.app, name="host")
-if find_spec("sempervirt.demo") is not None:
-    from sempervirt.demo.cli import demo
-
-    app.command("demo")(demo)
+app.command("demo", epilog="Example: semper demo --kills 50 --queues 4")(demo)
 
 
 @app.command("version", epilog="Example: semper version")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -137,9 +138,9 @@ def demo(
     continued, and the backend is upgraded. At the end every block is read back.
 
     The exit status is 0 only if nothing was lost, nothing hung and nothing was wrong.
-
-    Example: semper demo --kills 50 --queues 4
     """
+    # Every kill is a warning of the supervision; here they are what was ordered.
+    logging.getLogger("sempervirt").setLevel(logging.ERROR)
     console = Console(stderr=output == "json")
     story = Story(kills=kills, pauses=pauses, upgrades=upgrades, seed=seed)
     setup = TrialSetup(
