@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import shutil
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 
 from sempervirt.agent import adoption
 from sempervirt.agent.config import AgentConfig
@@ -151,7 +153,6 @@ class Agent:
         files = VmFiles(self.config.vm_run_dir(spec.name))
         files.prepare(spec)
         record_path = adoption.vm_record_path(self.config, spec.name)
-        record_path.parent.mkdir(parents=True, exist_ok=True)
         setups = [disk_setup(self.config, spec, disk) for disk in spec.disks]
         argv = build(
             spec,
@@ -162,7 +163,7 @@ class Agent:
             disk_sockets={setup.short_name: setup.files.socket for setup in setups},
         )
         record = VmRecord(spec, accelerator, time.time())
-        record.write(record_path)
+        self._write_first(record, record_path)
         disks: dict[str, Disk] = {}
         try:
             for setup in setups:
@@ -173,12 +174,24 @@ class Agent:
             record_path.unlink(missing_ok=True)
             raise
         record = replace(record, qemu=machine.identity)
-        record.write(record_path)
+        # If this fails, the first record stands, and QEMU is found by its monitor's socket.
+        with contextlib.suppress(OSError):
+            record.write(record_path)
         vm = Vm(machine, disks, record, record_path)
         self.vms[spec.name] = vm
         await self._wait_started(vm)
         log.info("run vm=%s pid=%s accel=%s", vm.name, vm.pid, accelerator.kind)
         return vm
+
+    def _write_first(self, record: VmRecord, path: Path) -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            record.write(path)
+        except OSError as error:
+            raise Unavailable(
+                f"cannot write {path}: {error.strerror}",
+                remedy="make room, or choose another SEMPERVIRT_STATE_DIR",
+            ) from error
 
     async def _wait_started(self, vm: Vm) -> None:
         started = (Runstate.RUNNING, Runstate.PAUSED, Runstate.HALTED, Runstate.UNKNOWN)

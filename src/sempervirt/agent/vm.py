@@ -10,7 +10,7 @@ from pathlib import Path
 from sempervirt.agent.record import VmRecord
 from sempervirt.core.errors import NotFound, SempervirtError
 from sempervirt.disk.disk import Disk
-from sempervirt.host import process
+from sempervirt.host import background, process
 from sempervirt.vm.machine import STOP_GRACE_S, Machine
 from sempervirt.vm.spec import VmSpec
 from sempervirt.vm.states import End, Runstate, VmState
@@ -29,7 +29,7 @@ class Vm:
         self.record = record
         self._record_path = record_path
         self._unsettled: SempervirtError | None = None
-        self._settling = asyncio.create_task(self._settle(), name=f"{self.name}: settle")
+        self._settling = background.start(self._settle(), f"{self.name}: settle")
 
     @property
     def name(self) -> str:
@@ -124,7 +124,10 @@ class Vm:
     async def _settle(self) -> None:
         """Frees the disks after QEMU's end, and writes the end down."""
         await self.machine.wait_ended()
-        self.record.ended(self.state).write(self._record_path)
+        try:
+            self.record.ended(self.state).write(self._record_path)
+        except OSError as error:
+            log.error("record vm=%s not written: %s", self.name, error)  # noqa: TRY400
         try:
             await asyncio.gather(*(disk.stop() for disk in self.disks.values()))
         except SempervirtError as error:

@@ -5,7 +5,7 @@ No decision is made here: `disk` says what to do, and is told by `report` what b
 
 from __future__ import annotations
 
-import asyncio
+import logging
 import signal
 import socket
 from collections.abc import Callable
@@ -19,7 +19,10 @@ from sempervirt.disk.record import DiskRecord, RecordedProcess
 from sempervirt.disk.running import Running
 from sempervirt.disk.setup import DiskSetup
 from sempervirt.disk.supervised import Exited, Ready, Serving, Start, State, SupervisionEvent
+from sempervirt.host import background
 from sempervirt.host.process import Exit
+
+log = logging.getLogger(__name__)
 
 
 class Crew:
@@ -77,9 +80,9 @@ class Crew:
             self._report(Ready(member.generation))
             self._report(Serving(member.generation))
             return
-        member.watcher = asyncio.create_task(
+        member.watcher = background.start(
             observe(member, self._report, self._seen, lambda: self.connected),
-            name=f"{self._setup.name}: backend {member.generation}",
+            f"{self._setup.name}: backend {member.generation}",
         )
 
     def promote(self, generation: int) -> None:
@@ -123,8 +126,13 @@ class Crew:
                 if backend and (member := self.get(backend.generation))
             ),
         )
-        if record != self._recorded:
+        if record == self._recorded:
+            return
+        try:
             record.write(self._setup.record)
+        except OSError as error:  # a full disk must not end supervision; tried at each change
+            log.error("record disk=%s not written: %s", self._setup.name, error)  # noqa: TRY400
+        else:
             self._recorded = record
 
     def release(self) -> None:

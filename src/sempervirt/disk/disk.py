@@ -14,6 +14,7 @@ import signal
 import socket
 import time
 from collections import deque
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from sempervirt.core.errors import OutcomeUnknown, StateConflict, Unavailable
@@ -41,6 +42,7 @@ from sempervirt.disk.supervised import (
 from sempervirt.disk.supervision import condition, decide, next_wake
 from sempervirt.disk.takeover import Restart
 from sempervirt.disk.upgrade import check_binary
+from sempervirt.host import background
 from sempervirt.host.changes import Changes
 from sempervirt.host.records import remove_record
 
@@ -74,14 +76,14 @@ class Disk:
         self._queue: asyncio.Queue[SupervisionEvent] = asyncio.Queue()
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self._owner = asyncio.create_task(self._own(), name=f"disk {setup.name}")
+        self._owner = background.start(self._own(), f"disk {setup.name}")
 
     # What it is like
 
     @property
     def condition(self) -> str:
         """One word; see `supervision.condition`."""
-        return condition(self._state, time.monotonic(), self.setup.policy)
+        return condition(self._state, self.setup.policy)
 
     @property
     def state(self) -> State:
@@ -130,19 +132,24 @@ class Disk:
 
     async def wait_serving(self, timeout_s: float) -> None:
         """Waits until a backend serves. Raises Unavailable at the deadline."""
-        await self.changes.wait_until(
+        await self._wait(
             lambda: self._state.active is not None and self._state.active.serving_since is not None,
-            timeout_s=timeout_s,
-            what=f"a serving backend of disk {self.name}",
+            timeout_s,
+            "a serving backend",
         )
 
     async def wait_standby_ready(self, timeout_s: float) -> None:
         """Waits until a backend serves and a standby is ready. Raises Unavailable."""
-        await self.changes.wait_until(
-            lambda: self.condition == "guarded",
-            timeout_s=timeout_s,
-            what=f"a standby of disk {self.name}",
-        )
+        await self._wait(lambda: self.condition == "guarded", timeout_s, "a standby")
+
+    async def _wait(self, condition: Callable[[], bool], timeout_s: float, what: str) -> None:
+        what = f"{what} of disk {self.name}"
+        try:
+            await self.changes.wait_until(condition, timeout_s=timeout_s, what=what)
+        except Unavailable as error:
+            last = f", last end: {self.reason}" if self.reason else ""
+            text = f"{error.message}; it is {self.condition}{last} ({self._state})"
+            raise Unavailable(text) from error
 
     async def upgrade(self, binary: str | None = None) -> None:
         """Serves from another binary (by default the installed one); the guest goes on.
@@ -189,8 +196,9 @@ class Disk:
             await self._owner
         self.crew.release()
 
-    def keep(self, task: asyncio.Task[None]) -> None:
-        """Keeps a task that works on this disk; it ends with `detach`."""
+    def keep(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        """Works on this disk in the background, until `detach`."""
+        task = background.start(work, f"disk {self.name}: {name}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

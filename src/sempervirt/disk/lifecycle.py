@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import signal
 
 from sempervirt.core.errors import OutcomeUnknown, SempervirtError, Unavailable
 from sempervirt.disk import running as processes
@@ -60,7 +58,7 @@ async def adopt_disk(setup: DiskSetup) -> Disk:
     record = read_disk_record(setup.record) or DiskRecord(1, setup.command.binary(), 0, ())
     alive = [item for item in record.processes if item.identity.is_alive()]
     alive.sort(key=lambda item: item.role)  # "active" before "standby"
-    for pid in processes.kill_orphans(setup.files, {item.identity.pid for item in alive}):
+    for pid in await processes.kill_orphans(setup.files, {item.identity.pid for item in alive}):
         log.warning("adopt disk=%s killed unrecorded backend pid=%d", setup.name, pid)
     listener = None
     for item in alive:
@@ -70,7 +68,8 @@ async def adopt_disk(setup: DiskSetup) -> Disk:
     stale = listener is None and bool(alive)
     if stale:
         for item in alive[1:]:
-            await _kill(item)
+            if (old := process.adopt(item.identity, lambda _end: None)) is not None:
+                await old.end(0)
         alive = alive[:1]
     backends = [Backend(item.generation, item.binary) for item in alive]
     state = State(
@@ -86,7 +85,7 @@ async def adopt_disk(setup: DiskSetup) -> Disk:
         _admit(disk, item, active=item is alive[0])
     disk.post(Tick())
     if stale:
-        disk.keep(asyncio.create_task(_hand_over(disk)))
+        disk.keep(_hand_over(disk), "hand over")
     log.info(
         "adopt disk=%s active=%s standby=%s socket=%s",
         setup.name,
@@ -105,11 +104,11 @@ async def sweep_disk(setup: DiskSetup) -> None:
     record = read_disk_record(setup.record)
     recorded = sorted(record.processes if record else (), key=lambda item: item.role)
     for item in reversed(recorded):  # the standby first: it would take over
-        adopted = process.adopt(item.identity, lambda end: None)
+        adopted = process.adopt(item.identity, lambda _end: None)
         grace_s = setup.policy.drain_s if item.role == "active" else 0
         if adopted is not None and await adopted.end(grace_s) is None:
             raise OutcomeUnknown(f"disk {setup.name}: backend {adopted.pid} does not end")
-    processes.kill_orphans(setup.files, set())
+    await processes.kill_orphans(setup.files, set())
     setup.files.socket.unlink(missing_ok=True)
     remove_record(setup.record)
 
@@ -130,13 +129,6 @@ def _admit(disk: Disk, item: RecordedProcess, *, active: bool) -> None:
         item.listen_fd,
     )
     disk.crew.admit(member, active=active)
-
-
-async def _kill(item: RecordedProcess) -> None:
-    adopted = process.adopt(item.identity, lambda end: None)
-    if adopted is not None:
-        adopted.send_signal(signal.SIGKILL)
-        await adopted.wait()
 
 
 async def _hand_over(disk: Disk) -> None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import re
-import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +14,7 @@ from sempervirt.core.errors import ImageLocked, InvalidRequest, SempervirtError,
 from sempervirt.disk.backend import BackendCommand, Launch
 from sempervirt.host import process
 from sempervirt.host.process import Exit, Process
-from sempervirt.host.procfs import find_by_argument
+from sempervirt.host.procfs import find_by_argument, identify
 
 LOGS_KEPT = 5
 _ERROR_LINE = re.compile(r"\S+: error: (?P<cause>.*?)(?:; (?P<remedy>[^;]*))?")
@@ -56,9 +54,9 @@ class DiskFiles:
 
     def prune(self, generation: int) -> None:
         """Removes what a process of that generation left, except the last logs."""
-        self.control(generation).unlink(missing_ok=True)
-        for path in self.logs()[:-LOGS_KEPT]:
-            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            for path in (self.control(generation), *self.logs()[:-LOGS_KEPT]):
+                path.unlink(missing_ok=True)
 
     def find_processes(self) -> list[int]:
         """Pids of this disk's backends, recorded or not."""
@@ -104,7 +102,6 @@ def start(
     on_exit: Callable[[Exit], None],
 ) -> Running:
     """Starts one process. Raises CommandFailed when the program cannot be started."""
-    launch.control.unlink(missing_ok=True)
     log = files.log(generation)
     started = process.spawn(
         command.argv(launch),
@@ -135,10 +132,12 @@ def refusal(disk: str, end: Exit, last_words: str) -> SempervirtError:
     return Unavailable(f"disk {disk}: the backend ended at once ({end}): {cause}", remedy=remedy)
 
 
-def kill_orphans(files: DiskFiles, keep: set[int]) -> list[int]:
-    """SIGKILL to this disk's backends that nobody watches: they listen on a stale socket."""
+async def kill_orphans(files: DiskFiles, keep: set[int]) -> list[int]:
+    """Kills this disk's backends that nobody watches: they listen on a stale socket."""
     orphans = [pid for pid in files.find_processes() if pid not in keep]
     for pid in orphans:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+        identity = identify(pid)
+        orphan = identity and process.adopt(identity, lambda _end: None)
+        if orphan:
+            await orphan.end(0)
     return orphans

@@ -93,12 +93,13 @@ def next_wake(state: State) -> float | None:
     return min((time for time in times if time is not None), default=None)
 
 
-def condition(state: State, now: float, policy: Policy) -> str:
+def condition(state: State, policy: Policy) -> str:
     """One word for a person: what the disk's redundancy is like."""
     active = state.active
     if state.stopping:
         return "stopped" if active is None and state.standby is None else "stopping"
-    if policy.active.at_ceiling(state.active_failures) and not _is_steady(active, now, policy):
+    serving = active is not None and active.serving_since is not None
+    if not serving and policy.active.at_ceiling(state.active_failures):
         return "failing"
     if active is None:
         return "backing-off" if state.served else "stopped"

@@ -141,8 +141,8 @@ def spawn(
 
     Raises CommandFailed when the program cannot be started.
     """
-    with log.open("ab") as output:
-        try:
+    try:
+        with log.open("ab") as output:
             child = subprocess.Popen(
                 argv,
                 stdin=subprocess.DEVNULL,
@@ -152,12 +152,16 @@ def spawn(
                 env=None if environment is None else {**os.environ, **environment},
                 start_new_session=True,
             )
-        except OSError as error:
-            raise _cannot_start(argv, error) from error
-    identity = identify(child.pid)
-    if identity is None:  # it ended already; the zombie keeps its pid until it is waited for
-        identity = ProcessId(child.pid, 0, "")
-    return Process(identity, on_exit, child)
+    except OSError as error:
+        raise _cannot_start(argv, error) from error
+    # A child that has ended already is a zombie, and keeps its pid until it is waited for.
+    identity = identify(child.pid) or ProcessId(child.pid, 0, "")
+    try:
+        return Process(identity, on_exit, child)
+    except OSError as error:  # no file descriptor left to watch it by
+        child.kill()
+        child.wait()
+        raise _cannot_start(argv, error) from error
 
 
 def adopt(identity: ProcessId, on_exit: Callable[[Exit], None]) -> Process | None:

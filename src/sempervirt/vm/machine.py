@@ -12,12 +12,12 @@ import contextlib
 import logging
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from typing import Any
 
 from sempervirt.core.errors import OutcomeUnknown, SempervirtError, StateConflict, Unavailable
 from sempervirt.core.events import Journal
-from sempervirt.host import process
+from sempervirt.host import background, process
 from sempervirt.host.changes import Changes
 from sempervirt.host.process import Exit, Process
 from sempervirt.host.procfs import ProcessId
@@ -303,8 +303,8 @@ class Machine:
                 process.bound_log(path, LOG_LIMIT_BYTES)
             await asyncio.sleep(HOUSEKEEPING_S)
 
-    def _keep(self, work: Any, what: str) -> asyncio.Task[None]:
-        task: asyncio.Task[None] = asyncio.create_task(work, name=f"{self.name}: {what}")
+    def _keep(self, work: Coroutine[Any, Any, None], what: str) -> asyncio.Task[None]:
+        task = background.start(work, f"{self.name}: {what}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task

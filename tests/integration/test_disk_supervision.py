@@ -1,0 +1,353 @@
+"""Real backends without a guest: take-overs, upgrades, crash loops, refusals, adoption."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import stat
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from sempervirt.core.durations import Backoff
+from sempervirt.core.errors import ImageLocked, InvalidRequest, StateConflict, Unavailable
+from sempervirt.disk import lifecycle
+from sempervirt.disk.backend import Blkd, DiskOptions
+from sempervirt.disk.disk import Disk
+from sempervirt.disk.lifecycle import adopt_disk, start_disk, sweep_disk
+from sempervirt.disk.record import DiskRecord
+from sempervirt.disk.running import DiskFiles
+from sempervirt.disk.setup import DiskSetup
+from sempervirt.disk.supervised import Policy
+from sempervirt.disk.volume import inspect
+from sempervirt.host import process
+from sempervirt.host.procfs import identify, start_ticks
+
+pytestmark = pytest.mark.timeout(60)
+READY_S = 10.0
+
+
+class Started:
+    """Disks that are stopped at the end of a test, whatever became of it."""
+
+    def __init__(self) -> None:
+        self.disks: list[Disk] = []
+
+    async def start(self, setup: DiskSetup) -> Disk:
+        disk = await start_disk(setup)
+        self.disks.append(disk)
+        return disk
+
+    async def adopt(self, setup: DiskSetup) -> Disk:
+        """Lets go of the one disk, as an agent that ends, and adopts it again."""
+        await self.disks.pop().detach()
+        disk = await adopt_disk(setup)
+        self.disks.append(disk)
+        return disk
+
+
+@pytest.fixture
+async def started(place: Path) -> AsyncIterator[Started]:  # ended before `place` looks
+    holder = Started()
+    yield holder
+    for disk in holder.disks:
+        await disk.stop()
+
+
+@pytest.fixture
+def setup(place: Path, disk_image: Path) -> DiskSetup:
+    return DiskSetup(
+        name="web/root",
+        volume=inspect(disk_image, read_only=False),
+        options=DiskOptions(disk_image, serial="test"),
+        command=Blkd(),
+        policy=Policy(),
+        files=DiskFiles(place, "root"),
+        record=place / "disk.json",
+    )
+
+
+def program(path: Path, text: str) -> str:
+    """A shell script at `path`."""
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return str(path)
+
+
+def program_of(pid: int | None) -> Path:
+    return Path(f"/proc/{pid}/exe").readlink()
+
+
+def kill(pid: int | None) -> None:
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+
+
+async def kill_and_wait(pid: int | None) -> None:
+    assert pid is not None
+    identity = identify(pid)
+    assert identity is not None
+    watched = process.adopt(identity, lambda _end: None)
+    assert watched is not None
+    await watched.end(0)
+
+
+async def wait_restarts(disk: Disk, count: int) -> None:
+    await disk.changes.wait_until(
+        lambda: len(disk.restarts) >= count, timeout_s=READY_S, what=f"{count} restarts"
+    )
+
+
+async def test_the_standby_takes_over_and_is_replaced(started: Started, setup: DiskSetup) -> None:
+    disk = await started.start(setup)
+    for count in range(1, 6):
+        await disk.wait_standby_ready(READY_S)
+        standby = disk.standby_pid
+        kill(disk.active_pid)
+        await wait_restarts(disk, count)
+        assert disk.active_pid == standby
+        await disk.wait_serving(READY_S)
+    assert (await disk.status())["pid"] == disk.active_pid
+    assert disk.restart_count == 5
+    assert {restart.reason for restart in disk.restarts} == {"killed by SIGKILL"}
+    assert len(setup.files.logs()) <= 6  # those of the last five, and of the present ones
+
+
+async def test_without_a_standby_a_new_backend_starts_at_once(
+    started: Started, setup: DiskSetup
+) -> None:
+    disk = await started.start(replace(setup, policy=Policy(standby=False)))
+    first = disk.active_pid
+    kill(first)
+    await wait_restarts(disk, 1)
+    assert disk.active_pid not in (None, first)
+    await disk.wait_serving(READY_S)
+    assert disk.standby_pid is None
+
+
+async def test_both_backends_killed_together(started: Started, setup: DiskSetup) -> None:
+    disk = await started.start(setup)
+    await disk.wait_standby_ready(READY_S)
+    kill(disk.standby_pid)
+    kill(disk.active_pid)
+    await wait_restarts(disk, 1)
+    await disk.wait_standby_ready(READY_S)
+
+
+async def test_a_killed_standby_is_replaced_and_the_active_one_stays(
+    started: Started, setup: DiskSetup
+) -> None:
+    disk = await started.start(setup)
+    await disk.wait_standby_ready(READY_S)
+    active, standby = disk.active_pid, disk.standby_pid
+    kill(standby)
+    await disk.changes.wait_until(
+        lambda: disk.standby_pid not in (standby, None), timeout_s=READY_S, what="a new standby"
+    )
+    assert disk.active_pid == active
+    assert not disk.restarts
+
+
+async def test_upgrade_serves_from_the_new_binary(
+    started: Started, setup: DiskSetup, place: Path
+) -> None:
+    disk = await started.start(setup)
+    await disk.wait_standby_ready(READY_S)
+    copy = shutil.copy2(setup.command.binary(), place / "new-blkd")
+    await disk.upgrade(str(copy))
+    assert disk.active_pid is not None
+    assert program_of(disk.active_pid) == copy
+    assert disk.upgrade_count == 1
+    assert disk.restart_count == 0
+    assert disk.restarts[-1].planned
+    await disk.wait_standby_ready(READY_S)
+    assert program_of(disk.standby_pid) == copy
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("echo broken >&2; exit 1", "broken"),
+        ("echo nonsense", "does not say what it can do"),
+        ("""echo '{"type": "gpu", "features": []}'""", "lacks"),
+        # It looks like a backend, and ends as soon as it should be one.
+        (
+            """[ "$1" = --print-capabilities ] || exit 7
+            echo '{"type": "block", "features": ["blk-file", "read-only"]}'""",
+            "exit code 7",
+        ),
+    ],
+)
+async def test_a_broken_binary_is_not_upgraded_to(
+    started: Started, setup: DiskSetup, place: Path, text: str, message: str
+) -> None:
+    disk = await started.start(setup)
+    await disk.wait_standby_ready(READY_S)
+    active = disk.active_pid
+    with pytest.raises(Unavailable, match=message):
+        await disk.upgrade(program(place / "broken", text))
+    assert disk.active_pid == active
+    assert not disk.restarts
+    await disk.wait_standby_ready(READY_S)
+    assert disk.state.binary == setup.command.binary()
+
+
+async def test_two_upgrades_at_once_conflict(
+    started: Started, setup: DiskSetup, place: Path
+) -> None:
+    disk = await started.start(setup)
+    await disk.wait_standby_ready(READY_S)
+    real, go = setup.command.binary(), place / "go"
+    slow = program(
+        place / "slow",
+        f"""[ "$1" = --print-capabilities ] || while ! [ -e {go} ]; do sleep 0.01; done
+        exec {real} "$@" """,
+    )
+    first = asyncio.create_task(disk.upgrade(slow))
+    await disk.changes.wait_until(
+        lambda: disk.state.upgrade is not None, timeout_s=READY_S, what="the first to begin"
+    )
+    with pytest.raises(StateConflict, match="another upgrade"):
+        await disk.upgrade()
+    go.touch()
+    await first
+    assert disk.state.binary == slow
+
+
+async def test_crash_loop_backs_off_says_why_and_recovers(
+    started: Started, setup: DiskSetup, place: Path
+) -> None:
+    policy = Policy(active=Backoff(free=2, first_s=0.02, ceiling_s=0.2), steady_s=60)
+    binary = place / "semper-blkd"
+    shutil.copy2(setup.command.binary(), binary)
+    disk = await started.start(replace(setup, command=Blkd(binary), policy=policy))
+    await disk.wait_standby_ready(READY_S)
+    binary.unlink()
+    program(binary, "echo 'semper-blkd: error: no luck; try again' >&2; exit 1")
+    kill(disk.standby_pid)
+    kill(disk.active_pid)
+    await disk.changes.wait_until(
+        lambda: disk.condition == "failing", timeout_s=READY_S, what="the disk to be failing"
+    )
+    assert disk.reason == "exit code 1: no luck"
+    binary.unlink()
+    shutil.copy2(setup.command.binary(), binary)
+    await disk.wait_standby_ready(READY_S)
+
+
+async def test_a_locked_image_is_refused_with_its_holder(
+    started: Started, setup: DiskSetup, place: Path
+) -> None:
+    disk = await started.start(setup)
+    other = replace(
+        setup, name="web/other", files=DiskFiles(place, "other"), record=place / "other.json"
+    )
+    with pytest.raises(ImageLocked, match=rf"in use by semper-blkd \(pid {disk.active_pid}\)"):
+        await start_disk(other)
+    assert other.files.find_processes() == []
+
+
+async def test_an_image_that_vanished_before_the_start_is_refused(
+    setup: DiskSetup, place: Path
+) -> None:
+    gone = replace(setup, options=DiskOptions(place / "gone.raw"))
+    with pytest.raises(InvalidRequest, match=r"gone\.raw"):
+        await start_disk(gone)
+
+
+async def test_a_missing_program_is_refused(setup: DiskSetup, place: Path) -> None:
+    with pytest.raises(Unavailable, match="cannot start"):
+        await start_disk(replace(setup, command=Blkd(place / "absent")))
+
+
+async def test_adopted_backends_are_supervised_as_before(
+    started: Started, setup: DiskSetup
+) -> None:
+    disk = await started.start(setup)
+    await disk.wait_standby_ready(READY_S)
+    pids = disk.active_pid, disk.standby_pid
+    disk = await started.adopt(setup)
+    assert (disk.active_pid, disk.standby_pid) == pids
+    await disk.wait_standby_ready(READY_S)
+    kill(disk.active_pid)
+    await wait_restarts(disk, 1)
+    assert disk.active_pid == pids[1]
+    await disk.wait_standby_ready(READY_S)
+    assert disk.standby_pid not in pids
+
+
+async def test_the_standby_took_over_while_no_agent_ran(started: Started, setup: DiskSetup) -> None:
+    disk = await started.start(setup)
+    await disk.wait_standby_ready(READY_S)
+    active, standby = disk.active_pid, disk.standby_pid
+    await kill_and_wait(active)  # nobody has seen it yet when the disk is adopted again
+    disk = await started.adopt(setup)
+    assert disk.active_pid == standby
+    await disk.wait_standby_ready(READY_S)
+
+
+async def test_all_backends_ended_while_no_agent_ran(started: Started, setup: DiskSetup) -> None:
+    disk = await started.start(setup)
+    await disk.wait_standby_ready(READY_S)
+    await kill_and_wait(disk.standby_pid)
+    await kill_and_wait(disk.active_pid)
+    disk = await started.adopt(setup)
+    await disk.wait_standby_ready(READY_S)
+
+
+async def test_a_stale_socket_is_bound_again_and_handed_over(
+    started: Started, setup: DiskSetup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the kernel does not allow taking the listening socket back."""
+    monkeypatch.setattr(lifecycle, "borrow_listener", lambda *_: None)
+    disk = await started.start(setup)
+    await disk.wait_standby_ready(READY_S)
+    active, standby = disk.active_pid, disk.standby_pid
+    assert standby is not None
+    disk = await started.adopt(setup)
+    assert start_ticks(standby) is None  # it would have listened where no path leads
+    await disk.changes.wait_until(
+        lambda: disk.upgrade_count == 1, timeout_s=READY_S, what="the hand-over"
+    )
+    assert disk.active_pid not in (active, standby)
+    await disk.wait_standby_ready(READY_S)
+
+
+async def test_an_unrecorded_backend_is_killed_at_adoption(
+    started: Started, setup: DiskSetup
+) -> None:
+    disk = await started.start(setup)
+    await disk.wait_standby_ready(READY_S)
+    active, standby = disk.active_pid, disk.standby_pid
+    assert active is not None
+    assert standby is not None
+    DiskRecord(9, setup.command.binary(), restarts=0, processes=()).write(setup.record)
+    disk = await started.adopt(setup)
+    assert start_ticks(active) is None
+    assert start_ticks(standby) is None
+    await disk.wait_standby_ready(READY_S)
+    assert disk.generation >= 9
+
+
+async def test_sweep_ends_everything(started: Started, setup: DiskSetup) -> None:
+    disk = await started.start(setup)
+    await disk.wait_standby_ready(READY_S)
+    started.disks.clear()
+    await disk.detach()
+    await sweep_disk(setup)
+    assert setup.files.find_processes() == []
+    assert not setup.record.exists()
+    assert not setup.files.socket.exists()
+
+
+async def test_stop_leaves_nothing(started: Started, setup: DiskSetup) -> None:
+    disk = await started.start(setup)
+    await disk.wait_standby_ready(READY_S)
+    started.disks.clear()
+    await disk.stop()
+    assert setup.files.find_processes() == []
+    assert not setup.record.exists()
