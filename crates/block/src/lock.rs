@@ -20,6 +20,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 use crate::image::Image;
 
@@ -32,6 +33,9 @@ const GATE: i64 = 0x5356;
 const CONSISTENT_READ: i64 = 0;
 const WRITE: i64 = 1;
 const RESIZE: i64 = 3;
+
+/// How long the I/O of a process that was killed may take to end.
+const LAST_IO: Duration = Duration::from_secs(5);
 
 /// Who has an image.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -75,9 +79,26 @@ pub enum LockError {
 impl Image {
     /// Takes the image for this process, or says who has it.
     ///
+    /// A process that was killed holds its locks until the kernel has ended its I/O, which for
+    /// io_uring is some milliseconds after the process is gone. A lock that nobody alive seems to
+    /// hold is therefore given time.
+    ///
     /// # Errors
     /// [`LockError`]; nothing is held then.
     pub fn try_lock(&self) -> Result<(), LockError> {
+        let (patience, mut pause) = (Instant::now() + LAST_IO, Duration::from_millis(1));
+        loop {
+            match self.try_lock_once() {
+                Err(LockError::Held { holder: None, .. }) if Instant::now() < patience => {
+                    std::thread::sleep(pause);
+                    pause = (pause * 2).min(Duration::from_millis(100));
+                }
+                decided => return decided,
+            }
+        }
+    }
+
+    fn try_lock_once(&self) -> Result<(), LockError> {
         if !set_lock(self.file(), libc::F_OFD_SETLK, self.gate_kind(), GATE)
             .map_err(|source| self.lock_failed(source))?
         {
