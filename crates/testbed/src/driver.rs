@@ -71,6 +71,16 @@ impl DriverRing {
         self.layout
     }
 
+    /// Zeroes descriptor table and both rings.
+    ///
+    /// # Safety
+    /// No device may be using the queue.
+    pub unsafe fn clear(&self) {
+        let Layout { desc, end, .. } = self.layout;
+        // SAFETY: inside the queue, which nobody uses.
+        unsafe { self.memory.add(desc).write_bytes(0, end - desc) };
+    }
+
     /// Writes one descriptor as it is, sensible or not.
     pub fn write_descriptor(&self, index: u16, addr: u64, len: u32, flags: u16, next: u16) {
         let at = self.layout.desc + 16 * usize::from(index % self.layout.size);

@@ -1,0 +1,512 @@
+//! A virtual machine without a processor: guest memory, queues, and a vhost-user front end that
+//! behaves as QEMU does (same order of messages, one in-flight region kept for all connections).
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::Instant;
+
+use semper_testbed::{Buffer, DriverRing, Layout};
+use vhost::vhost_user::message::{
+    VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserInflight, VhostUserProtocolFeatures,
+};
+use vhost::vhost_user::{Frontend, VhostUserFrontend};
+use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::backend::{Backend, DEADLINE};
+
+const GUEST_ADDR: u64 = 0x4000_0000;
+const USER_ADDR: u64 = 0x7000_0000_0000;
+const QUEUE_SPACE: usize = 2 << 20;
+const CHUNK_SPACE: usize = 16 << 10;
+const FIRST_CHUNK: usize = 64 << 10;
+const TABLE_ENTRIES: usize = 32;
+const HEADER_AT: usize = 16 * TABLE_ENTRIES;
+const STATUS_AT: usize = HEADER_AT + 16;
+const DATA_AT: usize = 4096;
+const DATA_SPACE: usize = CHUNK_SPACE - DATA_AT;
+const STATUS_UNTOUCHED: u8 = 0xff;
+
+pub const T_IN: u32 = 0;
+pub const T_OUT: u32 = 1;
+pub const T_FLUSH: u32 = 4;
+pub const T_GET_ID: u32 = 8;
+pub const T_DISCARD: u32 = 11;
+pub const T_WRITE_ZEROES: u32 = 13;
+
+pub const F_BLK_RO: u64 = 1 << 5;
+pub const F_EVENT_IDX: u64 = 1 << 29;
+
+/// A request as it goes onto the ring.
+#[derive(Clone, Debug)]
+pub struct Ask {
+    pub kind: u32,
+    pub sector: u64,
+    /// Bytes that the device reads.
+    pub out: Vec<u8>,
+    /// Bytes that the device writes.
+    pub room: usize,
+}
+
+impl Ask {
+    pub fn read(sector: u64, len: usize) -> Self {
+        Self { kind: T_IN, sector, out: Vec::new(), room: len }
+    }
+
+    pub fn write(sector: u64, data: impl Into<Vec<u8>>) -> Self {
+        Self { kind: T_OUT, sector, out: data.into(), room: 0 }
+    }
+
+    pub fn flush() -> Self {
+        Self { kind: T_FLUSH, sector: 0, out: Vec::new(), room: 0 }
+    }
+
+    pub fn get_id() -> Self {
+        Self { kind: T_GET_ID, sector: 0, out: Vec::new(), room: 20 }
+    }
+
+    pub fn trim(kind: u32, sector: u64, sectors: u32, flags: u32) -> Self {
+        let mut out = sector.to_le_bytes().to_vec();
+        out.extend(sectors.to_le_bytes());
+        out.extend(flags.to_le_bytes());
+        Self { kind, sector: 0, out, room: 0 }
+    }
+}
+
+/// What came back.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Answer {
+    /// The status byte; 255 = the device did not touch it.
+    pub status: u8,
+    /// Bytes written, as the used element says.
+    pub written: u32,
+    /// What the device read into the request's room.
+    pub data: Vec<u8>,
+}
+
+/// Names a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Ticket {
+    pub queue: usize,
+    number: u64,
+}
+
+/// How a wait ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Waited {
+    Answered,
+    BackendDied,
+}
+
+struct Lane {
+    ring: DriverRing,
+    free: Vec<u16>,
+    avail_idx: u16,
+    last_used: u16,
+    kick: EventFd,
+    call: EventFd,
+    pending: HashMap<u16, (Ticket, usize)>,
+}
+
+/// The machine.
+pub struct Machine {
+    memory: *mut u8,
+    len: usize,
+    file: File,
+    lanes: Vec<Lane>,
+    queue_size: u16,
+    session: Option<Frontend>,
+    inflight: Option<(VhostUserInflight, File)>,
+    answers: HashMap<Ticket, Answer>,
+    next_ticket: u64,
+    /// Features to acknowledge, out of what is offered.
+    pub features: u64,
+    /// Whether to track requests in flight.
+    pub track: bool,
+    /// Into how many pieces data buffers are cut.
+    pub pieces: usize,
+    /// What SET_VRING_BASE gives instead of the used index.
+    pub base: Option<u16>,
+    /// What SET_VRING_ADDR gives as the descriptor table instead of its address.
+    pub ring_addr: Option<u64>,
+}
+
+fn memfd(len: usize) -> File {
+    // SAFETY: the name is a C string; the result is checked and then owned.
+    let file = unsafe {
+        let fd = libc::memfd_create(c"guest".as_ptr(), libc::MFD_CLOEXEC);
+        assert!(fd >= 0);
+        File::from_raw_fd(fd)
+    };
+    file.set_len(len as u64).unwrap();
+    file
+}
+
+impl Machine {
+    /// With zeroed memory and idle queues.
+    pub fn new(num_queues: usize, queue_size: u16) -> Self {
+        assert!(FIRST_CHUNK + CHUNK_SPACE * usize::from(queue_size) <= QUEUE_SPACE);
+        let len = QUEUE_SPACE * num_queues;
+        let file = memfd(len);
+        // SAFETY: a new shared mapping; unmapped when the machine goes.
+        let memory = unsafe {
+            let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED);
+            libc::mmap(std::ptr::null_mut(), len, prot, flags, file.as_raw_fd(), 0)
+        };
+        assert_ne!(memory, libc::MAP_FAILED);
+        let memory = memory.cast::<u8>();
+        let lanes = (0..num_queues).map(|index| Lane {
+            // SAFETY: page-aligned, and each queue's space is inside the mapping.
+            ring: unsafe {
+                DriverRing::new(memory.add(QUEUE_SPACE * index), Layout::packed(0, queue_size))
+            },
+            free: (0..queue_size).rev().collect(),
+            avail_idx: 0,
+            last_used: 0,
+            kick: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).unwrap(),
+            call: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).unwrap(),
+            pending: HashMap::new(),
+        });
+        Self {
+            memory,
+            len,
+            file,
+            lanes: lanes.collect(),
+            queue_size,
+            session: None,
+            inflight: None,
+            answers: HashMap::new(),
+            next_ticket: 0,
+            features: u64::MAX,
+            track: true,
+            pieces: 1,
+            base: None,
+            ring_addr: None,
+        }
+    }
+
+    /// The vhost-user connection.
+    pub fn session(&mut self) -> &mut Frontend {
+        self.session.as_mut().expect("connected")
+    }
+
+    /// Closes the connection; memory, rings and region stay.
+    pub fn disconnect(&mut self) {
+        self.session = None;
+    }
+
+    /// Forgets the region, as QEMU does when the guest resets the device; the rings start anew.
+    pub fn reset(&mut self) {
+        self.inflight = None;
+        for lane in &mut self.lanes {
+            assert!(lane.ring.layout().end <= FIRST_CHUNK);
+            // SAFETY: the queue's own space, which no device serves now.
+            unsafe { lane.ring.clear() };
+            lane.free = (0..self.queue_size).rev().collect();
+            (lane.avail_idx, lane.last_used) = (0, 0);
+            lane.pending.clear();
+        }
+    }
+
+    /// The in-flight region's descriptor, if there is one.
+    pub fn inflight(&self) -> Option<&(VhostUserInflight, File)> {
+        self.inflight.as_ref()
+    }
+
+    /// Connects, negotiates and starts all queues, in QEMU's order.
+    ///
+    /// # Errors
+    /// What the connection says; a backend that dies in the middle is an error like any other.
+    pub fn connect(&mut self, socket: &Path) -> vhost::Result<()> {
+        self.negotiate(socket)?;
+        for index in 0..self.lanes.len() {
+            self.start(index)?;
+        }
+        Ok(())
+    }
+
+    /// Connects and negotiates; no queue runs.
+    ///
+    /// # Errors
+    /// As for [`Machine::connect`].
+    pub fn negotiate(&mut self, socket: &Path) -> vhost::Result<()> {
+        let stream = UnixStream::connect(socket).expect("the socket that outlives its backends");
+        stream.set_read_timeout(Some(DEADLINE)).expect("a time limit");
+        let mut session = Frontend::from_stream(stream, self.lanes.len() as u64);
+        let offered = session.get_features()?;
+        let protocol = session.get_protocol_features()?;
+        let mut wanted = protocol;
+        if !self.track {
+            wanted.remove(VhostUserProtocolFeatures::INFLIGHT_SHMFD);
+        }
+        session.set_protocol_features(wanted)?;
+        session.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+        assert!(session.get_queue_num()? >= self.lanes.len() as u64);
+        session.set_owner()?;
+        session.set_features(offered & self.features)?;
+        if wanted.contains(VhostUserProtocolFeatures::INFLIGHT_SHMFD) {
+            if self.inflight.is_none() {
+                let asked = VhostUserInflight::new(0, 0, self.lanes.len() as u16, self.queue_size);
+                self.inflight = Some(session.get_inflight_fd(&asked)?);
+            }
+            let (shape, file) = self.inflight.as_ref().expect("just made");
+            session.set_inflight_fd(shape, file.as_raw_fd())?;
+        }
+        session.set_mem_table(&[VhostUserMemoryRegionInfo {
+            guest_phys_addr: GUEST_ADDR,
+            memory_size: self.len as u64,
+            userspace_addr: USER_ADDR,
+            mmap_offset: 0,
+            mmap_handle: self.file.as_raw_fd(),
+        }])?;
+        self.session = Some(session);
+        Ok(())
+    }
+
+    /// Starts one queue.
+    ///
+    /// # Errors
+    /// As for [`Machine::connect`].
+    pub fn start(&mut self, index: usize) -> vhost::Result<()> {
+        let (size, base) = (self.queue_size, self.base);
+        let session = self.session.as_mut().expect("connected");
+        let lane = &self.lanes[index];
+        let layout = lane.ring.layout();
+        let at = |offset: usize| USER_ADDR + (QUEUE_SPACE * index + offset) as u64;
+        session.set_vring_num(index, size)?;
+        session.set_vring_base(index, base.unwrap_or(lane.ring.used_idx()))?;
+        let config = VringConfigData {
+            queue_max_size: size,
+            queue_size: size,
+            flags: 0,
+            desc_table_addr: self.ring_addr.unwrap_or(at(layout.desc)),
+            used_ring_addr: at(layout.used),
+            avail_ring_addr: at(layout.avail),
+            log_addr: None,
+        };
+        session.set_vring_addr(index, &config)?;
+        session.set_vring_kick(index, &lane.kick)?;
+        session.set_vring_call(index, &lane.call)?;
+        session.set_vring_enable(index, true)
+    }
+
+    /// The configuration space.
+    pub fn config(&mut self) -> Vec<u8> {
+        let flags = VhostUserConfigFlags::WRITABLE;
+        self.session().get_config(0, 60, flags, &[0; 60]).unwrap().1
+    }
+
+    /// Switches the write cache, as a guest does through the configuration space.
+    pub fn set_write_cache(&mut self, on: bool) {
+        self.session().set_config(32, VhostUserConfigFlags::WRITABLE, &[u8::from(on)]).unwrap();
+    }
+
+    /// The ring of a queue, for what no sane driver does.
+    pub fn ring(&self, queue: usize) -> DriverRing {
+        self.lanes[queue].ring
+    }
+
+    /// Guest-physical address of a byte in the chunk of `head`.
+    pub fn chunk_addr(&self, queue: usize, head: u16, offset: usize) -> u64 {
+        GUEST_ADDR + self.chunk(queue, head) as u64 + offset as u64
+    }
+
+    fn chunk(&self, queue: usize, head: u16) -> usize {
+        QUEUE_SPACE * queue + FIRST_CHUNK + CHUNK_SPACE * usize::from(head)
+    }
+
+    /// Puts a request on the ring and kicks the device if it wants that.
+    pub fn submit(&mut self, queue: usize, ask: &Ask) -> Ticket {
+        let ticket = self.prepare(queue, ask);
+        self.show(queue);
+        ticket
+    }
+
+    /// Puts a request on the ring; the device does not see it before [`Machine::show`].
+    pub fn prepare(&mut self, queue: usize, ask: &Ask) -> Ticket {
+        let head = self.lanes[queue].free.pop().expect("a free descriptor");
+        let chunk = self.chunk(queue, head);
+        assert!(ask.out.len() + ask.room <= DATA_SPACE);
+        let mut header = [0; 16];
+        header[..4].copy_from_slice(&ask.kind.to_le_bytes());
+        header[8..].copy_from_slice(&ask.sector.to_le_bytes());
+        // SAFETY: everything is inside the head's chunk, which the device does not have now.
+        unsafe {
+            let chunk = self.memory.add(chunk);
+            chunk.add(HEADER_AT).copy_from(header.as_ptr(), 16);
+            chunk.add(STATUS_AT).write(STATUS_UNTOUCHED);
+            chunk.add(DATA_AT).copy_from(ask.out.as_ptr(), ask.out.len());
+            chunk.add(DATA_AT + ask.out.len()).write_bytes(0xee, ask.room);
+        }
+        let at = |offset: usize| self.chunk_addr(queue, head, offset);
+        let mut buffers = vec![Buffer { addr: at(HEADER_AT), len: 16, writable: false }];
+        let out_end = DATA_AT + ask.out.len();
+        self.cut(&mut buffers, at(DATA_AT), ask.out.len(), false);
+        self.cut(&mut buffers, at(out_end), ask.room, true);
+        buffers.push(Buffer { addr: at(STATUS_AT), len: 1, writable: true });
+        assert!(buffers.len() <= TABLE_ENTRIES);
+        let table = self.chunk(queue, head) - QUEUE_SPACE * queue;
+        // SAFETY: the table is at the start of the chunk, with room for its entries.
+        unsafe { self.lanes[queue].ring.write_indirect(head, table, at(0), &buffers) };
+        self.offer(queue, head, ask.room)
+    }
+
+    /// Cuts a buffer into the machine's number of pieces.
+    fn cut(&self, buffers: &mut Vec<Buffer>, addr: u64, len: usize, writable: bool) {
+        let piece = len.div_ceil(self.pieces).max(1);
+        for start in (0..len).step_by(piece) {
+            let len = piece.min(len - start) as u32;
+            buffers.push(Buffer { addr: addr + start as u64, len, writable });
+        }
+    }
+
+    /// Takes a free head for a chain that the caller writes; see [`Machine::offer`].
+    pub fn take_head(&mut self, queue: usize) -> u16 {
+        self.lanes[queue].free.pop().expect("a free descriptor")
+    }
+
+    /// The head that the next request will get.
+    pub fn next_head(&self, queue: usize) -> u16 {
+        *self.lanes[queue].free.last().expect("a free descriptor")
+    }
+
+    /// Writes into the chunk of `head`.
+    pub fn poke(&mut self, queue: usize, head: u16, offset: usize, bytes: &[u8]) {
+        assert!(offset + bytes.len() <= CHUNK_SPACE);
+        // SAFETY: inside the chunk, which is inside the mapping.
+        unsafe {
+            let at = self.memory.add(self.chunk(queue, head) + offset);
+            at.copy_from(bytes.as_ptr(), bytes.len());
+        }
+    }
+
+    /// Puts `head` into the available ring; not shown yet.
+    pub fn offer(&mut self, queue: usize, head: u16, room: usize) -> Ticket {
+        let ticket = Ticket { queue, number: self.next_ticket };
+        self.next_ticket += 1;
+        let lane = &mut self.lanes[queue];
+        lane.ring.write_avail(lane.avail_idx, head);
+        lane.avail_idx = lane.avail_idx.wrapping_add(1);
+        lane.pending.insert(head, (ticket, room));
+        ticket
+    }
+
+    /// Shows what was prepared to the device, and kicks it if it wants that.
+    pub fn show(&mut self, queue: usize) {
+        let event_idx = self.features & F_EVENT_IDX != 0;
+        let lane = &mut self.lanes[queue];
+        let old = lane.ring.avail_idx();
+        lane.ring.set_avail_idx(lane.avail_idx);
+        if lane.ring.needs_kick(old, lane.avail_idx, event_idx) {
+            lane.kick.write(1).unwrap();
+        }
+    }
+
+    /// Kicks the device whatever it wants.
+    pub fn kick(&self, queue: usize) {
+        self.lanes[queue].kick.write(1).unwrap();
+    }
+
+    /// Requests that are not answered yet.
+    pub fn pending(&self) -> usize {
+        self.lanes.iter().map(|lane| lane.pending.len()).sum()
+    }
+
+    /// Takes what the device has given back, without waiting.
+    ///
+    /// # Panics
+    /// When the device gives back what it does not have ("is not a head!").
+    pub fn reap(&mut self) {
+        for queue in 0..self.lanes.len() {
+            loop {
+                self.reap_queue(queue);
+                let lane = &self.lanes[queue];
+                lane.ring.set_used_event(lane.last_used);
+                if lane.ring.used_idx() == lane.last_used {
+                    break;
+                }
+            }
+        }
+    }
+
+    /// Takes what the device has given back on one queue.
+    pub fn reap_queue(&mut self, queue: usize) {
+        while self.lanes[queue].last_used != self.lanes[queue].ring.used_idx() {
+            let lane = &mut self.lanes[queue];
+            let (id, written) = lane.ring.used_element(lane.last_used);
+            lane.last_used = lane.last_used.wrapping_add(1);
+            let head = id as u16;
+            let pending = lane.pending.remove(&head);
+            let (ticket, room) = pending.unwrap_or_else(|| panic!("{id} is not a head!"));
+            lane.free.push(head);
+            let chunk = self.chunk(queue, head);
+            // SAFETY: inside the chunk of a head that the device has given back.
+            let (status, data) = unsafe {
+                let chunk = self.memory.add(chunk);
+                let data = std::slice::from_raw_parts(chunk.add(DATA_AT), room);
+                (chunk.add(STATUS_AT).read(), data.to_vec())
+            };
+            self.answers.insert(ticket, Answer { status, written, data });
+        }
+    }
+
+    /// Waits, by interrupts alone, until everything is answered or the backend has died.
+    ///
+    /// # Panics
+    /// When neither happens by the deadline.
+    pub fn wait_all(&mut self, backend: &Backend) -> Waited {
+        let end = Instant::now() + DEADLINE;
+        loop {
+            self.reap();
+            if self.pending() == 0 {
+                return Waited::Answered;
+            }
+            let left = end.saturating_duration_since(Instant::now());
+            assert!(!left.is_zero(), "{} requests hang", self.pending());
+            let mut fds: Vec<_> = self.lanes.iter().map(|lane| lane.call.as_raw_fd()).collect();
+            fds.push(backend.pidfd());
+            let mut fds: Vec<_> = fds
+                .into_iter()
+                .map(|fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 })
+                .collect();
+            // SAFETY: the kernel reads and writes exactly these entries.
+            unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as u64, left.as_millis() as i32) };
+            for (lane, fd) in self.lanes.iter().zip(&fds) {
+                if fd.revents != 0 {
+                    lane.call.read().unwrap();
+                }
+            }
+            if fds.last().is_some_and(|fd| fd.revents != 0) {
+                self.reap();
+                return if self.pending() == 0 { Waited::Answered } else { Waited::BackendDied };
+            }
+        }
+    }
+
+    /// Submits one request and waits for its answer.
+    pub fn ask(&mut self, backend: &Backend, ask: &Ask) -> Answer {
+        let ticket = self.submit(0, ask);
+        assert_eq!(self.wait_all(backend), Waited::Answered, "the backend died");
+        self.answer(ticket)
+    }
+
+    /// The answer to a request that was answered.
+    pub fn answer(&mut self, ticket: Ticket) -> Answer {
+        self.answers.remove(&ticket).unwrap_or_else(|| panic!("{ticket:?} is not answered"))
+    }
+
+    /// Whether a request was answered.
+    pub fn is_answered(&self, ticket: Ticket) -> bool {
+        self.answers.contains_key(&ticket)
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        // SAFETY: what `new` mapped; rings are not used any more.
+        unsafe { libc::munmap(self.memory.cast(), self.len) };
+    }
+}

@@ -1,0 +1,16 @@
+//! `semper-blkd` as a process, with a vhost-user front end that behaves like QEMU's.
+//!
+//! The tests of `crash_points` need a program that can be told to die:
+//! `cargo test -p semper-blkd --features crash-points`.
+
+mod backend;
+#[cfg(feature = "crash-points")]
+mod crash_points;
+mod errors;
+mod hostile_chains;
+mod machine;
+mod negotiation;
+mod ownership;
+mod program;
+mod recovery;
+mod requests;

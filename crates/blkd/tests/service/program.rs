@@ -1,0 +1,77 @@
+//! The command line and its exit statuses.
+
+use std::fs::File;
+
+use crate::backend::{Site, blk_file, run};
+
+/// One line, which names cause and remedy, and this exit status.
+fn refused(arguments: &[&str], status: i32, words: &[&str]) {
+    let (code, _, said) = run(arguments);
+    assert_eq!(code, status, "{said}");
+    assert!(said.starts_with("semper-blkd: error: ") && said.lines().count() == 1, "{said}");
+    for word in words {
+        assert!(said.contains(word), "{word:?} is not in {said}");
+    }
+}
+
+#[test]
+fn it_tells_what_it_can_do() {
+    let (code, said, _) = run(&["--print-capabilities"]);
+    let capabilities: serde_json::Value = serde_json::from_str(&said).unwrap();
+    let expected = serde_json::json!({"type": "block", "features": ["read-only", "blk-file"]});
+    assert_eq!((code, capabilities), (0, expected));
+    let (code, said, _) = run(&["--version"]);
+    assert_eq!((code, said.trim()), (0, concat!("semper-blkd ", env!("CARGO_PKG_VERSION"))));
+}
+
+#[test]
+fn wrong_usage_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("disk.raw");
+    File::create(&image).unwrap().set_len(4096).unwrap();
+    let image = blk_file(&image);
+    refused(&["--socket-path=/tmp/never.sock"], 2, &["--blk-file"]);
+    refused(&[&image], 2, &["--socket-path"]);
+    refused(&[&image, "--fd=0"], 2, &["not a listening socket"]);
+    refused(&[&image, "--fd=999"], 2, &["not a listening socket"]);
+    let serial = "--serial=twenty-one characters";
+    refused(&[&image, "--socket-path=/tmp/never.sock", serial], 2, &["serial", "20"]);
+    assert_eq!(run(&[&image, "--fd=3", "--socket-path=/tmp/never.sock"]).0, 2);
+    assert_eq!(run(&[&image, "--engine=steam"]).0, 2);
+    assert_eq!(run(&[&image, "--standby", "--read-only"]).0, 2);
+}
+
+#[test]
+fn an_image_that_cannot_be_used_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    let socket = format!("--socket-path={}", path("s").display());
+    refused(&[&socket, &blk_file(&path("absent"))], 4, &["absent", "does not exist"]);
+    File::create(path("empty")).unwrap();
+    refused(&[&socket, &blk_file(&path("empty"))], 4, &["is empty", "restore"]);
+    refused(&[&socket, &blk_file(dir.path())], 4, &["neither a regular file nor a block device"]);
+    refused(&[&socket, &blk_file("/dev/null".as_ref())], 4, &["neither a regular file"]);
+    File::create(path("odd")).unwrap().set_len(4096 + 512).unwrap();
+    refused(&[&socket, &blk_file(&path("odd")), "--block-size=4096"], 4, &["block size 4096"]);
+    refused(&[&socket, &blk_file(&path("odd")), "--block-size=513"], 4, &["block size 513"]);
+}
+
+#[test]
+fn a_socket_that_somebody_listens_on_is_refused_and_one_left_behind_is_replaced() {
+    let site = Site::new(1 << 20);
+    let socket = format!("--socket-path={}", site.socket().display());
+    refused(&[&socket, &blk_file(&site.image)], 1, &["cannot listen on"]);
+    let long = format!("--socket-path=/tmp/{}", "x".repeat(120));
+    refused(&[&long, &blk_file(&site.image)], 1, &["107 bytes"]);
+
+    let left_behind = site.path("old.sock");
+    drop(std::os::unix::net::UnixListener::bind(&left_behind).unwrap());
+    assert!(left_behind.exists());
+    let socket = format!("--socket-path={}", left_behind.display());
+    let mut process =
+        crate::backend::program().args([&socket, &blk_file(&site.image)]).spawn().unwrap();
+    let connect = || std::os::unix::net::UnixStream::connect(&left_behind).ok();
+    crate::backend::wait_until("the new socket", connect);
+    process.kill().unwrap();
+    process.wait().unwrap();
+}
