@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sempervirt.agent import Agent, AgentConfig
+from sempervirt.api.client import Client
+from sempervirt.core.errors import AgentUnavailable
 from sempervirt.disk.supervised import Policy
 from sempervirt.guest import image as guest_image
 from sempervirt.host.procfs import find_by_argument
@@ -21,6 +27,7 @@ from sempervirt.vm.link import Patience
 from sempervirt.vm.spec import VmSpec
 
 MIB = 1 << 20
+AGENT_START_S = 30.0
 Spec = Callable[..., VmSpec]
 
 
@@ -59,6 +66,37 @@ async def agent(config: AgentConfig) -> AsyncIterator[Agent]:
     """An open agent; it kills its VMs at the end."""
     async with Agent.open(config) as opened:
         yield opened
+
+
+@pytest.fixture
+def semperd(config: AgentConfig) -> Callable[[], AbstractAsyncContextManager[Any]]:
+    """Makes a real agent process, which has answered; killed when its block is left."""
+
+    @asynccontextmanager
+    async def run() -> AsyncIterator[subprocess.Popen[bytes]]:
+        program = str(Path(sys.executable).with_name("semperd"))
+        argv = [program, f"--state-dir={config.state_dir}", f"--run-dir={config.run_dir}"]
+        with (config.run_dir.parent / "semperd.log").open("ab") as log:
+            process = subprocess.Popen(argv, stderr=log)  # noqa: ASYNC220
+        try:
+            await _answers(config.socket)
+            yield process
+        finally:
+            process.kill()
+            process.wait()
+
+    return run
+
+
+async def _answers(socket: Path) -> None:
+    async with Client.connect(socket) as client, asyncio.timeout(AGENT_START_S):
+        while True:
+            try:
+                await client.agent()
+            except AgentUnavailable:
+                await asyncio.sleep(0.05)  # poll interval
+            else:
+                return
 
 
 @pytest.fixture

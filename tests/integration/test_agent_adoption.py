@@ -6,11 +6,9 @@ import asyncio
 import os
 import signal
 import subprocess
-import sys
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -25,32 +23,12 @@ from sempervirt.vm.states import Runstate
 
 pytestmark = pytest.mark.timeout(120)
 Spec = Callable[..., VmSpec]
+Semperd = Callable[[], AbstractAsyncContextManager["subprocess.Popen[bytes]"]]
 
 MIB = 1 << 20
 DEADLINE_S = 30.0
 BOOT_S = 60.0
 POLL_S = 0.05
-
-
-@asynccontextmanager
-async def semperd(config: AgentConfig) -> AsyncIterator[subprocess.Popen[bytes]]:
-    """A real agent process; killed at the end."""
-    program = Path(sys.executable).with_name("semperd")
-    argv = [str(program), f"--state-dir={config.state_dir}", f"--run-dir={config.run_dir}"]
-    with (config.run_dir.parent / "semperd.log").open("ab") as log:
-        process = subprocess.Popen(argv, stderr=log)  # noqa: ASYNC220
-    try:
-        async with Client.connect(config.socket) as client, asyncio.timeout(DEADLINE_S):
-            while True:
-                try:
-                    await client.agent()
-                    break
-                except AgentUnavailable:
-                    await asyncio.sleep(POLL_S)  # poll interval
-        yield process
-    finally:
-        process.kill()
-        process.wait()
 
 
 async def wait_disk(client: Client, condition: Callable[[DiskView], bool]) -> DiskView:
@@ -77,10 +55,10 @@ def is_guarded(view: DiskView) -> bool:
 
 @pytest.mark.guest
 async def test_a_killed_agent_is_not_noticed_by_the_guest(
-    config: AgentConfig, guest_spec: Spec
+    config: AgentConfig, guest_spec: Spec, semperd: Semperd
 ) -> None:
     async with Client.connect(config.socket) as client:
-        async with semperd(config) as first:
+        async with semperd() as first:
             view = await client.run_vm(guest_spec(serial="loaded"))
             probe = await ProbeClient.connect(
                 view.channels["org.sempervirt.probe"], deadline_s=BOOT_S
@@ -96,7 +74,7 @@ async def test_a_killed_agent_is_not_noticed_by_the_guest(
         await probe.wait_stats(lambda stats: stats.completions > before + 100)
         with pytest.raises(AgentUnavailable):
             await client.agent()
-        async with semperd(config):
+        async with semperd():
             adopted = await wait_disk(client, is_guarded)
             assert adopted.active_pid == disk.standby_pid
             again = await client.vm("web")
@@ -115,15 +93,15 @@ async def test_a_killed_agent_is_not_noticed_by_the_guest(
 
 
 async def test_sigterm_leaves_vms_running_for_the_next_agent(
-    config: AgentConfig, firmware_spec: Spec
+    config: AgentConfig, firmware_spec: Spec, semperd: Semperd
 ) -> None:
     async with Client.connect(config.socket) as client:
-        async with semperd(config) as first:
+        async with semperd() as first:
             view = await client.run_vm(firmware_spec())
             await client.pause_vm("web")
             first.terminate()
             assert await asyncio.to_thread(first.wait, DEADLINE_S) == 0
-        async with semperd(config):
+        async with semperd():
             adopted = await wait_disk(client, is_guarded)
             assert adopted.name == "web/root"
             now = await wait_state(client, Runstate.PAUSED)
@@ -132,14 +110,14 @@ async def test_sigterm_leaves_vms_running_for_the_next_agent(
 
 
 async def test_an_end_that_no_agent_saw_is_told_as_such(
-    config: AgentConfig, firmware_spec: Spec
+    config: AgentConfig, firmware_spec: Spec, semperd: Semperd
 ) -> None:
     async with Client.connect(config.socket) as client:
-        async with semperd(config):
+        async with semperd():
             view = await client.run_vm(firmware_spec())
         assert view.pid is not None
         os.kill(view.pid, signal.SIGKILL)
-        async with semperd(config):
+        async with semperd():
             ended = await client.vm("web")
             assert ended.state is Runstate.CRASHED
             assert ended.end is not None
@@ -147,9 +125,9 @@ async def test_an_end_that_no_agent_saw_is_told_as_such(
             assert await client.disks() == []
             # Its backends were ended: the image is free.
             await client.run_vm(firmware_spec())
-        async with semperd(config):  # and that one is adopted and ended here
+        async with semperd():  # and that one is adopted and ended here
             await client.kill_vm("web")
-        async with semperd(config):  # an end on record is still told
+        async with semperd():  # an end on record is still told
             assert (await client.vm("web")).why == "killed on request"
             await client.forget_vm("web")
             assert await client.vms() == []

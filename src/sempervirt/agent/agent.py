@@ -99,11 +99,11 @@ class Agent:
         except ValueError as error:
             raise InvalidRequest(str(error)) from error
         vm = self.vm(vm_name)
-        if disk_name not in vm.disks:
-            names = [disk.name for disk in vm.spec.disks]
-            if disk_name in names:
-                raise StateConflict(f"VM {vm_name} has ended, its disks are not served")
+        names = [disk.name for disk in vm.spec.disks]
+        if disk_name not in names:
             raise NotFound(f"there is no disk {name}", remedy=suggest(disk_name, names))
+        if vm.settled or disk_name not in vm.disks:
+            raise StateConflict(f"VM {vm_name} has ended, its disks are not served")
         return vm.disks[disk_name]
 
     async def run_vm(self, spec: VmSpec) -> Vm:

@@ -1,0 +1,287 @@
+"""The programs as a person uses them: `semper` with an agent, without one, and at a terminal."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sempervirt.agent import AgentConfig
+from sempervirt.api.client import Client
+from sempervirt.core.errors import AgentUnavailable, NotFound
+from sempervirt.guest import image as guest_image
+from sempervirt.vm.states import Runstate
+
+pytestmark = pytest.mark.timeout(120)
+Semperd = Callable[[], AbstractAsyncContextManager["subprocess.Popen[bytes]"]]
+
+DEADLINE_S = 30.0
+POLL_S = 0.05
+LEAVE = b"\x1d"
+
+
+@dataclass
+class Answer:
+    """What a command printed, and how it ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def document(self) -> Any:
+        return json.loads(self.out)
+
+
+class Semper:
+    """Runs `semper` with the directories of this test."""
+
+    program = str(Path(sys.executable).with_name("semper"))
+
+    def __init__(self, config: AgentConfig) -> None:
+        self.environment = {
+            **os.environ,
+            "SEMPERVIRT_STATE_DIR": str(config.state_dir),
+            "SEMPERVIRT_RUN_DIR": str(config.run_dir),
+            "COLUMNS": "160",
+            "TERM": "dumb",
+        }
+
+    async def __call__(self, *arguments: str, **more: str) -> Answer:
+        async with self.started(*arguments, **more) as process, asyncio.timeout(DEADLINE_S):
+            out, err = await process.communicate()
+            assert process.returncode is not None
+            return Answer(process.returncode, out.decode(), err.decode())
+
+    @asynccontextmanager
+    async def started(
+        self, *arguments: str, **more: str
+    ) -> AsyncIterator[asyncio.subprocess.Process]:
+        process = await asyncio.create_subprocess_exec(
+            self.program,
+            *arguments,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env={**self.environment, **more},
+        )
+        try:
+            yield process
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+
+
+@pytest.fixture
+def semper(config: AgentConfig) -> Semper:
+    return Semper(config)
+
+
+@pytest.fixture
+def vm_file(place: Path, disk_image: Path) -> Path:
+    """A VM that gets no further than its firmware."""
+    path = place / "web.toml"
+    path.write_text(
+        f'name = "web"\nmemory = "64M"\n\n[[disks]]\nname = "root"\nimage = "{disk_image.name}"\n'
+    )
+    return path
+
+
+def edit(file: Path, before: str, after: str) -> None:
+    file.write_text(file.read_text().replace(before, after))
+
+
+async def wait_running(client: Client, name: str = "web") -> None:
+    async with asyncio.timeout(DEADLINE_S):
+        while True:
+            try:
+                if (await client.vm(name)).state is Runstate.RUNNING:
+                    return
+            except (AgentUnavailable, NotFound):
+                pass
+            await asyncio.sleep(POLL_S)  # poll interval
+
+
+async def test_a_vm_and_its_disk_with_an_agent(
+    semper: Semper, semperd: Semperd, vm_file: Path
+) -> None:
+    async with semperd():
+        ran = await semper("vm", "run", str(vm_file), "--detach")
+        assert ran.code == 0, ran.err
+        assert "web is running" in ran.out
+
+        listed = (await semper("vm", "list", "--output", "json")).document
+        assert [(vm["name"], vm["state"]) for vm in listed] == [("web", "running")]
+        assert "web" in (await semper("vm", "list")).out
+        assert "web/root" in (await semper("vm", "show", "web")).out
+
+        disks = (await semper("disk", "list", "-o", "json")).document
+        assert disks[0]["active_pid"] is not None
+        upgraded = await semper("disk", "upgrade", "web/root")
+        assert "is served by" in upgraded.out, upgraded.err
+        shown = await semper("disk", "show", "web/root")
+        assert "upgrades 1" in shown.out
+        assert "first done" in shown.out.lower()
+
+        assert "paused" in (await semper("vm", "pause", "web")).out
+        refused = await semper("vm", "stop", "web")
+        assert refused.code == 5
+        assert "resume it first" in refused.err
+        assert "running" in (await semper("vm", "resume", "web")).out
+        backend_log = await semper("vm", "logs", "web", "--source", "root")
+        assert backend_log.code == 0
+        wrong = await semper("vm", "logs", "web", "--source", "rot")
+        assert (wrong.code, 'did you mean "root"?' in wrong.err) == (2, True)
+
+        killed = await semper("vm", "kill", "web")
+        assert "killed on request" in killed.out
+        gone = await semper("disk", "show", "web/root")
+        assert (gone.code, "has ended" in gone.err) == (5, True)
+        assert (await semper("vm", "remove", "web")).code == 0
+        assert (await semper("vm", "list", "-o", "json")).document == []
+
+
+async def test_without_an_agent_the_remedy_is_named(semper: Semper, vm_file: Path) -> None:
+    for arguments in (("vm", "list"), ("disk", "list"), ("vm", "run", str(vm_file), "--detach")):
+        answer = await semper(*arguments)
+        assert answer.code == 6
+        assert "no agent answers" in answer.err
+        assert "semperd" in answer.err
+
+
+async def test_a_wrong_vm_file_names_file_line_and_key(semper: Semper, vm_file: Path) -> None:
+    edit(vm_file, "memory", "memroy")
+    answer = await semper("vm", "run", str(vm_file))
+    assert answer.code == 2
+    assert f"{vm_file}:2: memroy: there is no such key" in answer.err
+    assert 'did you mean "memory"?' in answer.err
+
+
+async def test_host_show_needs_no_agent(semper: Semper) -> None:
+    shown = await semper("host", "show", "--output", "json")
+    assert shown.document["accelerator"] in ("kvm", "tcg")
+    assert shown.document["accelerator_reason"]
+    assert shown.document["qemu_version"]
+
+
+async def test_completion_offers_names(semper: Semper, semperd: Semperd, vm_file: Path) -> None:
+    async with semperd():
+        await semper("vm", "run", str(vm_file), "--detach")
+        for line, offered in (("semper vm show ", "web"), ("semper disk show w", "web/root")):
+            answer = await semper(
+                _SEMPER_COMPLETE="complete_bash",
+                COMP_WORDS=line,
+                COMP_CWORD=str(len(line.split(" ")) - 1),
+            )
+            assert answer.out.split() == [offered], answer
+        await semper("vm", "kill", "web")
+
+
+async def test_in_the_foreground_it_is_the_agent_and_ctrl_c_ends_it(
+    semper: Semper, config: AgentConfig, vm_file: Path
+) -> None:
+    async with (
+        semper.started("vm", "run", str(vm_file), "--grace", "0.5") as process,
+        Client.connect(config.socket) as client,
+    ):
+        await wait_running(client)
+        assert "web/root" in (await semper("disk", "list")).out  # from another terminal
+        process.send_signal(signal.SIGINT)
+        async with asyncio.timeout(DEADLINE_S):
+            out, err = await process.communicate()
+        assert process.returncode == 0, err
+        assert "web is stopped" in out.decode()
+        with pytest.raises(AgentUnavailable):
+            await client.agent()
+
+
+async def test_in_the_foreground_a_crash_is_told(
+    semper: Semper, config: AgentConfig, vm_file: Path
+) -> None:
+    async with (
+        semper.started("vm", "run", str(vm_file)) as process,
+        Client.connect(config.socket) as client,
+    ):
+        await wait_running(client)
+        pid = (await client.vm("web")).pid
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        async with asyncio.timeout(DEADLINE_S):
+            out, _ = await process.communicate()
+        assert process.returncode == 1
+        assert "web is crashed: QEMU was killed by signal 9" in out.decode()
+
+
+async def test_a_locked_image_is_refused_in_one_line(
+    semper: Semper, semperd: Semperd, vm_file: Path
+) -> None:
+    async with semperd():
+        await semper("vm", "run", str(vm_file), "--detach")
+        edit(vm_file, '"web"', '"other"')
+        answer = await semper("vm", "run", str(vm_file), "--detach")
+        assert answer.code == 5
+        assert "is in use by semper-blkd (pid " in answer.err
+        await semper("vm", "kill", "web")
+
+
+@pytest.mark.guest
+async def test_console_at_a_terminal(
+    semper: Semper, semperd: Semperd, place: Path, config: AgentConfig
+) -> None:
+    guest = guest_image()
+    file = place / "shell.toml"
+    file.write_text(
+        f'name = "web"\nmemory = "256M"\nkernel = "{guest.kernel}"\ninitrd = "{guest.initrd}"\n'
+        'cmdline = "console=ttyS0 quiet semper.shell"\n'
+    )
+    async with semperd():
+        ran = await semper("vm", "run", str(file), "--detach")
+        assert ran.code == 0, ran.err
+        ours, theirs = pty.openpty()
+        process = subprocess.Popen(  # noqa: ASYNC220
+            [semper.program, "vm", "console", "web"],
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            env=semper.environment,
+        )
+        os.close(theirs)
+        os.set_blocking(ours, False)
+        try:
+            await type_until(ours, b"echo $((6*7))\n", b"42")
+            os.write(ours, LEAVE)
+            assert await asyncio.to_thread(process.wait, DEADLINE_S) == 0
+        finally:
+            process.kill()
+            process.wait()
+            os.close(ours)
+        assert "42" in (await semper("vm", "logs", "web")).out
+        await semper("vm", "kill", "web")
+
+
+async def type_until(terminal: int, keys: bytes, wanted: bytes) -> None:
+    """Types `keys` twice a second until `wanted` appears: the guest has to boot first."""
+    seen = b""
+    loop = asyncio.get_running_loop()
+    typed = 0.0
+    async with asyncio.timeout(60):
+        while wanted not in seen:
+            if loop.time() - typed > 0.5:
+                os.write(terminal, keys)
+                typed = loop.time()
+            try:
+                seen += os.read(terminal, 4096)
+            except BlockingIOError:
+                await asyncio.sleep(POLL_S)  # poll interval
