@@ -232,22 +232,23 @@ fn recover_region<H: Hook>(
         return Err(RecoveryError::Size { region: capacity, queue: size });
     }
     let ring_idx = ring.published_used_idx();
-    match region.version() {
-        VERSION_FRESH => {
-            // The ring need not be fresh: without this store the next recovery would take the
-            // whole history of the ring for one unfinished batch.
-            region.set_desc_num(capacity);
-            region.set_used_idx(ring_idx);
-            region.set_last_batch_head(0);
-            region.set_version(VERSION);
-        }
-        VERSION => {}
+    let fresh = match region.version() {
+        VERSION_FRESH => true,
+        VERSION => false,
         other => return Err(RecoveryError::Version(other)),
-    }
-    if region.desc_num() != capacity {
+    };
+    if !fresh && region.desc_num() != capacity {
         return Err(RecoveryError::Size { region: region.desc_num(), queue: size });
     }
     let mut replay = heads_in_flight(region, size)?;
+    if fresh {
+        // The ring need not be fresh: without this store the next recovery would take the whole
+        // history of the ring for one unfinished batch.
+        region.set_desc_num(capacity);
+        region.set_used_idx(ring_idx);
+        region.set_last_batch_head(0);
+        region.set_version(VERSION);
+    }
     hook.at(Point::RecoverStart);
     let behind = ring_idx.wrapping_sub(region.used_idx());
     if behind != 0 {
