@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use semper_block::{FaultSwitch, Image, NullEngine, OpenOptions};
+use semper_block::{FaultSwitch, Image, NullEngine, Op, OpenOptions};
 use semper_inflight::{NoHook, TrackedQueue};
 use semper_ring::ChainError;
 use vhost::vhost_user::BackendReqHandler;
@@ -34,6 +34,8 @@ pub enum Verdict {
         len: u64,
         /// Sum of the segments' lengths.
         segments: u64,
+        /// Whether it is a read or a write.
+        moves_data: bool,
     },
     /// Answered at once with a status byte.
     Answered(u8),
@@ -76,6 +78,7 @@ impl Target {
                 offset: slot.offset,
                 len: slot.len,
                 segments: slot.io.segments().iter().map(|s| s.iov_len as u64).sum(),
+                moves_data: matches!(slot.io.op, Op::Read | Op::Write { .. }),
             },
             Parsed::Answer { status, .. } => Verdict::Answered(status),
             Parsed::Unanswerable => Verdict::Unanswerable,

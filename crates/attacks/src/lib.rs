@@ -1,0 +1,39 @@
+//! What an enemy can do, each attack as a function of bytes.
+//!
+//! A fuzzer (`fuzz/`) looks for bytes that break something; `tests/` here replays what fuzzers
+//! have found and tries some thousand random inputs in every test run. An attack panics when the
+//! code under attack panics or breaks a promise; otherwise it returns.
+//!
+//! | attack | enemy | code under attack |
+//! |---|---|---|
+//! | [`ring`] | a guest | `semper_ring`: tables, rings, notifications, over many steps |
+//! | [`region`] | a front end | `semper_inflight`: recovery from any bytes |
+//! | [`request`] | a guest | `semper_blkd`: from chain to I/O; the configuration space |
+//! | [`messages`] | a front end and its guest | `semper_blkd`: the vhost-user device with its threads |
+//! | [`control`] | a local client | `semper_blkd`: the lines of the control socket |
+
+mod bytes;
+mod control;
+mod ground;
+mod messages;
+mod region;
+mod request;
+mod ring;
+
+pub use control::control;
+pub use messages::messages;
+pub use region::region;
+pub use request::request;
+pub use ring::ring;
+
+/// An attack: it panics if it succeeds.
+pub type Attack = fn(&[u8]);
+
+/// All attacks, by the names that the fuzz targets have.
+pub const ALL: [(&str, Attack); 5] = [
+    ("ring", ring),
+    ("region", region),
+    ("request", request),
+    ("messages", messages),
+    ("control", control),
+];
