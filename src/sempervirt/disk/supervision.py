@@ -184,9 +184,6 @@ def _active_exited(
     if upgrade is not None and upgrade.generation == dead.generation:
         state = replace(state, upgrade=None)
         effects.append(UpgradeEnded(f"the new backend ended ({reason}); the old binary serves"))
-    elif upgrade is not None and state.standby is None:
-        state = replace(state, upgrade=None)
-        effects.append(UpgradeEnded(f"the backend ended meanwhile ({reason})"))
     elif upgrade is not None and upgrade.generation is not None:
         upgrade = replace(upgrade, phase=Phase.VERIFYING, deadline=now + policy.verify_s)
         state = replace(state, upgrade=upgrade)

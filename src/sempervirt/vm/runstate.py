@@ -156,7 +156,7 @@ def _qemu_event(state: VmState, name: str, cause: str, now: float) -> VmState:
             return replace(state, run=Runstate.PAUSED)
         case "RESUME" if live or state.run is Runstate.HALTED:
             return replace(state, run=Runstate.RUNNING, why="")
-        case "GUEST_PANICKED":
+        case "GUEST_PANICKED" if state.run is not Runstate.STOPPING:
             return replace(state, run=Runstate.HALTED, why="the guest panicked")
         case "RESET":
             return replace(state, resets=state.resets + 1)

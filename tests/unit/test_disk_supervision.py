@@ -1,0 +1,357 @@
+"""Supervision of backends, exhaustively: every order of events up to a depth, in a model world.
+
+The world holds the processes that supervision started. Any of them may become ready, serve or
+end at any moment, time may pass, an upgrade or the end may be asked for at any moment. After
+every step the invariants must hold; every world must be able to come to rest.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field, replace
+
+import pytest
+
+from sempervirt.core.durations import Backoff
+from sempervirt.disk.supervised import (
+    Backend,
+    Begin,
+    Effect,
+    Exited,
+    Kill,
+    Phase,
+    Policy,
+    Progressed,
+    Ready,
+    Refused,
+    Serving,
+    Start,
+    State,
+    StopAsked,
+    Stopped,
+    SupervisionEvent,
+    Terminate,
+    Tick,
+    TookOver,
+    UpgradeAsked,
+    UpgradeEnded,
+    UpgradeRefused,
+)
+from sempervirt.disk.supervision import condition, decide, next_wake
+
+POLICY = Policy(
+    settle_s=1,
+    steady_s=100,
+    prepare_s=10,
+    drain_s=10,
+    verify_s=10,
+    active=Backoff(free=2, first_s=2, ceiling_s=4),
+    spare=Backoff(free=1, first_s=2, ceiling_s=4),
+)
+OLD, NEW = "old", "new"
+
+
+@dataclass(frozen=True)
+class World:
+    """What surrounds supervision: the processes that run, and what has been asked for."""
+
+    state: State = field(default_factory=lambda: State(binary=OLD))
+    now: float = 0.0
+    alive: frozenset[int] = frozenset()
+    dying: frozenset[int] = frozenset()
+    upgrades_asked: int = 0
+    upgrades_answered: int = 0
+    refused: bool = False
+    stopped: bool = False
+
+    @property
+    def key(self) -> object:
+        """Worlds that behave alike: generations and times only matter relative to now."""
+        base = self.state.next_generation
+
+        def backend(b: Backend | None) -> object:
+            if b is None:
+                return None
+            marks = (b.ready, b.serving_since is not None, b.progressed)
+            doomed = b.generation in self.dying
+            return (base - b.generation, b.binary, marks, b.generation in self.alive, doomed)
+
+        s, u = self.state, self.state.upgrade
+        late = None if s.start_due is None else s.start_due - self.now
+        stop = None if s.stop_deadline is None else s.stop_deadline - self.now
+        return (
+            s.binary,
+            backend(s.active),
+            backend(s.standby),
+            s.served,
+            min(s.active_failures, 5),
+            min(s.standby_failures, 4),
+            late,
+            stop,
+            s.stopping,
+            u and (u.binary, u.phase, u.deadline - self.now, u.generation and base - u.generation),
+            frozenset(base - g for g in self.alive),
+            frozenset(base - g for g in self.dying),
+            self.upgrades_asked - self.upgrades_answered,
+            self.refused,
+            self.stopped,
+        )
+
+
+def after(world: World, event: SupervisionEvent, now: float | None = None) -> World:
+    """The world after an event, with the effects carried out; checks the invariants."""
+    now = world.now if now is None else now
+    state, effects = decide(world.state, event, now, POLICY)
+    world = replace(world, state=state, now=now)
+    if isinstance(event, UpgradeAsked):
+        world = replace(world, upgrades_asked=world.upgrades_asked + 1)
+    if isinstance(event, Exited):
+        gone = frozenset({event.generation})
+        world = replace(world, alive=world.alive - gone, dying=world.dying - gone)
+    for effect in effects:
+        world = carry_out(world, effect)
+    check(world)
+    return world
+
+
+def carry_out(world: World, effect: Effect) -> World:
+    state = world.state
+    match effect:
+        case Start(generation, _, wait_for_lock):
+            assert generation not in world.alive
+            assert generation == state.next_generation - 1
+            # Only the very first one may refuse a locked image: later, waiting is right.
+            assert wait_for_lock == (generation != 1)
+            assert not state.stopping
+            return replace(world, alive=world.alive | {generation})
+        case Terminate(generation):
+            if state.stopping:
+                # A standby that is still there would take over from the one that ends.
+                assert state.standby is None
+            else:
+                # The one that serves is told to go only when another is ready.
+                assert state.active is not None
+                assert generation == state.active.generation
+                assert state.standby is not None
+                assert state.standby.ready
+            return replace(world, dying=world.dying | {generation})
+        case Kill(generation):
+            return replace(world, dying=world.dying | {generation})
+        case UpgradeEnded() | UpgradeRefused():
+            return replace(world, upgrades_answered=world.upgrades_answered + 1)
+        case Refused():
+            return replace(world, refused=True)
+        case Stopped():
+            assert not world.alive
+            return replace(world, stopped=True)
+        case TookOver(_, successor):
+            assert successor is None or (state.active and state.active.generation == successor)
+            return world
+
+
+def check(world: World) -> None:
+    """The invariants."""
+    state = world.state
+    known = {b.generation for b in (state.active, state.standby) if b}
+    assert known <= world.alive, "a process is counted on that does not run"
+    assert world.alive - known <= world.dying, "a process runs that nobody counts on"
+    assert len(known) == sum(1 for b in (state.active, state.standby) if b)
+    if state.served and not state.stopping:
+        assert state.active or state.start_due is not None, "nobody serves, and nothing will"
+        guarded = state.standby or state.start_due is not None or state.upgrade
+        unserved = state.active and state.active.serving_since is None
+        assert guarded or unserved, "no standby, and none will be started"
+    if state.upgrade and state.upgrade.phase is not Phase.PREPARING:
+        assert state.upgrade.generation is not None
+    assert 0 <= world.upgrades_asked - world.upgrades_answered <= 1
+    assert (state.upgrade is not None) == (world.upgrades_asked > world.upgrades_answered)
+    assert condition(state, POLICY)
+
+
+def choices(world: World) -> list[World]:
+    """Every world that can come next."""
+    state = world.state
+    found = []
+    for generation in sorted(world.alive):
+        found.append(after(world, Exited(generation, "it died")))
+        if generation in world.dying:
+            continue
+        active = state.active is not None and state.active.generation == generation
+        if active:
+            found.append(after(world, Serving(generation)))
+            if state.active and state.active.serving_since is not None:
+                found.append(after(world, Progressed(generation)))
+        else:
+            found.append(after(world, Ready(generation)))
+    wake = next_wake(state)
+    if wake is not None:
+        found.append(after(world, Tick(), max(world.now, wake)))
+    if not state.stopping:
+        if world.upgrades_asked < 2:
+            found.append(after(world, UpgradeAsked(NEW)))
+        found.append(after(world, StopAsked()))
+    return found
+
+
+def settle(world: World, *, healthy: bool) -> World:
+    """Lets the world run on by itself; processes become what they should, or all die."""
+    for _ in range(400):
+        state = world.state
+        if world.dying:
+            world = after(world, Exited(min(world.dying), "told to"))
+        elif not healthy and world.alive:
+            world = after(world, Exited(min(world.alive), "it died"))
+        elif state.active and state.active.serving_since is None:
+            world = after(world, Serving(state.active.generation))
+        elif state.standby and not state.standby.ready:
+            world = after(world, Ready(state.standby.generation))
+        elif (wake := next_wake(state)) is not None:
+            world = after(world, Tick(), max(world.now, wake))
+            if not healthy and world.now > 500:
+                return world
+        else:
+            return world
+    return world
+
+
+def test_every_order_of_events_up_to_depth_twelve() -> None:
+    first = after(World(), Begin())
+    seen = {first.key}
+    queue = deque([(first, 0)])
+    while queue:
+        world, depth = queue.popleft()
+        rest = settle(world, healthy=True)
+        if rest.state.stopping:
+            assert rest.stopped or rest.refused
+            assert not rest.alive
+        else:
+            assert condition(rest.state, POLICY) == "guarded"
+        assert rest.upgrades_asked == rest.upgrades_answered
+        if depth == 12:
+            continue
+        for following in choices(world):
+            if following.key not in seen:
+                seen.add(following.key)
+                queue.append((following, depth + 1))
+    assert len(seen) > 5000
+
+
+def serving(**changes: object) -> World:
+    """A disk with a serving backend and a ready standby."""
+    world = settle(after(World(), Begin()), healthy=True)
+    return replace(world, **changes)  # type: ignore[arg-type]
+
+
+def test_take_over_starts_the_next_standby_after_the_settling_time() -> None:
+    world = serving()
+    assert world.state.active
+    standby = world.state.standby
+    state, effects = decide(
+        world.state, Exited(world.state.active.generation, "killed"), world.now, POLICY
+    )
+    assert state.active == standby
+    assert state.standby is None
+    assert [type(effect) for effect in effects] == [TookOver]
+    assert next_wake(state) == world.now + POLICY.settle_s
+    assert decide(state, Tick(), world.now, POLICY)[1] == []
+    _, effects = decide(state, Tick(), world.now + POLICY.settle_s, POLICY)
+    assert [type(effect) for effect in effects] == [Start]
+
+
+def test_without_a_standby_the_next_one_starts_at_once() -> None:
+    world = serving()
+    assert world.state.active
+    assert world.state.standby
+    state, _ = decide(world.state, Exited(world.state.standby.generation, "died"), 0, POLICY)
+    _, effects = decide(state, Exited(world.state.active.generation, "died"), 0, POLICY)
+    assert any(isinstance(effect, Start) for effect in effects)
+
+
+def test_a_loop_of_crashes_backs_off_to_the_ceiling_and_goes_on() -> None:
+    world = settle(serving(), healthy=False)
+    assert condition(world.state, POLICY) == "failing"
+    assert world.state.next_generation > 50  # it went on trying
+    starts = world.state.next_generation
+    later = settle(replace(world, now=0.0), healthy=False)
+    tries = later.state.next_generation - starts
+    assert tries <= 500 / POLICY.active.ceiling_s + 5  # but no faster than the ceiling
+
+
+def test_progress_ends_a_loop_of_crashes() -> None:
+    state = serving().state
+    for _ in range(20):
+        assert state.active
+        generation = state.active.generation
+        state, _ = decide(state, Serving(generation), 0, POLICY)
+        state, _ = decide(state, Progressed(generation), 0, POLICY)
+        assert state.active
+        state, _ = decide(state, Exited(state.active.generation, "killed"), 0, POLICY)
+        assert state.active_failures == 1
+        assert state.active  # never a delay
+
+
+def test_upgrade_in_order() -> None:
+    world = serving()
+    assert world.state.standby
+    old = world.state.active
+    assert old
+    world = after(world, UpgradeAsked(NEW))
+    world = after(world, Exited(world.state.standby.generation, "told to"))  # type: ignore[union-attr]
+    assert world.state.upgrade
+    assert world.state.standby
+    assert world.state.standby.binary == NEW
+    assert world.state.active == old
+    world = after(world, Ready(world.state.standby.generation))
+    assert world.state.upgrade
+    assert world.state.upgrade.phase is Phase.SWITCHING
+    assert world.dying == {old.generation}
+    world = after(world, Exited(old.generation, "exit code 0"))
+    assert world.state.binary == OLD  # not before the new one serves
+    assert world.state.active
+    world = after(world, Serving(world.state.active.generation))
+    assert world.state.binary == NEW
+    assert world.state.upgrade is None
+    assert world.state.active_failures == 0
+
+
+@pytest.mark.parametrize("phase", list(Phase))
+def test_an_upgrade_that_is_late_keeps_the_old_binary(phase: Phase) -> None:
+    world = after(serving(), UpgradeAsked(NEW))
+    world = after(world, Exited(min(world.dying), "told to"))
+    if phase is not Phase.PREPARING:
+        assert world.state.standby
+        world = after(world, Ready(world.state.standby.generation))
+    if phase is Phase.VERIFYING:
+        world = after(world, Exited(min(world.dying), "exit code 0"))
+    assert world.state.upgrade
+    assert world.state.upgrade.phase is phase
+    world = after(world, Tick(), world.state.upgrade.deadline)
+    if phase is Phase.SWITCHING:  # killed instead of drained: safe, and the upgrade goes on
+        assert world.state.upgrade
+        return
+    assert world.state.upgrade is None
+    rest = settle(world, healthy=True)
+    assert rest.state.active
+    assert rest.state.active.binary == OLD
+    assert rest.state.binary == OLD
+
+
+def test_a_backend_without_standby_cannot_be_upgraded() -> None:
+    policy = replace(POLICY, standby=False)
+    state, _ = decide(State(binary=OLD), Begin(), 0, policy)
+    state, _ = decide(state, Serving(1), 0, policy)
+    state, effects = decide(state, Tick(), 0, policy)
+    assert effects == []
+    assert next_wake(state) is None
+    _, effects = decide(state, UpgradeAsked(NEW), 0, policy)
+    assert [type(effect) for effect in effects] == [UpgradeRefused]
+
+
+def test_a_backend_that_does_not_drain_is_killed_at_the_end() -> None:
+    world = after(serving(), StopAsked())
+    assert world.state.standby
+    world = after(world, Exited(world.state.standby.generation, "told to"))
+    assert world.state.active
+    assert world.dying == {world.state.active.generation}
+    _, effects = decide(world.state, Tick(), world.now + POLICY.drain_s, POLICY)
+    assert effects == [Kill(world.state.active.generation)]

@@ -1,0 +1,177 @@
+"""The VM's state machine, exhaustively: every order of events up to a depth keeps its promises."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import replace
+
+import pytest
+
+from sempervirt.vm.runstate import QUIT_DEADLINE_S, step
+from sempervirt.vm.states import (
+    Accept,
+    Asked,
+    Done,
+    Ended,
+    Execute,
+    KillProcess,
+    NotDone,
+    QemuEvent,
+    Refusal,
+    Refuse,
+    Request,
+    Runstate,
+    Silent,
+    StatusTold,
+    Tick,
+    VmEvent,
+    VmState,
+)
+
+GRACE_S = 5.0
+RUNNING = VmState(run=Runstate.RUNNING)
+
+EVENTS: list[VmEvent] = [
+    *(Asked(request, GRACE_S) for request in Request),
+    Done(),
+    NotDone("refused"),
+    Silent("no answer"),
+    StatusTold("running"),
+    StatusTold("paused"),
+    StatusTold("internal-error"),
+    QemuEvent("STOP"),
+    QemuEvent("RESUME"),
+    QemuEvent("RESET", "guest-reset"),
+    QemuEvent("GUEST_PANICKED"),
+    QemuEvent("SHUTDOWN", "guest-shutdown"),
+    QemuEvent("SHUTDOWN", "host-qmp-quit"),
+    Ended(0, None),
+    Ended(1, None),
+    Ended(None, 9),
+    Ended(None, None),
+    Tick(),
+]
+
+
+def test_every_order_of_events_up_to_depth_six() -> None:
+    start = VmState()
+    seen = {start}
+    queue = deque([(start, 0)])
+    while queue:
+        state, depth = queue.popleft()
+        for event in EVENTS:
+            now = state.deadline if isinstance(event, Tick) and state.deadline else 0.0
+            following = checked(state, event, now)
+            # Times and counts do not change what can happen.
+            if following.deadline is not None:
+                following = replace(following, deadline=1.0)
+            following = replace(following, resets=0)
+            if depth < 6 and following not in seen:
+                seen.add(following)
+                queue.append((following, depth + 1))
+    assert {state.run for state in seen} == set(Runstate)
+
+
+def checked(state: VmState, event: VmEvent, now: float) -> VmState:
+    """One step, and what it has promised."""
+    after, effects = step(state, event, now)
+    answers = [effect for effect in effects if isinstance(effect, Accept | Refuse)]
+    if isinstance(event, Asked):
+        begun = after.pending is event.request and state.pending is None
+        assert len(answers) == (0 if begun else 1), "each request is answered once, or begun"
+        if event.request is Request.KILL and not state.run.is_end:
+            assert KillProcess() in effects, "kill works in every state"
+    else:
+        freed = state.pending is not None and after.pending is None
+        assert len(answers) == (1 if freed else 0)
+    if state.run.is_end:
+        assert after == state, "an end is final"
+    assert (after.end is not None) == after.run.is_end
+    if after.run.is_end and not state.run.is_end:
+        assert isinstance(event, Ended), "only the end of the process is an end"
+    if state.run is Runstate.UNKNOWN and after.run in (Runstate.RUNNING, Runstate.PAUSED):
+        told = isinstance(event, StatusTold | QemuEvent)
+        assert told, "only QEMU itself leads out of unknown"
+    if state.run is Runstate.UNKNOWN:
+        assert not any(isinstance(effect, Execute) for effect in effects), "nothing blind"
+    if after.run is Runstate.STOPPING:
+        assert after.deadline is not None or after.killed_because, "stopping comes to an end"
+    return after
+
+
+def run(*events: tuple[VmEvent, float], state: VmState = RUNNING) -> VmState:
+    for event, now in events:
+        state, _ = step(state, event, now)
+    return state
+
+
+def test_stop_presses_the_button_then_quits_then_kills() -> None:
+    state, effects = step(RUNNING, Asked(Request.STOP, GRACE_S), 100)
+    assert effects == [Execute("system_powerdown"), Accept(Request.STOP)]
+    assert state.deadline == 100 + GRACE_S
+    state, effects = step(state, Tick(), 100 + GRACE_S)
+    assert effects == [Execute("quit")]
+    assert state.deadline == 100 + GRACE_S + QUIT_DEADLINE_S
+    state, effects = step(state, Tick(), 100 + GRACE_S + QUIT_DEADLINE_S)
+    assert effects == [KillProcess()]
+    state, _ = step(state, Ended(None, 9), 200)
+    assert state.run is Runstate.STOPPED
+    assert state.why == "neither the guest nor QEMU ended in time: killed"
+
+
+@pytest.mark.parametrize(
+    ("events", "run_state", "reason"),
+    [
+        ([QemuEvent("SHUTDOWN", "guest-shutdown"), Ended(0, None)],
+         Runstate.STOPPED, "the guest powered off"),
+        ([QemuEvent("SHUTDOWN", "guest-panic"), Ended(0, None)],
+         Runstate.CRASHED, "the guest panicked"),
+        ([QemuEvent("SHUTDOWN", "host-signal"), Ended(0, None)],
+         Runstate.STOPPED, "QEMU was told to quit (host-signal)"),
+        ([Asked(Request.STOP, 0), Tick(), QemuEvent("SHUTDOWN", "host-qmp-quit"), Ended(0, None)],
+         Runstate.STOPPED, "the guest did not power off in time and was cut off"),
+        ([Asked(Request.STOP, 9), QemuEvent("SHUTDOWN", "guest-shutdown"), Ended(0, None)],
+         Runstate.STOPPED, "the guest powered off"),
+        ([Asked(Request.KILL), Ended(None, 9)], Runstate.STOPPED, "killed on request"),
+        ([Ended(None, 9)], Runstate.CRASHED, "QEMU was killed by signal 9"),
+        ([Ended(None, 11)], Runstate.CRASHED, "QEMU was killed by signal 11"),
+        ([Ended(1, None)], Runstate.CRASHED, "QEMU ended by itself with exit code 1"),
+        ([Ended(0, None)], Runstate.CRASHED, "QEMU ended by itself with exit code 0"),
+        ([Ended(None, None)], Runstate.CRASHED,
+         "QEMU ended while no agent ran; how is not known"),
+        # It was going to stop, and died of something else on the way.
+        ([QemuEvent("SHUTDOWN", "guest-shutdown"), Ended(None, 11)],
+         Runstate.CRASHED, "QEMU was killed by signal 11"),
+    ],
+)  # fmt: skip
+def test_the_end_is_told_truthfully(
+    events: list[VmEvent], run_state: Runstate, reason: str
+) -> None:
+    state = run(*((event, 0.0) for event in events))
+    assert (state.run, state.why) == (run_state, reason)
+    assert state.end is not None
+    assert state.end.reason == reason
+
+
+def test_a_command_without_an_answer_leaves_the_state_unknown() -> None:
+    state, _ = step(RUNNING, Asked(Request.PAUSE), 0)
+    state, effects = step(state, Silent("no answer"), 0)
+    assert effects == [Refuse(Request.PAUSE, Refusal.UNKNOWN, "no answer")]
+    assert state.run is Runstate.UNKNOWN
+    _, effects = step(state, Asked(Request.RESUME), 0)
+    assert isinstance(effects[0], Refuse)
+    assert effects[0].kind is Refusal.CONFLICT
+    assert step(state, StatusTold("paused"), 0)[0].run is Runstate.PAUSED
+
+
+def test_a_refused_command_leaves_the_state_as_it_was() -> None:
+    state, _ = step(RUNNING, Asked(Request.PAUSE), 0)
+    state, effects = step(state, NotDone("QEMU refused"), 0)
+    assert state == RUNNING
+    assert effects == [Refuse(Request.PAUSE, Refusal.NOT_DONE, "QEMU refused")]
+
+
+def test_a_status_from_before_a_request_does_not_undo_it() -> None:
+    state, _ = step(RUNNING, Asked(Request.PAUSE), 0)
+    state, _ = step(state, StatusTold("running"), 0)
+    assert step(state, Done(), 0)[0].run is Runstate.PAUSED
