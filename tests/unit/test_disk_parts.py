@@ -1,0 +1,241 @@
+"""Volumes, command lines, control sockets, records and timelines of disks."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sempervirt.core.errors import (
+    ImageLocked,
+    InvalidRequest,
+    OutcomeUnknown,
+    SempervirtError,
+    Unavailable,
+)
+from sempervirt.disk import takeover
+from sempervirt.disk.backend import BLKD_ENVIRONMENT, Blkd, DiskOptions, Launch
+from sempervirt.disk.control import ask
+from sempervirt.disk.record import DiskRecord, RecordedProcess, read_disk_record
+from sempervirt.disk.running import LOGS_KEPT, DiskFiles, describe_end, refusal
+from sempervirt.disk.volume import inspect
+from sempervirt.host.process import Exit
+from sempervirt.host.procfs import ProcessId
+from sempervirt.host.records import RecordDamaged
+
+
+def make(path: Path, content: bytes = b"", size: int = 1 << 20) -> Path:
+    path.write_bytes(content)
+    os.truncate(path, size)
+    return path
+
+
+def test_a_raw_image(tmp_path: Path) -> None:
+    volume = inspect(make(tmp_path / "a.raw"), read_only=False)
+    assert (volume.size_bytes, volume.block_device, volume.read_only) == (1 << 20, False, False)
+
+
+@pytest.mark.parametrize(
+    ("magic", "name"),
+    [(b"QFI\xfb", "qcow2"), (b"KDMV", "vmdk"), (b"vhdxfile", "vhdx"), (b"QED\0", "qed")],
+)
+def test_other_formats_are_refused_with_the_remedy(tmp_path: Path, magic: bytes, name: str) -> None:
+    image = make(tmp_path / f"a.{name}", magic)
+    with pytest.raises(InvalidRequest) as caught:
+        inspect(image, read_only=False)
+    assert f"has the format {name}" in caught.value.message
+    assert f"qemu-img convert -f {name} -O raw {image} {tmp_path}/a.raw" in caught.value.remedy
+
+
+@pytest.mark.parametrize("size", [0, 511, 513, (1 << 20) + 1])
+def test_a_truncated_image_is_refused(tmp_path: Path, size: int) -> None:
+    with pytest.raises(InvalidRequest, match=f"has {size} bytes.*truncated"):
+        inspect(make(tmp_path / "a.raw", size=size), read_only=False)
+
+
+def test_what_is_no_image_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match="does not exist"):
+        inspect(tmp_path / "absent.raw", read_only=False)
+    with pytest.raises(InvalidRequest, match="neither a file nor a block device"):
+        inspect(Path("/dev/null"), read_only=False)
+    with pytest.raises(InvalidRequest, match="cannot be opened for writing"):
+        inspect(tmp_path, read_only=False)
+
+
+def test_the_command_line_of_a_backend(tmp_path: Path) -> None:
+    options = DiskOptions(tmp_path / "a.raw", queues=4, engine="uring", direct=True, serial="s1")
+    launch = Launch("/bin/blkd", options, 7, tmp_path / "c", wait_for_lock=True)
+    assert Blkd(extra=("--x",)).argv(launch) == [
+        "/bin/blkd",
+        "--fd=7",
+        f"--blk-file={tmp_path}/a.raw",
+        "--num-queues=4",
+        f"--control-socket={tmp_path}/c",
+        "--engine=uring",
+        "--serial=s1",
+        "--direct",
+        "--standby",
+        "--x",
+    ]
+    first = Launch("b", DiskOptions(Path("i"), read_only=True, block_size=4096), 3, Path("c"),
+                   wait_for_lock=False)  # fmt: skip
+    argv = Blkd().argv(first)
+    assert {"--read-only", "--block-size=4096"} <= set(argv)
+    assert "--standby" not in argv
+
+
+def test_where_the_backend_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Blkd(Path("/a/b")).binary() == "/a/b"
+    monkeypatch.setenv(BLKD_ENVIRONMENT, "/chosen")
+    assert Blkd().binary() == "/chosen"
+    monkeypatch.delenv(BLKD_ENVIRONMENT)
+    monkeypatch.setenv("PATH", "/nonexistent")
+    monkeypatch.setattr("sys.executable", "/nonexistent/python")
+    with pytest.raises(Unavailable, match="not installed"):
+        Blkd().binary()
+
+
+Handler = Callable[[bytes], bytes | None]
+
+
+@asynccontextmanager
+async def control_socket(path: Path, answer: Handler) -> AsyncIterator[Path]:
+    """A backend's control socket; `answer` may be None to close instead."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        reply = answer(await reader.readline())
+        if reply is not None:
+            writer.write(reply)
+            await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_unix_server(serve, path)
+    async with server:
+        yield path
+
+
+@pytest.fixture
+def address() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="sv-", dir="/tmp") as directory:
+        yield Path(directory) / "ctl"
+
+
+async def test_a_question_and_its_answer(address: Path) -> None:
+    asked: list[Any] = []
+
+    def answer(line: bytes) -> bytes:
+        asked.append(json.loads(line))
+        return b'{"id": 1, "ok": {"state": "running"}}\n'
+
+    async with control_socket(address, answer):
+        assert await ask(address, "fault", rule=None) == {"state": "running"}
+    assert asked == [{"id": 1, "cmd": "fault", "rule": None}]
+
+
+@pytest.mark.parametrize(
+    ("reply", "error"),
+    [
+        (b'{"id": 1, "error": {"kind": "invalid", "message": "no"}}\n', InvalidRequest),
+        (b'{"id": 1, "error": {"kind": "unavailable", "message": "no"}}\n', Unavailable),
+        (b'{"id": 1}\n', OutcomeUnknown),
+        (b"{\n", OutcomeUnknown),
+        (b"\xff\n", OutcomeUnknown),
+        (None, OutcomeUnknown),
+    ],
+)
+async def test_answers_that_are_errors(
+    address: Path, reply: bytes | None, error: type[SempervirtError]
+) -> None:
+    async with control_socket(address, lambda _: reply):
+        with pytest.raises(error):
+            await ask(address, "status")
+
+
+async def test_nobody_listens_or_nobody_answers(address: Path) -> None:
+    with pytest.raises(Unavailable, match="does not listen"):
+        await ask(address, "status")
+
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    async with await asyncio.start_unix_server(silent, address):
+        with pytest.raises(OutcomeUnknown, match="did not answer status"):
+            await ask(address, "status", timeout_s=0.05)
+
+
+def test_a_record_and_back(tmp_path: Path) -> None:
+    path = tmp_path / "disk.json"
+    process = RecordedProcess("active", 3, "/bin/blkd", 9, ProcessId(4711, 123, "boot"))
+    record = DiskRecord(next_generation=5, binary="/bin/blkd", restarts=2, processes=(process,))
+    record.write(path)
+    assert read_disk_record(path) == record
+    path.write_text('{"version": 1, "next_generation": "x"}')
+    with pytest.raises(RecordDamaged, match="not the record of a disk"):
+        read_disk_record(path)
+
+
+def test_why_a_backend_would_not_start() -> None:
+    words = "semper-blkd: error: image a.raw is in use by qemu-img (pid 7); stop that first"
+    locked = refusal("web/root", Exit(code=3), words)
+    assert isinstance(locked, ImageLocked)
+    assert locked.message == "disk web/root: image a.raw is in use by qemu-img (pid 7)"
+    assert locked.remedy == "stop that first"
+    assert isinstance(refusal("d", Exit(code=4), "semper-blkd: error: gone"), InvalidRequest)
+    crashed = refusal("d", Exit(signal=11), "thread panicked")
+    assert type(crashed) is Unavailable
+    assert "killed by SIGSEGV" in crashed.message
+    assert "thread panicked" in crashed.message
+    assert describe_end(Exit(code=1), words).startswith("exit code 1: image a.raw")
+    assert describe_end(Exit(signal=9), "INFO serving") == "killed by SIGKILL"
+
+
+def test_the_logs_of_old_backends_go(tmp_path: Path) -> None:
+    files = DiskFiles(tmp_path, "a")
+    other = DiskFiles(tmp_path, "a-1")
+    for generation in range(1, 13):
+        files.log(generation).touch()
+        files.control(generation).touch()
+    other.log(1).touch()
+    files.prune(3)
+    assert [path.name for path in files.logs()] == [f"disk-a-{g}.log" for g in range(8, 13)]
+    assert len(files.logs()) == LOGS_KEPT
+    assert other.logs() == [other.log(1)]
+    assert not files.control(3).exists()
+    assert files.control(4).exists()
+
+
+def status(state: str = "running", **timeline: int | None) -> dict[str, Any]:
+    return {"state": state, "timeline_ns": timeline, "counters": {"replayed": 7}}
+
+
+def test_what_a_status_says() -> None:
+    assert takeover.is_prepared(status(standby_ready=1))
+    assert not takeover.is_prepared(status(standby_ready=None))
+    assert not takeover.is_prepared({})
+    assert takeover.has_progressed(status(first_completion=5))
+    assert takeover.replayed_count(status()) == 7
+    assert takeover.replayed_count({}) is None
+    listening = status("listening", lock_acquired=1)
+    assert takeover.serves(listening, connection_expected=False)
+    assert not takeover.serves(listening, connection_expected=True)
+    assert takeover.serves(status("connected", lock_acquired=1), connection_expected=True)
+    assert not takeover.serves(status("standby"), connection_expected=False)
+
+
+def test_milestones_count_from_when_the_end_was_seen() -> None:
+    timeline = {"lock_acquired": 9_500_000, "accepted": 11_000_000, "started": None}
+    assert takeover.milestones(timeline, 10_000_000) == {
+        "lock_acquired": -0.5,
+        "accepted": 1.0,
+        "started": None,
+        "replayed": None,
+        "first_completion": None,
+    }

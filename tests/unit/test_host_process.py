@@ -1,0 +1,167 @@
+"""The door for subprocesses: commands, long-lived processes, adoption, logs."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from sempervirt.core.errors import CommandFailed
+from sempervirt.host import process
+from sempervirt.host.process import Exit
+from sempervirt.host.procfs import find_by_argument, identify, start_ticks
+
+DEADLINE_S = 20.0
+
+
+async def test_a_command_and_its_output() -> None:
+    done = await process.run(["sh", "-c", "echo out; echo err >&2"], timeout_s=DEADLINE_S)
+    assert (done.exit_code, done.stdout, done.stderr) == (0, "out", "err")
+    accepted = await process.run(["sh", "-c", "exit 3"], timeout_s=DEADLINE_S, accept=(0, 3))
+    assert accepted.exit_code == 3
+
+
+async def test_a_failure_carries_command_exit_code_and_last_lines() -> None:
+    with pytest.raises(CommandFailed) as caught:
+        await process.run(["sh", "-c", "seq 100; exit 7"], timeout_s=DEADLINE_S)
+    assert caught.value.command == "sh -c 'seq 100; exit 7'"
+    assert caught.value.exit_code == 7
+    assert caught.value.tail[-1] == "100"
+    assert len(caught.value.tail) == process.TAIL_LINES
+
+
+async def test_the_deadline_ends_a_command() -> None:
+    with pytest.raises(CommandFailed, match="did not end by its deadline"):
+        await process.run(["sleep", "1000.125"], timeout_s=0.1)
+    assert find_by_argument(re.compile(r"1000\.125")) == []
+
+
+async def test_a_hopeless_line_ends_a_command_at_once() -> None:
+    with pytest.raises(CommandFailed, match="all is lost"):
+        await process.run(
+            ["sh", "-c", "echo all is lost >&2; exec sleep 1000"],
+            timeout_s=DEADLINE_S,
+            hopeless="is lost",
+        )
+
+
+async def test_a_program_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(CommandFailed, match="cannot start /nonexistent"):
+        await process.run(["/nonexistent"], timeout_s=1)
+    with pytest.raises(CommandFailed, match="cannot start /nonexistent"):
+        process.spawn(["/nonexistent"], log=tmp_path / "log", on_exit=lambda _end: None)
+    with pytest.raises(CommandFailed, match="cannot start true"):
+        process.spawn(["true"], log=tmp_path / "no" / "log", on_exit=lambda _end: None)
+
+
+@pytest.mark.parametrize(
+    ("script", "end", "words"),
+    [
+        ("exit 0", Exit(code=0), "exit code 0"),
+        ("exit 4", Exit(code=4), "exit code 4"),
+        ("kill -KILL $$", Exit(signal=signal.SIGKILL), "killed by SIGKILL"),
+    ],
+)
+async def test_the_end_of_a_long_lived_process(
+    tmp_path: Path, script: str, end: Exit, words: str
+) -> None:
+    ends: list[Exit] = []
+    log = tmp_path / "log"
+    started = process.spawn(
+        ["sh", "-c", f"echo $GREETING; {script}"],
+        log=log,
+        on_exit=ends.append,
+        environment={"GREETING": "hello"},
+    )
+    async with asyncio.timeout(DEADLINE_S):
+        assert await started.wait() == end
+    assert ends == [end]
+    assert str(end) == words
+    assert process.tail_of(log) == ["hello"]
+    started.send_signal(signal.SIGTERM)  # too late, and harmless
+
+
+async def test_a_process_leads_its_own_session(tmp_path: Path) -> None:
+    started = process.spawn(["sleep", "1000"], log=tmp_path / "log", on_exit=lambda _end: None)
+    assert os.getsid(started.pid) == started.pid
+    assert await started.end(0) == Exit(signal=signal.SIGKILL)
+
+
+async def test_a_process_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
+    ready = tmp_path / "log"
+    script = "trap '' TERM; echo ready; while :; do sleep 0.02; done"
+    started = process.spawn(["sh", "-c", script], log=ready, on_exit=lambda _end: None)
+    async with asyncio.timeout(DEADLINE_S):
+        while True:
+            if process.tail_of(ready) == ["ready"]:
+                break
+            await asyncio.sleep(0.01)  # poll interval
+    assert await started.end(0.1) == Exit(signal=signal.SIGKILL)
+
+
+async def test_a_foreign_process_is_adopted_and_its_end_is_seen() -> None:
+    # Not our child: a shell starts it and ends.
+    shell = subprocess.run(  # noqa: ASYNC221
+        ["sh", "-c", "sleep 1000 >/dev/null 2>&1 & echo $!"], capture_output=True, check=True
+    )
+    identity = identify(int(shell.stdout))
+    assert identity is not None
+    ends: list[Exit] = []
+    adopted = process.adopt(identity, ends.append)
+    assert adopted is not None
+    async with asyncio.timeout(DEADLINE_S):
+        assert await adopted.end(5) == Exit()
+    assert ends == [Exit()]
+    assert str(Exit()) == "ended, exit code unknown"
+    assert process.adopt(identity, ends.append) is None
+
+
+async def test_a_reused_pid_is_not_mistaken() -> None:
+    mine = identify(os.getpid())
+    assert mine is not None
+    assert mine.is_alive()
+    for other in (replace(mine, start_ticks=1), replace(mine, boot_id="another boot")):
+        assert not other.is_alive()
+        assert process.adopt(other, lambda _end: None) is None
+
+
+async def test_a_forgotten_process_runs_on(tmp_path: Path) -> None:
+    ends: list[Exit] = []
+    started = process.spawn(["sleep", "1000"], log=tmp_path / "log", on_exit=ends.append)
+    started.forget()
+    assert start_ticks(started.pid) is not None
+    os.kill(started.pid, signal.SIGKILL)
+    os.waitpid(started.pid, 0)  # noqa: ASYNC222
+    assert ends == []
+
+
+def test_processes_are_found_by_a_whole_argument() -> None:
+    marker = f"marker-{os.getpid()}"
+    with subprocess.Popen([sys.executable, "-c", "input()", marker], stdin=subprocess.PIPE) as one:
+        try:
+            assert find_by_argument(re.compile(marker)) == [one.pid]
+            assert find_by_argument(re.compile(marker[:-1])) == []
+        finally:
+            one.kill()
+
+
+def test_logs_are_bounded(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with log.open("ab") as writer:
+        process.bound_log(log, 100)
+        writer.write(b"x" * 150 + b"end\n")
+        writer.flush()
+        process.bound_log(log, 100)
+        assert log.stat().st_size == 0
+        writer.write(b"next\n")  # O_APPEND: no hole where the old content was
+    assert log.read_bytes() == b"next\n"
+    assert (tmp_path / "log.1").read_bytes().endswith(b"xend\n")
+    assert process.tail_of(tmp_path / "absent") == []
+    process.bound_log(tmp_path / "absent", 1)

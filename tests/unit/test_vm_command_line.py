@@ -1,0 +1,154 @@
+"""The QEMU command line, in full for one VM and by what changes for others."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sempervirt.core.errors import InvalidRequest, Unavailable
+from sempervirt.vm.command_line import Features, build
+from sempervirt.vm.files import VmFiles
+from sempervirt.vm.spec import VmSpec
+
+FEATURES = Features(
+    version="10.0.2",
+    machines=frozenset({"q35", "pc"}),
+    devices=frozenset({"virtio-rng-pci", "pvpanic"}),
+    disk_properties=frozenset({"num-queues", "queue-size"}),
+    chardev_options=frozenset({"reconnect", "reconnect-ms"}),
+    netdevs=frozenset({"user", "tap"}),
+    memfd=True,
+    sandbox=True,
+)
+
+GOLDEN = """\
+qemu
+-name guest=web,debug-threads=on
+-no-user-config
+-nodefaults
+-display none
+-msg timestamp=on
+-sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny
+-machine q35,memory-backend=memory
+-accel tcg,thread=multi
+-cpu max
+-smp 2
+-m 512M
+-object memory-backend-memfd,id=memory,size=512M,share=on
+-action reboot=reset,panic=pause,shutdown=poweroff
+-chardev socket,id=monitor,path=/run/vm/web/qmp.sock,server=on,wait=off
+-mon chardev=monitor,mode=control
+-chardev socket,id=console,path=/run/vm/web/console.sock,server=on,wait=off,\
+logfile=/run/vm/web/console.log,logappend=on
+-serial chardev:console
+-kernel /boot/vmlinuz
+-initrd /boot/initrd.img
+-append console=ttyS0 quiet
+-chardev socket,id=char-disk-root,path=/run/vm/web/disk-root.sock,server=off,reconnect-ms=1
+-device vhost-user-blk-pci,id=disk-root,chardev=char-disk-root,num-queues=2,queue-size=128
+-netdev user,id=net0
+-device virtio-net-pci,netdev=net0,mac=52:54:00:12:34:56,romfile=
+-netdev tap,id=net1,ifname=tap0,script=no,downscript=no
+-device virtio-net-pci,netdev=net1,mac=52:54:00:12:34:57,romfile=
+-device virtio-serial-pci,id=channels
+-chardev socket,id=channel0,path=/run/vm/web/probe.sock,server=on,wait=off
+-device virtserialport,bus=channels.0,chardev=channel0,name=org.sempervirt.probe
+-device virtio-rng-pci
+-device pvpanic
+"""
+
+
+def spec(**keys: Any) -> VmSpec:
+    return VmSpec.model_validate(
+        {
+            "name": "web",
+            "vcpus": 2,
+            "kernel": "/boot/vmlinuz",
+            "initrd": "/boot/initrd.img",
+            "cmdline": "console=ttyS0 quiet",
+            "disks": [{"name": "root", "image": "/images/web.raw", "queues": 2, "queue_size": 128}],
+            "nics": [
+                {"mac": "52:54:00:12:34:56"},
+                {"type": "tap", "tap": "tap0", "mac": "52:54:00:12:34:57"},
+            ],
+            "channels": [{"name": "org.sempervirt.probe"}],
+            **keys,
+        }
+    )
+
+
+def command(vm: VmSpec, features: Features = FEATURES, accel: str = "tcg") -> list[str]:
+    files = VmFiles(Path("/run/vm/web"))
+    sockets = {disk.name: files.directory / f"disk-{disk.name}.sock" for disk in vm.disks}
+    return build(vm, features, qemu="qemu", accel=accel, files=files, disk_sockets=sockets)
+
+
+def lines(argv: list[str]) -> str:
+    """One option a line."""
+    text = " ".join(argv)
+    for option in {part for part in argv if part.startswith("-")}:
+        text = text.replace(f" {option} ", f"\n{option} ")
+        text = text.replace(f" {option}\n", f"\n{option}\n")
+    return text + "\n"
+
+
+def test_the_whole_command_line() -> None:
+    assert lines(command(spec())) == GOLDEN
+
+
+def test_kvm_shows_the_host_processor() -> None:
+    argv = command(spec(), accel="kvm")
+    assert argv[argv.index("-accel") + 1] == "kvm"
+    assert argv[argv.index("-cpu") + 1] == "host"
+    assert "Haswell" in command(spec(cpu="Haswell"), accel="kvm")
+
+
+def test_disks_boot_in_order_without_a_kernel() -> None:
+    vm = spec(kernel=None, initrd=None, cmdline="", firmware="/fw.fd",
+              disks=[{"name": n, "image": f"/{n}"} for n in ("a", "b")])  # fmt: skip
+    argv = command(vm)
+    assert argv[argv.index("-bios") + 1] == "/fw.fd"
+    assert [arg[-11:] for arg in argv if "vhost-user-blk" in arg] == ["bootindex=0", "bootindex=1"]
+
+
+def test_actions_follow_the_description() -> None:
+    argv = command(spec(on_crash="poweroff", on_reboot="poweroff"))
+    assert argv[argv.index("-action") + 1] == "reboot=shutdown,panic=shutdown,shutdown=poweroff"
+
+
+def test_an_older_qemu_reconnects_in_whole_seconds() -> None:
+    argv = command(spec(), replace(FEATURES, chardev_options=frozenset({"reconnect"})))
+    assert any(arg.endswith("server=off,reconnect=1") for arg in argv)
+
+
+def test_what_is_optional_is_left_out_where_it_is_missing() -> None:
+    argv = command(spec(), replace(FEATURES, sandbox=False, devices=frozenset()))
+    assert not {"-sandbox", "pvpanic", "virtio-rng-pci"} & set(argv)
+
+
+@pytest.mark.parametrize(
+    ("lacking", "message"),
+    [
+        ({"memfd": False}, "memory-backend-memfd"),
+        ({"disk_properties": frozenset()}, "vhost-user-blk-pci"),
+        ({"chardev_options": frozenset({"path"})}, "cannot reconnect"),
+        ({"netdevs": frozenset({"user"})}, "network of type tap"),
+    ],
+)
+def test_what_is_needed_and_missing_is_named(lacking: dict[str, Any], message: str) -> None:
+    with pytest.raises(Unavailable, match=message):
+        command(spec(), replace(FEATURES, **lacking))
+
+
+def test_a_machine_that_qemu_lacks() -> None:
+    with pytest.raises(InvalidRequest, match='no machine "pc"'):
+        command(spec(machine="pc"), replace(FEATURES, machines=frozenset({"q35"})))
+
+
+def test_commas_in_paths_are_doubled() -> None:
+    files = VmFiles(Path("/run/a,b"))
+    argv = build(spec(disks=[]), FEATURES, qemu="q", accel="tcg", files=files, disk_sockets={})
+    assert any("path=/run/a,,b/qmp.sock," in arg for arg in argv)
