@@ -1,0 +1,138 @@
+"""The API over a real unix socket, with an agent that has no VMs; errors in both directions."""
+
+from __future__ import annotations
+
+import asyncio
+import stat
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+import sempervirt
+from sempervirt.agent import Agent, AgentConfig
+from sempervirt.api.app import openapi_text
+from sempervirt.api.client import Client
+from sempervirt.api.server import serving
+from sempervirt.core.errors import (
+    KINDS,
+    AgentUnavailable,
+    InvalidRequest,
+    NotFound,
+    OutcomeUnknown,
+    SempervirtError,
+)
+from sempervirt.vm.spec import VmSpec
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "reference" / "openapi.json"
+
+
+@pytest.fixture
+def config() -> Iterator[AgentConfig]:
+    with tempfile.TemporaryDirectory(prefix="sv-", dir="/tmp") as directory:
+        yield AgentConfig(Path(directory) / "s", Path(directory) / "r")
+
+
+@pytest.fixture
+async def client(config: AgentConfig) -> AsyncIterator[Client]:
+    async with (
+        Agent.open(config) as agent,
+        serving(agent, config.socket),
+        Client.connect(config.socket) as connected,
+    ):
+        yield connected
+
+
+def test_the_document_is_current() -> None:
+    assert DOCUMENT.read_text() == openapi_text(), (
+        "write it again: python -m sempervirt.api.app > docs/reference/openapi.json"
+    )
+
+
+async def test_the_agent_tells_about_itself(client: Client, config: AgentConfig) -> None:
+    view = await client.agent()
+    assert (view.version, view.api) == (sempervirt.__version__, 1)
+    assert view.run_dir == config.run_dir
+    assert stat.S_IMODE(config.socket.lstat().st_mode) == 0o600
+    assert await client.vms() == []
+    assert await client.disks() == []
+
+
+async def test_names_that_are_not_there(client: Client) -> None:
+    with pytest.raises(NotFound, match="there is no VM web"):
+        await client.vm("web")
+    with pytest.raises(NotFound, match="semper vm list"):
+        await client.stop_vm("web", 1)
+    with pytest.raises(NotFound):
+        await client.disk("web/root")
+    with pytest.raises(InvalidRequest, match="VM/DISK"):
+        await client.disk("web")
+
+
+async def test_a_wrong_request_names_its_key(config: AgentConfig, client: Client) -> None:
+    transport = httpx.AsyncHTTPTransport(uds=str(config.socket))
+    async with httpx.AsyncClient(transport=transport, base_url="http://agent") as http:
+        answer = await http.post("/v1/vms", json={"name": "web", "memory": "lots"})
+    assert answer.status_code == 422
+    error = answer.json()["error"]
+    assert error["kind"] == "invalid"
+    assert error["message"].startswith('memory: "lots" is not a size')
+
+
+async def test_an_image_that_is_not_there(client: Client) -> None:
+    spec = VmSpec.model_validate(
+        {"name": "web", "disks": [{"name": "root", "image": "/nonexistent.raw"}]}
+    )
+    with pytest.raises(InvalidRequest, match=r"/nonexistent\.raw does not exist; create it"):
+        await client.run_vm(spec)
+    assert await client.vms() == []
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+async def test_every_error_arrives_as_it_was_raised(
+    config: AgentConfig, monkeypatch: pytest.MonkeyPatch, kind: object
+) -> None:
+    row = next(candidate for candidate in KINDS if candidate is kind)
+    raised = row.error.__new__(row.error)
+    SempervirtError.__init__(raised, "what happened", remedy="what to do")
+
+    def vm(_agent: Agent, _name: str) -> object:
+        raise raised
+
+    monkeypatch.setattr(Agent, "vm", vm)
+    async with (
+        Agent.open(config) as agent,
+        serving(agent, config.socket),
+        Client.connect(config.socket) as client,
+    ):
+        with pytest.raises(SempervirtError) as caught:
+            await client.vm("web")
+    assert str(caught.value) == "what happened; what to do"
+    assert isinstance(raised, type(caught.value))
+
+
+async def test_no_agent(config: AgentConfig) -> None:
+    async with Client.connect(config.socket) as client:
+        with pytest.raises(AgentUnavailable, match="semperd"):
+            await client.vms()
+
+
+@pytest.mark.parametrize(
+    "reply", [b"", b"HTTP/1.1 500 Oops\r\ncontent-length: 0\r\n\r\n", b"nonsense\r\n\r\n"]
+)
+async def test_an_agent_that_breaks_off_leaves_the_outcome_unknown(
+    config: AgentConfig, reply: bytes
+) -> None:
+    config.run_dir.mkdir()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(reply)
+        writer.close()
+
+    server = await asyncio.start_unix_server(serve, config.socket)
+    async with server, Client.connect(config.socket) as client:
+        with pytest.raises(OutcomeUnknown):
+            await client.kill_vm("web")
