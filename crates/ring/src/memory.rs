@@ -264,7 +264,7 @@ mod tests {
     }
 
     fn spec(guest_addr: u64, size: u64, file_offset: u64) -> RegionSpec {
-        RegionSpec { guest_addr, size, user_addr: guest_addr + (1 << 40), file_offset }
+        RegionSpec { guest_addr, size, user_addr: guest_addr.wrapping_add(1 << 40), file_offset }
     }
 
     #[test]
