@@ -13,6 +13,7 @@ from dataclasses import replace
 import pytest
 
 from sempervirt.agent import Agent, AgentConfig
+from sempervirt.agent.record import read_vm_record
 from sempervirt.api.client import Client
 from sempervirt.api.schemas import DiskView, VmView
 from sempervirt.core.errors import AgentUnavailable, StateConflict
@@ -131,6 +132,22 @@ async def test_an_end_that_no_agent_saw_is_told_as_such(
             assert (await client.vm("web")).why == "killed on request"
             await client.forget_vm("web")
             assert await client.vms() == []
+
+
+async def test_a_qemu_that_was_not_recorded_yet_is_found(
+    config: AgentConfig, firmware_spec: Spec, semperd: Semperd
+) -> None:
+    """The agent was killed between the start of QEMU and writing its pid down."""
+    async with Client.connect(config.socket) as client:
+        async with semperd():
+            view = await client.run_vm(firmware_spec())
+        path = config.vm_state_dir("web") / "vm.json"
+        record = read_vm_record(path)
+        assert record is not None
+        replace(record, qemu=None).write(path)
+        async with semperd():
+            assert (await wait_state(client, Runstate.RUNNING)).pid == view.pid
+            await client.kill_vm("web")
 
 
 async def test_an_agent_that_keeps_vms_and_one_that_does_not(

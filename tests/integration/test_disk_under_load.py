@@ -91,11 +91,13 @@ async def test_kills_upgrades_and_pauses_are_not_noticed(
             await completed(client, PAUSE)
         await vm.pause()
         await kill_active(disk)
+        await disk.wait_standby_ready(READY_S)
+        await disk.upgrade()  # nothing is in flight, and the guest cannot react
         await vm.resume()
         await completed(client, PAUSE)
         assert_unharmed(await client.write_stop())
     assert disk.restart_count == 7
-    assert disk.upgrade_count == 1
+    assert disk.upgrade_count == 2
     await disk.changes.wait_until(
         lambda: disk.restarts[-1].milestones_ms.get("first_completion") is not None,
         timeout_s=READY_S,

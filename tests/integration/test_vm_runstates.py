@@ -28,9 +28,9 @@ BOOT_S = 60.0
 
 async def test_pause_and_resume(agent: Agent, firmware_spec: Spec) -> None:
     vm = await agent.run_vm(firmware_spec())
-    assert vm.run is Runstate.RUNNING
+    assert vm.run.value == "running"
     await vm.pause()
-    assert vm.run is Runstate.PAUSED
+    assert vm.run.value == "paused"
     assert (await vm.machine.execute("query-status"))["status"] == "paused"
     await vm.pause()  # twice is once
     with pytest.raises(StateConflict, match="resume it first"):

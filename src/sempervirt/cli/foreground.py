@@ -14,7 +14,7 @@ from sempervirt.agent.logs import log_to_stderr
 from sempervirt.api.client import Client
 from sempervirt.api.schemas import VmView
 from sempervirt.api.server import serving
-from sempervirt.cli.output import err, out, print_json
+from sempervirt.cli.output import err, out, print_json_line
 from sempervirt.cli.watch import Watch
 from sempervirt.core.errors import AgentUnavailable, StateConflict
 from sempervirt.vm.spec import VmSpec
@@ -38,7 +38,7 @@ async def run(spec: VmSpec, *, detach: bool, grace_s: float, json: bool) -> int:
         with err.status(f"starting {spec.name} …"):
             view = await client.run_vm(spec)
         if json:
-            print_json(view)
+            print_json_line(view)
         if detach:
             if not json:
                 out.print(f"{view.name} is {view.state.value} (pid {view.pid})", highlight=False)
@@ -89,7 +89,7 @@ async def _follow(client: Client, view: VmView, grace_s: float, *, json: bool) -
             if ending is not None:
                 await ending
     if json:
-        print_json(last)
+        print_json_line(last)
     elif last.end is not None:
         out.print(f"{last.name} is {last.state.value}: {last.end.reason}", highlight=False)
     return 0 if last.state is Runstate.STOPPED else 1

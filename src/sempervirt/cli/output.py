@@ -48,6 +48,11 @@ _STYLES = {
 }
 
 
+def print_json_line(value: BaseModel) -> None:
+    """One JSON document in one line, for commands that print several."""
+    typer.echo(value.model_dump_json())
+
+
 def print_json(value: BaseModel | Sequence[BaseModel]) -> None:
     """One JSON document on stdout."""
     if isinstance(value, BaseModel):

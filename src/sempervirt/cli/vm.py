@@ -57,7 +57,8 @@ def run(
     """Start the VM that FILE describes.
 
     If an agent runs (semperd), it takes the VM over. If none does, this command becomes the
-    agent until the VM ends: other terminals can look at it, Ctrl-C powers it off.
+    agent until the VM ends: other terminals can look at it, Ctrl-C powers it off. As JSON it
+    prints one line when the VM runs, and one when it has ended.
     """
     # The HTTP server takes longer to import than most commands take to run.
     from sempervirt.cli import foreground  # noqa: PLC0415

@@ -90,6 +90,7 @@ class Machine:
     ) -> Machine:
         """Takes over a QEMU that an earlier agent started, also one that has ended since."""
         machine = cls(spec, files, patience)
+        machine._state = VmState(run=Runstate.UNKNOWN, why="adopted, and not asked yet")
         adopted = identity and process.adopt(identity, machine._exited)
         if adopted:
             machine._watch(adopted)
