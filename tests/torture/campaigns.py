@@ -150,10 +150,18 @@ async def control(setup: TrialSetup, count: int, seed: int) -> Verdict:
             while verdict.kills < count:
                 await asyncio.sleep(chance.uniform(0.1, 0.3))
                 await trial.kill_backend()
-                stats = await trial.probe.stats()
-                if stats.hung or stats.io_error_count or stats.wrong.total:
+                if await _is_lost(trial):
                     break
             await trial.stop_load()
     except (SempervirtError, ProbeGone, ProbeSilent) as error:
         verdict.problems.append(str(error))
     return verdict
+
+
+async def _is_lost(trial: Trial) -> bool:
+    """Whether the guest saw a loss. A request that is late is not lost: it is waited for."""
+    stats = await trial.probe.stats()
+    if stats.hung:
+        with suppress(Unavailable):
+            stats = await trial.probe.wait_stats(lambda s: not s.hung, deadline_s=15)
+    return bool(stats.hung or stats.io_error_count or stats.wrong.total)

@@ -183,6 +183,9 @@ def choices(world: World) -> list[World]:
                 found.append(after(world, Progressed(generation)))
         else:
             found.append(after(world, Ready(generation)))
+            if state.active and state.active.serving_since is None and not state.upgrade:
+                # Both wait for the lock; the kernel decides.
+                found.append(after(world, Serving(generation)))
     wake = next_wake(state)
     if wake is not None:
         found.append(after(world, Tick(), max(world.now, wake)))
@@ -355,3 +358,22 @@ def test_a_backend_that_does_not_drain_is_killed_at_the_end() -> None:
     assert world.dying == {world.state.active.generation}
     _, effects = decide(world.state, Tick(), world.now + POLICY.drain_s, POLICY)
     assert effects == [Kill(world.state.active.generation)]
+
+
+def test_the_one_that_got_the_lock_is_the_active_one() -> None:
+    """Started while nobody held the lock, the later process won it: they change places."""
+    world = serving()
+    for _ in range(2):
+        assert world.state.active is not None
+        world = after(world, Exited(world.state.active.generation, "killed"))
+    assert world.state.active is not None
+    waits = world.state.active.generation
+    assert world.state.start_due is not None
+    world = after(world, Tick(), world.state.start_due)
+    assert world.state.standby is not None
+    won = world.state.standby.generation
+    world = after(after(world, Ready(waits)), Serving(won))
+    assert world.state.active is not None
+    assert world.state.standby is not None
+    assert (world.state.active.generation, world.state.standby.generation) == (won, waits)
+    assert condition(world.state, POLICY) == "guarded"

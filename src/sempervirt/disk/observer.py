@@ -36,17 +36,39 @@ async def observe(
     if not running.promoted.is_set():
         await _answers_when(running, takeover.is_prepared)
         report(Ready(running.generation))
-        await running.promoted.wait()
+        await _wait_promoted(running)
         await asyncio.sleep(PROMOTED_S)
-    await _answers_when(
-        running, lambda s: takeover.serves(s, connection_expected=connection_expected()), seen
-    )
+    told = False
+
+    def serves(status: dict[str, Any]) -> bool:
+        nonlocal told
+        if not told and takeover.is_prepared(status):
+            # Meant to serve, but it waits for the lock; another may have it.
+            told = True
+            report(Ready(running.generation))
+        return takeover.serves(status, connection_expected=connection_expected())
+
+    await _answers_when(running, serves, seen)
     report(Serving(running.generation))
     await _answers_when(running, takeover.has_progressed, seen, STEADY_S)
     report(Progressed(running.generation))
     while True:
         await asyncio.sleep(STEADY_S)
         await _ask(running, seen)
+
+
+async def _wait_promoted(running: Running) -> None:
+    """Until supervision promotes it, or it has the image already.
+
+    Two processes that wait for the lock at the same time get it in an order of the kernel's.
+    """
+    while not running.promoted.is_set():
+        try:
+            async with asyncio.timeout(STEADY_S):
+                await running.promoted.wait()
+        except TimeoutError:
+            if takeover.holds_image(await _ask(running, None)):
+                running.promoted.set()
 
 
 async def _answers_when(

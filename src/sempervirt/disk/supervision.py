@@ -21,6 +21,8 @@ help: what is decided here is only what to start next, when, and from which bina
   dead one's kernel I/O may hold it for a moment). If this goes on without progress (no guest
   request completed, not steady for `steady_s`), starts are delayed more and more: a crash
   loop. At the ceiling the disk is called failing, and is still retried.
+- The standby serves while the active one still waits for the lock (both were started when
+  nobody held it): they change places.
 - A standby exits: it is replaced after `settle_s` or the back-off; the guest notices nothing.
 - Upgrade: PREPARING replaces the standby by one from the new binary; once it is ready,
   SWITCHING terminates the active one; the new one takes over and VERIFYING waits until it
@@ -147,6 +149,9 @@ def _ready(state: State, generation: int, now: float, policy: Policy) -> Decisio
 
 
 def _serving(state: State, generation: int, now: float) -> Decision:
+    if state.standby is not None and state.standby.generation == generation:
+        # Both waited for the lock, and the one that was started later got it.
+        state = replace(state, active=state.standby, standby=state.active)
     active = state.active
     if active is None or active.generation != generation or active.serving_since is not None:
         return state, []
