@@ -193,7 +193,38 @@ async def test_a_broken_binary_is_not_upgraded_to(
     assert disk.active_pid == active
     assert not disk.restarts
     await disk.wait_standby_ready(READY_S)
-    assert disk.state.binary == setup.command.binary()
+    assert disk.binary == setup.command.binary()
+
+
+async def test_a_replaced_file_does_not_become_the_backend_by_accident(
+    started: Started, setup: DiskSetup, place: Path
+) -> None:
+    """The installed file is broken, in a way that only shows when it is the backend."""
+    installed, new = place / "semper-blkd", place / "new"
+    shutil.copy2(setup.command.binary(), installed)
+    disk = await started.start(replace(setup, command=Blkd(installed)))
+    await disk.wait_standby_ready(READY_S)
+    text = """[ "$1" = --print-capabilities ] || exit 7
+        echo '{"type": "block", "features": ["blk-file"]}'"""
+    program(new, text)
+    new.replace(installed)
+    assert disk.upgrade_available
+    with pytest.raises(Unavailable, match="exit code 7"):
+        await disk.upgrade()
+    kill(disk.active_pid)  # with or without a standby: the old program serves
+    await wait_restarts(disk, 1)
+    await disk.wait_standby_ready(READY_S)
+    kill(disk.standby_pid)
+    kill(disk.active_pid)
+    await wait_restarts(disk, 2)
+    await disk.wait_standby_ready(READY_S)
+    # So it does for the next agent.
+    disk = await started.adopt(replace(setup, command=Blkd(installed)))
+    kill(disk.standby_pid)
+    kill(disk.active_pid)
+    await wait_restarts(disk, 1)
+    await disk.wait_standby_ready(READY_S)
+    assert disk.upgrade_available
 
 
 async def test_two_upgrades_at_once_conflict(
@@ -215,27 +246,27 @@ async def test_two_upgrades_at_once_conflict(
         await disk.upgrade()
     go.touch()
     await first
-    assert disk.state.binary == slow
+    assert disk.binary == slow
 
 
 async def test_crash_loop_backs_off_says_why_and_recovers(
     started: Started, setup: DiskSetup, place: Path
 ) -> None:
     policy = Policy(active=Backoff(free=2, first_s=0.02, ceiling_s=0.2), steady_s=60)
-    binary = place / "semper-blkd"
-    shutil.copy2(setup.command.binary(), binary)
+    bad = place / "bad-luck"
+    text = f"""[ -e {bad} ] || exec {setup.command.binary()} "$@"
+        echo 'semper-blkd: error: no luck; try again' >&2; exit 1"""
+    binary = Path(program(place / "semper-blkd", text))
     disk = await started.start(replace(setup, command=Blkd(binary), policy=policy))
     await disk.wait_standby_ready(READY_S)
-    binary.unlink()
-    program(binary, "echo 'semper-blkd: error: no luck; try again' >&2; exit 1")
+    bad.touch()
     kill(disk.standby_pid)
     kill(disk.active_pid)
     await disk.changes.wait_until(
         lambda: disk.condition == "failing", timeout_s=READY_S, what="the disk to be failing"
     )
     assert disk.reason == "exit code 1: no luck"
-    binary.unlink()
-    shutil.copy2(setup.command.binary(), binary)
+    bad.unlink()
     await disk.wait_standby_ready(READY_S)
 
 

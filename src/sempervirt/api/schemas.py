@@ -115,6 +115,7 @@ class DiskView(BaseModel):
     size_bytes: int | None
     read_only: bool
     binary: str
+    upgrade_available: bool = Field(description="the installed program is another one")
     active_pid: int | None
     standby_pid: int | None
     standby_ready: bool

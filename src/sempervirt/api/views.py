@@ -86,7 +86,6 @@ async def disk_view(disk: Disk) -> DiskView:
     except SempervirtError:
         backend = None  # it has just ended, or hangs; the rest says more
     volume = disk.setup.volume
-    active = disk.state.active
     return DiskView(
         name=disk.name,
         condition=disk.condition,
@@ -94,7 +93,8 @@ async def disk_view(disk: Disk) -> DiskView:
         image=disk.setup.options.image,
         size_bytes=volume.size_bytes if volume else None,
         read_only=disk.setup.options.read_only,
-        binary=active.binary if active else disk.state.binary,
+        binary=disk.binary,
+        upgrade_available=disk.upgrade_available,
         active_pid=disk.active_pid,
         standby_pid=disk.standby_pid,
         standby_ready=disk.standby_ready,

@@ -32,6 +32,7 @@ DiskName = Annotated[
     typer.Argument(metavar="VM/DISK", help="For example web/root.", autocompletion=disk_names),
 ]
 RESTARTS_SHOWN = 8
+UPGRADE_HINT = " (another one is installed: see semper disk upgrade)"
 
 
 @app.command("list", epilog="Example: semper disk list")
@@ -107,7 +108,7 @@ def _rows(view: DiskView) -> list[tuple[str, str | None]]:
         ("image", f"{view.image} ({_size(view)}{', read-only' if view.read_only else ''})"),
         ("active", f"{view.active_pid or 'none'}, generation {view.generation}"),
         ("standby", standby if view.standby_pid else "none"),
-        ("binary", view.binary),
+        ("binary", view.binary + (UPGRADE_HINT if view.upgrade_available else "")),
         ("state", backend.get("state")),
         ("engine", _engine(backend)),
         ("requests", _counters(backend)),

@@ -15,6 +15,7 @@ from sempervirt.core.errors import CommandFailed
 from sempervirt.disk import running as processes
 from sempervirt.disk.backend import Launch
 from sempervirt.disk.observer import observe
+from sempervirt.disk.program import Programs, path_of
 from sempervirt.disk.record import DiskRecord, RecordedProcess
 from sempervirt.disk.running import Running
 from sempervirt.disk.setup import DiskSetup
@@ -32,10 +33,12 @@ class Crew:
         self,
         setup: DiskSetup,
         listener: socket.socket,
+        programs: Programs,
         report: Callable[[SupervisionEvent], None],
         seen: Callable[[Running, dict[str, Any]], None],
     ) -> None:
         self.listener = listener
+        self.programs = programs
         self.connected = False
         self.last_end: tuple[Exit, str] | None = None
         self._setup = setup
@@ -52,7 +55,7 @@ class Crew:
         """Starts a process; if that fails, it is reported to have ended."""
         setup = self._setup
         launch = Launch(
-            binary=order.binary,
+            binary=path_of(order.binary),
             options=setup.options,
             listen_fd=self.listener.fileno(),
             control=setup.files.control(order.generation),
@@ -64,6 +67,8 @@ class Crew:
                 launch,
                 setup.files,
                 order.generation,
+                self.programs,
+                order.binary,
                 lambda end: self.ended(order.generation, end),
             )
         except CommandFailed as error:
@@ -128,6 +133,9 @@ class Crew:
         )
         if record == self._recorded:
             return
+        upgrade = (state.upgrade.binary,) if state.upgrade else ()
+        running = (member.binary for member in self._members.values())
+        self.programs.keep_only({state.binary, *upgrade, *running})
         try:
             record.write(self._setup.record)
         except OSError as error:  # a full disk must not end supervision; tried at each change
@@ -140,4 +148,5 @@ class Crew:
         for member in self._members.values():
             member.release()
         self._members.clear()
+        self.programs.keep_only(())
         self.listener.close()

@@ -21,6 +21,7 @@ from sempervirt.core.errors import OutcomeUnknown, StateConflict, Unavailable
 from sempervirt.core.events import Journal
 from sempervirt.disk import control, takeover
 from sempervirt.disk.crew import Crew
+from sempervirt.disk.program import Programs, is_installed, path_of
 from sempervirt.disk.running import Running
 from sempervirt.disk.setup import DiskSetup
 from sempervirt.disk.supervised import (
@@ -57,7 +58,12 @@ class Disk:
     """Made by `lifecycle.start_disk` or `lifecycle.adopt_disk`; ends with `stop` or `detach`."""
 
     def __init__(
-        self, setup: DiskSetup, listener: socket.socket, state: State, restarts: int = 0
+        self,
+        setup: DiskSetup,
+        listener: socket.socket,
+        programs: Programs,
+        state: State,
+        restarts: int = 0,
     ) -> None:
         self.setup = setup
         self.name = setup.name
@@ -70,7 +76,7 @@ class Disk:
         self.reason = ""
         self.refused: str | None = None
         self.stopped = False
-        self.crew = Crew(setup, listener, self.post, self._seen)
+        self.crew = Crew(setup, listener, programs, self.post, self._seen)
         self._state = state
         self._upgrades: deque[asyncio.Future[None]] = deque()
         self._queue: asyncio.Queue[SupervisionEvent] = asyncio.Queue()
@@ -109,6 +115,20 @@ class Disk:
     def standby_ready(self) -> bool:
         """Whether a standby has prepared everything."""
         return self._state.standby is not None and self._state.standby.ready
+
+    @property
+    def binary(self) -> str:
+        """The path of the program that serves, or that will."""
+        return path_of(self._token)
+
+    @property
+    def upgrade_available(self) -> bool:
+        """Whether the installed program is another one than the one that serves."""
+        return not is_installed(self._token, self.setup.command.binary())
+
+    @property
+    def _token(self) -> str:
+        return self._state.active.binary if self._state.active else self._state.binary
 
     def _pid(self, generation: int | None) -> int | None:
         member = self.crew.get(generation)
@@ -161,7 +181,7 @@ class Disk:
         await check_binary(chosen, self.setup.options)
         ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._upgrades.append(ended)
-        self.post(UpgradeAsked(chosen))
+        self.post(UpgradeAsked(self.crew.programs.hold(chosen)))
         await ended
         self.upgrade_count += 1
 
@@ -276,7 +296,7 @@ class Disk:
 
     def _upgrade_ended(self, failure: str) -> None:
         ended = self._upgrades.popleft() if self._upgrades else None
-        text = f"not upgraded: {failure}" if failure else f"upgraded to {self._state.binary}"
+        text = f"not upgraded: {failure}" if failure else f"upgraded to {self.binary}"
         self.journal.note(time.time(), "upgrade", text)
         log.log(logging.ERROR if failure else logging.INFO, "upgrade disk=%s %s", self.name, text)
         if ended is None or ended.done():

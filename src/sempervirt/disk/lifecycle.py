@@ -7,6 +7,7 @@ import logging
 from sempervirt.core.errors import OutcomeUnknown, SempervirtError, Unavailable
 from sempervirt.disk import running as processes
 from sempervirt.disk.disk import Disk
+from sempervirt.disk.program import Programs, path_of
 from sempervirt.disk.record import DiskRecord, RecordedProcess, read_disk_record
 from sempervirt.disk.running import Running
 from sempervirt.disk.setup import DiskSetup
@@ -27,8 +28,14 @@ async def start_disk(setup: DiskSetup) -> Disk:
     Raises ImageLocked, InvalidRequest or Unavailable as the backend gives its reason; nothing
     is left running then.
     """
-    binary = setup.command.binary()
-    disk = Disk(setup, listen_unix(setup.files.socket), State(binary=binary))
+    programs = Programs()
+    token = programs.hold(setup.command.binary())
+    try:
+        listener = listen_unix(setup.files.socket)
+    except SempervirtError:
+        programs.keep_only(())
+        raise
+    disk = Disk(setup, listener, programs, State(binary=token))
     disk.post(Begin())
     try:
         await disk.changes.wait_until(
@@ -55,7 +62,7 @@ async def adopt_disk(setup: DiskSetup) -> Disk:
     socket without a path, is killed before that, and the active one hands over to a process
     with the new socket as in an upgrade. Processes that nobody recorded are killed.
     """
-    record = read_disk_record(setup.record) or DiskRecord(1, setup.command.binary(), 0, ())
+    record = read_disk_record(setup.record) or DiskRecord(1, setup.command.binary() + "#", 0, ())
     alive = [item for item in record.processes if item.identity.is_alive()]
     alive.sort(key=lambda item: item.role)  # "active" before "standby"
     for pid in await processes.kill_orphans(setup.files, {item.identity.pid for item in alive}):
@@ -71,18 +78,20 @@ async def adopt_disk(setup: DiskSetup) -> Disk:
             if (old := process.adopt(item.identity, lambda _end: None)) is not None:
                 await old.end(0)
         alive = alive[:1]
-    backends = [Backend(item.generation, item.binary) for item in alive]
+    programs = Programs()
+    backends = [Backend(item.generation, _hold(programs, item)) for item in alive]
     state = State(
-        binary=record.binary,
+        binary=backends[0].binary if backends else programs.hold_if_there(path_of(record.binary)),
         next_generation=record.next_generation,
         active=backends[0] if backends else None,
         standby=backends[1] if len(backends) > 1 else None,
         served=True,
         start_due=None if len(backends) > 1 else 0.0,
     )
-    disk = Disk(setup, listener or listen_unix(setup.files.socket), state, record.restarts)
-    for item in alive:
-        _admit(disk, item, active=item is alive[0])
+    listener = listener or listen_unix(setup.files.socket)
+    disk = Disk(setup, listener, programs, state, record.restarts)
+    for item, backend in zip(alive, backends, strict=True):
+        _admit(disk, item, backend.binary, active=item is alive[0])
     disk.post(Tick())
     if stale:
         disk.keep(_hand_over(disk), "hand over")
@@ -91,7 +100,7 @@ async def adopt_disk(setup: DiskSetup) -> Disk:
         setup.name,
         disk.active_pid,
         disk.standby_pid,
-        "bound again" if listener is None else "taken back",
+        "bound again" if stale else "taken back",
     )
     return disk
 
@@ -113,7 +122,13 @@ async def sweep_disk(setup: DiskSetup) -> None:
     remove_record(setup.record)
 
 
-def _admit(disk: Disk, item: RecordedProcess, *, active: bool) -> None:
+def _hold(programs: Programs, item: RecordedProcess) -> str:
+    """The program of a running process, also if its file has been replaced since."""
+    exe = f"/proc/{item.identity.pid}/exe"
+    return programs.hold_if_there(path_of(item.binary), opened_from=exe)
+
+
+def _admit(disk: Disk, item: RecordedProcess, token: str, *, active: bool) -> None:
     generation = item.generation
     adopted = process.adopt(item.identity, lambda end: disk.crew.ended(generation, end))
     if adopted is None:
@@ -122,7 +137,7 @@ def _admit(disk: Disk, item: RecordedProcess, *, active: bool) -> None:
     files = disk.setup.files
     member = Running(
         generation,
-        item.binary,
+        token,
         adopted,
         files.control(generation),
         files.log(generation),
@@ -135,6 +150,6 @@ async def _hand_over(disk: Disk) -> None:
     """From an active process with a stale socket to one with the present socket."""
     try:
         await disk.wait_standby_ready(START_DEADLINE_S)
-        await disk.upgrade(disk.state.binary)
+        await disk.upgrade(disk.binary)
     except SempervirtError as error:
         log.error("adopt disk=%s keeps a backend with a stale socket: %s", disk.name, error)  # noqa: TRY400

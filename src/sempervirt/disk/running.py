@@ -12,6 +12,7 @@ from typing import Any
 
 from sempervirt.core.errors import ImageLocked, InvalidRequest, SempervirtError, Unavailable
 from sempervirt.disk.backend import BackendCommand, Launch
+from sempervirt.disk.program import Programs
 from sempervirt.host import process
 from sempervirt.host.process import Exit, Process
 from sempervirt.host.procfs import find_by_argument, identify
@@ -99,18 +100,25 @@ def start(
     launch: Launch,
     files: DiskFiles,
     generation: int,
+    programs: Programs,
+    token: str,
     on_exit: Callable[[Exit], None],
 ) -> Running:
-    """Starts one process. Raises CommandFailed when the program cannot be started."""
+    """Starts one process from the program `token`.
+
+    Raises CommandFailed when it cannot be started.
+    """
     log = files.log(generation)
+    executable, descriptors = programs.executable(token)
     started = process.spawn(
         command.argv(launch),
         log=log,
         on_exit=on_exit,
-        pass_fds=(launch.listen_fd,),
+        executable=executable,
+        pass_fds=(launch.listen_fd, *descriptors),
         environment=command.environment,
     )
-    return Running(generation, launch.binary, started, launch.control, log, launch.listen_fd)
+    return Running(generation, token, started, launch.control, log, launch.listen_fd)
 
 
 def describe_end(end: Exit, last_words: str) -> str:

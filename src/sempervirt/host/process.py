@@ -134,17 +134,20 @@ def spawn(
     *,
     log: Path,
     on_exit: Callable[[Exit], None],
+    executable: str | None = None,
     pass_fds: Sequence[int] = (),
     environment: Mapping[str, str] | None = None,
 ) -> Process:
     """Starts a process that outlives the agent; its output is appended to `log`.
 
-    Raises CommandFailed when the program cannot be started.
+    `executable` is the file to execute, if not argv[0]. Raises CommandFailed when the program
+    cannot be started.
     """
     try:
         with log.open("ab") as output:
             child = subprocess.Popen(
                 argv,
+                executable=executable,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
