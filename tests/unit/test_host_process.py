@@ -144,8 +144,12 @@ async def test_a_forgotten_process_runs_on(tmp_path: Path) -> None:
 
 def test_processes_are_found_by_a_whole_argument() -> None:
     marker = f"marker-{os.getpid()}"
-    with subprocess.Popen([sys.executable, "-c", "input()", marker], stdin=subprocess.PIPE) as one:
+    argv = [sys.executable, "-c", "print('up', flush=True); input()", marker]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(argv, stdin=pipe, stdout=pipe) as one:
         try:
+            assert one.stdout is not None
+            assert one.stdout.readline() == b"up\n"  # before exec has ended there is no argument
             assert find_by_argument(re.compile(marker)) == [one.pid]
             assert find_by_argument(re.compile(marker[:-1])) == []
         finally:
