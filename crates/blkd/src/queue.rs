@@ -203,7 +203,7 @@ impl Queue {
             }
             Err(error) => {
                 self.guest_error(&error);
-                self.give_back(head, 0);
+                self.answer(head, STATUS_IOERR, 0);
                 true
             }
         }
@@ -277,13 +277,15 @@ impl Queue {
         false
     }
 
-    /// Writes the status byte and gives the chain back.
+    /// Writes the status byte, if the chain has a place for it, and gives the chain back.
     fn answer(&mut self, head: u16, status: u8, written: u32) {
         let at = self.slots[usize::from(head)].status;
-        if !at.is_null() {
-            // SAFETY: `parse` found the byte inside a writable segment of mapped guest memory.
-            unsafe { at.write_volatile(status) };
+        if at.is_null() {
+            self.give_back(head, 0);
+            return;
         }
+        // SAFETY: `parse` found the byte inside a writable segment of mapped guest memory.
+        unsafe { at.write_volatile(status) };
         self.tracked.passed(Point::StatusStored);
         self.give_back(head, written + 1);
     }

@@ -90,10 +90,20 @@ pub(crate) fn parse<H: Hook>(
     slot.readable.clear();
     slot.status = std::ptr::null_mut();
     let Slot { io, readable, .. } = slot;
-    queue.walk(head, |Segment { ptr, len, writable }| {
+    let walked = queue.walk(head, |Segment { ptr, len, writable }| {
         let segment = libc::iovec { iov_base: ptr.cast(), iov_len: len };
         if writable { io.iov.push(segment) } else { readable.push(segment) }
-    })?;
+    });
+    if let Err(error) = walked {
+        // A driver may have set the status to "done" beforehand: say that it is not, wherever the
+        // place for it is known.
+        if matches!(error, ChainError::Buffer { last: false, .. })
+            && let Some(status) = take_status(&mut slot.io.iov)
+        {
+            slot.status = status;
+        }
+        return Err(error);
+    }
     let Some(status) = take_status(&mut slot.io.iov) else { return Ok(Parsed::Unanswerable) };
     slot.status = status;
     let mut header = [0u8; HEADER_SIZE];

@@ -81,6 +81,7 @@ pub(crate) fn run(args: Args, shared: Shared) -> Result<(), Failure> {
     if !args.standby {
         image.try_lock().map_err(Failure::Lock)?;
         image.refresh_size().map_err(Failure::Image)?;
+        image.drop_cache();
         mark(&shared.timeline.lock_acquired);
     } else {
         shared.set_phase(Phase::Standby);

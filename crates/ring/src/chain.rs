@@ -41,6 +41,8 @@ pub enum ChainError {
         addr: u64,
         /// Bytes.
         len: u32,
+        /// Whether it is the chain's last buffer. If not, the walk went on to the end.
+        last: bool,
     },
     /// An indirect table that is nested, empty, ragged, out of memory, or chained.
     #[error("the indirect table is malformed")]
@@ -79,8 +81,9 @@ unsafe fn read_descriptor(table: *const u8, index: u16) -> Descriptor {
 
 /// Walks the chain at `head` and hands its segments to `each`, readable ones first.
 ///
-/// Empty buffers are skipped. When an error is returned, `each` may have been called already;
-/// the caller discards what it gathered.
+/// Empty buffers are skipped. When an error is returned, `each` may have been called already. A
+/// buffer that is not guest memory does not end the walk, so that whoever knows where in a chain
+/// its status stands can still report the error; after any other error what was gathered is void.
 ///
 /// # Safety
 /// `table` must be valid for reads of `16 * size` bytes, and `head` must be below `size`.
@@ -95,6 +98,7 @@ pub(crate) unsafe fn walk(
     let mut indirect = false;
     let mut seen_writable = false;
     let mut count = 0;
+    let mut unmapped = None;
     loop {
         count += 1;
         if count > MAX_CHAIN_DESCRIPTORS {
@@ -127,11 +131,12 @@ pub(crate) unsafe fn walk(
         let mapped = memory.for_each_slice(desc.addr, u64::from(desc.len), |ptr, len| {
             each(Segment { ptr, len, writable });
         });
+        let last = desc.flags & F_NEXT == 0;
         if !mapped {
-            return Err(ChainError::Buffer { addr: desc.addr, len: desc.len });
+            unmapped = Some(ChainError::Buffer { addr: desc.addr, len: desc.len, last });
         }
-        if desc.flags & F_NEXT == 0 {
-            return Ok(());
+        if last {
+            return unmapped.map_or(Ok(()), Err);
         }
         if desc.next >= size {
             return Err(ChainError::Index(desc.next));
