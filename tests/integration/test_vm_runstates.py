@@ -7,6 +7,7 @@ import os
 import re
 import signal
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -43,6 +44,33 @@ async def test_pause_and_resume(agent: Agent, firmware_spec: Spec) -> None:
     assert vm.end.reason == "killed on request"
     with pytest.raises(StateConflict):
         await vm.pause()
+
+
+@pytest.mark.parametrize("machine", ["q35", "pc"])
+async def test_everything_a_vm_file_can_say_is_understood_by_qemu(
+    agent: Agent, firmware_spec: Spec, place: Path, machine: str
+) -> None:
+    images = [place / f"{name}, with a comma.raw" for name in ("a", "b")]
+    for image in images:
+        image.touch()
+        os.truncate(image, 1 << 20)
+    spec = firmware_spec(
+        machine=machine,
+        vcpus=2,
+        nics=[{}, {"type": "user", "mac": "52:54:00:00:00:01"}],
+        channels=[{"name": "org.example.one"}, {"name": "org.example.two"}],
+        on_crash="poweroff",
+        on_reboot="poweroff",
+        disks=[
+            {"name": "a", "image": str(images[0]), "queues": 2, "queue_size": 64, "serial": "s"},
+            {"name": "b", "image": str(images[1]), "read_only": True, "block_size": 4096},
+        ],
+    )
+    vm = await agent.run_vm(spec)
+    assert vm.run is Runstate.RUNNING
+    assert sorted(agent.disks) == ["web/a", "web/b"]
+    assert (await agent.disks["web/b"].status())["read_only"]
+    assert vm.channel_path("two").is_socket()
 
 
 async def test_state_follows_what_others_do_to_the_monitor(

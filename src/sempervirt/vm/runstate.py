@@ -53,6 +53,7 @@ from sempervirt.vm.states import (
 )
 
 QUIT_DEADLINE_S = 10.0
+ASKED = "asked to power off"
 
 # What QEMU's own runstates mean here; the others (migration, say) hold the guest still.
 _FROM_QEMU = {
@@ -113,7 +114,7 @@ def _asked(state: VmState, request: Request, grace_s: float, now: float) -> Step
         case Request.RESUME, Runstate.PAUSED:
             return replace(state, pending=request), [Execute("cont")]
         case Request.STOP, Runstate.RUNNING:
-            stopping = replace(state, run=Runstate.STOPPING, deadline=now + grace_s, why="asked")
+            stopping = replace(state, run=Runstate.STOPPING, deadline=now + grace_s, why=ASKED)
             return stopping, [Execute("system_powerdown"), Accept(request)]
         case Request.STOP, Runstate.STOPPING:
             return state, [Accept(request)]
@@ -190,7 +191,7 @@ def _judge_end(state: VmState, exit_code: int | None, signal: int | None) -> tup
             return Runstate.CRASHED, "the guest panicked"
         return Runstate.STOPPED, "the guest powered off"
     if state.told_to_quit and exit_code in (0, None) and not signal:
-        if state.why == "asked":
+        if state.why == ASKED:
             return Runstate.STOPPED, "the guest did not power off in time and was cut off"
         return Runstate.STOPPED, f"QEMU was told to quit ({state.shutdown_cause})"
     if signal is not None:
