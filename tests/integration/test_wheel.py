@@ -13,7 +13,12 @@ import pytest
 from sempervirt import __version__
 
 PROJECT = Path(__file__).resolve().parents[2]
-PROGRAMS = ("semper", "semperd", "semper-blkd", "semper-probe")
+VERSIONS = (
+    ("semper", "version"),
+    ("semperd", "--version"),
+    ("semper-blkd", "--version"),
+    ("semper-probe", "--version"),
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -60,9 +65,9 @@ def test_wheel_carries_licence_and_type_marker(wheel: Path) -> None:
     assert any(name.endswith("licenses/NOTICE") for name in names)
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
-def test_program_tells_its_version(installed: Path, program: str) -> None:
-    assert __version__ in run(installed / program, "--version")
+@pytest.mark.parametrize(("program", "question"), VERSIONS)
+def test_program_tells_its_version(installed: Path, program: str, question: str) -> None:
+    assert __version__ in run(installed / program, question)
 
 
 def test_package_is_the_installed_one(installed: Path) -> None:
