@@ -1,12 +1,16 @@
 //! Dying at a named point, in builds for tests; nothing at all in others.
 
-#[cfg(not(feature = "crash-points"))]
+#[cfg(not(any(test, feature = "crash-points")))]
 pub(crate) type CrashHook = semper_inflight::NoHook;
 
-#[cfg(feature = "crash-points")]
+// Unit tests die in a model.
+#[cfg(test)]
+pub(crate) use crate::worker::model::Watcher as CrashHook;
+
+#[cfg(all(not(test), feature = "crash-points"))]
 pub(crate) use armed::CrashHook;
 
-#[cfg(feature = "crash-points")]
+#[cfg(all(not(test), feature = "crash-points"))]
 mod armed {
     use std::fs::OpenOptions;
     use std::io::Write;

@@ -90,6 +90,8 @@ struct Thread<E> {
     queues: Vec<Queue>,
     overlaps: Overlaps,
     finished: Vec<(u64, i32)>,
+    /// The last turn started requests that the engine may not have handed to the kernel.
+    unflushed: bool,
 }
 
 impl<E: Engine> Thread<E> {
@@ -101,6 +103,7 @@ impl<E: Engine> Thread<E> {
             queues: Vec::new(),
             overlaps: Overlaps::new(),
             finished: Vec::new(),
+            unflushed: false,
         }
     }
 
@@ -123,7 +126,12 @@ impl<E: Engine> Thread<E> {
         for queue in &mut self.queues {
             busy |= queue.advance(&mut self.engine, &mut self.overlaps);
         }
-        self.engine.flush()?;
+        // Requests wait for one more turn: if it finds no others, going to sleep hands them to the
+        // kernel by the same system call.
+        if busy && self.unflushed {
+            self.engine.flush()?;
+        }
+        self.unflushed = busy;
         busy |= self.collect();
         self.publish();
         if busy {
@@ -209,3 +217,7 @@ impl<E: Engine> Thread<E> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+#[path = "model.rs"]
+pub(crate) mod model;

@@ -16,7 +16,7 @@
 /// Most requests of a history.
 pub(crate) const MAX_REQUESTS: usize = 8;
 /// Most blocks of a disk.
-pub(crate) const MAX_BLOCKS: usize = 4;
+pub const MAX_BLOCKS: usize = 4;
 
 /// What a request does with its blocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

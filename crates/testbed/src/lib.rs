@@ -5,13 +5,20 @@
 //! * [`Guest`] submits a list of [`Request`]s through such a ring and holds the device to its word.
 //! * [`History`] judges what the guest saw: is there a legal order that explains it?
 //! * [`Choices`] walks through all paths of a test that has to make decisions.
+//! * [`World`] is what outlives a process: guest, memory, in-flight region, disk, kernel. It can
+//!   be copied as a dying process would leave it at any instant ([`World::pass`]).
 
 mod choices;
+mod death;
 mod driver;
+mod fingerprint;
 mod guest;
 mod history;
+mod world;
 
 pub use choices::Choices;
 pub use driver::{Buffer, DriverRing, Layout};
+pub use fingerprint::Fingerprint;
 pub use guest::{Format, Guest, Misbehaviour, Wakeup};
-pub use history::{History, Request, Verb};
+pub use history::{History, MAX_BLOCKS, Request, Verb};
+pub use world::{KernelIo, Setup, Snapshot, Violation, World};

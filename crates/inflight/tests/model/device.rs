@@ -10,13 +10,11 @@ use std::hash::Hash;
 use std::rc::Rc;
 
 use semper_inflight::format::{OFFSET_DESC_NUM, OFFSET_USED_IDX, OFFSET_VERSION, VERSION};
-use semper_inflight::{Point, TrackedQueue};
+use semper_inflight::{Hook, Point, TrackedQueue};
 use semper_ring::{Segment, SplitQueue};
-use semper_testbed::{Guest, Request, Wakeup};
+use semper_testbed::{Fingerprint, Guest, KernelIo, Request, Wakeup, World};
 
-use crate::fingerprint::Fingerprint;
 use crate::scenario::{Fault, Scenario};
-use crate::world::{KernelIo, Watcher, World};
 
 /// How a life ends if the process does not die.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,6 +45,24 @@ enum Action {
     Haunt(usize),
 }
 
+/// The hook that the code under test calls at each of its points.
+#[derive(Clone)]
+pub struct Watcher {
+    world: Rc<RefCell<World>>,
+    fault: Fault,
+}
+
+impl Hook for Watcher {
+    fn at(&mut self, point: Point) {
+        let mut world = self.world.borrow_mut();
+        if self.fault == Fault::RegionIndexFirst && point == Point::UsedIndex {
+            let used_idx = world.guest.ring().used_idx();
+            world.set_region_u16(OFFSET_USED_IDX, used_idx);
+        }
+        world.pass(point);
+    }
+}
+
 /// One backend process.
 pub struct Device {
     world: Rc<RefCell<World>>,
@@ -71,9 +87,10 @@ impl Device {
         let (ring, region) = {
             let mut world = world.borrow_mut();
             prepare_fault(&mut world, scenario);
-            let event_idx = scenario.wakeup == Wakeup::Interrupts { event_idx: true };
+            let event_idx = scenario.setup.wakeup == Wakeup::Interrupts { event_idx: true };
             let (memory, addresses) = (world.memory(), world.addresses());
-            let ring = SplitQueue::new(memory, addresses, u32::from(scenario.size), event_idx);
+            let ring =
+                SplitQueue::new(memory, addresses, u32::from(scenario.setup.size), event_idx);
             (ring.expect("the ring is sound"), world.region())
         };
         let fresh = world.borrow().region_u16(OFFSET_VERSION) == 0;
@@ -82,7 +99,8 @@ impl Device {
             Fault::Untracked => (None, ring.published_used_idx()),
             _ => (Some(region), 0xbad),
         };
-        let recovered = TrackedQueue::recover(ring, region, base, Watcher(Rc::clone(world)));
+        let watcher = Watcher { world: Rc::clone(world), fault: scenario.fault };
+        let recovered = TrackedQueue::recover(ring, region, base, watcher);
         let (mut tracked, mut replay) = match recovered {
             Ok(recovered) => recovered,
             Err(error) => world.borrow().violation(format!("recovery refused: {error}")),
@@ -175,7 +193,7 @@ impl Device {
         }
         let requests = world.kernel.iter().enumerate();
         for (n, io) in requests {
-            let conflicts = |other: &KernelIo| io.overtakes(other);
+            let conflicts = |other: &KernelIo| io.conflicts_with(other);
             // Without a conflict nobody can tell when exactly it was carried out.
             if io.done == 0 && (world.kernel.iter().any(conflicts) || !world.ghosts.is_empty()) {
                 actions.push(Action::CarryOut(n));
@@ -260,7 +278,7 @@ impl Device {
             0 => Request::read(usize::from(first), len),
             _ => Request::write(usize::from(first), len, value),
         };
-        Some(KernelIo { head, request, data: ptr, done: 0 })
+        Some(KernelIo { token: u64::from(head), request, data: ptr, block_bytes: 1, done: 0 })
     }
 
     fn submit(&mut self, io: KernelIo) {
@@ -289,7 +307,7 @@ impl Device {
         self.awake = true;
         self.tracked.passed(Point::IoDone);
         let (mut status, mut written) = (std::ptr::null_mut(), 0);
-        let walked = self.tracked.walk(io.head, |segment| {
+        let walked = self.tracked.walk(io.token as u16, |segment| {
             status = segment.ptr;
             written += if segment.writable { segment.len as u32 } else { 0 };
         });
@@ -301,7 +319,7 @@ impl Device {
             unsafe { status.write_volatile(0) };
         }
         self.tracked.passed(Point::StatusStored);
-        self.tracked.complete(io.head, written);
+        self.tracked.complete(io.token as u16, written);
     }
 
     fn publish(&mut self) {
@@ -351,7 +369,7 @@ impl Device {
 /// What a faulty backend does to the region before it recovers.
 fn prepare_fault(world: &mut World, scenario: &Scenario) {
     if scenario.fault == Fault::BatchForgotten && world.region_u16(OFFSET_VERSION) == VERSION {
-        assert_eq!(world.region_u16(OFFSET_DESC_NUM), scenario.size);
+        assert_eq!(world.region_u16(OFFSET_DESC_NUM), scenario.setup.size);
         let used_idx = world.guest.ring().used_idx();
         world.set_region_u16(OFFSET_USED_IDX, used_idx);
     }

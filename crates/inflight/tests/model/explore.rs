@@ -6,11 +6,10 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::rc::Rc;
 
 use semper_inflight::Point;
-use semper_testbed::Choices;
+use semper_testbed::{Choices, Snapshot, Violation, World};
 
 use crate::device::{Device, Life};
 use crate::scenario::{Promise, Scenario};
-use crate::world::{Snapshot, Violation, World};
 
 /// What was explored.
 #[derive(Clone, Debug, Default)]
@@ -32,7 +31,7 @@ pub struct Report {
 /// # Errors
 /// The first broken promise.
 pub fn explore(scenario: &Scenario) -> Result<Report, String> {
-    let world = World::new(scenario);
+    let world = World::new(&scenario.setup);
     let start = world.snapshot();
     let mut explorer = Explorer {
         scenario,
@@ -98,24 +97,8 @@ impl Explorer<'_> {
 
     fn judge(&mut self) -> Result<(), String> {
         self.report.judged += 1;
-        let world = self.world.borrow();
-        let history = world.guest.history();
-        let facts = || format!("disk {:?}, {history:?}", world.disk);
-        if !history.is_finished() {
-            return Err(format!("requests hang: {}", facts()));
-        }
-        let explained = match self.scenario.tearing {
-            false => history.some_order_explains(&world.disk),
-            true => history.some_order_explains_each_block(&world.disk),
-        };
-        if !explained {
-            return Err(format!("no legal order explains the end: {}", facts()));
-        }
-        let ordered = self.scenario.promise == Promise::WritesInOrder;
-        if ordered && !history.writes_took_effect_in_order(&world.disk) {
-            return Err(format!("overlapping writes were reordered: {}", facts()));
-        }
-        Ok(())
+        let wrong = self.world.borrow().judge(self.scenario.promise == Promise::WritesInOrder);
+        wrong.map_or(Ok(()), Err)
     }
 }
 

@@ -5,7 +5,7 @@
 //!
 //! * the guest (`semper_testbed::Guest`): submits a program of requests at any time, in indirect
 //!   chains, uses heads again, polls or sleeps until an interrupt, and checks what it is told;
-//! * the kernel (`world.rs`): carries out I/O in any order, and after the death of a process in any
+//! * the kernel (`semper_testbed::World`): carries out I/O in any order, and after the death of a process in any
 //!   subset and block by block, but never later than that (the image lock);
 //! * the loop of the backend (`device.rs`): takes, completes and publishes in any order that
 //!   `crates/blkd` could, and keeps overlapping requests apart as `overlap.rs` there does. The loop
@@ -25,12 +25,9 @@
 //! one after the other than the tests have time for.
 
 mod controls;
-mod death;
 mod device;
 mod explore;
-mod fingerprint;
 mod scenario;
-mod world;
 
 use semper_inflight::Point;
 use semper_testbed::Request;

@@ -1,6 +1,6 @@
 //! What is explored: a guest's program, a kind of device, and what is wrong with it.
 
-use semper_testbed::{Request, Wakeup};
+use semper_testbed::{Format, Request, Setup, Wakeup};
 
 /// A deliberate mistake of the backend. Each is made by the test, around the code under test.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,28 +42,16 @@ pub enum Promise {
     WritesInOrder,
 }
 
+/// One byte for each block is enough to tell values apart.
+pub const FORMAT: Format = Format { block_bytes: 1, sectors: [0, 1, 2, 3] };
+
 /// One exploration.
 #[derive(Clone, Debug)]
 pub struct Scenario {
-    /// Entries of the queue.
-    pub size: u16,
-    /// Where the ring's indices start.
-    pub start_idx: u16,
-    /// Whether a process died while it set up the region, before the first that is explored.
-    pub half_made_region: bool,
-    /// What the guest does.
-    pub program: Vec<Request>,
+    /// How the world begins.
+    pub setup: Setup,
     /// Whether the engine has many requests in the kernel at once.
     pub concurrent: bool,
-    /// How many processes die at most, one after the other.
-    pub deaths: u32,
-    /// How the guest learns of completions.
-    pub wakeup: Wakeup,
-    /// Whether heads are used again at once.
-    pub last_freed_first: bool,
-    /// Whether a request that the kernel carries out for a dead process may end half done. Then
-    /// only each block is held to be whole, otherwise each request is.
-    pub tearing: bool,
     /// What is wrong with the device.
     pub fault: Fault,
     /// What is checked at the end.
@@ -73,19 +61,20 @@ pub struct Scenario {
 impl Scenario {
     /// A polling guest on a fresh device with a concurrent engine.
     pub fn new(size: u16, deaths: u32, program: &[Request]) -> Self {
-        Self {
+        let setup = Setup {
             size,
             start_idx: 0,
             half_made_region: false,
             program: program.to_vec(),
-            concurrent: true,
+            format: FORMAT,
             deaths,
             wakeup: Wakeup::Polls,
             last_freed_first: true,
             tearing: false,
-            fault: Fault::None,
-            promise: Promise::WritesInOrder,
-        }
+            haunted: false,
+        };
+        let (fault, promise) = (Fault::None, Promise::WritesInOrder);
+        Self { setup, concurrent: true, fault, promise }
     }
 
     /// One request at a time in the kernel, done before the next is taken.
@@ -95,31 +84,33 @@ impl Scenario {
 
     /// The ring's indices start here.
     pub fn starting_at(self, start_idx: u16) -> Self {
-        Self { start_idx, ..self }
+        Self { setup: Setup { start_idx, ..self.setup }, ..self }
     }
 
     /// The region was left half made.
     pub fn on_half_made_region(self) -> Self {
-        Self { half_made_region: true, ..self }
+        Self { setup: Setup { half_made_region: true, ..self.setup }, ..self }
     }
 
     /// Heads are used in turn.
     pub fn oldest_head_first(self) -> Self {
-        Self { last_freed_first: false, ..self }
+        Self { setup: Setup { last_freed_first: false, ..self.setup }, ..self }
     }
 
     /// The guest sleeps between interrupts.
     pub fn with_interrupts(self, event_idx: bool) -> Self {
-        Self { wakeup: Wakeup::Interrupts { event_idx }, ..self }
+        Self { setup: Setup { wakeup: Wakeup::Interrupts { event_idx }, ..self.setup }, ..self }
     }
 
-    /// The kernel may leave a request half done.
+    /// The kernel may leave a request half done. Then only each block is held to be whole,
+    /// otherwise each request is.
     pub fn with_tearing(self) -> Self {
-        Self { tearing: true, ..self }
+        Self { setup: Setup { tearing: true, ..self.setup }, ..self }
     }
 
     /// The device makes this mistake, and is held to no more than `promise`.
     pub fn with_fault(self, fault: Fault, promise: Promise) -> Self {
-        Self { fault, promise, ..self }
+        let haunted = fault == Fault::ImageNotLocked;
+        Self { setup: Setup { haunted, ..self.setup }, fault, promise, ..self }
     }
 }

@@ -10,80 +10,116 @@ use semper_inflight::format::{
     ENTRY_COUNTER, ENTRY_INFLIGHT, ENTRY_SIZE, HEADER_SIZE, OFFSET_DESC_NUM,
     OFFSET_LAST_BATCH_HEAD, OFFSET_USED_IDX, queue_stride,
 };
-use semper_inflight::{Hook, Point, QueueRegion};
+use semper_inflight::{Point, QueueRegion};
 use semper_ring::{GuestMemory, RingAddresses};
-use semper_testbed::{Choices, Format, Guest, Misbehaviour, Request, Verb};
 
+use crate::choices::Choices;
 use crate::fingerprint::Fingerprint;
-use crate::scenario::{Fault, Scenario};
+use crate::guest::{Format, Guest, Misbehaviour, Wakeup};
+use crate::history::{MAX_BLOCKS, Request, Verb};
 
 /// Guest address of the memory.
 const GUEST_ADDR: u64 = 0x1000;
-/// Blocks of the disk.
-pub const BLOCKS: usize = 3;
-/// One byte for each block is enough to tell values apart.
-pub const FORMAT: Format = Format { block_bytes: 1, sectors: [0, 1, 2, 3] };
+
+/// How a world begins.
+#[derive(Clone, Debug)]
+pub struct Setup {
+    /// Entries of the queue.
+    pub size: u16,
+    /// Where the ring's indices start.
+    pub start_idx: u16,
+    /// Whether a process died while it set up the region, before the first that is explored.
+    pub half_made_region: bool,
+    /// What the guest does.
+    pub program: Vec<Request>,
+    /// How its requests look.
+    pub format: Format,
+    /// How many processes die at most, one after the other.
+    pub deaths: u32,
+    /// How the guest learns of completions.
+    pub wakeup: Wakeup,
+    /// Whether heads are used again at once.
+    pub last_freed_first: bool,
+    /// Whether a request that the kernel carries out for a dead process may end half done.
+    pub tearing: bool,
+    /// Whether I/O of a dead process can still land when the next one is at work, as it could
+    /// without an image lock.
+    pub haunted: bool,
+}
 
 /// The device broke a promise; travels as the payload of a panic, and ends the exploration.
 #[derive(Debug)]
 pub struct Violation(pub String);
 
-/// A request that the kernel carries out.
+/// A request, or the rest of one, that the kernel carries out.
 #[derive(Clone, Debug, Hash)]
 pub struct KernelIo {
-    /// Its descriptor chain.
-    pub head: u16,
+    /// What the device calls it.
+    pub token: u64,
     /// What it does.
     pub request: Request,
-    /// Its data buffer, one byte for each block.
+    /// Its data buffer.
     pub data: *mut u8,
-    /// Which of its blocks are done.
+    /// Bytes of a block.
+    pub block_bytes: usize,
+    /// Which of its blocks are done, counted from its first.
     pub done: u8,
 }
 
 impl KernelIo {
     /// Does one block (counted from the request's first).
-    pub fn carry_out(&mut self, block: usize, disk: &mut [u8; BLOCKS]) {
+    ///
+    /// # Panics
+    /// When the guest's bytes of one block differ.
+    pub fn carry_out(&mut self, block: usize, disk: &mut [u8; MAX_BLOCKS]) {
         self.done |= 1 << block;
         let on_disk = &mut disk[self.request.first + block];
-        // SAFETY: the chain was walked: the data buffer has one byte for each block.
-        let in_memory = unsafe { &mut *self.data.add(block) };
+        // SAFETY: the device vouches for the data buffer as it would to a kernel; nobody else
+        // uses it meanwhile.
+        let in_memory = unsafe {
+            let start = self.data.add(block * self.block_bytes);
+            std::slice::from_raw_parts_mut(start, self.block_bytes)
+        };
         match self.request.verb {
-            Verb::Read => *in_memory = *on_disk,
+            Verb::Read => in_memory.fill(*on_disk),
             // The guest's memory is read when the I/O happens, not when it was submitted.
-            Verb::Write(_) => *on_disk = *in_memory,
-        }
-    }
-
-    /// Whether the order of the two makes a difference.
-    pub fn overtakes(&self, other: &KernelIo) -> bool {
-        self.head != other.head && self.request.conflicts_with(&other.request)
-    }
-
-    /// The bytes of the data buffer.
-    pub fn buffer(&self) -> [u8; BLOCKS] {
-        let mut bytes = [0; BLOCKS];
-        for (block, byte) in bytes.iter_mut().enumerate().take(self.request.count) {
-            // SAFETY: as in `carry_out`.
-            *byte = unsafe { self.data.add(block).read() };
-        }
-        bytes
-    }
-
-    /// Puts the bytes of the data buffer back.
-    pub fn set_buffer(&self, bytes: &[u8; BLOCKS]) {
-        for (block, byte) in bytes.iter().enumerate().take(self.request.count) {
-            // SAFETY: as in `carry_out`.
-            unsafe { self.data.add(block).write(*byte) };
+            Verb::Write(_) => {
+                *on_disk = in_memory[0];
+                assert!(in_memory.iter().all(|byte| byte == on_disk), "a torn buffer");
+            }
         }
     }
 
     /// Does all blocks that are not done.
-    pub fn finish(&mut self, disk: &mut [u8; BLOCKS]) {
+    pub fn finish(&mut self, disk: &mut [u8; MAX_BLOCKS]) {
         for block in 0..self.request.count {
             if self.done & (1 << block) == 0 {
                 self.carry_out(block, disk);
             }
+        }
+    }
+
+    /// Whether the order of the two makes a difference.
+    pub fn conflicts_with(&self, other: &KernelIo) -> bool {
+        self.token != other.token && self.request.conflicts_with(&other.request)
+    }
+
+    /// The first byte of each block in the data buffer.
+    pub(crate) fn buffer(&self) -> [u8; MAX_BLOCKS] {
+        let mut values = [0; MAX_BLOCKS];
+        for (block, value) in values.iter_mut().enumerate().take(self.request.count) {
+            // SAFETY: as in `carry_out`.
+            *value = unsafe { self.data.add(block * self.block_bytes).read() };
+        }
+        values
+    }
+
+    /// Fills the data buffer, block by block.
+    pub(crate) fn set_buffer(&self, values: &[u8; MAX_BLOCKS]) {
+        for (block, value) in values.iter().enumerate().take(self.request.count) {
+            let start = block * self.block_bytes;
+            // SAFETY: as in `carry_out`.
+            unsafe { self.data.add(start).write_bytes(*value, self.block_bytes) };
         }
     }
 }
@@ -94,26 +130,25 @@ pub struct World {
     pub choices: Choices,
     /// The guest.
     pub guest: Guest,
-    /// The disk.
-    pub disk: [u8; BLOCKS],
+    /// The disk: the value of each block.
+    pub disk: [u8; MAX_BLOCKS],
     /// I/O that the living process has submitted and not taken back.
     pub kernel: Vec<KernelIo>,
-    /// I/O of dead processes that can still land; only with [`Fault::ImageNotLocked`].
+    /// I/O of dead processes that can still land; only in a haunted world.
     pub ghosts: Vec<KernelIo>,
     /// The guest has kicked the device since it last looked.
     pub kicked: bool,
     /// How often a process may still die.
     pub deaths_left: u32,
-    /// What is wrong with the device.
-    pub fault: Fault,
-    /// Whether a dead process' I/O may end half done.
-    pub tearing: bool,
     /// How many deaths were looked at, for each point.
     pub deaths: [u64; Point::ALL.len()],
-    /// The worlds that dead processes have left: all that are known, and those yet to be explored.
+    /// Fingerprints of all worlds that dead processes have left.
     pub graves: HashSet<u128>,
     /// Those that are still to be explored.
     pub unexplored: Vec<Snapshot>,
+    pub(crate) tearing: bool,
+    pub(crate) haunted: bool,
+    block_bytes: usize,
     memory: Arc<GuestMemory>,
     bytes: *mut u8,
     len: usize,
@@ -125,7 +160,7 @@ pub struct World {
 #[derive(Clone)]
 pub struct Snapshot {
     guest: Guest,
-    disk: [u8; BLOCKS],
+    disk: [u8; MAX_BLOCKS],
     ghosts: Vec<KernelIo>,
     deaths_left: u32,
     memory: Box<[u8]>,
@@ -134,35 +169,39 @@ pub struct Snapshot {
 
 impl World {
     /// The world before the first backend.
-    pub fn new(scenario: &Scenario) -> Self {
-        let len = Guest::memory_needed(scenario.size, FORMAT);
+    ///
+    /// # Panics
+    /// When the system has no memory left.
+    pub fn new(setup: &Setup) -> Self {
+        let len = Guest::memory_needed(setup.size, setup.format);
         let memory = Arc::new(GuestMemory::anonymous(GUEST_ADDR, len).expect("memory"));
         let bytes = memory.translate(GUEST_ADDR, len as u64).expect("the guest's memory");
-        let manners = (FORMAT, scenario.wakeup, scenario.last_freed_first);
-        let (size, idx, program) = (scenario.size, scenario.start_idx, &scenario.program);
+        let manners = (setup.format, setup.wakeup, setup.last_freed_first);
+        let (size, idx, program) = (setup.size, setup.start_idx, &setup.program);
         // SAFETY: the mapping is page-aligned and has `len` bytes; `memory` keeps it.
         let guest = unsafe { Guest::new(bytes, GUEST_ADDR, size, idx, program, manners) };
         let mut world = Self {
             choices: Choices::new(),
             guest,
-            disk: [0; BLOCKS],
+            disk: [0; MAX_BLOCKS],
             kernel: Vec::new(),
             ghosts: Vec::new(),
             kicked: false,
-            deaths_left: scenario.deaths,
-            fault: scenario.fault,
-            tearing: scenario.tearing,
+            deaths_left: setup.deaths,
             deaths: [0; Point::ALL.len()],
             graves: HashSet::new(),
             unexplored: Vec::new(),
+            tearing: setup.tearing,
+            haunted: setup.haunted,
+            block_bytes: setup.format.block_bytes,
             memory,
             bytes,
             len,
             region: vec![0; queue_stride(size) / 8].into_boxed_slice(),
             size,
         };
-        if scenario.half_made_region {
-            // A process died while it set up a fresh region; the version comes last.
+        if setup.half_made_region {
+            // The version comes last.
             world.set_region_u16(OFFSET_DESC_NUM, size);
             world.set_region_u16(OFFSET_USED_IDX, idx.wrapping_sub(1));
             world.set_region_u16(OFFSET_LAST_BATCH_HEAD, size - 1);
@@ -173,6 +212,11 @@ impl World {
     /// The guest's memory.
     pub fn memory(&self) -> Arc<GuestMemory> {
         Arc::clone(&self.memory)
+    }
+
+    /// Bytes of a block.
+    pub fn block_bytes(&self) -> usize {
+        self.block_bytes
     }
 
     /// Where the queue stands.
@@ -272,31 +316,42 @@ impl World {
         match look(&mut self.guest) {
             Err(what) => self.violation(format!("the guest was told nonsense: {what:?}")),
             Ok(0) => {}
-            Ok(_) => {
-                while self.guest.can_submit() && self.choices.choose(2) == 1 {
-                    self.kicked |= self.guest.submit();
-                }
-            }
+            Ok(_) => self.guest_may_submit(),
         }
     }
 
-    fn pass(&mut self, point: Point) {
-        if self.fault == Fault::RegionIndexFirst && point == Point::UsedIndex {
-            self.set_region_u16(OFFSET_USED_IDX, self.guest.ring().used_idx());
+    /// The guest submits as many requests as it likes.
+    pub fn guest_may_submit(&mut self) {
+        while self.guest.can_submit() && self.choices.choose(2) == 1 {
+            self.kicked |= self.guest.submit();
         }
+    }
+
+    /// The process has come to `point`: a guest that polls looks, and the process may die.
+    pub fn pass(&mut self, point: Point) {
         if self.guest.polls() {
             self.guest_looks(Guest::observe);
         }
         self.deaths[point as usize] += self.die();
     }
-}
 
-/// The hook that the code under test calls at each of its points.
-#[derive(Clone)]
-pub struct Watcher(pub std::rc::Rc<std::cell::RefCell<World>>);
-
-impl Hook for Watcher {
-    fn at(&mut self, point: Point) {
-        self.0.borrow_mut().pass(point);
+    /// What is wrong when nothing is left to do, if anything is.
+    pub fn judge(&self, writes_in_order: bool) -> Option<String> {
+        let history = self.guest.history();
+        let disk = &self.disk;
+        let explained = || match self.tearing {
+            false => history.some_order_explains(disk),
+            true => history.some_order_explains_each_block(disk),
+        };
+        let wrong = if !history.is_finished() {
+            "requests hang"
+        } else if !explained() {
+            "no legal order explains the end"
+        } else if writes_in_order && !history.writes_took_effect_in_order(disk) {
+            "overlapping writes were reordered"
+        } else {
+            return None;
+        };
+        Some(format!("{wrong}: disk {disk:?}, {history:?}"))
     }
 }

@@ -4,10 +4,8 @@
 //! the kernel still makes of its I/O. So nothing has to be killed: the world is copied as it is,
 //! with every outcome of the I/O, and the process goes on to its next possible death.
 
-use semper_testbed::Choices;
-
+use crate::choices::Choices;
 use crate::fingerprint::Fingerprint;
-use crate::scenario::Fault;
 use crate::world::{KernelIo, World};
 
 impl World {
@@ -19,7 +17,7 @@ impl World {
         }
         self.deaths_left -= 1;
         let kernel = std::mem::take(&mut self.kernel);
-        let deaths = if self.fault == Fault::ImageNotLocked {
+        let deaths = if self.haunted {
             let ghosts = self.ghosts.clone();
             self.ghosts.extend(kernel.iter().cloned());
             self.bury();
@@ -47,7 +45,7 @@ impl World {
     fn bury_with_every_outcome(&mut self, kernel: &[KernelIo]) -> u64 {
         let (disk, mut outcomes, mut count) = (self.disk, Choices::new(), 0);
         let buffers: Vec<_> = kernel.iter().map(KernelIo::buffer).collect();
-        let conflict = kernel.iter().any(|a| kernel.iter().any(|b| a.overtakes(b)));
+        let conflict = kernel.iter().any(|a| kernel.iter().any(|b| a.conflicts_with(b)));
         loop {
             if conflict {
                 self.carry_out_some_in_any_order(kernel.to_vec(), &mut outcomes);

@@ -3,8 +3,15 @@
 use std::hash::Hasher;
 
 /// Two lanes of 64 bits, each with a multiplication for every word.
+#[derive(Debug)]
 pub struct Fingerprint {
     lanes: (u64, u64),
+}
+
+impl Default for Fingerprint {
+    fn default() -> Self {
+        Self::new()
+    }
 }
 
 impl Fingerprint {
