@@ -303,6 +303,9 @@ impl VhostUserBackendReqHandlerMut for Device {
         if fd.is_none() {
             return Err(Error::InvalidOperation("a queue without kicks is not supported"));
         }
+        self.vring(u32::from(index))?;
+        // A queue that runs sleeps on the old one: it goes on, on the new one.
+        self.stop(usize::from(index));
         self.vring(u32::from(index))?.kick = fd;
         self.try_start(usize::from(index))
     }

@@ -293,6 +293,13 @@ impl Machine {
         session.set_vring_enable(index, true)
     }
 
+    /// Gives the device another eventfd for kicks while the queue runs.
+    pub fn replace_kick(&mut self, index: usize) {
+        let kick = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).unwrap();
+        self.session().set_vring_kick(index, &kick).unwrap();
+        self.lanes[index].kick = kick;
+    }
+
     /// The configuration space.
     pub fn config(&mut self) -> Vec<u8> {
         let flags = VhostUserConfigFlags::WRITABLE;

@@ -227,3 +227,18 @@ fn front_ends_may_come_and_go() {
     assert!(backend.is_alive());
     assert_eq!(backend.status()["counters"]["guest_errors"], json!(0));
 }
+
+#[test]
+fn a_kick_descriptor_may_be_replaced_under_way() {
+    for engine in ["--engine=sync", "--engine=uring"] {
+        let site = Site::new(1 << 20);
+        let backend = site.start(&[engine]);
+        let mut machine = Machine::new(1, 64);
+        machine.connect(&site.socket()).unwrap();
+        for round in 0..5u8 {
+            assert_eq!(machine.ask(&backend, &Ask::write(0, [round; 512])).status, 0);
+            machine.replace_kick(0);
+        }
+        assert_eq!(machine.ask(&backend, &Ask::read(0, 512)).data, [4; 512]);
+    }
+}
