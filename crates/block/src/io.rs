@@ -1,9 +1,15 @@
 //! One request on its way through an engine.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use crate::image::Image;
 
-/// Largest buffer that stands in for an unaligned one, in bytes.
-const MAX_BOUNCE: u64 = 64 << 20;
+/// Bytes of all buffers together that stand in for unaligned ones. A guest may have a queue full of
+/// unaligned requests, and each may name the same memory a thousand times.
+const BOUNCE_BUDGET: u64 = 256 << 20;
+
+/// How much of the budget is in use.
+static BOUNCED: AtomicU64 = AtomicU64::new(0);
 
 /// What to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,8 +86,8 @@ impl Io {
     }
 
     /// Goes through a buffer of our own where the image wants aligned memory and the guest's is
-    /// not. Call once, before the first submission. False if that buffer would be unreasonably
-    /// large: a guest's descriptors may name the same memory a thousand times.
+    /// not. Call once, before the first submission. False if all such buffers of this process
+    /// together would be unreasonably large.
     #[must_use]
     pub fn align_for(&mut self, image: &Image) -> bool {
         let mask = image.memory_alignment() - 1;
@@ -93,7 +99,8 @@ impl Io {
         if bits & mask == 0 {
             return true;
         }
-        if self.len > MAX_BOUNCE {
+        let reserve = |used: u64| used.checked_add(self.len).filter(|sum| *sum <= BOUNCE_BUDGET);
+        if BOUNCED.fetch_update(Ordering::Relaxed, Ordering::Relaxed, reserve).is_err() {
             return false;
         }
         let mut bounce = Bounce::new(self.len as usize, std::mem::take(&mut self.iov));
@@ -118,16 +125,15 @@ impl Io {
         if self.len == 0 {
             return self.finish();
         }
-        if moved > 0 {
-            return Absorbed::More;
-        }
         // The end of the file. A file whose size is no multiple of the sector ends inside its
-        // last sector, and the rest reads as zeros; anything else was truncated under us.
+        // last sector, and the rest reads as zeros. (Nothing to ask for: direct I/O would not
+        // start there.)
         if self.op == Op::Read && self.offset >= image.file_size() {
             self.zero_rest();
             return self.finish();
         }
-        Absorbed::Failed(libc::EIO)
+        // Nothing moved: the image was truncated under us.
+        if moved > 0 { Absorbed::More } else { self.fail(libc::EIO) }
     }
 
     fn absorb_error(&mut self, errno: i32, image: &Image) -> Absorbed {
@@ -143,8 +149,13 @@ impl Io {
                     Err(error) => Absorbed::Failed(error.raw_os_error().unwrap_or(libc::EIO)),
                 }
             }
-            _ => Absorbed::Failed(errno),
+            _ => self.fail(errno),
         }
+    }
+
+    fn fail(&mut self, errno: i32) -> Absorbed {
+        self.bounce = None;
+        Absorbed::Failed(errno)
     }
 
     fn finish(&mut self) -> Absorbed {
@@ -186,10 +197,12 @@ impl Io {
 struct Bounce {
     memory: *mut u8,
     layout: std::alloc::Layout,
+    reserved: u64,
     guest: Vec<libc::iovec>,
 }
 
 impl Bounce {
+    /// The caller has taken `len` out of the budget.
     fn new(len: usize, guest: Vec<libc::iovec>) -> Self {
         // Lengths are bounded by the request (the caller checked them against the disk).
         let layout = std::alloc::Layout::from_size_align(len.max(1), 4096)
@@ -199,7 +212,7 @@ impl Bounce {
         if memory.is_null() {
             std::alloc::handle_alloc_error(layout);
         }
-        Self { memory, layout, guest }
+        Self { memory, layout, reserved: len as u64, guest }
     }
 
     fn iovec(&self) -> libc::iovec {
@@ -235,5 +248,6 @@ impl Drop for Bounce {
     fn drop(&mut self) {
         // SAFETY: allocated with this layout in `new`.
         unsafe { std::alloc::dealloc(self.memory, self.layout) };
+        BOUNCED.fetch_sub(self.reserved, Ordering::Relaxed);
     }
 }

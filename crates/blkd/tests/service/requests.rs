@@ -117,10 +117,14 @@ fn a_read_only_disk_refuses_whatever_would_change_it() {
 
 #[test]
 fn the_last_sector_of_an_odd_file_reads_as_zeros_beyond_the_end() {
-    for engine in ["--engine=sync", "--engine=uring"] {
+    let both = ["--engine=sync", "--engine=uring"];
+    for (engine, way) in
+        [(both[0], None), (both[1], None), (both[0], Some("--direct")), (both[1], Some("--direct"))]
+    {
         let site = Site::new(1000);
         std::fs::write(&site.image, [5; 1000]).unwrap();
-        let backend = site.start(&[engine]);
+        let options: Vec<&str> = [engine].into_iter().chain(way).collect();
+        let backend = site.start(&options);
         let mut machine = Machine::new(1, 64);
         machine.pieces = 3;
         machine.connect(&site.socket()).unwrap();
