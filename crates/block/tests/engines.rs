@@ -1,0 +1,250 @@
+//! The contract of [`Engine`], held by every engine and by the decorator around it.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::{AsRawFd, FromRawFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use semper_block::{
+    Absorbed, Engine, FaultEngine, FaultRule, FaultSwitch, Image, Io, NullEngine, Op, OpenOptions,
+    Submission, SyncEngine, UringEngine,
+};
+
+const LEN: usize = 1 << 20;
+const WRITE: Op = Op::Write { stable: false };
+
+struct Stage {
+    _dir: tempfile::TempDir,
+    image: Image,
+}
+
+impl Stage {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk.raw");
+        std::fs::write(&path, (0..LEN).map(|i| (i / 512) as u8).collect::<Vec<_>>()).unwrap();
+        let image = Image::open(&path, OpenOptions::default()).unwrap();
+        Self { _dir: dir, image }
+    }
+
+    fn content(&self) -> Vec<u8> {
+        std::fs::read(self.image.path()).unwrap()
+    }
+}
+
+fn request(op: Op, offset: u64, buffer: &mut [u8]) -> Io {
+    let mut io = Io::default();
+    io.reset(op);
+    io.offset = offset;
+    io.len = buffer.len() as u64;
+    io.iov.push(libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() });
+    io
+}
+
+fn range(op: Op, offset: u64, len: u64) -> Io {
+    let mut io = Io::default();
+    io.reset(op);
+    (io.offset, io.len) = (offset, len);
+    io
+}
+
+/// Carries out all requests side by side; gives what became of each.
+fn carry_out<E: Engine>(engine: &mut E, image: &Image, mut requests: Vec<Io>) -> Vec<Absorbed> {
+    let mut outcomes = BTreeMap::new();
+    let mut ready: Vec<(u64, i32)> = Vec::new();
+    let submit = |engine: &mut E, token: u64, io: &Io, ready: &mut Vec<(u64, i32)>| {
+        // SAFETY: requests and buffers stay where they are until everything was reaped.
+        if let Submission::Done(result) = unsafe { engine.submit(token, io) } {
+            ready.push((token, result));
+        }
+    };
+    for (token, io) in requests.iter().enumerate() {
+        submit(engine, token as u64, io, &mut ready);
+    }
+    let end = Instant::now() + Duration::from_secs(20);
+    while outcomes.len() < requests.len() {
+        assert!(Instant::now() < end, "{} of {} are back", outcomes.len(), requests.len());
+        engine.flush().unwrap();
+        engine.reap(&mut ready);
+        for (token, result) in std::mem::take(&mut ready) {
+            let io = &mut requests[token as usize];
+            match io.absorb(result, image) {
+                Absorbed::More => submit(engine, token, io, &mut ready),
+                outcome => assert!(outcomes.insert(token, outcome).is_none(), "{token} twice"),
+            }
+        }
+    }
+    assert_eq!(engine.in_flight(), 0);
+    outcomes.into_values().collect()
+}
+
+fn holds_the_contract<E: Engine>(make: impl Fn(&Image) -> E) {
+    every_operation(&make);
+    more_requests_than_fit(&make);
+    end_of_file(&make);
+    wakers(&make);
+}
+
+fn every_operation<E: Engine>(make: impl Fn(&Image) -> E) {
+    let stage = Stage::new();
+    let mut engine = make(&stage.image);
+    let (mut read, mut written, mut stable) = ([0; 1024], [0xaa; 1024], [0xbb; 512]);
+    let requests = vec![
+        request(Op::Read, 512, &mut read),
+        request(WRITE, 8192, &mut written),
+        request(Op::Write { stable: true }, 16384, &mut stable),
+        range(Op::Flush, 0, 0),
+        range(Op::WriteZeroes { unmap: false }, 32768, 4096),
+        range(Op::WriteZeroes { unmap: true }, 65536, 4096),
+        range(Op::Discard, 131_072, 4096),
+    ];
+    let outcomes = carry_out(&mut engine, &stage.image, requests);
+    assert!(outcomes.iter().all(|outcome| *outcome == Absorbed::Finished), "{outcomes:?}");
+    assert_eq!((read[0], read[511], read[512]), (1, 1, 2));
+    let content = stage.content();
+    assert_eq!(content.len(), LEN);
+    assert!(content[8192..9216] == written && content[16384..16896] == stable);
+    for zeroed in [32768, 65536, 131_072] {
+        assert!(content[zeroed..zeroed + 4096].iter().all(|byte| *byte == 0), "{zeroed}");
+        assert_ne!(content[zeroed + 4096], 0);
+    }
+}
+
+fn more_requests_than_fit<E: Engine>(make: impl Fn(&Image) -> E) {
+    let stage = Stage::new();
+    let mut engine = make(&stage.image);
+    let mut buffers = vec![[0u8; 512]; 2000];
+    let requests: Vec<Io> = buffers
+        .iter_mut()
+        .enumerate()
+        .map(|(n, buffer)| request(Op::Read, n as u64 * 512, buffer))
+        .collect();
+    let outcomes = carry_out(&mut engine, &stage.image, requests);
+    assert!(outcomes.iter().all(|outcome| *outcome == Absorbed::Finished));
+    assert!(buffers.iter().enumerate().all(|(n, buffer)| *buffer == [n as u8; 512]));
+}
+
+fn end_of_file<E: Engine>(make: impl Fn(&Image) -> E) {
+    let stage = Stage::new();
+    let mut engine = make(&stage.image);
+    let file = File::options().write(true).open(stage.image.path()).unwrap();
+    file.set_len(LEN as u64 / 2).unwrap();
+    let (mut beyond, mut across) = ([1; 4096], [1; 4096]);
+    let requests = vec![
+        request(Op::Read, LEN as u64 - 4096, &mut beyond),
+        request(Op::Read, LEN as u64 / 2 - 512, &mut across),
+    ];
+    let outcomes = carry_out(&mut engine, &stage.image, requests);
+    assert_eq!(outcomes, [Absorbed::Failed(libc::EIO); 2]);
+}
+
+/// Each write to an eventfd wakes, although nobody reads it; none after it was taken out.
+fn wakers<E: Engine>(make: impl Fn(&Image) -> E) {
+    let stage = Stage::new();
+    let mut engine = make(&stage.image);
+    // SAFETY: new descriptors, checked and then owned.
+    let [first, second] = [(); 2].map(|()| unsafe {
+        let fd = libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK);
+        assert!(fd >= 0);
+        File::from_raw_fd(fd)
+    });
+    engine.add_waker(first.as_raw_fd()).unwrap();
+    engine.add_waker(second.as_raw_fd()).unwrap();
+    let kick = |mut waker: &File| waker.write_all(&1u64.to_ne_bytes()).unwrap();
+    for round in 0..300 {
+        // More rounds than one multishot poll would survive, on both.
+        kick(if round % 2 == 0 { &first } else { &second });
+        engine.wait().unwrap();
+        let mut none = Vec::new();
+        engine.reap(&mut none);
+        assert!(none.is_empty());
+    }
+    engine.remove_waker(first.as_raw_fd());
+    let waited = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            kick(&first);
+            // Whatever the first one does, only the second ends the wait below for sure.
+            waited.store(true, Ordering::Release);
+            kick(&second);
+        });
+        while !waited.load(Ordering::Acquire) {
+            engine.wait().unwrap();
+            engine.reap(&mut Vec::new());
+        }
+    });
+    engine.remove_waker(second.as_raw_fd());
+}
+
+#[test]
+fn the_sync_engine_holds_the_contract() {
+    holds_the_contract(|image| SyncEngine::new(image.fd()).unwrap());
+}
+
+#[test]
+fn the_uring_engine_holds_the_contract() {
+    holds_the_contract(|image| UringEngine::new(image.fd()).unwrap());
+}
+
+#[test]
+fn a_fault_engine_that_is_off_is_transparent() {
+    holds_the_contract(|image| {
+        FaultEngine::new(SyncEngine::new(image.fd()).unwrap(), FaultSwitch::default())
+    });
+    holds_the_contract(|image| {
+        FaultEngine::new(UringEngine::new(image.fd()).unwrap(), FaultSwitch::default())
+    });
+}
+
+#[test]
+fn the_null_engine_touches_nothing() {
+    let stage = Stage::new();
+    let before = stage.content();
+    let mut engine = NullEngine::new().unwrap();
+    let (mut read, mut written) = ([7; 512], [8; 512]);
+    let requests = vec![
+        request(Op::Read, 0, &mut read),
+        request(WRITE, 0, &mut written),
+        range(Op::Flush, 0, 0),
+        range(Op::Discard, 0, 1 << 40),
+    ];
+    let outcomes = carry_out(&mut engine, &stage.image, requests);
+    assert!(outcomes.iter().all(|outcome| *outcome == Absorbed::Finished));
+    assert!(read == [7; 512] && stage.content() == before);
+    wakers(|_| NullEngine::new().unwrap());
+}
+
+#[test]
+fn a_fault_rule_strikes_as_often_as_it_says() {
+    let stage = Stage::new();
+    let switch = FaultSwitch::default();
+    let mut engine = FaultEngine::new(SyncEngine::new(stage.image.fd()).unwrap(), switch.clone());
+    let mut statuses = |op: Op, count: usize| -> Vec<bool> {
+        let mut buffer = [0; 512];
+        (0..count)
+            .map(|_| {
+                let io = match op {
+                    Op::Flush => range(op, 0, 0),
+                    _ => request(op, 0, &mut buffer),
+                };
+                carry_out(&mut engine, &stage.image, vec![io])[0] == Absorbed::Finished
+            })
+            .collect()
+    };
+    let rule = FaultRule { errno: Some(libc::ENOSPC), ..FaultRule::default() };
+    switch.set(Some(FaultRule { op: Some("write".into()), every: 3, limit: 2, ..rule.clone() }));
+    assert_eq!(statuses(Op::Read, 3), [true; 3]);
+    let expected = [true, true, false, true, true, false, true, true, true];
+    assert_eq!(statuses(WRITE, 9), expected);
+    switch.set(Some(rule.clone()));
+    assert_eq!(statuses(Op::Flush, 2), [false; 2]);
+    switch.set(None);
+    assert_eq!(statuses(Op::Flush, 2), [true; 2]);
+    let delay = Duration::from_millis(30);
+    switch.set(Some(FaultRule { delay, errno: None, limit: 1, ..rule }));
+    let start = Instant::now();
+    assert_eq!(statuses(WRITE, 2), [true; 2]);
+    assert!(start.elapsed() >= delay);
+}
