@@ -6,7 +6,7 @@ use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use semper_testbed::{Buffer, DriverRing, Layout};
 use vhost::vhost_user::message::{
@@ -465,32 +465,45 @@ impl Machine {
     /// # Panics
     /// When neither happens by the deadline.
     pub fn wait_all(&mut self, backend: &Backend) -> Waited {
+        self.wait_for_pending(0, backend)
+    }
+
+    /// Waits, by interrupts alone, until no more than `most` requests are unanswered, or the
+    /// backend has died.
+    ///
+    /// # Panics
+    /// When neither happens by the deadline.
+    pub fn wait_for_pending(&mut self, most: usize, backend: &Backend) -> Waited {
         let end = Instant::now() + DEADLINE;
         loop {
             self.reap();
-            if self.pending() == 0 {
+            if self.pending() <= most {
                 return Waited::Answered;
             }
             let left = end.saturating_duration_since(Instant::now());
             assert!(!left.is_zero(), "{} requests hang", self.pending());
-            let mut fds: Vec<_> = self.lanes.iter().map(|lane| lane.call.as_raw_fd()).collect();
-            fds.push(backend.pidfd());
-            let mut fds: Vec<_> = fds
-                .into_iter()
-                .map(|fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 })
-                .collect();
-            // SAFETY: the kernel reads and writes exactly these entries.
-            unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as u64, left.as_millis() as i32) };
-            for (lane, fd) in self.lanes.iter().zip(&fds) {
-                if fd.revents != 0 {
-                    lane.call.read().unwrap();
-                }
-            }
-            if fds.last().is_some_and(|fd| fd.revents != 0) {
+            if self.sleep(backend, left) {
                 self.reap();
-                return if self.pending() == 0 { Waited::Answered } else { Waited::BackendDied };
+                return if self.pending() <= most { Waited::Answered } else { Waited::BackendDied };
             }
         }
+    }
+
+    /// Sleeps until an interrupt or the end of the backend; true if it has ended.
+    fn sleep(&self, backend: &Backend, time: Duration) -> bool {
+        let calls = self.lanes.iter().map(|lane| lane.call.as_raw_fd());
+        let mut fds: Vec<_> = calls
+            .chain([backend.pidfd()])
+            .map(|fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 })
+            .collect();
+        // SAFETY: the kernel reads and writes exactly these entries.
+        unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as u64, time.as_millis() as i32) };
+        for (lane, fd) in self.lanes.iter().zip(&fds) {
+            if fd.revents != 0 {
+                lane.call.read().unwrap();
+            }
+        }
+        fds.last().is_some_and(|fd| fd.revents != 0)
     }
 
     /// Submits one request and waits for its answer.
@@ -503,6 +516,11 @@ impl Machine {
     /// The answer to a request that was answered.
     pub fn answer(&mut self, ticket: Ticket) -> Answer {
         self.answers.remove(&ticket).unwrap_or_else(|| panic!("{ticket:?} is not answered"))
+    }
+
+    /// Requests of one queue that are not answered yet.
+    pub fn pending_on(&self, queue: usize) -> usize {
+        self.lanes[queue].pending.len()
     }
 
     /// Whether a request was answered.

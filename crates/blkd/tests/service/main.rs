@@ -14,3 +14,4 @@ mod ownership;
 mod program;
 mod recovery;
 mod requests;
+mod sudden_death;
