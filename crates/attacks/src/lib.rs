@@ -14,6 +14,7 @@
 
 mod bytes;
 mod control;
+mod erratic;
 mod ground;
 mod messages;
 mod region;

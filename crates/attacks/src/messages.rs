@@ -7,10 +7,12 @@ use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::net::UnixStream;
 
 use semper_blkd::hostile::{Server, Target};
+use semper_block::NullEngine;
 use semper_testbed::Layout;
 use tempfile::NamedTempFile;
 
 use crate::bytes::Bytes;
+use crate::erratic::Erratic;
 use crate::ground::{Ground, QUEUE_SPACE, R0, USER_OFFSET, guest_step, specs};
 
 const HEADER_VERSION: u32 = 1;
@@ -48,7 +50,7 @@ struct Stage {
     ground: Ground,
     inflight: File,
     eventfd: File,
-    server: Server,
+    servers: [Server; 2],
     _image: NamedTempFile,
 }
 
@@ -58,7 +60,8 @@ impl Stage {
     fn new() -> Self {
         let image = NamedTempFile::new().expect("a file for the image");
         image.as_file().set_len(1 << 20).expect("room for the image");
-        let server = Target::new(image.path(), false, QUEUES).device(2);
+        let target = Target::new(image.path(), false, QUEUES);
+        let servers = [target.device(2, NullEngine::new), target.device(1, Erratic::new)];
         // SAFETY: two new descriptors, checked and then owned.
         let [inflight, eventfd] = unsafe {
             [
@@ -71,7 +74,7 @@ impl Stage {
             })
         };
         inflight.set_len(64 << 10).expect("room for the region");
-        Self { ground: Ground::new(), inflight, eventfd, server, _image: image }
+        Self { ground: Ground::new(), inflight, eventfd, servers, _image: image }
     }
 }
 
@@ -100,7 +103,7 @@ fn attack(stage: &Stage, bytes: &mut Bytes<'_>) {
         talk.message(bytes);
     }
     ours.shutdown(std::net::Shutdown::Write).expect("an end of the talk");
-    stage.server.serve(theirs);
+    stage.servers[usize::from(flags >> 7)].serve(theirs);
 }
 
 struct Talk<'a> {

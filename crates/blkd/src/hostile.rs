@@ -2,11 +2,12 @@
 //!
 //! Nothing of the program goes through here, and nothing here is an interface for anybody else.
 
+use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use semper_block::{FaultSwitch, Image, NullEngine, Op, OpenOptions};
+use semper_block::{Engine, FaultSwitch, Image, Op, OpenOptions};
 use semper_inflight::{NoHook, TrackedQueue};
 use semper_ring::ChainError;
 use vhost::vhost_user::BackendReqHandler;
@@ -18,7 +19,7 @@ use crate::request::{ID_SIZE, Parsed, Rules, Slot, parse};
 use crate::state::Shared;
 use crate::worker::Worker;
 
-/// A disk for as many attacks as you like; the null engine never touches the image's data.
+/// A disk for as many attacks as you like.
 pub struct Target {
     disk: Arc<Disk>,
 }
@@ -85,13 +86,17 @@ impl Target {
         })
     }
 
-    /// A device with real threads and the null engine, ready for front ends.
+    /// A device with real threads and the engines that `make` gives, ready for front ends.
     ///
     /// # Panics
     /// When the system has no thread or descriptor left.
-    pub fn device(&self, threads: usize) -> Server {
+    pub fn device<E: Engine + 'static>(
+        &self,
+        threads: usize,
+        make: fn() -> io::Result<E>,
+    ) -> Server {
         let workers = (0..threads)
-            .map(|i| Worker::spawn(format!("w{i}"), Arc::clone(&self.disk), NullEngine::new))
+            .map(|i| Worker::spawn(format!("w{i}"), Arc::clone(&self.disk), make))
             .collect::<Result<_, _>>()
             .expect("the target's threads");
         Server { device: Arc::new(Mutex::new(Device::new(Arc::clone(&self.disk), workers, true))) }
