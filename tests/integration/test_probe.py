@@ -204,9 +204,9 @@ async def test_a_device_reset_keeps_the_ledger(tmp_path: Path) -> None:
             assert await guest.client.bind("vda") == "vda"
             await guest.client.write_start("vda", span_bytes=SPAN, resume=True)
         await guest.wait_written(4000)
+        await guest.client.wait_stats(lambda stats: stats.verified > 1000)
         stats = await guest.client.write_stop()
         assert stats.is_clean
-        assert stats.verified > 1000
 
 
 async def test_a_device_that_goes_away_under_load_is_taken_up_again(tmp_path: Path) -> None:
@@ -230,7 +230,9 @@ async def test_errors_of_the_disk_are_reported_and_leave_both_states_open(tmp_pa
         '[inject-error]\nevent = "none"\niotype = "write"\nerrno = "5"\nsector = "80"\n'
     )
     drive = f"file=blkdebug:{rules}:{{disk}},if=none,id=disk,format=raw,werror=report"
-    async with boot(tmp_path, "-drive", drive, *VIRTIO_BLK) as guest:
+    # QEMU would make one request of two neighbours, and the innocent one would fail as well.
+    device = (VIRTIO_BLK[0], f"{VIRTIO_BLK[1]},request-merging=off")
+    async with boot(tmp_path, "-drive", drive, *device) as guest:
         await guest.client.write_start("vda", span_bytes=SPAN, mode="write")
         await guest.wait_written(4 * SPAN // BLOCK)
         stats = await guest.client.write_stop()
