@@ -198,3 +198,43 @@ pub(crate) fn guest_step(ground: &Ground, ring: &DriverRing, bytes: &mut Bytes<'
         }
     }
 }
+
+/// A request as drivers make them, for a disk of `disk_len` bytes, with numbers out of the input:
+/// header, data and status.
+pub(crate) fn sensible_request(
+    ground: &Ground,
+    ring: &DriverRing,
+    bytes: &mut Bytes<'_>,
+    disk_len: u64,
+) {
+    const KINDS: [u32; 8] = [0, 1, 4, 8, 11, 13, 2, 77];
+    let size = ring.layout().size;
+    let kind = KINDS[usize::from(bytes.u8() % 8)];
+    let sector = match bytes.u8() % 4 {
+        0 => bytes.u64(),
+        1 => u64::MAX / 512 - u64::from(bytes.u8()),
+        _ => u64::from(bytes.u16()) % (disk_len / 512 + 4),
+    };
+    let mut header = [0; 16];
+    header[..4].copy_from_slice(&kind.to_le_bytes());
+    header[8..].copy_from_slice(&sector.to_le_bytes());
+    let head = u16::from(bytes.u8()) % size;
+    // A header and a status for each head, and data that all share.
+    let header_at = QUEUE_SPACE + 32 * u64::from(head);
+    let (status_at, data_at) = (header_at + 16, QUEUE_SPACE + 32 * u64::from(MAX_SIZE));
+    ground.poke(header_at, &header);
+    ground.poke(data_at, bytes.take(16));
+    let len = match kind {
+        11 | 13 => 16,
+        _ => 512 * (u32::from(bytes.u8()) % 40) + u32::from(bytes.u8() % 32 == 1),
+    };
+    let second = (head + 1) % size;
+    let third = (head + 2) % size;
+    let writable = if kind == 0 || kind == 8 { 2 } else { 0 };
+    ring.write_descriptor(head, R0 + header_at, 16, 1, second);
+    ring.write_descriptor(second, R0 + data_at, len, 1 | writable, third);
+    ring.write_descriptor(third, R0 + status_at, 1, 2, 0);
+    let idx = ring.avail_idx();
+    ring.write_avail(idx, head);
+    ring.set_avail_idx(idx.wrapping_add(1));
+}

@@ -4,21 +4,27 @@ use std::cell::OnceCell;
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 
 use semper_blkd::hostile::{Server, Target};
 use semper_block::NullEngine;
+use semper_inflight::format::{
+    ENTRY_COUNTER, ENTRY_INFLIGHT, ENTRY_SIZE, HEADER_SIZE, OFFSET_DESC_NUM, OFFSET_USED_IDX,
+    OFFSET_VERSION, VERSION, queue_stride,
+};
 use semper_testbed::Layout;
 use tempfile::NamedTempFile;
 
 use crate::bytes::Bytes;
 use crate::erratic::Erratic;
-use crate::ground::{Ground, QUEUE_SPACE, R0, USER_OFFSET, guest_step, specs};
+use crate::ground::{Ground, QUEUE_SPACE, R0, USER_OFFSET, guest_step, sensible_request, specs};
 
 const HEADER_VERSION: u32 = 1;
 const NEED_REPLY: u32 = 8;
 const QUEUES: u16 = 4;
 const MAX_MESSAGES: usize = 64;
+const IMAGE_LEN: u64 = 1 << 20;
 
 // vhost-user's numbers of requests.
 const GET_FEATURES: u32 = 1;
@@ -59,7 +65,7 @@ thread_local!(static STAGE: OnceCell<Stage> = const { OnceCell::new() });
 impl Stage {
     fn new() -> Self {
         let image = NamedTempFile::new().expect("a file for the image");
-        image.as_file().set_len(1 << 20).expect("room for the image");
+        image.as_file().set_len(IMAGE_LEN).expect("room for the image");
         let target = Target::new(image.path(), false, QUEUES);
         let servers = [target.device(2, NullEngine::new), target.device(1, Erratic::new)];
         // SAFETY: two new descriptors, checked and then owned.
@@ -128,10 +134,7 @@ impl Talk<'_> {
 
     /// What every front end says first; the guest has filled its rings before.
     fn usual_beginning(&mut self, bytes: &mut Bytes<'_>) {
-        let ring = self.stage.ground.ring(self.size);
-        for _ in 0..bytes.u8() % 32 {
-            guest_step(&self.stage.ground, &ring, bytes);
-        }
+        self.guest(bytes);
         self.send(GET_FEATURES, &[], &[]);
         self.send(GET_PROTOCOL_FEATURES, &[], &[]);
         self.send(SET_PROTOCOL_FEATURES, &u64::MAX.to_le_bytes(), &[]);
@@ -146,6 +149,18 @@ impl Talk<'_> {
         self.send(SET_MEM_TABLE, &table, &[fd, fd, fd]);
     }
 
+    /// The guest makes requests, and some mischief.
+    fn guest(&mut self, bytes: &mut Bytes<'_>) {
+        let ground = &self.stage.ground;
+        let ring = ground.ring(self.size);
+        for _ in 0..bytes.u8() % 32 {
+            match bytes.u8() % 4 {
+                0 => guest_step(ground, &ring, bytes),
+                _ => sensible_request(ground, &ring, bytes, IMAGE_LEN),
+            }
+        }
+    }
+
     fn start_queue(&mut self, index: u32) {
         let eventfd = self.stage.eventfd.as_raw_fd();
         self.send(SET_VRING_NUM, &pair(index, u32::from(self.size)), &[]);
@@ -158,9 +173,26 @@ impl Talk<'_> {
     }
 
     fn set_inflight(&mut self, bytes: &mut Bytes<'_>) {
-        let region = bytes.take(256);
-        std::os::unix::fs::FileExt::write_all_at(&self.stage.inflight, region, 0)
-            .expect("room for the region");
+        let stride = queue_stride(self.size);
+        let mut region = vec![0; stride * usize::from(QUEUES)];
+        for part in region.chunks_mut(stride) {
+            let kind = bytes.u8();
+            if kind % 8 == 0 {
+                // Fresh, or whatever it is.
+                let raw = bytes.take(usize::from(kind / 8));
+                part[..raw.len()].copy_from_slice(raw);
+                continue;
+            }
+            // As a backend leaves it, with these requests in flight.
+            part[OFFSET_VERSION..][..2].copy_from_slice(&VERSION.to_le_bytes());
+            part[OFFSET_DESC_NUM..][..2].copy_from_slice(&self.size.to_le_bytes());
+            part[OFFSET_USED_IDX] = kind / 8 % 4;
+            for entry in part[HEADER_SIZE..].chunks_exact_mut(ENTRY_SIZE) {
+                entry[ENTRY_INFLIGHT] = bytes.u8() & 1;
+                entry[ENTRY_COUNTER] = bytes.u8();
+            }
+        }
+        self.stage.inflight.write_all_at(&region, 0).expect("room for the region");
         let mut body = [0; 24];
         body[..8].copy_from_slice(&(64u64 << 10).to_le_bytes());
         body[16..18].copy_from_slice(&QUEUES.to_le_bytes());
@@ -223,10 +255,7 @@ impl Talk<'_> {
             }
             24 => self.start_queue(index),
             25 => {
-                let ring = self.stage.ground.ring(self.size);
-                for _ in 0..bytes.u8() % 16 {
-                    guest_step(&self.stage.ground, &ring, bytes);
-                }
+                self.guest(bytes);
                 // A kick; a full counter is as good.
                 let _ = (&self.stage.eventfd).write(&1u64.to_ne_bytes());
             }
