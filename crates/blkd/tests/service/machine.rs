@@ -130,6 +130,8 @@ pub struct Machine {
     pub pieces: usize,
     /// What SET_VRING_BASE gives instead of the used index.
     pub base: Option<u16>,
+    /// Entries for each queue that the in-flight region is asked for; by default the queue's size.
+    pub region_entries: Option<u16>,
     /// What SET_VRING_ADDR gives as the descriptor table instead of its address.
     pub ring_addr: Option<u64>,
 }
@@ -184,6 +186,7 @@ impl Machine {
             track: true,
             pieces: 1,
             base: None,
+            region_entries: None,
             ring_addr: None,
         }
     }
@@ -249,7 +252,8 @@ impl Machine {
         session.set_features(offered & self.features)?;
         if wanted.contains(VhostUserProtocolFeatures::INFLIGHT_SHMFD) {
             if self.inflight.is_none() {
-                let asked = VhostUserInflight::new(0, 0, self.lanes.len() as u16, self.queue_size);
+                let entries = self.region_entries.unwrap_or(self.queue_size);
+                let asked = VhostUserInflight::new(0, 0, self.lanes.len() as u16, entries);
                 self.inflight = Some(session.get_inflight_fd(&asked)?);
             }
             let (shape, file) = self.inflight.as_ref().expect("just made");

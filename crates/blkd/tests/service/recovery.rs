@@ -242,3 +242,38 @@ fn a_kick_descriptor_may_be_replaced_under_way() {
         assert_eq!(machine.ask(&backend, &Ask::read(0, 512)).data, [4; 512]);
     }
 }
+
+/// The region is made for the largest queue that the guest may have; firmware and drivers may
+/// choose a smaller one.
+#[test]
+fn queues_of_all_sizes_are_recovered_also_from_a_region_for_larger_ones() {
+    for (size, entries) in [(1, 1), (2, 2), (1, 256), (64, 1024), (8, 65535)] {
+        let site = Site::new(1 << 20);
+        let mut machine = Machine::new(2, size);
+        machine.region_entries = Some(entries);
+        for round in 0..3u8 {
+            let mut backend = site.start(&["--num-queues=2"]);
+            machine.connect(&site.socket()).unwrap();
+            assert_eq!(machine.wait_all(&backend), Waited::Answered);
+            backend.fault(json!({"op": "write", "delay_ms": 10_000, "every": 3}));
+            let count = usize::from(size).min(6);
+            for queue in 0..2 {
+                (0..count).for_each(|n| {
+                    let sector = (n + 8 * queue) as u64;
+                    machine.submit(queue, &Ask::write(sector, [round + 1; 512]));
+                });
+            }
+            backend.kill();
+            machine.disconnect();
+        }
+        let backend = site.start(&["--num-queues=2"]);
+        machine.connect(&site.socket()).unwrap();
+        assert_eq!(machine.wait_all(&backend), Waited::Answered);
+        assert_eq!(machine.ask(&backend, &Ask::read(8, 512)).data, [3; 512]);
+    }
+    let site = Site::new(1 << 20);
+    let _backend = site.start(&[]);
+    let mut machine = Machine::new(1, 64);
+    machine.region_entries = Some(63);
+    assert!(machine.connect(&site.socket()).is_err(), "a region that is too small was accepted");
+}
