@@ -271,9 +271,4 @@ fn queues_of_all_sizes_are_recovered_also_from_a_region_for_larger_ones() {
         assert_eq!(machine.wait_all(&backend), Waited::Answered);
         assert_eq!(machine.ask(&backend, &Ask::read(8, 512)).data, [3; 512]);
     }
-    let site = Site::new(1 << 20);
-    let _backend = site.start(&[]);
-    let mut machine = Machine::new(1, 64);
-    machine.region_entries = Some(63);
-    assert!(machine.connect(&site.socket()).is_err(), "a region that is too small was accepted");
 }
