@@ -114,6 +114,9 @@ impl Overlaps {
 
 #[cfg(test)]
 mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
     use super::*;
 
     const WRITE: Op = Op::Write { stable: false };
@@ -156,5 +159,47 @@ mod tests {
         entered.iter().rev().for_each(|&offset| overlaps.leave(WRITE, offset, 16384));
         assert!(overlaps.table.iter().all(|u| u.readers == 0 && u.writers == 0));
         assert_eq!(overlaps.in_flight, 0);
+    }
+
+    /// What may not be in flight together, by comparing every pair of ranges.
+    fn conflict((a, b): ((Op, u64, u64), (Op, u64, u64))) -> bool {
+        let writes = access(a.0) == Access::Write || access(b.0) == Access::Write;
+        let touches = access(a.0) != Access::None && access(b.0) != Access::None;
+        writes && touches && a.1 < b.1 + b.2 && b.1 < a.1 + a.2
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig {
+            cases: 2000, failure_persistence: None, ..ProptestConfig::default()
+        })]
+
+        #[test]
+        fn no_two_that_overlap_are_ever_let_in(
+            steps in vec((0..5u8, 0..64u64, 1..40u64, any::<bool>(), any::<usize>()), 1..100),
+            wide in any::<bool>(),
+        ) {
+            let mut overlaps = Overlaps::new();
+            let mut inside: Vec<(Op, u64, u64)> = Vec::new();
+            for (kind, offset, len, leaves, which) in steps {
+                if leaves && !inside.is_empty() {
+                    let (op, offset, len) = inside.swap_remove(which % inside.len());
+                    overlaps.leave(op, offset, len);
+                    continue;
+                }
+                let op = [Op::Read, WRITE, Op::Flush, Op::Discard, Op::Read][usize::from(kind)];
+                let unit = if wide && kind == 3 { 1 << 20 } else { 512 };
+                let new = (op, offset * unit, if op == Op::Flush { 0 } else { len * unit });
+                let entered = overlaps.try_enter(new.0, new.1, new.2);
+                let free = inside.iter().all(|old| access(old.0) == Access::None);
+                prop_assert!(entered || !free, "{new:?} waits for nothing");
+                if entered {
+                    prop_assert!(!inside.iter().any(|old| conflict((*old, new))), "{new:?} passed");
+                    inside.push(new);
+                }
+            }
+            inside.drain(..).for_each(|(op, offset, len)| overlaps.leave(op, offset, len));
+            prop_assert!(overlaps.table.iter().all(|u| u.readers == 0 && u.writers == 0));
+            prop_assert_eq!((overlaps.in_flight, overlaps.wide), (0, 0));
+        }
     }
 }
