@@ -20,7 +20,7 @@ use crate::backend::{Backend, DEADLINE};
 
 const GUEST_ADDR: u64 = 0x4000_0000;
 const USER_ADDR: u64 = 0x7000_0000_0000;
-const QUEUE_SPACE: usize = 2 << 20;
+const QUEUE_SPACE: usize = 8 << 20;
 const CHUNK_SPACE: usize = 16 << 10;
 const FIRST_CHUNK: usize = 64 << 10;
 const TABLE_ENTRIES: usize = 32;
