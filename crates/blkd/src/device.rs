@@ -31,6 +31,8 @@ use crate::queue::{Disk, QueueSetup};
 use crate::state::Phase;
 use crate::worker::{Order, Worker};
 
+/// Entries that each queue's part of the in-flight region has at least: QEMU's VIRTQUEUE_MAX_SIZE.
+const LARGEST_USUAL_RING: u16 = 1024;
 /// Regions that a memory table may have.
 const MAX_MEM_SLOTS: u64 = 32;
 
@@ -198,7 +200,11 @@ impl Device {
         if queues == 0 || queues > self.vrings.len() || asked.queue_size == 0 {
             return Err(Error::InvalidParam);
         }
-        Ok(Shape { num_queues: asked.num_queues, queue_size: asked.queue_size })
+        // Not what was asked for: some QEMU (10.0.13) ask with the `queue-size` property and then
+        // let the driver choose rings of up to 1024 entries. Both ends of the region's life are
+        // ours, so the same rule gives the same layout to the next process.
+        let queue_size = asked.queue_size.max(LARGEST_USUAL_RING);
+        Ok(Shape { num_queues: asked.num_queues, queue_size })
     }
 }
 
@@ -391,7 +397,7 @@ impl VhostUserBackendReqHandlerMut for Device {
         let shape = self.inflight_shape(asked)?;
         let file = inflight_map::create(shape).map_err(Error::ReqHandlerError)?;
         let size = shape.size() as u64;
-        let reply = VhostUserInflight::new(size, 0, shape.num_queues, shape.queue_size);
+        let reply = VhostUserInflight::new(size, 0, asked.num_queues, asked.queue_size);
         Ok((reply, file))
     }
 

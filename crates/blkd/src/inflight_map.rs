@@ -8,7 +8,7 @@ use std::sync::Arc;
 use semper_inflight::format::{DEVICE_RECORD_SIZE, queue_stride, region_size};
 use semper_inflight::{DeviceRecord, QueueRegion};
 
-/// Queues and sizes that a front end asked for.
+/// Queues of a region, and the entries that each has in it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Shape {
     pub num_queues: u16,
