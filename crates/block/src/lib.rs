@@ -1,14 +1,20 @@
 //! Disk images: opening, locking, and the engines that do their I/O.
 //!
-//! [`Engine`] is the one interface; [`SyncEngine`], [`UringEngine`] and [`NullEngine`] are behind
-//! it, and [`FaultEngine`] decorates any of them with errors and delays. An engine belongs to one
-//! thread. Front ends (vhost-user today) depend on the trait and never on a concrete engine.
+//! [`Engine`] is the one interface; [`SyncEngine`], [`NowaitEngine`], [`UringEngine`],
+//! `MappedEngine` (x86-64) and [`NullEngine`] are behind it, and [`FaultEngine`] decorates any of
+//! them with errors and delays. An engine belongs to one thread. Front ends (vhost-user today)
+//! depend on the trait and never on a concrete engine.
 
+#[cfg(target_arch = "x86_64")]
+mod copy;
 mod engine;
 mod fault;
 mod image;
 mod io;
 mod lock;
+#[cfg(target_arch = "x86_64")]
+mod mapped;
+mod nowait;
 mod null;
 mod sleeper;
 mod sync;
@@ -19,6 +25,9 @@ pub use fault::{FaultEngine, FaultRule, FaultSwitch};
 pub use image::{Image, ImageError, OpenOptions};
 pub use io::{Absorbed, Io, Op};
 pub use lock::{Holder, LockError};
+#[cfg(target_arch = "x86_64")]
+pub use mapped::{MappedEngine, Mapping};
+pub use nowait::NowaitEngine;
 pub use null::NullEngine;
 pub use sync::SyncEngine;
 pub use uring::UringEngine;

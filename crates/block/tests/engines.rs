@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use semper_block::{
-    Absorbed, Engine, FaultEngine, FaultRule, FaultSwitch, Image, Io, NullEngine, Op, OpenOptions,
-    Submission, SyncEngine, UringEngine,
+    Absorbed, Engine, FaultEngine, FaultRule, FaultSwitch, Image, Io, NowaitEngine, NullEngine, Op,
+    OpenOptions, Submission, SyncEngine, UringEngine,
 };
 
 const LEN: usize = 1 << 20;
@@ -22,7 +22,10 @@ struct Stage {
 
 impl Stage {
     fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
+        Self::within(tempfile::tempdir().unwrap())
+    }
+
+    fn within(dir: tempfile::TempDir) -> Self {
         let path = dir.path().join("disk.raw");
         std::fs::write(&path, (0..LEN).map(|i| (i / 512) as u8).collect::<Vec<_>>()).unwrap();
         let image = Image::open(&path, OpenOptions::default()).unwrap();
@@ -81,14 +84,21 @@ fn carry_out<E: Engine>(engine: &mut E, image: &Image, mut requests: Vec<Io>) ->
 }
 
 fn holds_the_contract<E: Engine>(make: impl Fn(&Image) -> E) {
-    every_operation(&make);
-    more_requests_than_fit(&make);
-    end_of_file(&make);
+    for stage in [Stage::new, on_tmpfs] {
+        every_operation(stage(), &make);
+        more_requests_than_fit(stage(), &make);
+        end_of_file(stage(), &make);
+    }
     wakers(&make);
 }
 
-fn every_operation<E: Engine>(make: impl Fn(&Image) -> E) {
-    let stage = Stage::new();
+fn on_tmpfs() -> Stage {
+    let stage = Stage::within(tempfile::tempdir_in("/dev/shm").unwrap());
+    assert!(stage.image.on_tmpfs());
+    stage
+}
+
+fn every_operation<E: Engine>(stage: Stage, make: impl Fn(&Image) -> E) {
     let mut engine = make(&stage.image);
     let (mut read, mut written, mut stable) = ([0; 1024], [0xaa; 1024], [0xbb; 512]);
     let requests = vec![
@@ -112,8 +122,7 @@ fn every_operation<E: Engine>(make: impl Fn(&Image) -> E) {
     }
 }
 
-fn more_requests_than_fit<E: Engine>(make: impl Fn(&Image) -> E) {
-    let stage = Stage::new();
+fn more_requests_than_fit<E: Engine>(stage: Stage, make: impl Fn(&Image) -> E) {
     let mut engine = make(&stage.image);
     let mut buffers = vec![[0u8; 512]; 2000];
     let requests: Vec<Io> = buffers
@@ -126,8 +135,7 @@ fn more_requests_than_fit<E: Engine>(make: impl Fn(&Image) -> E) {
     assert!(buffers.iter().enumerate().all(|(n, buffer)| *buffer == [n as u8; 512]));
 }
 
-fn end_of_file<E: Engine>(make: impl Fn(&Image) -> E) {
-    let stage = Stage::new();
+fn end_of_file<E: Engine>(stage: Stage, make: impl Fn(&Image) -> E) {
     let mut engine = make(&stage.image);
     let file = File::options().write(true).open(stage.image.path()).unwrap();
     file.set_len(LEN as u64 / 2).unwrap();
@@ -186,6 +194,109 @@ fn the_sync_engine_holds_the_contract() {
 #[test]
 fn the_uring_engine_holds_the_contract() {
     holds_the_contract(|image| UringEngine::new(image.fd()).unwrap());
+}
+
+#[test]
+fn the_nowait_engine_holds_the_contract() {
+    holds_the_contract(|image| NowaitEngine::new(image.fd()).unwrap());
+}
+
+/// What is not in the page cache is read beside what is, and overtaken by it.
+#[test]
+fn the_nowait_engine_does_not_wait_for_the_medium() {
+    let stage = Stage::within(tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap());
+    assert!(!stage.image.on_tmpfs(), "this test needs a directory on a disk");
+    stage.image.file().sync_all().unwrap();
+    // SAFETY: no memory is passed.
+    let dropped = unsafe { libc::posix_fadvise(stage.image.fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
+    assert_eq!(dropped, 0);
+    let mut engine = NowaitEngine::new(stage.image.fd()).unwrap();
+    let (mut missing, mut written) = ([0; 4096], [5; 4096]);
+    let far = request(Op::Read, 512 << 10, &mut missing);
+    // SAFETY: requests and buffers stay where they are until everything was reaped; so below.
+    let miss = unsafe { engine.submit(0, &far) };
+    assert_eq!(miss, Submission::Queued, "a read that has to wait was done in the queue's thread");
+    let write = request(WRITE, 0, &mut written);
+    // SAFETY: see above.
+    assert_eq!(unsafe { engine.submit(1, &write) }, Submission::Done(4096));
+    let mut done = Vec::new();
+    while done.is_empty() {
+        engine.flush().unwrap();
+        engine.reap(&mut done);
+    }
+    assert_eq!(done, [(0, 4096)]);
+    let hit = request(Op::Read, 512 << 10, &mut missing);
+    // SAFETY: see above.
+    assert_eq!(unsafe { engine.submit(2, &hit) }, Submission::Done(4096));
+    assert_eq!(missing[0], (1024 % 256) as u8);
+}
+
+#[cfg(target_arch = "x86_64")]
+mod mapped {
+    use std::os::unix::fs::MetadataExt;
+
+    use semper_block::{MappedEngine, Mapping};
+
+    use super::*;
+
+    fn mapped(image: &Image) -> MappedEngine {
+        MappedEngine::new(Mapping::new(image).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn the_mapped_engine_holds_the_contract() {
+        holds_the_contract(mapped);
+    }
+
+    /// Reading a sparse image must not fill the memory of the host.
+    #[test]
+    fn holes_on_tmpfs_stay_holes() {
+        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        let path = dir.path().join("sparse.raw");
+        let file = File::create(&path).unwrap();
+        file.set_len(64 << 20).unwrap();
+        let image = Image::open(&path, OpenOptions::default()).unwrap();
+        let mut engine = mapped(&image);
+        let allocated = || file.metadata().unwrap().blocks() * 512;
+        let mut buffer = vec![1u8; 1 << 20];
+        let mut read = |engine: &mut MappedEngine, offset: u64| {
+            let io = request(Op::Read, offset, &mut buffer);
+            carry_out(engine, &image, vec![io]);
+            assert!(buffer.iter().all(|byte| *byte == 0) || offset == 8 << 20);
+            buffer[0]
+        };
+        (0..64).for_each(|n| assert_eq!(read(&mut engine, n << 20), 0));
+        assert_eq!(allocated(), 0);
+        let mut data = [7; 4096];
+        carry_out(&mut engine, &image, vec![request(WRITE, 8 << 20, &mut data)]);
+        assert_eq!((read(&mut engine, 8 << 20), allocated()), (7, 4096));
+        carry_out(&mut engine, &image, vec![range(Op::Discard, 0, 64 << 20)]);
+        (0..64).for_each(|n| assert_eq!(read(&mut engine, n << 20), 0));
+        assert_eq!(allocated(), 0);
+        // What another process has written meanwhile is found by an engine that starts now.
+        std::os::unix::fs::FileExt::write_all_at(&file, &[9; 4096], 8 << 20).unwrap();
+        let mut next = mapped(&image);
+        assert_eq!(read(&mut next, 8 << 20), 9);
+    }
+
+    /// The last page may end beyond the file, which must neither grow nor lose bytes.
+    #[test]
+    fn an_image_of_no_whole_pages_keeps_its_size() {
+        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        for len in [512u64, 4096 + 512, 8192 + 1536] {
+            let path = dir.path().join(len.to_string());
+            std::fs::write(&path, vec![3u8; len as usize]).unwrap();
+            let image = Image::open(&path, OpenOptions::default()).unwrap();
+            let mut engine = mapped(&image);
+            let (mut data, mut back) = ([4; 512], vec![0; len as usize]);
+            let requests =
+                vec![request(WRITE, len - 512, &mut data), request(Op::Read, 0, &mut back)];
+            let outcomes = carry_out(&mut engine, &image, requests);
+            assert_eq!(outcomes, [Absorbed::Finished; 2]);
+            assert_eq!(std::fs::read(&path).unwrap(), back);
+            assert_eq!((back.len() as u64, back[back.len() - 1]), (len, 4));
+        }
+    }
 }
 
 #[test]

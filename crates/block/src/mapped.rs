@@ -1,0 +1,268 @@
+//! The memory-mapped engine: requests are copied to and from a mapping of the image.
+//!
+//! Where the image is in memory already, no system call is left in the path of a request. What
+//! must be got right for it:
+//!
+//! * A page that cannot be had (truncated image, full tmpfs, failing medium) must fail one request
+//!   and not the process: `copy` stops there, and the system call that is then made for the rest
+//!   names the error.
+//! * Touching a hole of a file on tmpfs allocates it. Reads go through the mapping only where the
+//!   file is known to have data; [`Stored`] keeps account.
+//! * On other file systems a write through a mapping is told of a full disk only when it is written
+//!   back, too late for the guest; there only reads are copied, and writes are system calls.
+
+use std::io;
+use std::os::fd::RawFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::copy::{copy, prepare};
+use crate::engine::{Engine, Submission};
+use crate::image::Image;
+use crate::io::{Io, Op};
+use crate::sync::SyncEngine;
+
+const PAGE_SHIFT: u32 = 12;
+/// Holes are looked for in pieces of the file of this size.
+const PIECE_SHIFT: u32 = 21;
+
+/// A mapping of an image, shared by the threads that serve it.
+pub struct Mapping {
+    base: *mut u8,
+    /// Bytes that are mapped: the whole pages of the file.
+    len: u64,
+    fd: RawFd,
+    /// Where it has data; only for tmpfs, which may also be written through the mapping.
+    stored: Option<Stored>,
+}
+
+// SAFETY: an address range; its users copy bytes that may change at any time.
+unsafe impl Send for Mapping {}
+// SAFETY: as above; `Stored` is atomic.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    /// Maps `image`, which the caller keeps open.
+    ///
+    /// # Errors
+    /// The kernel's, when it does not map the file.
+    pub fn new(image: &Image) -> io::Result<Arc<Self>> {
+        prepare()?;
+        let len = image.file_size() >> PAGE_SHIFT << PAGE_SHIFT;
+        let protection =
+            if image.read_only() { libc::PROT_READ } else { libc::PROT_READ | libc::PROT_WRITE };
+        // SAFETY: a new mapping at an address of the kernel's choice touches no memory of ours.
+        let base = unsafe {
+            let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
+            // At least a page, which is never touched in an image that has none.
+            let bytes = len.max(1 << PAGE_SHIFT) as usize;
+            libc::mmap(std::ptr::null_mut(), bytes, protection, flags, image.fd(), 0)
+        };
+        if base == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let stored = image.on_tmpfs().then(|| Stored::new(len));
+        Ok(Arc::new(Self { base: base.cast(), len, fd: image.fd(), stored }))
+    }
+
+    fn readable(&self, offset: u64, len: u64) -> bool {
+        offset.checked_add(len).is_some_and(|end| end <= self.len)
+            && self.stored.as_ref().is_none_or(|stored| stored.covers(self.fd, offset, len))
+    }
+
+    fn writable(&self, offset: u64, len: u64) -> bool {
+        self.stored.is_some() && offset.checked_add(len).is_some_and(|end| end <= self.len)
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: what mmap returned; engines that point into it hold a reference.
+        unsafe { libc::munmap(self.base.cast(), self.len.max(1 << PAGE_SHIFT) as usize) };
+    }
+}
+
+/// Which pages of a file have data. A bit that is set wrongly costs a page; one that is missing
+/// costs a system call.
+struct Stored {
+    pages: Box<[AtomicU64]>,
+    searched: Box<[AtomicU64]>,
+    len: u64,
+}
+
+fn bits(count: u64) -> Box<[AtomicU64]> {
+    // Zeros that were never touched cost nothing, so they are asked for as such.
+    let words = vec![0u64; count.div_ceil(64) as usize].into_boxed_slice();
+    // SAFETY: AtomicU64 has the layout of u64, and the box is its only owner.
+    unsafe { Box::from_raw(Box::into_raw(words) as *mut [AtomicU64]) }
+}
+
+fn is_set(bits: &[AtomicU64], n: u64) -> bool {
+    bits[(n / 64) as usize].load(Ordering::Relaxed) & (1 << (n % 64)) != 0
+}
+
+fn set(bits: &[AtomicU64], n: u64) {
+    if !is_set(bits, n) {
+        bits[(n / 64) as usize].fetch_or(1 << (n % 64), Ordering::Relaxed);
+    }
+}
+
+fn clear(bits: &[AtomicU64], n: u64) {
+    bits[(n / 64) as usize].fetch_and(!(1 << (n % 64)), Ordering::Relaxed);
+}
+
+fn pages(offset: u64, len: u64) -> std::ops::Range<u64> {
+    (offset >> PAGE_SHIFT)..((offset + len + (1 << PAGE_SHIFT) - 1) >> PAGE_SHIFT)
+}
+
+impl Stored {
+    fn new(len: u64) -> Self {
+        let pieces = (len >> PIECE_SHIFT) + 1;
+        Self { pages: bits(len >> PAGE_SHIFT), searched: bits(pieces), len }
+    }
+
+    /// Whether the whole range has data, as far as known.
+    fn covers(&self, fd: RawFd, offset: u64, len: u64) -> bool {
+        let known = || pages(offset, len).all(|page| is_set(&self.pages, page));
+        known() || (self.search(fd, offset, len) && known())
+    }
+
+    /// Looks for data in the pieces of the range that were never looked at; false if there are
+    /// none.
+    fn search(&self, fd: RawFd, offset: u64, len: u64) -> bool {
+        let mut any = false;
+        for piece in (offset >> PIECE_SHIFT)..=((offset + len - 1) >> PIECE_SHIFT) {
+            if is_set(&self.searched, piece) {
+                continue;
+            }
+            // Before the search: a page that is discarded meanwhile is searched for in vain, or
+            // costs a page.
+            set(&self.searched, piece);
+            any = true;
+            let end = ((piece + 1) << PIECE_SHIFT).min(self.len);
+            let mut at = piece << PIECE_SHIFT;
+            while let Some((from, to)) = data_between(fd, at, end) {
+                pages(from, to - from).for_each(|page| set(&self.pages, page));
+                at = to;
+            }
+        }
+        any
+    }
+
+    fn add(&self, offset: u64, len: u64) {
+        pages(offset, len).for_each(|page| set(&self.pages, page));
+    }
+
+    fn remove(&self, offset: u64, len: u64) {
+        let end = (offset.saturating_add(len)).min(self.len);
+        let range = offset.min(end)..end;
+        pages(range.start, range.end - range.start).for_each(|page| clear(&self.pages, page));
+    }
+}
+
+/// The first run of data in `[at, end)`.
+fn data_between(fd: RawFd, at: u64, end: u64) -> Option<(u64, u64)> {
+    if at >= end {
+        return None;
+    }
+    // SAFETY: no memory is passed. The file's position is used for nothing else.
+    let seek = |from: u64, whence| unsafe { libc::lseek(fd, from as libc::off_t, whence) };
+    let from = u64::try_from(seek(at, libc::SEEK_DATA)).ok().filter(|from| *from < end)?;
+    let to = u64::try_from(seek(from, libc::SEEK_HOLE)).ok()?;
+    Some((from, to.min(end))).filter(|(from, to)| from < to)
+}
+
+/// Copies where it can, and makes the system calls of [`SyncEngine`] where not.
+pub struct MappedEngine {
+    mapping: Arc<Mapping>,
+    rest: SyncEngine,
+}
+
+impl MappedEngine {
+    /// For the image that `mapping` is of.
+    ///
+    /// # Errors
+    /// The kernel's, when it has no descriptor left.
+    pub fn new(mapping: Arc<Mapping>) -> io::Result<Self> {
+        let rest = SyncEngine::new(mapping.fd)?;
+        Ok(Self { mapping, rest })
+    }
+
+    /// Copies the segments; gives the bytes moved.
+    ///
+    /// # Safety
+    /// The segments are mapped, and the range of the image is inside the mapping.
+    unsafe fn carry(&self, io: &Io) -> u64 {
+        // SAFETY: the caller checked that the range is inside.
+        let mut at = unsafe { self.mapping.base.add(io.offset as usize) };
+        let mut moved = 0;
+        for segment in io.segments() {
+            let (memory, len) = (segment.iov_base.cast::<u8>(), segment.iov_len);
+            // SAFETY: both are mapped for `len` bytes; `Mapping::new` called `prepare`.
+            let copied = unsafe {
+                match io.op {
+                    Op::Read => copy(memory, at, len),
+                    _ => copy(at, memory, len),
+                }
+            };
+            moved += copied as u64;
+            if copied < len {
+                break;
+            }
+            // SAFETY: the sum of the segments is inside.
+            at = unsafe { at.add(len) };
+        }
+        moved
+    }
+}
+
+impl Engine for MappedEngine {
+    const CONCURRENT: bool = false;
+
+    unsafe fn submit(&mut self, token: u64, io: &Io) -> Submission {
+        let mapping = &self.mapping;
+        let inside = match io.op {
+            Op::Read => mapping.readable(io.offset, io.len),
+            Op::Write { .. } => mapping.writable(io.offset, io.len),
+            Op::Discard | Op::WriteZeroes { .. } => {
+                mapping.stored.iter().for_each(|stored| stored.remove(io.offset, io.len));
+                false
+            }
+            Op::Flush => false,
+        };
+        if inside {
+            // SAFETY: the caller keeps the segments mapped; the range was just checked.
+            let moved = unsafe { self.carry(io) };
+            if moved > 0 {
+                if let (Op::Write { .. }, Some(stored)) = (io.op, &mapping.stored) {
+                    stored.add(io.offset, moved);
+                }
+                return Submission::Done(i32::try_from(moved).unwrap_or(i32::MAX));
+            }
+        }
+        // SAFETY: the caller's promise, handed on.
+        unsafe { self.rest.submit(token, io) }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn reap(&mut self, _into: &mut Vec<(u64, i32)>) {}
+
+    fn in_flight(&self) -> usize {
+        0
+    }
+
+    fn add_waker(&mut self, fd: RawFd) -> io::Result<()> {
+        self.rest.add_waker(fd)
+    }
+
+    fn remove_waker(&mut self, fd: RawFd) {
+        self.rest.remove_waker(fd);
+    }
+
+    fn wait(&mut self) -> io::Result<()> {
+        self.rest.wait()
+    }
+}
