@@ -22,14 +22,25 @@ class RecordDamaged(SempervirtError):
     """A record cannot be read; the message says why. The file was left as it is."""
 
 
-def write_record(path: Path, version: int, content: Mapping[str, Any]) -> None:
+class RecordNewer(RecordDamaged):
+    """A later release wrote the record; there is nothing wrong with it."""
+
+
+def write_record(
+    path: Path, version: int, content: Mapping[str, Any], *, durable: bool = False
+) -> None:
     """Replaces the record at `path` in one step.
 
-    Not flushed to the medium: a record describes processes, none of which survives what
-    would lose it. The rename keeps a killed writer from leaving half a file.
+    Most records describe processes, none of which survives what would lose a file that was not
+    flushed to the medium; one that has to outlive the host's boot is `durable`. The rename
+    keeps a killed writer from leaving half a file.
     """
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(json.dumps({"version": version, **content}, indent=1) + "\n")
+    with scratch.open("w") as file:
+        file.write(json.dumps({"version": version, **content}, indent=1) + "\n")
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
     scratch.replace(path)
 
 
@@ -45,7 +56,8 @@ def read_record(path: Path, version: int) -> dict[str, Any] | None:
         ) from error
     found = content.get("version") if isinstance(content, dict) else None
     if found != version:
-        raise RecordDamaged(
+        newer = isinstance(found, int) and found > version
+        raise (RecordNewer if newer else RecordDamaged)(
             f"{path} has version {found!r}, this program knows {version}",
             remedy="use the release that wrote it, or move the file away",
         )
