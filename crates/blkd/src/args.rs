@@ -7,12 +7,17 @@ use clap::{Parser, ValueEnum};
 /// What does the I/O.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum EngineKind {
-    /// io_uring with --direct, otherwise sync.
+    /// mmap on tmpfs, uring with --direct, otherwise nowait.
     Auto,
     /// One system call for each request, in the thread of the queue.
     Sync,
+    /// The same where the page cache has the data, and io_uring where it has not.
+    Nowait,
     /// io_uring: many requests in flight.
     Uring,
+    /// Copying to and from a mapping of the image; not with --direct.
+    #[cfg(target_arch = "x86_64")]
+    Mmap,
     /// No I/O at all, for measurements: writes are dropped, reads return nothing.
     Null,
 }
@@ -62,6 +67,16 @@ pub(crate) struct Args {
           value_parser = clap::value_parser!(u16).range(1..=256))]
     pub threads: u16,
 
+    /// The thread of each queue, numbered from 0: 0,0,1,1 puts four queues on two threads.
+    #[arg(long, value_name = "T,T,…", value_delimiter = ',', conflicts_with = "threads")]
+    pub thread_map: Vec<u16>,
+
+    /// Look for requests for at most so many microseconds before sleeping, where that pays; 0
+    /// never looks.
+    #[arg(long, value_name = "N", default_value_t = 20,
+          value_parser = clap::value_parser!(u16).range(0..=1000))]
+    pub poll_us: u16,
+
     /// Serial number that the guest sees, at most 20 bytes.
     #[arg(long, value_name = "S", default_value = "", hide_default_value = true)]
     pub serial: String,
@@ -90,4 +105,8 @@ pub(crate) struct Args {
     /// demonstrating just that.
     #[arg(long)]
     pub no_inflight: bool,
+
+    /// Do not record which pages of the guest hold which blocks of the disk.
+    #[arg(long)]
+    pub no_map: bool,
 }

@@ -3,20 +3,23 @@
 //! ```text
 //!   {"id":1,"cmd":"status"}              -> {"id":1,"ok":{…}}
 //!   {"id":2,"cmd":"fault","rule":{…}}    -> {"id":2,"ok":{}}      rule null switches faults off
+//!   {"id":3,"cmd":"threads","map":[0,1]} -> {"id":3,"ok":{"map":[0,1]}}   queue 1 to thread 1
 //!   anything else                        -> {"id":…,"error":{"kind":"invalid","message":"…"}}
 //! ```
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use semper_block::{FaultRule, FaultSwitch};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use crate::device::Device;
 use crate::queue::Disk;
+use crate::threads::ThreadMap;
 
 /// Longest request line, in bytes.
 const MAX_LINE: u64 = 64 << 10;
@@ -24,9 +27,9 @@ const MAX_LINE: u64 = 64 << 10;
 /// What the control socket shows and switches.
 pub(crate) struct Control {
     pub disk: Arc<Disk>,
+    pub device: Arc<Mutex<Device>>,
     pub faults: FaultSwitch,
     pub engine: &'static str,
-    pub threads: usize,
 }
 
 #[derive(Deserialize)]
@@ -36,6 +39,8 @@ struct Request {
     cmd: String,
     #[serde(default)]
     rule: Option<Rule>,
+    #[serde(default)]
+    map: Option<Vec<u16>>,
 }
 
 #[derive(Deserialize)]
@@ -108,15 +113,33 @@ impl Control {
                 }
                 Err(message) => invalid(request.id, message),
             },
+            "threads" => match self.rebind(request.map) {
+                Ok(map) => json!({"id": request.id, "ok": {"map": map.as_slice()}}),
+                Err((kind, message)) => {
+                    json!({"id": request.id, "error": {"kind": kind, "message": message}})
+                }
+            },
             other => invalid(
                 request.id,
-                format!("unknown command {other:?}; known are \"status\" and \"fault\""),
+                format!(
+                    "unknown command {other:?}; known are \"status\", \"fault\" and \"threads\""
+                ),
             ),
         }
     }
 
+    fn rebind(&self, map: Option<Vec<u16>>) -> Result<ThreadMap, (&'static str, String)> {
+        let map = map.ok_or_else(|| "no map was given; name a thread for each queue".to_owned());
+        let queues = self.disk.shared.queues.len();
+        let map = map.and_then(|map| ThreadMap::new(map, queues)).map_err(|m| ("invalid", m))?;
+        let mut device = self.device.lock().unwrap_or_else(PoisonError::into_inner);
+        device.rebind(&map).map_err(|error| ("failed", error.to_string()))?;
+        log::info!("queues moved to other threads map={:?}", map.as_slice());
+        Ok(map)
+    }
+
     fn status(&self) -> Value {
-        let Disk { image, serial, shared } = &*self.disk;
+        let Disk { image, serial, shared, poll } = &*self.disk;
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let when = |milestone: &AtomicU64| match get(milestone) {
             0 => Value::Null,
@@ -132,7 +155,7 @@ impl Control {
                     "index": index,
                     "size": get(&queue.size),
                     "enabled": queue.running.load(Ordering::Relaxed),
-                    "thread": index % self.threads,
+                    "thread": get(&queue.thread),
                     "reads": get(&queue.reads),
                     "writes": get(&queue.writes),
                     "flushes": get(&queue.flushes),
@@ -143,10 +166,13 @@ impl Control {
                     "in_flight": get(&queue.in_flight),
                     "replayed": get(&queue.replayed),
                     "kicks": get(&queue.wakeups),
+                    "polls": get(&queue.polls),
                     "calls": get(&queue.calls),
                 })
             })
             .collect();
+        let threads =
+            shared.queues.iter().map(|queue| get(&queue.thread)).max().map_or(0, |n| n + 1);
         let replayed: u64 = shared.queues.iter().map(|queue| get(&queue.replayed)).sum();
         json!({
             "version": env!("CARGO_PKG_VERSION"),
@@ -160,6 +186,8 @@ impl Control {
             "block_size": image.block_size(),
             "serial": String::from_utf8_lossy(serial).trim_end_matches('\0'),
             "num_queues": shared.queues.len(),
+            "threads": threads,
+            "poll_us": poll.as_micros(),
             "inflight": shared.tracked.load(Ordering::Relaxed),
             "write_cache": if shared.write_through.load(Ordering::Relaxed) {
                 "write-through"

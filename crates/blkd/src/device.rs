@@ -29,6 +29,7 @@ use crate::eventfd::EventFd;
 use crate::inflight_map::{self, InflightMap, Shape};
 use crate::queue::{Disk, QueueSetup};
 use crate::state::Phase;
+use crate::threads::{ThreadMap, Threads};
 use crate::worker::{Order, Worker};
 
 /// Entries that each queue's part of the in-flight region has at least: QEMU's VIRTQUEUE_MAX_SIZE.
@@ -52,7 +53,7 @@ struct Vring {
 /// The device, for one front end at a time.
 pub(crate) struct Device {
     disk: Arc<Disk>,
-    workers: Vec<Worker>,
+    threads: Threads,
     /// Whether to offer in-flight tracking; off only to show what happens without it.
     track: bool,
     features: u64,
@@ -66,11 +67,11 @@ fn failed(error: impl std::fmt::Display) -> Error {
 }
 
 impl Device {
-    pub(crate) fn new(disk: Arc<Disk>, workers: Vec<Worker>, track: bool) -> Self {
+    pub(crate) fn new(disk: Arc<Disk>, threads: Threads, track: bool) -> Self {
         let vrings = disk.shared.queues.iter().map(|_| Vring::default()).collect();
         Self {
             disk,
-            workers,
+            threads,
             track,
             features: 0,
             memory: Arc::new(GuestMemory::empty()),
@@ -107,7 +108,7 @@ impl Device {
     }
 
     fn worker(&self, index: usize) -> &Worker {
-        &self.workers[index % self.workers.len()]
+        self.threads.of(index)
     }
 
     fn ask_to_stop(&mut self, index: usize) -> Option<mpsc::Receiver<u16>> {
@@ -130,6 +131,31 @@ impl Device {
     fn stop(&mut self, index: usize) {
         let answer = self.ask_to_stop(index);
         self.await_stop(index, answer);
+    }
+
+    /// Gives the queues to other threads while they run. A queue that moves is drained in its old
+    /// thread and goes on in the new one; the others do not notice.
+    ///
+    /// # Errors
+    /// When a thread cannot be made nothing has changed; a queue that cannot go on stays stopped.
+    pub(crate) fn rebind(&mut self, map: &ThreadMap) -> Result<()> {
+        self.threads.grow(map).map_err(Error::ReqHandlerError)?;
+        let moving = self.threads.moving(map);
+        let replies: Vec<_> = moving
+            .iter()
+            .map(|&(queue, thread)| (queue, thread, self.ask_to_stop(queue)))
+            .collect();
+        let mut outcome = Ok(());
+        for (queue, thread, reply) in replies {
+            let ran = reply.is_some();
+            self.await_stop(queue, reply);
+            self.threads.assign(queue, thread);
+            if ran && let Err(error) = self.try_start(queue) {
+                outcome = Err(error);
+            }
+        }
+        self.threads.shrink();
+        outcome
     }
 
     /// Starts the queue if everything is there and it does not run yet.

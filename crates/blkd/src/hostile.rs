@@ -5,9 +5,10 @@
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Duration;
 
-use semper_block::{Engine, FaultSwitch, Image, Op, OpenOptions};
+use semper_block::{Engine, FaultSwitch, Image, NullEngine, Op, OpenOptions};
 use semper_inflight::{NoHook, TrackedQueue};
 use semper_ring::ChainError;
 use vhost::vhost_user::BackendReqHandler;
@@ -17,11 +18,14 @@ use crate::device::Device;
 use crate::queue::Disk;
 use crate::request::{ID_SIZE, Parsed, Rules, Slot, parse};
 use crate::state::Shared;
+use crate::threads::{Spawn, ThreadMap, Threads};
 use crate::worker::Worker;
 
 /// A disk for as many attacks as you like.
 pub struct Target {
     disk: Arc<Disk>,
+    /// What the control socket rebinds.
+    device: OnceLock<Arc<Mutex<Device>>>,
 }
 
 /// What a descriptor chain was taken for.
@@ -53,7 +57,9 @@ impl Target {
         let options = OpenOptions { read_only, ..OpenOptions::default() };
         let image = Image::open(path, options).expect("the target's image");
         let shared = Arc::new(Shared::new(num_queues));
-        Self { disk: Arc::new(Disk { image: Arc::new(image), serial: [b's'; ID_SIZE], shared }) }
+        let (image, poll) = (Arc::new(image), Duration::from_micros(20));
+        let disk = Disk { image, serial: [b's'; ID_SIZE], shared, poll };
+        Self { disk: Arc::new(disk), device: OnceLock::new() }
     }
 
     /// Bytes that the guest sees.
@@ -95,21 +101,30 @@ impl Target {
         threads: usize,
         make: fn() -> io::Result<E>,
     ) -> Server {
-        let workers = (0..threads)
-            .map(|i| Worker::spawn(format!("w{i}"), Arc::clone(&self.disk), make))
-            .collect::<Result<_, _>>()
-            .expect("the target's threads");
-        Server { device: Arc::new(Mutex::new(Device::new(Arc::clone(&self.disk), workers, true))) }
+        Server { device: self.serving(threads, make) }
+    }
+
+    fn serving<E: Engine + 'static>(
+        &self,
+        threads: usize,
+        make: fn() -> io::Result<E>,
+    ) -> Arc<Mutex<Device>> {
+        let disk = Arc::clone(&self.disk);
+        let spawn: Spawn = Box::new(move |name| Worker::spawn(name, Arc::clone(&disk), make));
+        let shared = Arc::clone(&self.disk.shared);
+        let map = ThreadMap::round_robin(shared.queues.len() as u16, threads as u16);
+        let threads = Threads::new(shared, map, spawn).expect("the target's threads");
+        Arc::new(Mutex::new(Device::new(Arc::clone(&self.disk), threads, true)))
     }
 
     /// Answers one line of the control socket.
+    ///
+    /// # Panics
+    /// When the system has no thread or descriptor left.
     pub fn control(&self, line: &str) -> String {
-        let control = Control {
-            disk: Arc::clone(&self.disk),
-            faults: FaultSwitch::default(),
-            engine: "null",
-            threads: 1,
-        };
+        let device = Arc::clone(self.device.get_or_init(|| self.serving(1, NullEngine::new)));
+        let disk = Arc::clone(&self.disk);
+        let control = Control { disk, device, faults: FaultSwitch::default(), engine: "null" };
         control.answer(line).to_string()
     }
 }

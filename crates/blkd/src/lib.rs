@@ -22,10 +22,12 @@ mod eventfd;
 pub mod hostile;
 mod inflight_map;
 mod overlap;
+mod poll;
 mod queue;
 mod request;
 mod serve;
 mod state;
+mod threads;
 mod worker;
 
 use std::process::ExitCode;

@@ -15,6 +15,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::rc::Rc;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, mpsc};
+use std::time::Duration;
 
 use semper_block::{Image, Io, Op, OpenOptions, Submission};
 use semper_inflight::{Hook, Point, TrackedQueue};
@@ -230,7 +231,12 @@ impl Explorer {
         image.as_file().set_len(1 << 16).unwrap();
         let opened = Image::open(image.path(), OpenOptions::default()).unwrap();
         let shared = Arc::new(Shared::new(1));
-        let disk = Arc::new(Disk { image: Arc::new(opened), serial: [0; ID_SIZE], shared });
+        let disk = Arc::new(Disk {
+            image: Arc::new(opened),
+            serial: [0; ID_SIZE],
+            shared,
+            poll: Duration::ZERO,
+        });
         let world = Rc::new(RefCell::new(World::new(&setup)));
         WORLD.set(Some(Rc::clone(&world)));
         // SAFETY: no preconditions; the result is checked and then owned.

@@ -10,7 +10,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::Sender;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use semper_block::{Absorbed, Engine, Image, Op, Submission};
 use semper_inflight::{Point, TrackedQueue};
@@ -33,6 +33,8 @@ pub(crate) struct Disk {
     pub image: Arc<Image>,
     pub serial: [u8; ID_SIZE],
     pub shared: Arc<Shared>,
+    /// How long a thread may look for requests before it sleeps.
+    pub poll: Duration,
 }
 
 /// Everything that is needed to start a queue.
@@ -60,6 +62,8 @@ pub(crate) struct Queue {
     /// A request that is parsed and waits for one that overlaps it.
     held: Option<u16>,
     outstanding: usize,
+    /// Wakes the driver while more requests are being worked at.
+    eager: bool,
     broken: bool,
     stopping: Option<Sender<u16>>,
     disk: Arc<Disk>,
@@ -87,6 +91,7 @@ impl Queue {
             replaying,
             held: None,
             outstanding: 0,
+            eager: false,
             broken: false,
             stopping: None,
             disk,
@@ -124,8 +129,21 @@ impl Queue {
         takes && self.held.is_none() && self.tracked.ring_mut().enable_kicks()
     }
 
-    /// Takes and starts requests; true if there was anything to do.
-    pub(crate) fn advance<E: Engine>(&mut self, engine: &mut E, overlaps: &mut Overlaps) -> bool {
+    /// Whether the driver has made requests available that would be taken.
+    pub(crate) fn has_work(&self) -> bool {
+        !self.broken && self.stopping.is_none() && self.tracked.ring().has_available()
+    }
+
+    /// Takes and starts requests; true if there was anything to do. `eager`: driver and device
+    /// have a processor each, so that the driver is better woken as soon as there is something
+    /// for it.
+    pub(crate) fn advance<E: Engine>(
+        &mut self,
+        engine: &mut E,
+        overlaps: &mut Overlaps,
+        eager: bool,
+    ) -> bool {
+        self.eager = eager;
         let mut busy = false;
         if let Some(head) = self.held.take() {
             if !self.enter(head, engine, overlaps) {
@@ -295,6 +313,9 @@ impl Queue {
         self.outstanding -= 1;
         if self.tracked.staged() >= BATCH {
             self.show();
+            if self.eager && self.tracked.needs_call() {
+                self.notify();
+            }
         }
     }
 

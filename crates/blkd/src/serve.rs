@@ -10,9 +10,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use semper_block::{
-    Engine, FaultEngine, FaultSwitch, Image, ImageError, LockError, NullEngine, OpenOptions,
-    SyncEngine, UringEngine,
+    Engine, FaultEngine, FaultSwitch, Image, ImageError, LockError, NowaitEngine, NullEngine,
+    OpenOptions, SyncEngine, UringEngine,
 };
+#[cfg(target_arch = "x86_64")]
+use semper_block::{MappedEngine, Mapping};
 use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
 
 use crate::args::{Args, EngineKind};
@@ -21,6 +23,7 @@ use crate::device::Device;
 use crate::queue::Disk;
 use crate::request::ID_SIZE;
 use crate::state::{Phase, Shared, mark};
+use crate::threads::{Spawn, ThreadMap, Threads};
 use crate::worker::Worker;
 
 /// Why the backend ends.
@@ -87,13 +90,14 @@ pub(crate) fn run(args: Args, shared: Shared) -> Result<(), Failure> {
         shared.set_phase(Phase::Standby);
     }
 
-    let disk = Arc::new(Disk { image: Arc::new(image), serial, shared: Arc::new(shared) });
+    let poll = Duration::from_micros(args.poll_us.into());
+    let disk = Arc::new(Disk { image: Arc::new(image), serial, shared: Arc::new(shared), poll });
     let faults = FaultSwitch::default();
-    let (workers, engine) = spawn_workers(&args, &disk, &faults)?;
-    let device = Arc::new(Mutex::new(Device::new(Arc::clone(&disk), workers, !args.no_inflight)));
+    let (threads, engine) = start_threads(&args, &disk, &faults)?;
+    let device = Arc::new(Mutex::new(Device::new(Arc::clone(&disk), threads, !args.no_inflight)));
     if let Some(listener) = control_listener {
-        let threads = usize::from(args.threads);
-        let control = Control { disk: Arc::clone(&disk), faults, engine, threads };
+        let device = Arc::clone(&device);
+        let control = Control { disk: Arc::clone(&disk), device, faults, engine };
         control::spawn(listener, control).map_err(system("start the control thread"))?;
     }
     watch_signals(&disk, &device).map_err(system("start the signal thread"))?;
@@ -178,47 +182,91 @@ fn bind(path: &Path) -> Result<UnixListener, Failure> {
     }
 }
 
-fn spawn_workers(
+fn thread_map(args: &Args) -> Result<ThreadMap, Failure> {
+    if args.thread_map.is_empty() {
+        return Ok(ThreadMap::round_robin(args.num_queues, args.threads));
+    }
+    let map = ThreadMap::new(args.thread_map.clone(), usize::from(args.num_queues));
+    map.map_err(|cause| Failure::Usage(format!("--thread-map: {cause}")))
+}
+
+/// The engines that do, best first.
+fn candidates(args: &Args, image: &Image) -> Result<Vec<EngineKind>, Failure> {
+    Ok(match args.engine {
+        // io_uring on tmpfs sends every request to a worker thread of the kernel.
+        #[cfg(target_arch = "x86_64")]
+        EngineKind::Auto if image.on_tmpfs() => vec![EngineKind::Mmap, EngineKind::Sync],
+        EngineKind::Auto if args.direct && !image.on_tmpfs() => {
+            vec![EngineKind::Uring, EngineKind::Sync]
+        }
+        EngineKind::Auto if image.on_tmpfs() => vec![EngineKind::Sync],
+        EngineKind::Auto => vec![EngineKind::Nowait, EngineKind::Sync],
+        #[cfg(target_arch = "x86_64")]
+        EngineKind::Mmap if args.direct && !image.on_tmpfs() => {
+            return Err(Failure::Usage(
+                "the engine mmap goes through the page cache, and --direct around it; leave one \
+                 of the two out"
+                    .to_owned(),
+            ));
+        }
+        chosen => vec![chosen],
+    })
+}
+
+fn start_threads(
     args: &Args,
     disk: &Arc<Disk>,
     faults: &FaultSwitch,
-) -> Result<(Vec<Worker>, &'static str), Failure> {
-    let fd = disk.image.fd();
-    match args.engine {
-        EngineKind::Null => spawn_all("null", args, disk, faults, NullEngine::new),
-        EngineKind::Sync => spawn_all("sync", args, disk, faults, move || SyncEngine::new(fd)),
-        EngineKind::Uring => spawn_all("uring", args, disk, faults, move || UringEngine::new(fd)),
-        // io_uring on tmpfs sends every request to a worker thread of the kernel.
-        EngineKind::Auto if args.direct && !disk.image.on_tmpfs() => {
-            match spawn_all("uring", args, disk, faults, move || UringEngine::new(fd)) {
-                Err(Failure::System { error, .. }) => {
-                    log::warn!(
-                        "io_uring is not to be had, using the sync engine error=\"{error}\""
-                    );
-                    spawn_all("sync", args, disk, faults, move || SyncEngine::new(fd))
-                }
-                spawned => spawned,
+) -> Result<(Threads, &'static str), Failure> {
+    let map = thread_map(args)?;
+    let mut failure = None;
+    for kind in candidates(args, &disk.image)? {
+        let shared = Arc::clone(&disk.shared);
+        let threads = spawner(kind, disk, faults)
+            .and_then(|(spawn, name)| Ok((Threads::new(shared, map.clone(), spawn)?, name)));
+        match threads {
+            Ok(threads) => return Ok(threads),
+            Err(error) => {
+                log::warn!("an I/O engine is not to be had engine={kind:?} error=\"{error}\"");
+                failure = Some(error);
             }
         }
-        EngineKind::Auto => spawn_all("sync", args, disk, faults, move || SyncEngine::new(fd)),
     }
+    let error = failure.unwrap_or_else(|| io::ErrorKind::Unsupported.into());
+    Err(Failure::System { what: "start the I/O engine", error })
 }
 
-fn spawn_all<E: Engine + 'static>(
-    name: &'static str,
-    args: &Args,
+fn spawner(
+    kind: EngineKind,
+    disk: &Arc<Disk>,
+    faults: &FaultSwitch,
+) -> io::Result<(Spawn, &'static str)> {
+    let fd = disk.image.fd();
+    Ok(match kind {
+        EngineKind::Null => (spawn_with(disk, faults, NullEngine::new), "null"),
+        EngineKind::Sync => (spawn_with(disk, faults, move || SyncEngine::new(fd)), "sync"),
+        EngineKind::Nowait => (spawn_with(disk, faults, move || NowaitEngine::new(fd)), "nowait"),
+        EngineKind::Uring => (spawn_with(disk, faults, move || UringEngine::new(fd)), "uring"),
+        #[cfg(target_arch = "x86_64")]
+        EngineKind::Mmap => {
+            let mapping = Mapping::new(&disk.image)?;
+            let make = move || MappedEngine::new(Arc::clone(&mapping));
+            (spawn_with(disk, faults, make), "mmap")
+        }
+        EngineKind::Auto => return Err(io::ErrorKind::Unsupported.into()),
+    })
+}
+
+fn spawn_with<E: Engine + 'static>(
     disk: &Arc<Disk>,
     faults: &FaultSwitch,
     make: impl Fn() -> io::Result<E> + Clone + Send + 'static,
-) -> Result<(Vec<Worker>, &'static str), Failure> {
-    let workers = (0..args.threads.min(args.num_queues)).map(|index| {
+) -> Spawn {
+    let (disk, faults) = (Arc::clone(disk), faults.clone());
+    Box::new(move |name| {
         let (make, faults) = (make.clone(), faults.clone());
-        Worker::spawn(format!("queues-{index}"), Arc::clone(disk), move || {
-            Ok(FaultEngine::new(make()?, faults))
-        })
-    });
-    let workers = workers.collect::<io::Result<_>>();
-    workers.map(|workers| (workers, name)).map_err(system("start the I/O engine"))
+        Worker::spawn(name, Arc::clone(&disk), move || Ok(FaultEngine::new(make()?, faults)))
+    })
 }
 
 fn accept_forever(

@@ -68,6 +68,8 @@ impl Phase {
 pub(crate) struct QueueCounters {
     pub size: AtomicU64,
     pub running: AtomicBool,
+    /// The thread that serves it.
+    pub thread: AtomicU64,
     pub reads: AtomicU64,
     pub writes: AtomicU64,
     pub flushes: AtomicU64,
@@ -78,6 +80,8 @@ pub(crate) struct QueueCounters {
     pub in_flight: AtomicU64,
     pub replayed: AtomicU64,
     pub wakeups: AtomicU64,
+    /// Requests that were found by looking, before the thread slept.
+    pub polls: AtomicU64,
     pub calls: AtomicU64,
 }
 

@@ -14,8 +14,12 @@ use semper_block::Engine;
 
 use crate::eventfd::EventFd;
 use crate::overlap::Overlaps;
+use crate::poll::{PREEMPTED, Poller};
 use crate::queue::{Disk, Queue, QueueSetup};
-use crate::state::{add, mark};
+use crate::state::{add, mark, now_ns};
+
+/// Looks at the rings between two readings of the clock.
+const LOOKS: u32 = 16;
 
 /// What a worker can be asked to do.
 pub(crate) enum Order {
@@ -26,6 +30,8 @@ pub(crate) enum Order {
     Stop { index: u16, reply: Sender<u16> },
     /// The driver is to be woken by this from now on.
     Call { index: u16, call: Option<EventFd> },
+    /// End the thread as soon as it has no queue any more.
+    End,
 }
 
 struct Mailbox {
@@ -89,26 +95,31 @@ struct Thread<E> {
     mailbox: Arc<Mailbox>,
     queues: Vec<Queue>,
     overlaps: Overlaps,
+    poller: Poller,
     finished: Vec<(u64, i32)>,
+    ended: bool,
     /// The last turn started requests that the engine may not have handed to the kernel.
     unflushed: bool,
 }
 
 impl<E: Engine> Thread<E> {
     fn new(engine: E, disk: Arc<Disk>, mailbox: Arc<Mailbox>) -> Self {
+        let poller = Poller::new(disk.poll);
         Self {
             engine,
             disk,
             mailbox,
             queues: Vec::new(),
             overlaps: Overlaps::new(),
+            poller,
             finished: Vec::new(),
+            ended: false,
             unflushed: false,
         }
     }
 
     fn run(mut self) {
-        loop {
+        while !self.ended || !self.queues.is_empty() {
             if let Err(error) = self.turn() {
                 // Without its engine the process can serve nothing; what is in flight is in the
                 // region, and the next process does it again.
@@ -123,8 +134,9 @@ impl<E: Engine> Thread<E> {
     fn turn(&mut self) -> io::Result<()> {
         self.obey()?;
         let mut busy = false;
+        let eager = self.poller.pays();
         for queue in &mut self.queues {
-            busy |= queue.advance(&mut self.engine, &mut self.overlaps);
+            busy |= queue.advance(&mut self.engine, &mut self.overlaps, eager);
         }
         // Requests wait for one more turn: if it finds no others, going to sleep hands them to the
         // kernel by the same system call.
@@ -134,7 +146,7 @@ impl<E: Engine> Thread<E> {
         self.unflushed = busy;
         busy |= self.collect();
         self.publish();
-        if busy {
+        if busy || self.look() {
             return Ok(());
         }
         // Every queue must be asked, even if the first has work: each then has kicks enabled.
@@ -147,6 +159,44 @@ impl<E: Engine> Thread<E> {
             add(&queue.counters().wakeups, 1);
         }
         Ok(())
+    }
+
+    /// Looks for new requests for a while before a sleep, if that has paid lately; true if there
+    /// is something to do.
+    fn look(&mut self) -> bool {
+        // What is under way takes a medium's time, which is long.
+        if self.engine.in_flight() > 0 || self.queues.is_empty() {
+            return false;
+        }
+        let window = self.poller.window();
+        if window == 0 {
+            return false;
+        }
+        let start = now_ns();
+        let mut before = start;
+        loop {
+            for _ in 0..LOOKS {
+                if let Some(queue) = self.queues.iter().find(|queue| queue.has_work()) {
+                    add(&queue.counters().polls, 1);
+                    self.poller.hit(now_ns() - start);
+                    return true;
+                }
+                std::hint::spin_loop();
+            }
+            if self.mailbox.pending.load(Ordering::Acquire) {
+                return true;
+            }
+            let now = now_ns();
+            if now - before > PREEMPTED {
+                self.poller.preempted();
+                return false;
+            }
+            if now - start >= window {
+                self.poller.miss(now - start);
+                return false;
+            }
+            before = now;
+        }
     }
 
     fn collect(&mut self) -> bool {
@@ -213,6 +263,7 @@ impl<E: Engine> Thread<E> {
                     queue.notify();
                 }
             }
+            Order::End => self.ended = true,
         }
         Ok(())
     }
