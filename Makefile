@@ -57,7 +57,7 @@ torture: setup guest ## 1,000 kills over engines, queues, loads and file systems
 fuzz: setup ## hostile rings, regions and messages, guided by coverage
 	@scripts/fuzz $(ARGS)
 
-bench: setup guest ## side by side with qemu-storage-daemon, interleaved
+bench: setup ## side by side with qemu-storage-daemon and QEMU's contrib backend, interleaved
 	@scripts/bench $(ARGS)
 
 fresh: ## 'make demo' on a fresh Debian root made for it (root; ARGS="trixie test" for another)

@@ -6,10 +6,12 @@ ratio of a backend to the reference (qemu-storage-daemon with aio=io_uring) *of 
 the median of the rounds is reported with its spread.
 
     cases, storages, backends   what is measured
+    suites                      and together with what
     schedule                    in which order
     load                        one measurement, by the program semper-load
     driver                      all of them
     ratios, verdicts            what follows from them (pure)
     results, machine            what is kept, and on which machine it was seen
     table, plot, markdown       how it is shown
+    sections                    where it stands in SPECIFICATION.md
 """

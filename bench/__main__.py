@@ -2,7 +2,9 @@
 
 import argparse
 import shlex
+import subprocess
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -10,14 +12,24 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bench import driver, machine, markdown, parity, plot, table
-from bench.backends import Backend, Blkd, Peer, QemuStorageDaemon
+from bench.backends import (
+    AIOS,
+    CONTRIB,
+    Backend,
+    Blkd,
+    Peer,
+    QemuStorageDaemon,
+    blkd_variants,
+    contrib,
+)
 from bench.cases import BY_NAME
 from bench.options import parse
 from bench.results import Results, ResultsError, Sample
+from bench.sections import MarkersError
 from bench.storages import StorageError, prepared
+from bench.suites import PEERS, SUITES, Suite
 
 ROOT = Path(__file__).resolve().parent.parent
-SUBJECT = "blkd"
 
 
 class MissingError(Exception):
@@ -31,45 +43,65 @@ def main() -> int:
     if not console.is_terminal:
         console.width = 160  # a file has no width, and a table cut to 80 columns says nothing
     try:
-        results = Results.read(options.earlier) if options.earlier else _measure(options, console)
+        if options.earlier:
+            measured = [Results.read(options.earlier)]
+        else:
+            measured = [_measure(options, SUITES[name], console) for name in options.suites]
         if options.update:
-            markdown.update(options.update, results)
-    except (MissingError, StorageError, ResultsError, markdown.MarkersError) as error:
+            for results in measured:
+                section = SUITES[results.suite].section
+                section.write(options.update, markdown.document(results))
+    except (MissingError, StorageError, ResultsError, MarkersError) as error:
         print(f"bench: error: {error}", file=sys.stderr)
         return 2
-    table.show(results, console)
-    if not options.check:
-        return 1 if results.failures else 0
-    objections = list(parity.objections(results, SUBJECT))
+    for results in measured:
+        table.show(results, console)
+    failed = any(results.failures for results in measured)
+    return _judge(measured, console) if options.check else int(failed)
+
+
+def _judge(measured: list[Results], console: Console) -> int:
+    """The exit status of --check."""
+    peers = next((results for results in measured if results.suite == PEERS.name), None)
+    if peers is None:
+        print("bench: error: --check is about the suite peers", file=sys.stderr)
+        return 2
+    objections = list(parity.objections(peers, PEERS.subject))
     for objection in objections:
         print(f"bench: check: {objection}", file=sys.stderr)
     console.print("check: failed" if objections else "check: not slower than the reference")
     return 1 if objections else 0
 
 
-def _measure(options: argparse.Namespace, console: Console) -> Results:
+def _measure(options: argparse.Namespace, suite: Suite, console: Console) -> Results:
+    """Measure one suite and keep what was seen."""
+    console.rule(suite.title)
     blkd = _program(options.program, "semper-blkd")
     load = _program(options.load, "semper-load")
-    backends = _backends(options, blkd)
-    places = (options.directory, options.memory)
-    console.print(f"writing {len(options.storages)} images of {options.size} MiB")
-    with prepared(tuple(options.storages), *places, options.size << 20) as storages:
+    peers = suite is PEERS
+    reference = (options.reference if peers else None) or suite.reference
+    backends = _backends(options, suite, reference, blkd, console)
+    wanted = tuple((options.storages if peers else None) or suite.storages)
+    cases = (options.cases if peers else None) or suite.cases
+    console.print(f"writing {len(wanted)} images of {options.size} MiB")
+    with prepared(wanted, options.directory, options.memory, options.size << 20) as storages:
         plan = driver.Plan(
             load=load,
             storages=storages,
-            cases=tuple(BY_NAME[name] for name in options.cases),
+            cases=tuple(BY_NAME[name] for name in cases),
             backends=backends,
-            rounds=options.rounds,
+            rounds=options.rounds * suite.rounds,
             seconds=options.seconds,
             warmup=options.warmup,
             seed=options.seed,
             pin=options.pin,
         )
         results = Results(
-            reference=options.reference,
+            reference=reference,
             machine=machine.fingerprint(str(blkd)),
             settings={
-                "subject": SUBJECT,
+                "suite": suite.name,
+                "subject": suite.subject,
                 "rounds": plan.rounds,
                 "seconds": plan.seconds,
                 "warmup": plan.warmup,
@@ -80,7 +112,7 @@ def _measure(options: argparse.Namespace, console: Console) -> Results:
             labels={storage.name: storage.label for storage in storages},
         )
         _carry_out(plan, results, console)
-    name = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    name = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{suite.name}"
     results.write(options.output / f"{name}.json")
     for kind in ("svg", "png"):
         plot.draw(results, options.output / f"{name}.{kind}")
@@ -96,30 +128,52 @@ def _program(given: Path | None, name: str) -> Path:
     return path.resolve()
 
 
-def _backends(options: argparse.Namespace, blkd: Path) -> list[Backend]:
+def _backends(
+    options: argparse.Namespace, suite: Suite, reference: str, blkd: Path, console: Console
+) -> list[Backend]:
+    """What is compared, the reference first. Raises MissingError for an unknown name."""
     program = (str(blkd),)
     known: list[Backend] = [
-        Blkd(SUBJECT, program),
-        Blkd("blkd-sync", program, "sync"),
-        Blkd("blkd-uring", program, "uring"),
-        QemuStorageDaemon("qsd-uring", "io_uring"),
-        QemuStorageDaemon("qsd-threads", "threads"),
-        QemuStorageDaemon("qsd-native", "native"),
+        *blkd_variants(program),
+        *(QemuStorageDaemon(f"qsd-{aio.replace('io_', '')}", aio) for aio in AIOS),
+        contrib(ROOT / ".cache/peers/vhost-user-blk"),
     ]
-    for given in options.blkds:
-        name, _, command = given.partition("=")
-        known.append(Blkd(name, tuple(shlex.split(command)), engine=None))
-    for given in options.peers:
-        label, _, command = given.partition("=")
-        name, _, storages = label.partition("@")
-        where = {"storages": tuple(storages.split(","))} if storages else {}
-        known.append(Peer(name, command, **where))
-    wanted = dict.fromkeys([options.reference, *options.backends])
-    names = {backend.name: backend for backend in known}
-    unknown = [name for name in wanted if name not in names]
+    names = [reference, *suite.backends]
+    if suite is PEERS:
+        for given in options.blkds:
+            name, _, command = given.partition("=")
+            known.append(Blkd(name, tuple(shlex.split(command)), engine=None))
+        for given in options.peers:
+            label, _, command = given.partition("=")
+            name, _, storages = label.partition("@")
+            peer = Peer(name, command)
+            known.append(replace(peer, storages=tuple(storages.split(","))) if storages else peer)
+        names = [reference, *(options.backends or suite.backends), *options.added]
+    by_name = {backend.name: backend for backend in known}
+    unknown = [name for name in names if name not in by_name]
     if unknown:
-        raise MissingError(f"no backend {', '.join(unknown)}; there are {', '.join(names)}")
-    return [names[name] for name in wanted]
+        raise MissingError(f"no backend {', '.join(unknown)}; there are {', '.join(by_name)}")
+    wanted = dict.fromkeys(names)
+    if CONTRIB in wanted and (reason := _build_contrib()):
+        if CONTRIB not in options.optional:
+            raise MissingError(reason)
+        console.print(f"going on without {CONTRIB}: {reason}")
+        del wanted[CONTRIB]
+    return [by_name[name] for name in wanted]
+
+
+def _build_contrib() -> str | None:
+    """Build the second peer if it is not there; why it cannot be, if so."""
+    result = subprocess.run(
+        [ROOT / "scripts/peer"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if result.returncode == 0:
+        return None
+    return result.stderr.strip() or f"scripts/peer ended with status {result.returncode}"
 
 
 def _carry_out(plan: driver.Plan, results: Results, console: Console) -> None:

@@ -11,6 +11,8 @@ from typing import Protocol
 from bench.storages import Storage
 
 STOP_TIMEOUT_S = 10.0
+CONTRIB = "qemu-contrib"
+AIOS = ("io_uring", "threads", "native")
 
 
 class BackendError(Exception):
@@ -24,8 +26,8 @@ class Backend(Protocol):
     def name(self) -> str:
         """Unique among the backends of a run."""
 
-    def serves(self, storage: Storage) -> bool:
-        """Whether it can serve this storage at all."""
+    def serves(self, storage: Storage, queues: int) -> bool:
+        """Whether it can serve this storage with so many queues at all."""
 
     def command(self, storage: Storage, queues: int, socket: Path) -> list[str]:
         """The program and its arguments."""
@@ -33,15 +35,18 @@ class Backend(Protocol):
 
 @dataclass(frozen=True)
 class Blkd:
-    """semper-blkd. `program` may carry arguments of its own."""
+    """semper-blkd. `program` and `options` are arguments of its own."""
 
     name: str
     program: tuple[str, ...]
     engine: str | None = "auto"
+    options: tuple[str, ...] = ()
 
-    def serves(self, storage: Storage) -> bool:
-        """The null engine stands for the null storage only, and the other way round."""
-        return storage.null or self.engine != "null"
+    def serves(self, storage: Storage, queues: int) -> bool:
+        """On the null storage one stands for all; a mapping goes through the page cache."""
+        if storage.null:
+            return self.engine in (None, "auto")
+        return not (storage.direct and self.engine == "mmap")
 
     def command(self, storage: Storage, queues: int, socket: Path) -> list[str]:
         """One thread for each queue: what the other backends may not do is their limit."""
@@ -54,7 +59,21 @@ class Blkd:
             f"--threads={queues}",
             *([f"--engine={engine}"] if engine else []),
             *(["--direct"] if storage.direct else []),
+            *self.options,
         ]
+
+
+def blkd_variants(program: tuple[str, ...]) -> list[Blkd]:
+    """semper-blkd as it is, with each engine, and with its features taken away."""
+    engines = ("sync", "nowait", "uring", "mmap")
+    return [
+        Blkd("blkd", program),
+        *(Blkd(f"blkd-{engine}", program, engine) for engine in engines),
+        Blkd("bare", program, options=("--no-inflight", "--no-map")),
+        Blkd("tracking", program, options=("--no-map",)),
+        Blkd("map", program, options=("--no-inflight",)),
+        Blkd("tracking+map", program),
+    ]
 
 
 @dataclass(frozen=True)
@@ -65,7 +84,7 @@ class QemuStorageDaemon:
     aio: str
     program: str = "qemu-storage-daemon"
 
-    def serves(self, storage: Storage) -> bool:
+    def serves(self, storage: Storage, queues: int) -> bool:
         """aio=native needs O_DIRECT; null has no aio, so one of the three stands for it."""
         if storage.null:
             return self.aio == "io_uring"
@@ -104,9 +123,12 @@ class Peer:
     name: str
     template: str
     storages: tuple[str, ...] = ("tmpfs", "cached", "direct")
+    queues_max: int | None = None
 
-    def serves(self, storage: Storage) -> bool:
+    def serves(self, storage: Storage, queues: int) -> bool:
         """Where it is told to; nothing is known of a null engine of its."""
+        if self.queues_max is not None and queues > self.queues_max:
+            return False
         return storage.name in self.storages and not storage.null
 
     def command(self, storage: Storage, queues: int, socket: Path) -> list[str]:
@@ -121,11 +143,22 @@ class Peer:
         return [word.format_map(fields) for word in shlex.split(self.template)]
 
 
+def contrib(program: Path) -> Peer:
+    """QEMU's contrib/vhost-user-blk, which scripts/peer builds.
+
+    It tracks requests in flight, is synchronous, always opens the image with O_DIRECT (which tmpfs
+    takes and ignores), tells the driver of one queue only, and ends with its connection.
+    """
+    command = f"{shlex.quote(str(program))} --socket-path={{socket}} --blk-file={{image}}"
+    return Peer(CONTRIB, command, storages=("tmpfs", "direct"), queues_max=1)
+
+
 @contextmanager
 def running(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """Run a backend for the duration of the block; stop it with SIGTERM.
 
-    Raises BackendError if it cannot be started, has ended by itself, or must be killed.
+    Raises BackendError if it cannot be started, has failed, or must be killed. One that ended
+    with status 0 did so because its front end was gone.
     """
     with log.open("wb") as output:
         try:
@@ -136,7 +169,7 @@ def running(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
             raise BackendError(f"{shlex.join(command)}: {error.strerror}") from error
     try:
         yield process
-        if process.poll() is not None:
+        if process.poll():
             raise BackendError(f"ended with status {process.returncode}: {last_words(log)}")
     finally:
         process.terminate()

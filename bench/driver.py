@@ -33,7 +33,7 @@ class Plan:
     def groups(self) -> list[tuple[tuple[Storage, Case], list[Backend]]]:
         """What is compared with each other, and where."""
         return [
-            ((storage, case), [backend for backend in self.backends if backend.serves(storage)])
+            ((storage, case), [one for one in self.backends if one.serves(storage, case.queues)])
             for storage in self.storages
             for case in self.cases
         ]

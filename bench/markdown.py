@@ -1,15 +1,11 @@
 """The tables that stand in SPECIFICATION.md."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 from bench.ratios import spread
 from bench.results import Results, Row
-from bench.verdicts import GOALS, Goal, Metric, Verdict, compare
-
-BEGIN = "<!-- bench: begin (python -m bench --update writes this part) -->"
-END = "<!-- bench: end -->"
-
+from bench.suites import SUITES
+from bench.verdicts import Goal, Metric, Verdict, compare
 
 PINNED = {
     None: "Nothing was pinned to a processor.",
@@ -18,35 +14,26 @@ PINNED = {
 }
 
 
-class MarkersError(Exception):
-    """A document without the two markers."""
-
-
 def document(results: Results) -> str:
     """Everything between the markers."""
     return "\n".join(_lines(results))
 
 
-def update(path: Path, results: Results) -> None:
-    """Replace what stands between the markers in `path`.
-
-    Raises MarkersError if they are not there, once each and in order.
-    """
-    text = path.read_text()
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise MarkersError(f"{path} needs the lines {BEGIN!r} and {END!r}, once each")
-    head, tail = text.split(BEGIN)[0], text.split(END)[1]
-    path.write_text(f"{head}{BEGIN}\n\n{document(results)}\n\n{END}{tail}")
+def provenance(machine: dict[str, str]) -> str:
+    """On which machine, and with what, something was measured."""
+    return (
+        f"Measured {machine['date'][:10]} on {machine['processors']} × {machine['processor']} "
+        f"(hypervisor: {machine['hypervisor']}), {int(machine['memory_mib']) >> 10} GiB, "
+        f"Linux {machine['kernel']}, {machine['qemu']}, {machine['semper_blkd']} at commit "
+        f"{machine['commit']}"
+    )
 
 
 def _lines(results: Results) -> Iterator[str]:
     machine = results.machine
     rounds = results.settings["rounds"]
     yield (
-        f"Measured {machine['date'][:10]} on {machine['processors']} × {machine['processor']} "
-        f"(hypervisor: {machine['hypervisor']}), {int(machine['memory_mib']) >> 10} GiB, "
-        f"Linux {machine['kernel']}, {machine['qemu']}, {machine['semper_blkd']} at commit "
-        f"{machine['commit']}; load average {results.load_average[0]} before, "
+        f"{provenance(machine)}; load average {results.load_average[0]} before, "
         f"{results.load_average[1]} after. {rounds} rounds in random order, "
         f"{results.settings['seconds']} s each. Medians; the ratios are to {results.reference} in "
         "the same round, with their quartiles. CPU is the backend's, in µs for each I/O. "
@@ -100,11 +87,11 @@ def mark(ratios: list[float], metric: Metric, bound: float) -> str:
     return f"{word} (noise)" if noise else word
 
 
-def goal_rows(results: Results, backend: str) -> Iterator[tuple[Goal, str, dict[str, str]]]:
+def goal_rows(results: Results) -> Iterator[tuple[Goal, str, dict[str, str]]]:
     """The goals that were measured: (goal, case, what was seen by metric)."""
-    for goal in GOALS:
+    for goal in SUITES[results.suite].goals:
         for case in goal.cases:
-            row = Row(results, goal.storage, case, backend)
+            row = Row(results, goal.storage, case, results.settings["subject"])
             cells: dict[str, str] = {}
             for metric, bound in goal.bounds():
                 ratios = row.ratios(metric)
@@ -117,7 +104,7 @@ def goal_rows(results: Results, backend: str) -> Iterator[tuple[Goal, str, dict[
 
 
 def _goals(results: Results) -> Iterator[str]:
-    rows = list(goal_rows(results, results.settings["subject"]))
+    rows = list(goal_rows(results))
     if rows:
         yield f"\n**Goals for {results.settings['subject']}**\n"
         yield "| goal | case | × p50 | × CPU | × IOPS |"

@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 
 from bench import cases, storages
+from bench.backends import CONTRIB
+from bench.suites import PEERS, SUITES
 
 DESCRIPTION = """\
 semper-blkd and its peers side by side: every case with every backend in each round, in random
@@ -31,6 +33,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="fail if semper-blkd is slower than the reference beyond the noise at depth 1 and 32 "
         "on tmpfs and with O_DIRECT; measures only that, unless told otherwise",
     )
+    what.add_argument(
+        "--suite",
+        action="append",
+        choices=list(SUITES),
+        dest="suites",
+        help="peers: semper-blkd beside other backends; cost: semper-blkd beside itself without "
+        "in-flight tracking and without the page/block map; default: both, or peers alone with "
+        "--quick, --check or a choice of storages, cases or backends",
+    )
     what.add_argument("--storage", action="append", choices=storages.NAMES, dest="storages")
     what.add_argument(
         "--case",
@@ -45,7 +56,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         action="append",
         dest="backends",
         metavar="NAME",
-        help="one of blkd, blkd-sync, blkd-uring, qsd-uring, qsd-threads, qsd-native; "
+        help="one of blkd (the engine that it chooses itself), blkd-sync, blkd-nowait, "
+        "blkd-uring, blkd-mmap, qsd-uring, qsd-threads, qsd-native, qemu-contrib; "
         "may be repeated; the reference and what --blkd and --peer name always run",
     )
     what.add_argument(
@@ -65,7 +77,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="any other backend; in its command {socket}, {image}, {queues}, {direct} are filled; "
         "NAME@tmpfs,direct=COMMAND limits it to these storages",
     )
-    what.add_argument("--reference", default="qsd-uring", metavar="NAME")
+    what.add_argument("--reference", metavar="NAME", help=f"default {PEERS.reference}")
     how = parser.add_argument_group("how")
     how.add_argument("--rounds", type=int, metavar="N", help="default 7 (--quick: 5)")
     how.add_argument("--seconds", type=float, metavar="S", help="of each; default 1 (--quick: 0.5)")
@@ -91,7 +103,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         type=Path,
         dest="earlier",
         metavar="FILE",
-        help="measure nothing, show this file of an earlier run",
+        help="measure nothing, show this file of an earlier run (of one suite)",
     )
     out.add_argument(
         "--update", type=Path, metavar="FILE", help="put the tables between the markers of FILE"
@@ -117,9 +129,14 @@ def _fill_defaults(options: argparse.Namespace) -> None:
     options.seconds = options.seconds or (0.5 if options.quick else 1.0)
     if options.warmup is None:
         options.warmup = 0.2 if options.quick else 0.3
-    names = [case.name for case in cases.PARITY] if short else list(cases.BY_NAME)
-    options.cases = options.cases or names
-    options.storages = options.storages or (["tmpfs", "direct"] if short else list(storages.NAMES))
-    peers = ["qsd-uring"] if short else ["qsd-uring", "qsd-threads", "qsd-native"]
     added = [name(given) for given in (*options.blkds, *options.peers)]
-    options.backends = [*(options.backends or ["blkd", *peers]), *added]
+    chosen = options.storages or options.cases or options.backends or added or options.reference
+    if options.suites is None:
+        options.suites = [PEERS.name] if short or chosen else list(SUITES)
+    if short:
+        options.cases = options.cases or [case.name for case in cases.PARITY]
+        options.storages = options.storages or ["tmpfs", "direct"]
+        options.backends = options.backends or ["blkd", PEERS.reference]
+    # Named by the user, or taken because it may be there: the latter does not have to be.
+    options.optional = [] if options.backends else [CONTRIB]
+    options.added = added

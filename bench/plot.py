@@ -8,7 +8,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from bench.ratios import spread
 from bench.results import Results, Row
-from bench.verdicts import GOALS, Metric
+from bench.suites import SUITES
+from bench.verdicts import Goal, Metric
 
 PANELS: tuple[tuple[Metric, str], ...] = (
     ("iops", "IOPS (more is better)"),
@@ -70,7 +71,7 @@ def _panel(
         panel.errorbar(
             xs, ys, xerr=[left, right], fmt=marker, markersize=4, linewidth=1, label=backend
         )
-    _goal_ticks(panel, metric, lines)
+    _goal_ticks(panel, metric, lines, SUITES[results.suite].goals)
     panel.set_xscale("log", base=2)
     panel.xaxis.set_major_locator(LogLocator(base=2))
     panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -81,9 +82,11 @@ def _panel(
             panel.axhline(line - 0.5, color="grey", linewidth=0.8)
 
 
-def _goal_ticks(panel: Axes, metric: Metric, lines: list[tuple[str, str]]) -> None:
+def _goal_ticks(
+    panel: Axes, metric: Metric, lines: list[tuple[str, str]], goals: tuple[Goal, ...]
+) -> None:
     xs, ys = [], []
-    for goal in GOALS:
+    for goal in goals:
         bound = dict(goal.bounds()).get(metric)
         for case in goal.cases:
             if bound is not None and (goal.storage, case) in lines:

@@ -43,6 +43,11 @@ class Results:
     load_average: tuple[float, float] = (0.0, 0.0)
 
     @property
+    def suite(self) -> str:
+        """Which suite was measured."""
+        return str(self.settings.get("suite", "peers"))
+
+    @property
     def failures(self) -> list[Sample]:
         """Measurements that gave no figures."""
         return [sample for sample in self.samples if sample.figures is None]

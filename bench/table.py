@@ -21,7 +21,7 @@ def show(results: Results, console: Console) -> None:
         rows = [row for row in results.rows() if row.storage == storage]
         if rows:
             console.print(_table(label, rows))
-    goals = list(goal_rows(results, results.settings["subject"]))
+    goals = list(goal_rows(results))
     if goals:
         table = Table("goal", "case", "× p50", "× CPU", "× IOPS", title="goals")
         for goal, case, cells in goals:

@@ -5,7 +5,7 @@ import random
 
 import pytest
 from bench.ratios import Spread, paired, sign_test, spread
-from bench.verdicts import GOALS, Verdict, compare
+from bench.verdicts import COST_GOALS, PEER_GOALS, Verdict, compare
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -92,7 +92,7 @@ def test_goals_name_cases_that_are_measured() -> None:
     from bench.cases import BY_NAME
     from bench.storages import NAMES
 
-    for goal in GOALS:
+    for goal in (*PEER_GOALS, *COST_GOALS):
         assert goal.storage in NAMES
         assert set(goal.cases) <= BY_NAME.keys()
         assert goal.bounds()

@@ -5,12 +5,23 @@ from pathlib import Path
 
 import pytest
 from bench import markdown, parity, plot
-from bench.backends import BackendError, Blkd, Peer, QemuStorageDaemon, running
+from bench.backends import (
+    CONTRIB,
+    BackendError,
+    Blkd,
+    Peer,
+    QemuStorageDaemon,
+    blkd_variants,
+    contrib,
+    running,
+)
 from bench.cases import PARITY
 from bench.driver import pinned
 from bench.load import Figures, LoadError, figures
 from bench.results import Results, ResultsError, Row, Sample
+from bench.sections import BENCH, COST, IDLE, SCALE, MarkersError
 from bench.storages import Storage, StorageError, file_system, prepared
+from bench.suites import SUITES
 
 FIGURES = Figures(
     iops=1000.0, mb_per_s=4.0, mean_us=10.0, p50_us=10.0, p90_us=11.0, p99_us=20.0, p999_us=30.0,
@@ -75,9 +86,9 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
 
 def test_the_document_stands_between_the_markers(tmp_path: Path) -> None:
     path = tmp_path / "SPECIFICATION.md"
-    path.write_text(f"head\n{markdown.BEGIN}\nold\n{markdown.END}\ntail\n")
-    markdown.update(path, made(2))
-    markdown.update(path, made(2))
+    path.write_text(f"head\n{BENCH.begin}\nold\n{BENCH.end}\ntail\n")
+    BENCH.write(path, markdown.document(made(2)))
+    BENCH.write(path, markdown.document(made(2)))
     text = path.read_text()
     assert text.startswith("head\n")
     assert text.endswith("\ntail\n")
@@ -90,8 +101,8 @@ def test_the_document_stands_between_the_markers(tmp_path: Path) -> None:
 def test_a_document_without_markers_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "SPECIFICATION.md"
     path.write_text("nothing\n")
-    with pytest.raises(markdown.MarkersError):
-        markdown.update(path, made(2))
+    with pytest.raises(MarkersError):
+        BENCH.write(path, markdown.document(made(2)))
 
 
 def test_failures_are_named_in_the_document() -> None:
@@ -108,7 +119,7 @@ def test_numbers_have_three_digits(value: float, text: str) -> None:
 
 
 def test_goals_say_whether_they_are_reached() -> None:
-    seen = {(goal.label, case): cells for goal, case, cells in markdown.goal_rows(made(7), "blkd")}
+    seen = {(goal.label, case): cells for goal, case, cells in markdown.goal_rows(made(7))}
     cells = seen["tmpfs, depth 1", "4k-read-d1"]
     assert cells["iops"] == "7.00 (7.00–7.00) ≥ 6: reached"
     assert seen["tmpfs, depth 32, reads", "4k-read-d32"]["cpu_us"].endswith("missed")
@@ -179,8 +190,43 @@ def test_commands_open_the_image_alike(tmp_path: Path) -> None:
 def test_native_aio_serves_only_direct(tmp_path: Path) -> None:
     native = QemuStorageDaemon("qsd-native", "native")
     served = [name for name in ("tmpfs", "cached", "direct", "null")
-              if native.serves(storage(name, tmp_path))]  # fmt: skip
+              if native.serves(storage(name, tmp_path), 1)]  # fmt: skip
     assert served == ["direct"]
+
+
+def test_engines_serve_what_they_can(tmp_path: Path) -> None:
+    variants = {one.name: one for one in blkd_variants(("p",))}
+    assert not variants["blkd-mmap"].serves(storage("direct", tmp_path), 1)
+    assert variants["blkd-mmap"].serves(storage("tmpfs", tmp_path), 1)
+    assert variants["blkd"].serves(storage("null", tmp_path), 1)
+    assert not variants["blkd-sync"].serves(storage("null", tmp_path), 1)
+    command = variants["bare"].command(storage("null", tmp_path), 1, Path("/s"))
+    assert {"--no-inflight", "--no-map", "--engine=null"} <= set(command)
+
+
+def test_the_second_peer_serves_one_queue_around_the_cache(tmp_path: Path) -> None:
+    peer = contrib(tmp_path / "a b")
+    names = ("tmpfs", "cached", "direct", "null")
+    served = [name for name in names if peer.serves(storage(name, tmp_path), 1)]
+    assert served == ["tmpfs", "direct"]
+    assert not peer.serves(storage("tmpfs", tmp_path), 2)
+    command = peer.command(storage("tmpfs", tmp_path), 1, Path("/s"))
+    assert command[:2] == [f"{tmp_path}/a b", "--socket-path=/s"]
+
+
+def test_each_suite_knows_its_backends_and_cases() -> None:
+    peers = ["qsd-uring", "qsd-threads", "qsd-native", CONTRIB]
+    known = {*peers, *(one.name for one in blkd_variants(("p",)))}
+    for suite in SUITES.values():
+        assert {suite.subject, suite.reference} <= set(suite.backends) <= known
+        assert {goal.storage for goal in suite.goals} <= set(suite.storages)
+        assert {case for goal in suite.goals for case in goal.cases} <= set(suite.cases)
+
+
+def test_the_specification_has_a_place_for_every_section() -> None:
+    text = (Path(__file__).parents[2] / "SPECIFICATION.md").read_text()
+    for section in (BENCH, COST, IDLE, SCALE):
+        assert text.count(section.begin) == text.count(section.end) == 1
 
 
 def test_a_peer_is_a_template(tmp_path: Path) -> None:
@@ -193,7 +239,10 @@ def test_a_peer_is_a_template(tmp_path: Path) -> None:
 
 def test_a_peer_may_be_limited(tmp_path: Path) -> None:
     peer = Peer("other", "prog", ("direct",))
-    assert [peer.serves(storage(name, tmp_path)) for name in ("direct", "cached")] == [True, False]
+    assert [peer.serves(storage(name, tmp_path), 1) for name in ("direct", "cached")] == [
+        True,
+        False,
+    ]
 
 
 def test_pinning_gives_places() -> None:
