@@ -16,6 +16,7 @@ from sempervirt.agent.main import main
 from sempervirt.agent.notify import notify
 from sempervirt.agent.record import VmRecord, read_vm_record
 from sempervirt.core.errors import StateConflict
+from sempervirt.core.queue_map import Binding, Choice, DevicePlan
 from sempervirt.host.procfs import ProcessId
 from sempervirt.host.records import RecordDamaged
 from sempervirt.vm.accel import Accelerator
@@ -57,7 +58,8 @@ def test_a_vm_record_and_back(tmp_path: Path, end: VmState | None) -> None:
     spec = VmSpec.model_validate({"name": "web", "disks": [{"name": "a", "image": "/a"}]})
     accelerator = Accelerator("tcg", "no device")
     for qemu in (None, ProcessId(7, 8, "boot")):
-        record = VmRecord(spec, accelerator, 12.5, qemu, end)
+        plan = DevicePlan("vhost-user-blk", Binding((0, 1), "VM file"), Choice("mmap", "preset"), 3)
+        record = VmRecord(spec, accelerator, 12.5, qemu, end, {"disk-a": plan})
         record.write(path)
         assert read_vm_record(path) == record
     assert read_vm_record(tmp_path / "absent") is None

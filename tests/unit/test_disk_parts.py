@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from sempervirt.core.errors import (
     SempervirtError,
     Unavailable,
 )
+from sempervirt.core.queue_map import Binding
 from sempervirt.disk import takeover
 from sempervirt.disk.backend import BLKD_ENVIRONMENT, Blkd, DiskOptions, Launch
 from sempervirt.disk.control import ask
@@ -70,8 +72,12 @@ def test_what_is_no_image_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_command_line_of_a_backend(tmp_path: Path) -> None:
-    options = DiskOptions(tmp_path / "a.raw", queues=4, engine="uring", direct=True, serial="s1")
-    launch = Launch("/bin/blkd", options, 7, tmp_path / "c", wait_for_lock=True)
+    options = DiskOptions(
+        tmp_path / "a.raw", queues=4, engine="uring", direct=True, serial="s1", poll_us=0
+    )
+    launch = Launch(
+        "/bin/blkd", options, 7, tmp_path / "c", wait_for_lock=True, thread_map=(0, 1, 0, 1)
+    )
     assert Blkd(extra=("--x",)).argv(launch) == [
         "/bin/blkd",
         "--fd=7",
@@ -79,16 +85,19 @@ def test_the_command_line_of_a_backend(tmp_path: Path) -> None:
         "--num-queues=4",
         f"--control-socket={tmp_path}/c",
         "--engine=uring",
+        "--thread-map=0,1,0,1",
+        "--poll-us=0",
         "--serial=s1",
         "--direct",
         "--standby",
         "--x",
     ]
     first = Launch("b", DiskOptions(Path("i"), read_only=True, block_size=4096), 3, Path("c"),
-                   wait_for_lock=False)  # fmt: skip
+                   wait_for_lock=False, thread_map=(0, 0))  # fmt: skip
     argv = Blkd().argv(first)
     assert {"--read-only", "--block-size=4096"} <= set(argv)
     assert "--standby" not in argv
+    assert not any("thread" in argument or "poll" in argument for argument in argv)
 
 
 def test_where_the_backend_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,6 +186,16 @@ def test_a_record_and_back(tmp_path: Path) -> None:
     record = DiskRecord(next_generation=5, binary="/bin/blkd", restarts=2, processes=(process,))
     record.write(path)
     assert read_disk_record(path) == record
+    bound = replace(record, binding=Binding((0, 1, 1), "semper disk threads"))
+    bound.write(path)
+    assert read_disk_record(path) == bound
+    content = json.loads(path.read_text())
+    del content["binding"]  # as an earlier release wrote it
+    path.write_text(json.dumps(content))
+    assert read_disk_record(path) == record
+    path.write_text(json.dumps({**content, "binding": {"map": [0, 2], "source": "?"}}))
+    with pytest.raises(RecordDamaged, match="not the record of a disk"):
+        read_disk_record(path)
     path.write_text('{"version": 1, "next_generation": "x"}')
     with pytest.raises(RecordDamaged, match="not the record of a disk"):
         read_disk_record(path)
@@ -221,6 +240,9 @@ def test_what_a_status_says() -> None:
     assert not takeover.is_prepared(status(standby_ready=None))
     assert not takeover.is_prepared({})
     assert takeover.has_progressed(status(first_completion=5))
+    assert takeover.thread_map({"queues": [{"thread": 1}, {"thread": 0}]}) == (1, 0)
+    assert takeover.thread_map({"queues": [{"thread": 1}, {}]}) == ()
+    assert takeover.thread_map({}) == ()
     assert takeover.replayed_count(status()) == 7
     assert takeover.replayed_count({}) is None
     listening = status("listening", lock_acquired=1)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from sempervirt.core.durations import Backoff
+from sempervirt.core.queue_map import Binding
 from sempervirt.disk.supervised import (
     Backend,
     Begin,
@@ -23,6 +24,8 @@ from sempervirt.disk.supervised import (
     Policy,
     Progressed,
     Ready,
+    Rebind,
+    Rebound,
     Refused,
     Serving,
     Start,
@@ -49,6 +52,7 @@ POLICY = Policy(
     spare=Backoff(free=1, first_s=2, ceiling_s=4),
 )
 OLD, NEW = "old", "new"
+BINDING = Binding((0, 1), "test")
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,12 @@ def carry_out(world: World, effect: Effect) -> World:
                 assert state.standby is not None
                 assert state.standby.ready
             return replace(world, dying=world.dying | {generation})
+        case Rebind(generation):
+            # The active one has already done it.
+            assert generation in world.alive
+            assert state.standby is not None
+            assert generation == state.standby.generation
+            return world
         case Kill(generation):
             return replace(world, dying=world.dying | {generation})
         case UpgradeEnded() | UpgradeRefused():
@@ -268,6 +278,29 @@ def test_without_a_standby_the_next_one_starts_at_once() -> None:
     state, _ = decide(world.state, Exited(world.state.standby.generation, "died"), 0, POLICY)
     _, effects = decide(state, Exited(world.state.active.generation, "died"), 0, POLICY)
     assert any(isinstance(effect, Start) for effect in effects)
+
+
+def test_a_new_map_is_remembered_and_told_to_the_standby() -> None:
+    before = serving()
+    world = after(before, Rebound(BINDING))
+    assert world.state == replace(before.state, binding=BINDING)
+    assert world.state.standby
+    alone = after(world, Exited(world.state.standby.generation, "died"))
+    assert decide(alone.state, Rebound(BINDING), alone.now, POLICY) == (alone.state, [])
+    upgraded = settle(after(settle(alone, healthy=True), UpgradeAsked(NEW)), healthy=True)
+    assert (upgraded.state.binary, upgraded.state.binding) == (NEW, BINDING)
+
+
+@pytest.mark.parametrize("stopping", [False, True])
+def test_a_new_map_changes_nothing_else_wherever_it_comes(stopping: bool) -> None:
+    worlds = [after(World(), Begin())]
+    for _ in range(5):
+        worlds = [following for world in worlds for following in choices(world)]
+    worlds = [world for world in worlds if world.state.stopping is stopping]
+    assert len(worlds) > 20
+    for world in worlds:
+        rebound = after(world, Rebound(BINDING))
+        assert rebound == replace(world, state=replace(world.state, binding=BINDING))
 
 
 def test_a_loop_of_crashes_backs_off_to_the_ceiling_and_goes_on() -> None:

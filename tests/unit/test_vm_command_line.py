@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sempervirt.core.errors import InvalidRequest, Unavailable
-from sempervirt.vm.command_line import Features, build
+from sempervirt.core.queue_map import Binding, Choice, DevicePlan
+from sempervirt.vm.command_line import Features, build, disk_id, nic_id
 from sempervirt.vm.files import VmFiles
 from sempervirt.vm.spec import VmSpec
 
@@ -80,10 +83,33 @@ def spec(**keys: Any) -> VmSpec:
     )
 
 
-def command(vm: VmSpec, features: Features = FEATURES, accel: str = "tcg") -> list[str]:
+def plan(*thread_map: int, engine: str = "threads", poll_us: int | None = None) -> DevicePlan:
+    return DevicePlan("any", Binding(thread_map, "test"), Choice(engine, "test"), poll_us)
+
+
+def command(
+    vm: VmSpec, features: Features = FEATURES, accel: str = "tcg", **plans: DevicePlan
+) -> list[str]:
     files = VmFiles(Path("/run/vm/web"))
     sockets = {disk.name: files.directory / f"disk-{disk.name}.sock" for disk in vm.disks}
-    return build(vm, features, qemu="qemu", accel=accel, files=files, disk_sockets=sockets)
+    usual = {disk_id(disk): plan(*(0,) * disk.queue_count(vm.vcpus)) for disk in vm.disks}
+    usual |= {nic_id(index): plan(*(0,) * nic.queues) for index, nic in enumerate(vm.nics)}
+    chosen = {name.replace("_", "-"): value for name, value in plans.items()}
+    return build(
+        vm,
+        features,
+        qemu="qemu",
+        accel=accel,
+        files=files,
+        disk_sockets=sockets,
+        plans=usual | chosen,
+        block_devices={Path("/dev/sdz")},
+    )
+
+
+def documents(argv: list[str], option: str) -> list[dict[str, Any]]:
+    """What stands in JSON behind `option`."""
+    return [json.loads(text) for name, text in pairwise(argv) if name == option and text[0] == "{"]
 
 
 def lines(argv: list[str]) -> str:
@@ -150,5 +176,74 @@ def test_a_machine_that_qemu_lacks() -> None:
 
 def test_commas_in_paths_are_doubled() -> None:
     files = VmFiles(Path("/run/a,b"))
-    argv = build(spec(disks=[]), FEATURES, qemu="q", accel="tcg", files=files, disk_sockets={})
+    bare = spec(disks=[], nics=[])
+    argv = build(bare, FEATURES, qemu="q", accel="tcg", files=files, disk_sockets={}, plans={})
     assert any("path=/run/a,,b/qmp.sock," in arg for arg in argv)
+
+
+OWN = {"name": "root", "image": "/images/a, b.raw", "backend": "qemu", "serial": "s1"}
+
+
+def test_a_disk_that_qemu_serves_on_one_thread() -> None:
+    vm = spec(disks=[{**OWN, "queue_size": 64, "direct": True}])
+    argv = command(vm, replace(FEATURES, disk_properties=frozenset()), disk_root=plan(0, 0))
+    assert argv.count("iothread,id=disk-root-thread-0") == 1
+    (image,) = documents(argv, "-blockdev")
+    assert (image["driver"], image["node-name"], image["read-only"]) == ("raw", "disk-root", False)
+    assert image["file"]["driver"] == "file"
+    assert image["file"]["filename"] == "/images/a, b.raw"
+    assert image["file"]["aio"] == "threads"
+    assert image["file"]["cache"] == {"direct": True, "no-flush": False}
+    assert "locking" not in image["file"], "locking is QEMU's default"
+    (device,) = documents(argv, "-device")
+    assert device == {
+        "driver": "virtio-blk-pci",
+        "id": "disk-root",
+        "num-queues": 2,
+        "queue-size": 64,
+        "iothread": "disk-root-thread-0",
+        "drive": "disk-root",
+        "serial": "s1",
+    }
+
+
+def test_a_disk_that_qemu_serves_on_several_threads() -> None:
+    disk = {**OWN, "image": "/dev/sdz", "read_only": True, "block_size": 4096}
+    vm = spec(disks=[disk], kernel=None, initrd=None, cmdline="")
+    argv = command(vm, disk_root=plan(0, 1, 0, 1, 2, engine="io_uring", poll_us=7))
+    threads = [f"iothread,id=disk-root-thread-{n},poll-max-ns=7000" for n in range(3)]
+    assert [text for text in argv if text.startswith("iothread")] == threads
+    (image,) = documents(argv, "-blockdev")
+    assert (image["file"]["driver"], image["file"]["aio"]) == ("host_device", "io_uring")
+    assert image["read-only"]
+    (device,) = documents(argv, "-device")
+    assert "iothread" not in device
+    assert device["iothread-vq-mapping"] == [
+        {"iothread": "disk-root-thread-0", "vqs": [0, 2]},
+        {"iothread": "disk-root-thread-1", "vqs": [1, 3]},
+        {"iothread": "disk-root-thread-2", "vqs": [4]},
+    ]
+    assert (device["bootindex"], device["logical_block_size"]) == (0, 4096)
+
+
+def test_a_scsi_disk_has_its_threads_at_the_controller() -> None:
+    argv = command(spec(disks=[{**OWN, "bus": "virtio-scsi"}]), disk_root=plan(0, 1))
+    controller, unit = documents(argv, "-device")
+    assert controller["driver"] == "virtio-scsi-pci"
+    assert controller["num_queues"] == 2
+    assert [entry["vqs"] for entry in controller["iothread-vq-mapping"]] == [[0], [1]]
+    assert (unit["driver"], unit["bus"], unit["drive"]) == (
+        "scsi-hd",
+        "disk-root-bus.0",
+        "disk-root",
+    )
+    assert "iothread-vq-mapping" not in unit
+
+
+def test_a_card_with_several_queues_and_kernel_threads() -> None:
+    nic = {"type": "tap", "tap": "tap0", "queues": 4}
+    argv = command(spec(nics=[nic]), net0=plan(0, 1, 2, 3, engine="vhost"))
+    netdev = argv[argv.index("-netdev") + 1]
+    assert netdev == "tap,id=net0,ifname=tap0,script=no,downscript=no,vhost=on,queues=4"
+    device = next(text for text in argv if text.startswith("virtio-net"))
+    assert device.endswith(",romfile=,mq=on,vectors=10")

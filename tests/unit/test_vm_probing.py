@@ -27,6 +27,7 @@ SCHEMA = [
         "variants": [{"case": "hubport", "type": "4"}, {"case": "user", "type": "5"}],
     },
     {"name": "6", "meta-type": "enum", "members": [{"name": "on"}], "values": ["on"]},
+    {"name": "7", "meta-type": "enum", "values": ["threads", "native"]},
 ]
 
 
@@ -43,6 +44,8 @@ def test_answers_become_features() -> None:
             "devices": [{"name": "pvpanic"}],
             "disk": [{"name": "num-queues", "type": "uint16"}],
             "memfd": [{"name": "share"}],
+            "blk": [{"name": "iothread-vq-mapping", "type": "any"}],
+            "scsi": [{"name": "iothread"}],
             "schema": SCHEMA,
             "sandbox": True,
         }
@@ -52,6 +55,8 @@ def test_answers_become_features() -> None:
     assert found.chardev_options == {"logappend", "addr", "reconnect-ms"}
     assert found.netdevs == {"hubport", "user"}
     assert found.disk_properties == {"num-queues"}
+    assert found.mapped_devices == {"virtio-blk"}
+    assert found.aio == {"threads", "native"}
     assert found.memfd
     assert found.sandbox
 
@@ -70,6 +75,7 @@ async def test_the_installed_qemu_is_asked_once(tmp_path: Path) -> None:
     assert found.disk_properties >= {"num-queues", "queue-size", "chardev"}
     assert found.chardev_options & {"reconnect", "reconnect-ms"}
     assert found.memfd
+    assert "threads" in found.aio
     cache = only_file(tmp_path)
     before = cache.stat().st_mtime_ns
     assert await features.probe(qemu, tmp_path) == found

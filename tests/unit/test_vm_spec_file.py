@@ -57,6 +57,24 @@ def test_a_spec_survives_json() -> None:
     assert VmSpec.model_validate_json(spec.model_dump_json()) == spec
 
 
+@pytest.mark.parametrize(
+    ("keys", "vcpus", "count"),
+    [
+        ("", 1, 1),
+        ("", 6, 6),
+        ("", 64, 16),
+        ('queues = "auto"', 3, 3),
+        ("queues = 40", 2, 40),
+        ("thread_map = [0, 1, 0]", 2, 3),
+    ],
+)
+def test_the_number_of_queues(keys: str, vcpus: int, count: int) -> None:
+    text = GOOD.replace("queues = 2", keys).replace("vcpus = 2", f"vcpus = {vcpus}")
+    spec = parse_spec(text, FILE)
+    assert spec.disk("root").queue_count(spec.vcpus) == count
+    assert VmSpec.model_validate_json(spec.model_dump_json()) == spec
+
+
 def test_the_default_mac_is_stable_and_local() -> None:
     text = GOOD.replace('type = "tap"\ntap = "tap0"', "") + "[[nics]]\n"
     spec = parse_spec(text, FILE)
@@ -79,6 +97,17 @@ def test_the_default_mac_is_stable_and_local() -> None:
         ("queues = 2", "quues = 2", 11, 'disks[0].quues: there is no such key; did you mean "que'),
         ("read_only = true", 'engine = "fast"', 16, "disks[1].engine: input should be 'auto'"),
         ("read_only = true", "queue_size = 100", 16, "disks[1].queue_size: input should be 32"),
+        ("queues = 2", "queues = 65", 11, 'queues: write "auto" or a number from 1 to 64'),
+        ("queues = 2", "queues = true", 11, 'queues: write "auto" or a number from 1 to 64'),
+        ("queues = 2", "queues_per_thread = 0", 11, 'queues_per_thread: write "auto" or a numb'),
+        ("queues = 2", "thread_map = [0, 2]", 11, "disks[0].thread_map: threads are numbered f"),
+        ("queues = 2", "thread_map = []", 11, "thread_map: a map names a thread for each queue"),
+        ("queues = 2", "queues = 2\nthread_map = [0]", 12, "the map is for 1 queue, and the dev"),
+        ("queues = 2", "queues_per_thread = 1\nthread_map = [0]", 12, "thread_map or queues_per"),
+        ("queues = 2", 'bus = "virtio-scsi"', 11, 'disks[0].bus: "virtio-scsi" needs backend'),
+        ("queues = 2", 'backend = "qemu"\nengine = "mmap"', 12, 'engine: QEMU has no engine "mmap'),
+        ("queues = 2", "poll_us = -1", 11, "disks[0].poll_us: input should be greater than or eq"),
+        ('type = "tap"\ntap = "tap0"', "queues = 2", 18, "queues and vhost belong to type"),
         ('name = "data"', 'name = "root"', 1, 'two disks are called "root"'),
         ("/data/web.raw", "root.raw", 1, ""),
         ('tap = "tap0"', "", 18, 'tap = "…" belongs to type = "tap"'),

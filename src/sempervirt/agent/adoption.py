@@ -17,14 +17,13 @@ from pathlib import Path
 from sempervirt.agent.config import AgentConfig
 from sempervirt.agent.record import VmRecord, read_vm_record
 from sempervirt.agent.vm import Vm
-from sempervirt.agent.wiring import disk_setup
+from sempervirt.agent.wiring import adopted_setups
 from sempervirt.core.errors import SempervirtError
 from sempervirt.disk.disk import Disk
 from sempervirt.disk.lifecycle import adopt_disk, sweep_disk
 from sempervirt.host.procfs import ProcessId, find_by_argument, identify
 from sempervirt.vm.files import VmFiles
 from sempervirt.vm.machine import Machine
-from sempervirt.vm.spec import VmSpec
 
 log = logging.getLogger(__name__)
 
@@ -61,9 +60,9 @@ async def _adopt(config: AgentConfig, record: VmRecord, path: Path) -> Vm:
     runs = identity is not None and identity.is_alive()
     disks: dict[str, Disk] = {}
     if runs:
-        disks = await _adopt_disks(config, spec)
+        disks = await _adopt_disks(config, record)
     else:
-        await _sweep_disks(config, spec)
+        await _sweep_disks(config, record)
     machine = Machine.adopt(spec, files, identity, config.patience)
     machine.started = record.started
     log.info("adopt vm=%s pid=%s", spec.name, machine.pid)
@@ -77,12 +76,12 @@ def _find_qemu(files: VmFiles) -> ProcessId | None:
     return identify(pids[0]) if pids else None
 
 
-async def _adopt_disks(config: AgentConfig, spec: VmSpec) -> dict[str, Disk]:
-    setups = [disk_setup(config, spec, disk, adopted=True) for disk in spec.disks]
+async def _adopt_disks(config: AgentConfig, record: VmRecord) -> dict[str, Disk]:
+    setups = adopted_setups(config, record)
     disks = await asyncio.gather(*(adopt_disk(setup) for setup in setups))
     return {setup.short_name: disk for setup, disk in zip(setups, disks, strict=True)}
 
 
-async def _sweep_disks(config: AgentConfig, spec: VmSpec) -> None:
-    for disk in spec.disks:
-        await sweep_disk(disk_setup(config, spec, disk, adopted=True))
+async def _sweep_disks(config: AgentConfig, record: VmRecord) -> None:
+    for setup in adopted_setups(config, record):
+        await sweep_disk(setup)

@@ -16,9 +16,10 @@ from sempervirt.agent import adoption
 from sempervirt.agent.config import AgentConfig
 from sempervirt.agent.host import HostFacts, HostProbe
 from sempervirt.agent.lock import agent_lock
+from sempervirt.agent.planning import offer_of, plan_devices
 from sempervirt.agent.record import VmRecord
 from sempervirt.agent.vm import Vm
-from sempervirt.agent.wiring import disk_setup, prepare_directories
+from sempervirt.agent.wiring import disk_setup, inspect_images, prepare_directories
 from sempervirt.core.errors import (
     InvalidRequest,
     NotFound,
@@ -31,10 +32,10 @@ from sempervirt.core.names import split_disk_name, suggest
 from sempervirt.disk.disk import Disk
 from sempervirt.disk.lifecycle import start_disk
 from sempervirt.vm import accel
-from sempervirt.vm.command_line import build
+from sempervirt.vm.command_line import build, disk_id
 from sempervirt.vm.files import VmFiles
 from sempervirt.vm.machine import Machine
-from sempervirt.vm.spec import VmSpec
+from sempervirt.vm.spec import DiskSpec, VmSpec
 from sempervirt.vm.states import Runstate
 
 log = logging.getLogger(__name__)
@@ -72,12 +73,23 @@ class Agent:
 
     @property
     def disks(self) -> Mapping[str, Disk]:
-        """The disks of the VMs that have not ended, by VM/DISK."""
+        """The disks of the VMs that have not ended and are served by backends, by VM/DISK."""
         return {
             disk.name: disk
             for vm in self.vms.values()
             if not vm.settled
             for disk in vm.disks.values()
+        }
+
+    @property
+    def own_disks(self) -> Mapping[str, tuple[Vm, DiskSpec]]:
+        """The disks of the VMs that have not ended and are served by QEMU itself, by VM/DISK."""
+        return {
+            f"{vm.name}/{disk.name}": (vm, disk)
+            for vm in self.vms.values()
+            if not vm.settled
+            for disk in vm.spec.disks
+            if disk.backend == "qemu"
         }
 
     async def host(self) -> HostFacts:
@@ -93,7 +105,10 @@ class Agent:
             raise NotFound(f"there is no VM {name}", remedy=hint) from None
 
     def disk(self, name: str) -> Disk:
-        """The disk VM/DISK of a running VM. Raises NotFound, InvalidRequest, StateConflict."""
+        """The disk VM/DISK that a backend serves.
+
+        Raises NotFound, StateConflict, and InvalidRequest also for one that QEMU serves.
+        """
         try:
             vm_name, disk_name = split_disk_name(name)
         except ValueError as error:
@@ -102,8 +117,13 @@ class Agent:
         names = [disk.name for disk in vm.spec.disks]
         if disk_name not in names:
             raise NotFound(f"there is no disk {name}", remedy=suggest(disk_name, names))
-        if vm.settled or disk_name not in vm.disks:
+        if vm.settled:
             raise StateConflict(f"VM {vm_name} has ended, its disks are not served")
+        if disk_name not in vm.disks:
+            raise InvalidRequest(
+                f"disk {name} is served by QEMU itself, which does as it was told at its start",
+                remedy='for a disk that can be changed while it runs: backend = "blkd"',
+            )
         return vm.disks[disk_name]
 
     async def run_vm(self, spec: VmSpec) -> Vm:
@@ -153,7 +173,13 @@ class Agent:
         files = VmFiles(self.config.vm_run_dir(spec.name))
         files.prepare(spec)
         record_path = adoption.vm_record_path(self.config, spec.name)
-        setups = [disk_setup(self.config, spec, disk) for disk in spec.disks]
+        volumes = inspect_images(spec)
+        plans = plan_devices(spec, await offer_of(self.config, spec, facts.features))
+        setups = [
+            disk_setup(self.config, spec, disk, plans[disk_id(disk)], volumes[disk.name])
+            for disk in spec.disks
+            if disk.backend == "blkd"
+        ]
         argv = build(
             spec,
             facts.features,
@@ -161,8 +187,10 @@ class Agent:
             accel=accelerator.kind,
             files=files,
             disk_sockets={setup.short_name: setup.files.socket for setup in setups},
+            plans=plans,
+            block_devices={volume.path for volume in volumes.values() if volume.block_device},
         )
-        record = VmRecord(spec, accelerator, time.time())
+        record = VmRecord(spec, accelerator, time.time(), plans=plans)
         self._write_first(record, record_path)
         disks: dict[str, Disk] = {}
         try:

@@ -1,7 +1,10 @@
 """What an agent leaves for the next one about a VM.
 
     {"version": 1, "spec": {…}, "accelerator": {"kind": "tcg", "reason": "…"},
-     "started": 1795384877.9, "qemu": {"pid": 4711, "start_ticks": 1, "boot_id": "…"} | null,
+     "started": 1795384877.9, "plans": {"disk-root": {"device": "vhost-user-blk",
+        "binding": {"map": [0, 0], "source": "…"}, "engine": {"value": "…", "source": "…"},
+        "poll_us": 20 | null}, …},
+     "qemu": {"pid": 4711, "start_ticks": 1, "boot_id": "…"} | null,
      "end": {"run": "stopped", "reason": "…", "exit_code": 0, "signal": null} | null}
 
 Neither `qemu` nor `end`: the agent ended between its intention and the start of QEMU.
@@ -9,11 +12,13 @@ Neither `qemu` nor `end`: the agent ended between its intention and the start of
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
+from sempervirt.core.queue_map import DevicePlan
 from sempervirt.host.procfs import ProcessId
 from sempervirt.host.records import RecordDamaged, read_record, write_record
 from sempervirt.vm.accel import Accelerator
@@ -21,17 +26,19 @@ from sempervirt.vm.spec import VmSpec
 from sempervirt.vm.states import End, Runstate, VmState
 
 VERSION = 1
+_PLANS = TypeAdapter(dict[str, DevicePlan])
 
 
 @dataclass(frozen=True)
 class VmRecord:
-    """The content of the record."""
+    """The content of the record; `plans` is how the queues of each device were to be served."""
 
     spec: VmSpec
     accelerator: Accelerator
     started: float
     qemu: ProcessId | None = None
     end: VmState | None = None
+    plans: Mapping[str, DevicePlan] = field(default_factory=dict)
 
     def write(self, path: Path) -> None:
         """Replaces the record at `path`."""
@@ -41,6 +48,7 @@ class VmRecord:
             "spec": self.spec.model_dump(mode="json"),
             "accelerator": asdict(self.accelerator),
             "started": self.started,
+            "plans": {name: asdict(plan) for name, plan in self.plans.items()},
             "qemu": asdict(self.qemu) if self.qemu else None,
             "end": end,
         }
@@ -68,6 +76,7 @@ def read_vm_record(path: Path) -> VmRecord | None:
             started=float(content["started"]),
             qemu=content["qemu"] and ProcessId(**content["qemu"]),
             end=state,
+            plans=_PLANS.validate_python(content.get("plans", {})),
         )
     except (KeyError, TypeError, ValueError, ValidationError) as error:
         raise RecordDamaged(

@@ -5,12 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 from sempervirt.agent.config import AgentConfig
+from sempervirt.agent.planning import plans_of_record
+from sempervirt.agent.record import VmRecord
 from sempervirt.core.errors import InvalidRequest, Unavailable
+from sempervirt.core.queue_map import DevicePlan
 from sempervirt.disk.backend import DiskOptions
 from sempervirt.disk.running import DiskFiles
 from sempervirt.disk.setup import DiskSetup
 from sempervirt.disk.volume import Volume, inspect
 from sempervirt.host.sockets import check_socket_path
+from sempervirt.vm.command_line import disk_id
 from sempervirt.vm.spec import DiskSpec, VmSpec
 
 
@@ -26,27 +30,39 @@ def prepare_directories(config: AgentConfig) -> None:
             ) from error
 
 
-def disk_setup(
-    config: AgentConfig, spec: VmSpec, disk: DiskSpec, *, adopted: bool = False
-) -> DiskSetup:
-    """How a disk is served. Raises InvalidRequest when its image cannot be.
+def inspect_images(spec: VmSpec) -> dict[str, Volume]:
+    """The images of a VM's disks, by the disk's name. Raises InvalidRequest."""
+    return {disk.name: inspect(disk.image, read_only=disk.read_only) for disk in spec.disks}
 
-    The image of an adopted disk is not judged again: its guest runs already.
+
+def disk_setup(
+    config: AgentConfig,
+    spec: VmSpec,
+    disk: DiskSpec,
+    plan: DevicePlan,
+    volume: Volume | None,
+) -> DiskSetup:
+    """How a disk is served. Raises InvalidRequest when a path is too long.
+
+    `volume` is None for an adopted disk whose image cannot be looked at any more: its guest
+    runs already.
     """
     command = config.backend
     files = DiskFiles(config.vm_run_dir(spec.name), disk.name)
     check_socket_path(files.control(10**9))
     return DiskSetup(
         name=f"{spec.name}/{disk.name}",
-        volume=_volume(disk, adopted=adopted),
+        volume=volume,
+        binding=plan.binding,
         options=DiskOptions(
             image=disk.image,
             read_only=disk.read_only,
-            queues=disk.queues,
-            engine=disk.engine,
+            queues=plan.binding.queues,
+            engine=plan.engine.value,
             direct=disk.direct,
             block_size=disk.block_size,
             serial=disk.serial,
+            poll_us=plan.poll_us,
         ),
         command=command,
         policy=replace(config.policy, standby=config.policy.standby and command.has_standby),
@@ -55,10 +71,19 @@ def disk_setup(
     )
 
 
-def _volume(disk: DiskSpec, *, adopted: bool) -> Volume | None:
+def adopted_setups(config: AgentConfig, record: VmRecord) -> list[DiskSetup]:
+    """The setups of the disks that an earlier agent served by backends."""
+    spec = record.spec
+    plans = plans_of_record(spec, record.plans)
+    return [
+        disk_setup(config, spec, disk, plans[disk_id(disk)], _volume_left(disk))
+        for disk in spec.disks
+        if disk.backend == "blkd"
+    ]
+
+
+def _volume_left(disk: DiskSpec) -> Volume | None:
     try:
         return inspect(disk.image, read_only=disk.read_only)
     except InvalidRequest:
-        if adopted:
-            return None
-        raise
+        return None

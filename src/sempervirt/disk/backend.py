@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Protocol
 
 from sempervirt.core.errors import Unavailable
+from sempervirt.core.queue_map import ThreadMap, format_map
 
 BLKD_ENVIRONMENT = "SEMPERVIRT_BLKD"
 
 
 @dataclass(frozen=True)
 class DiskOptions:
-    """What the owner of a disk chose for it."""
+    """What the owner of a disk chose for it; None leaves it to the program."""
 
     image: Path
     read_only: bool = False
@@ -28,17 +29,21 @@ class DiskOptions:
     direct: bool = False
     block_size: int | None = None
     serial: str = ""
+    poll_us: int | None = None
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One process to start. `listen_fd` is the inherited listening socket."""
+    """One process to start. `listen_fd` is the inherited listening socket, `thread_map` the
+    thread of each queue, if it is not left to the program.
+    """
 
     binary: str
     options: DiskOptions
     listen_fd: int
     control: Path
     wait_for_lock: bool
+    thread_map: ThreadMap | None = None
 
 
 class BackendCommand(Protocol):
@@ -97,6 +102,11 @@ class Blkd:
             f"--control-socket={launch.control}",
             f"--engine={options.engine}",
         ]
+        # All queues on one thread is what every release does by itself.
+        if launch.thread_map is not None and any(launch.thread_map):
+            argv.append(f"--thread-map={format_map(launch.thread_map)}")
+        if options.poll_us is not None:
+            argv.append(f"--poll-us={options.poll_us}")
         if options.block_size is not None:
             argv.append(f"--block-size={options.block_size}")
         if options.serial:

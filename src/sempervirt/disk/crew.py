@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sempervirt.core.errors import CommandFailed
+from sempervirt.core.queue_map import Binding
 from sempervirt.disk import running as processes
 from sempervirt.disk.backend import Launch
 from sempervirt.disk.observer import observe
@@ -51,7 +52,7 @@ class Crew:
         """The process of that generation, while it runs."""
         return None if generation is None else self._members.get(generation)
 
-    def start(self, order: Start, *, active: bool) -> None:
+    def start(self, order: Start, binding: Binding | None, *, active: bool) -> None:
         """Starts a process; if that fails, it is reported to have ended."""
         setup = self._setup
         launch = Launch(
@@ -60,6 +61,7 @@ class Crew:
             listen_fd=self.listener.fileno(),
             control=setup.files.control(order.generation),
             wait_for_lock=order.wait_for_lock,
+            thread_map=binding.map if binding else None,
         )
         try:
             member = processes.start(
@@ -119,6 +121,7 @@ class Crew:
             next_generation=state.next_generation,
             binary=state.binary,
             restarts=restarts,
+            binding=state.binding,
             processes=tuple(
                 RecordedProcess(
                     role,

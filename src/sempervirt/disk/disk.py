@@ -17,8 +17,15 @@ from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from sempervirt.core.errors import OutcomeUnknown, StateConflict, Unavailable
+from sempervirt.core.errors import (
+    InvalidRequest,
+    OutcomeUnknown,
+    SempervirtError,
+    StateConflict,
+    Unavailable,
+)
 from sempervirt.core.events import Journal
+from sempervirt.core.queue_map import Binding, check_map, format_map
 from sempervirt.disk import control, takeover
 from sempervirt.disk.crew import Crew
 from sempervirt.disk.program import Programs, is_installed, path_of
@@ -27,6 +34,8 @@ from sempervirt.disk.setup import DiskSetup
 from sempervirt.disk.supervised import (
     Effect,
     Kill,
+    Rebind,
+    Rebound,
     Refused,
     Start,
     State,
@@ -52,6 +61,9 @@ log = logging.getLogger(__name__)
 RESTARTS_KEPT = 64
 # Beyond the deadlines of supervision itself; only a process stuck in the kernel takes longer.
 STOP_DEADLINE_S = 40.0
+# Until some backend moves its queues; longer than a take-over and its replay.
+REBIND_DEADLINE_S = 15.0
+REBIND_RETRY_S = 0.05
 
 
 class Disk:
@@ -79,6 +91,7 @@ class Disk:
         self.crew = Crew(setup, listener, programs, self.post, self._seen)
         self._state = state
         self._upgrades: deque[asyncio.Future[None]] = deque()
+        self._rebinding = asyncio.Lock()
         self._queue: asyncio.Queue[SupervisionEvent] = asyncio.Queue()
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -95,6 +108,11 @@ class Disk:
     def state(self) -> State:
         """What supervision knows."""
         return self._state
+
+    @property
+    def binding(self) -> Binding | None:
+        """Which thread is to work on which queue; None: as the program does by itself."""
+        return self._state.binding
 
     @property
     def generation(self) -> int:
@@ -185,6 +203,39 @@ class Disk:
         await ended
         self.upgrade_count += 1
 
+    async def rebind(self, binding: Binding) -> None:
+        """Moves queues to other threads; the guest goes on, and no request is lost.
+
+        Returns when the active backend has done so; the standby and all later ones follow, also
+        after a restart of the agent. Raises InvalidRequest for a map that does not fit,
+        Unavailable or OutcomeUnknown when no backend did it by the deadline: the former map
+        stays the one that counts.
+        """
+        try:
+            check_map(binding.map, self.setup.options.queues)
+        except ValueError as error:
+            raise InvalidRequest(f"disk {self.name}: {error}") from error
+        async with self._rebinding:
+            await self._rebind_active(binding)
+            self.post(Rebound(binding))
+            await self._wait(lambda: self._state.binding == binding, REBIND_DEADLINE_S, "a record")
+        text = f"{binding}: {format_map(binding.map)} ({binding.source})"
+        self.journal.note(time.time(), "threads", text)
+        log.info("threads disk=%s %s", self.name, text)
+
+    async def _rebind_active(self, binding: Binding) -> None:
+        """Asks until one does it: a backend that dies meanwhile has a successor."""
+        deadline = time.monotonic() + REBIND_DEADLINE_S
+        while True:
+            try:
+                await self._ask("threads", map=list(binding.map))
+            except (Unavailable, OutcomeUnknown):
+                if self._state.stopping or time.monotonic() >= deadline:
+                    raise
+            else:
+                return
+            await asyncio.sleep(REBIND_RETRY_S)
+
     async def stop(self) -> None:
         """Ends all backends, the active one after draining.
 
@@ -251,7 +302,10 @@ class Disk:
     def _carry_out(self, effect: Effect) -> None:
         match effect:
             case Start(generation):
-                self.crew.start(effect, active=self.generation == generation)
+                active = self.generation == generation
+                self.crew.start(effect, self._state.binding, active=active)
+            case Rebind(generation):
+                self.keep(self._follow(self.crew.get(generation)), "threads of the standby")
             case Terminate(generation):
                 self.crew.send_signal(generation, signal.SIGTERM)
             case Kill(generation):
@@ -306,6 +360,15 @@ class Disk:
         else:
             ended.set_result(None)
 
+    async def _follow(self, member: Running | None) -> None:
+        """Tells a process the present map. If that fails, it is told once it serves."""
+        async with self._rebinding:
+            if member is None or self._state.binding is None:
+                return
+            with contextlib.suppress(SempervirtError):
+                thread_map = list(self._state.binding.map)
+                await control.ask(member.control, "threads", map=thread_map)
+
     def _seen(self, member: Running, status: dict[str, Any]) -> None:
         """The active process told its status."""
         # Never set back: a backend that has just taken over is not connected *yet*.
@@ -316,6 +379,10 @@ class Disk:
             text = f"{error.get('op')} at {error.get('offset')}: {error.get('message')}"
             self.journal.note(time.time(), "io-error", text)
             log.warning("io-error disk=%s backend=%d %s", self.name, member.generation, text)
+        bound = takeover.thread_map(status)
+        wanted = self._state.binding
+        if wanted and bound and bound != wanted.map and not self._rebinding.locked():
+            self.keep(self._follow(member), "threads")
         if self.restarts and self.restarts[-1].successor == member.generation:
             restart = self.restarts[-1]
             restart.milestones_ms = takeover.milestones(status["timeline_ns"], restart.seen_ns)

@@ -35,7 +35,7 @@ async def start_disk(setup: DiskSetup) -> Disk:
     except SempervirtError:
         programs.keep_only(())
         raise
-    disk = Disk(setup, listener, programs, State(binary=token))
+    disk = Disk(setup, listener, programs, State(binary=token, binding=setup.binding))
     disk.post(Begin())
     try:
         await disk.changes.wait_until(
@@ -87,6 +87,7 @@ async def adopt_disk(setup: DiskSetup) -> Disk:
         standby=backends[1] if len(backends) > 1 else None,
         served=True,
         start_due=None if len(backends) > 1 else 0.0,
+        binding=record.binding or setup.binding,
     )
     listener = listener or listen_unix(setup.files.socket)
     disk = Disk(setup, listener, programs, state, record.restarts)

@@ -1,6 +1,7 @@
 """What an agent leaves for the next one about a disk's processes.
 
 {"version": 1, "next_generation": 7, "binary": "…", "restarts": 3,
+ "binding": {"map": [0, 0, 1], "source": "…"} | null,
  "processes": [{"role": "active", "generation": 5, "binary": "…", "listen_fd": 9,
                 "pid": 4711, "start_ticks": 123456, "boot_id": "…"}, …]}
 """
@@ -11,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from sempervirt.core.queue_map import Binding, check_map
 from sempervirt.host.procfs import ProcessId
 from sempervirt.host.records import RecordDamaged, read_record, write_record
 
@@ -30,12 +32,13 @@ class RecordedProcess:
 
 @dataclass(frozen=True)
 class DiskRecord:
-    """The content of the record."""
+    """The content of the record. `binding` is what the queues' threads are to be."""
 
     next_generation: int
     binary: str
     restarts: int
     processes: tuple[RecordedProcess, ...]
+    binding: Binding | None = None
 
     def write(self, path: Path) -> None:
         """Replaces the record at `path`."""
@@ -56,12 +59,19 @@ def read_disk_record(path: Path) -> DiskRecord | None:
             binary=str(content["binary"]),
             restarts=int(content["restarts"]),
             processes=tuple(_recorded(item) for item in content["processes"]),
+            binding=_binding(content.get("binding")),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise RecordDamaged(
             f"{path} is not the record of a disk: {error!r}",
             remedy="move the file away and start the VM again",
         ) from error
+
+
+def _binding(item: dict[str, Any] | None) -> Binding | None:
+    if item is None:
+        return None
+    return Binding(check_map([int(thread) for thread in item["map"]]), str(item["source"]))
 
 
 def _recorded(item: dict[str, Any]) -> RecordedProcess:

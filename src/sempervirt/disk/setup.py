@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from sempervirt.core.queue_map import Binding
 from sempervirt.disk.backend import BackendCommand, DiskOptions
 from sempervirt.disk.running import DiskFiles
 from sempervirt.disk.supervised import Policy
@@ -15,7 +16,8 @@ from sempervirt.disk.volume import Volume
 class DiskSetup:
     """`name` is VM/DISK; `record` is the file that the next agent adopts the disk from.
 
-    `volume` is None for an adopted disk whose image cannot be looked at any more.
+    `volume` is None for an adopted disk whose image cannot be looked at any more. `binding` is
+    which thread works on which queue at first; None leaves it to the program.
     """
 
     name: str
@@ -25,6 +27,7 @@ class DiskSetup:
     policy: Policy
     files: DiskFiles
     record: Path
+    binding: Binding | None = None
 
     @property
     def short_name(self) -> str:

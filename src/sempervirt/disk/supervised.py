@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from sempervirt.core.durations import Backoff
+from sempervirt.core.queue_map import Binding
 
 # A kill every now and then must cost nothing, so the first restarts are not delayed at all;
 # eight starts of a backend are less work than one delay too many for a guest.
@@ -75,6 +76,7 @@ class State:
     upgrade: Upgrade | None = None
     stopping: bool = False
     stop_deadline: float | None = None
+    binding: Binding | None = None
 
 
 # Events
@@ -122,6 +124,13 @@ class UpgradeAsked:
 
 
 @dataclass(frozen=True)
+class Rebound:
+    """The active process has moved its queues to other threads, as asked."""
+
+    binding: Binding
+
+
+@dataclass(frozen=True)
 class StopAsked:
     """End all processes."""
 
@@ -131,7 +140,9 @@ class Tick:
     """Time passed."""
 
 
-SupervisionEvent = Begin | Ready | Serving | Progressed | Exited | UpgradeAsked | StopAsked | Tick
+SupervisionEvent = (
+    Begin | Ready | Serving | Progressed | Exited | UpgradeAsked | Rebound | StopAsked | Tick
+)
 
 # Effects
 
@@ -143,6 +154,13 @@ class Start:
     generation: int
     binary: str
     wait_for_lock: bool
+
+
+@dataclass(frozen=True)
+class Rebind:
+    """Tell a process which thread works on which queue."""
+
+    generation: int
 
 
 @dataclass(frozen=True)
@@ -195,5 +213,7 @@ class Stopped:
     """No process is left."""
 
 
-Effect = Start | Terminate | Kill | TookOver | Refused | UpgradeEnded | UpgradeRefused | Stopped
+Effect = (
+    Start | Rebind | Terminate | Kill | TookOver | Refused | UpgradeEnded | UpgradeRefused | Stopped
+)
 Decision = tuple[State, list[Effect]]

@@ -28,6 +28,9 @@ help: what is decided here is only what to start next, when, and from which bina
   SWITCHING terminates the active one; the new one takes over and VERIFYING waits until it
   serves. Failure in PREPARING leaves the old one serving throughout; failure in VERIFYING
   ends the new one, and the old binary takes over again. Starts in between use the old binary.
+- Rebinding of queues to threads: the active process does it, and then the map is remembered,
+  for the standby and every later process. A process with another map serves as well: whoever
+  is seen to serve so is told (`disk`). So nothing has to be done about a death in between.
 """
 
 from __future__ import annotations
@@ -45,6 +48,8 @@ from sempervirt.disk.supervised import (
     Policy,
     Progressed,
     Ready,
+    Rebind,
+    Rebound,
     Refused,
     Serving,
     Start,
@@ -79,6 +84,9 @@ def decide(state: State, event: SupervisionEvent, now: float, policy: Policy) ->
             return _exited(state, generation, reason, now, policy)
         case UpgradeAsked(binary):
             return _upgrade_asked(state, binary, now, policy)
+        case Rebound(binding):
+            standby = [Rebind(state.standby.generation)] if state.standby else []
+            return replace(state, binding=binding), [*standby]
         case StopAsked():
             return _stop_asked(state, now, policy)
         case Tick():

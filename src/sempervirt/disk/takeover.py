@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sempervirt.core.durations import elapsed_ms
+from sempervirt.core.queue_map import ThreadMap
 
 # The order in which a standby becomes the one that serves.
 STEPS = ("lock_acquired", "accepted", "started", "replayed", "first_completion")
@@ -56,6 +57,12 @@ def serves(status: Mapping[str, Any], *, connection_expected: bool) -> bool:
 def has_progressed(status: Mapping[str, Any]) -> bool:
     """Whether the process completed a guest request."""
     return (status.get("timeline_ns") or {}).get("first_completion") is not None
+
+
+def thread_map(status: Mapping[str, Any]) -> ThreadMap:
+    """The thread of each queue; empty when the process does not tell."""
+    threads = [queue.get("thread") for queue in status.get("queues") or []]
+    return tuple(threads) if all(isinstance(thread, int) for thread in threads) else ()
 
 
 def replayed_count(status: Mapping[str, Any]) -> int | None:

@@ -2,30 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sempervirt.core.errors import InvalidRequest, Unavailable
+from sempervirt.core.queue_map import DevicePlan
 from sempervirt.vm.files import VmFiles
-from sempervirt.vm.spec import NicSpec, VmSpec
+from sempervirt.vm.spec import DiskSpec, NicSpec, VmSpec
 
 # How long QEMU waits before it connects to a disk's socket again. The socket stays open while
 # backends change, so the first try succeeds, and this is the whole of the delay that QEMU
 # adds to a take-over; 1 ms is the least that the option can say.
 RECONNECT_MS = 1
 
+# The property that binds queues of a device to several iothreads.
+MAPPING = "iothread-vq-mapping"
+
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
 
 @dataclass(frozen=True)
 class Features:
-    """What the installed QEMU can do; see `features`."""
+    """What the installed QEMU can do; see `features`.
+
+    `mapped_devices` are the types of disk whose queues can be bound to several threads, `aio`
+    the ways in which QEMU itself does I/O.
+    """
 
     version: str
     machines: frozenset[str] = frozenset()
     devices: frozenset[str] = frozenset()
     disk_properties: frozenset[str] = frozenset()
+    mapped_devices: frozenset[str] = frozenset()
+    aio: frozenset[str] = frozenset()
     chardev_options: frozenset[str] = frozenset()
     netdevs: frozenset[str] = frozenset()
     memfd: bool = False
@@ -40,8 +52,14 @@ def build(
     accel: str,
     files: VmFiles,
     disk_sockets: Mapping[str, Path],
+    plans: Mapping[str, DevicePlan],
+    block_devices: Collection[Path] = (),
 ) -> list[str]:
-    """The argument vector. Raises Unavailable when this QEMU lacks something needed."""
+    """The argument vector. Raises Unavailable when this QEMU lacks something needed.
+
+    `plans` says how each device's queues are served, by QEMU's id: "disk-NAME", "net0", …;
+    `block_devices` are the images that are no files.
+    """
     _require(spec, features)
     size_mib = spec.memory >> 20
     argv = [qemu, "-name", f"guest={spec.name},debug-threads=on"]
@@ -61,9 +79,15 @@ def build(
     argv += ["-mon", "chardev=monitor,mode=control"]
     argv += _console(files)
     argv += _boot(spec)
-    argv += _disks(spec, features, disk_sockets)
+    for index, disk in enumerate(spec.disks):
+        boot = index if spec.kernel is None else None
+        plan = plans[disk_id(disk)]
+        if disk.backend == "qemu":
+            argv += _own_disk(disk, plan, boot, block_device=disk.image in block_devices)
+        else:
+            argv += _disk(disk, plan, features, disk_sockets[disk.name], boot)
     for index, nic in enumerate(spec.nics):
-        argv += _nic(index, nic, spec.mac(index))
+        argv += _nic(index, nic, spec.mac(index), plans[nic_id(index)])
     argv += _channels(spec, files)
     if "virtio-rng-pci" in features.devices:
         argv += ["-device", "virtio-rng-pci"]
@@ -76,9 +100,10 @@ def _require(spec: VmSpec, features: Features) -> None:
     remedy = "install a QEMU that has it"
     if not features.memfd:
         raise Unavailable("this QEMU has no memory-backend-memfd", remedy=remedy)
-    if spec.disks and not features.disk_properties:
+    served = any(disk.backend == "blkd" for disk in spec.disks)
+    if served and not features.disk_properties:
         raise Unavailable("this QEMU has no device vhost-user-blk-pci", remedy=remedy)
-    if spec.disks and not features.chardev_options & {"reconnect-ms", "reconnect"}:
+    if served and not features.chardev_options & {"reconnect-ms", "reconnect"}:
         raise Unavailable("this QEMU cannot reconnect a socket", remedy=remedy)
     if features.machines and spec.machine not in features.machines:
         raise InvalidRequest(
@@ -111,32 +136,126 @@ def _boot(spec: VmSpec) -> list[str]:
     return argv
 
 
-def _disks(spec: VmSpec, features: Features, sockets: Mapping[str, Path]) -> list[str]:
-    argv = []
+def disk_id(disk: DiskSpec) -> str:
+    """What QEMU calls a disk."""
+    return f"disk-{disk.name}"
+
+
+def nic_id(index: int) -> str:
+    """What QEMU calls a network."""
+    return f"net{index}"
+
+
+def _disk(
+    disk: DiskSpec, plan: DevicePlan, features: Features, socket: Path, boot: int | None
+) -> list[str]:
+    """A disk that semper-blkd serves."""
     # Whole seconds are all that QEMU before 8.2 can wait.
     again = (
         f"reconnect-ms={RECONNECT_MS}"
         if "reconnect-ms" in features.chardev_options
         else "reconnect=1"
     )
-    for index, disk in enumerate(spec.disks):
-        name = f"disk-{disk.name}"
-        socket = _quote(sockets[disk.name])
-        argv += ["-chardev", f"socket,id=char-{name},path={socket},server=off,{again}"]
-        device = f"vhost-user-blk-pci,id={name},chardev=char-{name},num-queues={disk.queues}"
-        device += f",queue-size={disk.queue_size}"
-        if spec.kernel is None:
-            device += f",bootindex={index}"
-        argv += ["-device", device]
-    return argv
+    name = disk_id(disk)
+    chardev = f"socket,id=char-{name},path={_quote(socket)},server=off,{again}"
+    device = f"vhost-user-blk-pci,id={name},chardev=char-{name}"
+    device += f",num-queues={plan.binding.queues},queue-size={disk.queue_size}"
+    if boot is not None:
+        device += f",bootindex={boot}"
+    return ["-chardev", chardev, "-device", device]
 
 
-def _nic(index: int, nic: NicSpec, mac: str) -> list[str]:
-    backend = "user" if nic.tap is None else f"tap,ifname={_quote(nic.tap)},script=no,downscript=no"
-    kind, _, options = backend.partition(",")
-    netdev = f"{kind},id=net{index}" + (f",{options}" if options else "")
+def _own_disk(
+    disk: DiskSpec, plan: DevicePlan, boot: int | None, *, block_device: bool
+) -> list[str]:
+    """A disk that QEMU itself serves: threads, image, and the device with its queues."""
+    name = disk_id(disk)
+    argv = []
+    poll = "" if plan.poll_us is None else f",poll-max-ns={plan.poll_us * 1000}"
+    for thread in range(plan.binding.threads):
+        argv += ["-object", f"iothread,id={_thread_id(name, thread)}{poll}"]
+    argv += ["-blockdev", json.dumps(_image(disk, plan, block_device))]
+    properties: dict[str, Any] = {"drive": name, "serial": disk.serial}
+    if disk.block_size is not None:
+        properties |= {"logical_block_size": disk.block_size}
+        properties |= {"physical_block_size": disk.block_size}
+    if boot is not None:
+        properties |= {"bootindex": boot}
+    if disk.bus == "virtio-scsi":
+        controller = {
+            "driver": "virtio-scsi-pci",
+            "id": f"{name}-bus",
+            "num_queues": plan.binding.queues,
+            "virtqueue_size": disk.queue_size,
+            **_threads(name, plan),
+        }
+        unit = {"driver": "scsi-hd", "id": name, "bus": f"{name}-bus.0", **properties}
+        return [*argv, "-device", json.dumps(controller), "-device", json.dumps(unit)]
+    device = {
+        "driver": "virtio-blk-pci",
+        "id": name,
+        "num-queues": plan.binding.queues,
+        "queue-size": disk.queue_size,
+        **_threads(name, plan),
+        **properties,
+    }
+    return [*argv, "-device", json.dumps(device)]
+
+
+def _image(disk: DiskSpec, plan: DevicePlan, block_device: bool) -> dict[str, Any]:
+    """The raw image; QEMU locks it, against semper-blkd too."""
+    cache = {"direct": disk.direct, "no-flush": False}
+    return {
+        "driver": "raw",
+        "node-name": disk_id(disk),
+        "read-only": disk.read_only,
+        "discard": "unmap",
+        "cache": cache,
+        "file": {
+            "driver": "host_device" if block_device else "file",
+            "filename": str(disk.image),
+            "aio": plan.engine.value,
+            "discard": "unmap",
+            "cache": cache,
+        },
+    }
+
+
+def _threads(name: str, plan: DevicePlan) -> dict[str, Any]:
+    """The device's threads; every QEMU can give it one."""
+    thread_map = plan.binding.map
+    if plan.binding.threads == 1:
+        return {"iothread": _thread_id(name, 0)}
+    return {
+        MAPPING: [
+            {
+                "iothread": _thread_id(name, thread),
+                "vqs": [queue for queue, at in enumerate(thread_map) if at == thread],
+            }
+            for thread in range(plan.binding.threads)
+        ]
+    }
+
+
+def _thread_id(name: str, thread: int) -> str:
+    return f"{name}-thread-{thread}"
+
+
+def _nic(index: int, nic: NicSpec, mac: str, plan: DevicePlan) -> list[str]:
+    name = nic_id(index)
+    netdev = f"user,id={name}"
     # An empty romfile: nothing boots from the network, and the ROM may not be installed.
-    return ["-netdev", netdev, "-device", f"virtio-net-pci,netdev=net{index},mac={mac},romfile="]
+    device = f"virtio-net-pci,netdev={name},mac={mac},romfile="
+    if nic.tap is not None:
+        netdev = f"tap,id={name},ifname={_quote(nic.tap)},script=no,downscript=no"
+        if plan.engine.value == "vhost":
+            netdev += ",vhost=on"
+    pairs = plan.binding.queues
+    if pairs > 1:
+        netdev += f",queues={pairs}"
+        # An interrupt for each queue, one for control and one for changes of configuration.
+        device += f",mq=on,vectors={2 * pairs + 2}"
+    return ["-netdev", netdev, "-device", device]
 
 
 def _channels(spec: VmSpec, files: VmFiles) -> list[str]:

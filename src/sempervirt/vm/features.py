@@ -18,18 +18,20 @@ from typing import Any
 from sempervirt.core.errors import CommandFailed, OutcomeUnknown, StateConflict, Unavailable
 from sempervirt.host import process
 from sempervirt.host.records import RecordDamaged, read_record, write_record
-from sempervirt.vm.command_line import SANDBOX, Features
+from sempervirt.vm.command_line import MAPPING, SANDBOX, Features
 from sempervirt.vm.qmp import Monitor
 
 DEADLINE_S = 20.0
 RETRY_S = 0.02
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 
 QUESTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "version": ("query-version", {}),
     "machines": ("query-machines", {}),
     "devices": ("qom-list-types", {"implements": "device", "abstract": False}),
     "disk": ("device-list-properties", {"typename": "vhost-user-blk-pci"}),
+    "blk": ("device-list-properties", {"typename": "virtio-blk-pci"}),
+    "scsi": ("device-list-properties", {"typename": "virtio-scsi-pci"}),
     "memfd": ("qom-list-properties", {"typename": "memory-backend-memfd"}),
     "schema": ("query-qmp-schema", {}),
 }
@@ -77,6 +79,12 @@ def judge(answers: Mapping[str, Any]) -> Features:
         ),
         devices=frozenset(item["name"] for item in answers.get("devices", [])),
         disk_properties=frozenset(item["name"] for item in answers.get("disk", [])),
+        mapped_devices=frozenset(
+            device
+            for device, key in (("virtio-blk", "blk"), ("virtio-scsi", "scsi"))
+            if MAPPING in {item["name"] for item in answers.get(key, [])}
+        ),
+        aio=frozenset(_enumeration_with(schema, "threads", "native")),
         chardev_options=frozenset(_members_beside(schema, "logappend")),
         netdevs=frozenset(_netdev_types(schema)),
         memfd="memfd" in answers,
@@ -132,6 +140,14 @@ def _members_beside(schema: list[dict[str, Any]], name: str) -> set[str]:
         if name in members:
             found |= members
     return found
+
+
+def _enumeration_with(schema: list[dict[str, Any]], *values: str) -> set[str]:
+    """The values of the enumeration that has all of `values`."""
+    for entity in schema:
+        if entity.get("meta-type") == "enum" and {*values} <= {*entity.get("values", [])}:
+            return set(entity["values"])
+    return set()
 
 
 def _netdev_types(schema: list[dict[str, Any]]) -> set[str]:

@@ -5,11 +5,23 @@ from __future__ import annotations
 import hashlib
 import re
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from sempervirt.core.names import check_name
+from sempervirt.core.queue_map import check_map
 from sempervirt.core.sizes import parse_size
 
 MIB = 1 << 20
@@ -18,6 +30,10 @@ _MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}", re.IGNORECASE)
 _INTERFACE = re.compile(r"[^\s/:]{1,15}")
 _CHANNEL = re.compile(r"[A-Za-z0-9._-]{1,60}")
 RESERVED_CHANNELS = ("qmp", "console", "agent")
+QUEUES_MAX = 64
+# A queue for each virtual processor spares the guest the locks between them; beyond this many
+# the memory for the queues is better spent otherwise.
+AUTO_QUEUES_MAX = 16
 
 
 def _check_mac(mac: str) -> str:
@@ -28,9 +44,24 @@ def _check_mac(mac: str) -> str:
     return mac.lower()
 
 
+def _check_count(value: Any) -> Any:
+    if value == "auto" or (type(value) is int and 1 <= value <= QUEUES_MAX):
+        return value
+    raise ValueError(f'write "auto" or a number from 1 to {QUEUES_MAX}')
+
+
 Name = Annotated[str, AfterValidator(check_name)]
 Size = Annotated[int, BeforeValidator(parse_size)]
 Mac = Annotated[str, AfterValidator(_check_mac)]
+Count = Annotated[
+    int | Literal["auto"],
+    PlainValidator(_check_count),
+    WithJsonSchema(
+        {"anyOf": [{"type": "integer", "minimum": 1, "maximum": QUEUES_MAX}, {"const": "auto"}]}
+    ),
+]
+Engine = Literal["auto", "sync", "nowait", "uring", "mmap", "null"]
+QEMU_ENGINES = ("auto", "sync", "uring")
 
 
 class _Table(BaseModel):
@@ -40,22 +71,76 @@ class _Table(BaseModel):
 
 
 class DiskSpec(_Table):
-    """A disk: a raw image or a block device, served by a backend of its own."""
+    """A disk: a raw image or a block device, served by a backend of its own or by QEMU."""
 
     name: Name = Field(description="name within the VM; the disk is called VM/NAME")
     image: Path = Field(description="raw image file or block device")
+    backend: Literal["blkd", "qemu"] = Field(
+        default="blkd", description="blkd outlives its own death; qemu is QEMU itself"
+    )
+    bus: Literal["virtio-blk", "virtio-scsi"] = Field(
+        default="virtio-blk", description="virtio-scsi needs backend = qemu"
+    )
     read_only: bool = False
-    queues: int = Field(default=1, ge=1, le=64, description="virtqueues")
+    queues: Count = Field(
+        default="auto",
+        description=f"virtqueues; auto: one for each vcpu, at most {AUTO_QUEUES_MAX}",
+    )
     queue_size: Literal[32, 64, 128, 256, 512, 1024] = Field(
         default=256, description="requests that each queue can hold; a power of two"
     )
-    engine: Literal["auto", "sync", "uring", "null"] = "auto"
+    queues_per_thread: Count = Field(
+        default="auto", description="auto: as a preset of semper disk tune says, or 4"
+    )
+    thread_map: tuple[int, ...] | None = Field(
+        default=None, description="the thread of each queue, for example [0, 0, 1, 1]"
+    )
+    poll_us: int | None = Field(
+        default=None, ge=0, le=1000, description="how long a thread may poll; 0 = never"
+    )
+    engine: Engine = Field(default="auto", description="auto: as a preset says, or built in")
     direct: bool = Field(default=False, description="go around the host's page cache")
     block_size: Literal[512, 4096] | None = Field(
         default=None, description="logical block size that the guest sees"
     )
     serial: str = Field(default="", max_length=20, pattern=r"^[\x21-\x7e]*$")
-    backend: Literal["blkd"] = "blkd"
+
+    def queue_count(self, vcpus: int) -> int:
+        """How many queues the disk has in a VM with that many processors.
+
+        A running VM's disk must keep the number: it stands in the records of VMs as well.
+        """
+        if self.queues != "auto":
+            return self.queues
+        return len(self.thread_map) if self.thread_map else min(vcpus, AUTO_QUEUES_MAX)
+
+    @field_validator("bus")
+    @classmethod
+    def _bus_fits_backend(cls, bus: str, info: ValidationInfo) -> str:
+        if bus != "virtio-blk" and info.data.get("backend") == "blkd":
+            raise ValueError(f'"{bus}" needs backend = "qemu"; semper-blkd serves virtio-blk')
+        return bus
+
+    @field_validator("engine")
+    @classmethod
+    def _engine_fits_backend(cls, engine: str, info: ValidationInfo) -> str:
+        if info.data.get("backend") == "qemu" and engine not in QEMU_ENGINES:
+            raise ValueError(f'QEMU has no engine "{engine}"; choose auto, sync or uring')
+        return engine
+
+    @field_validator("thread_map")
+    @classmethod
+    def _map_fits_queues(
+        cls, thread_map: tuple[int, ...] | None, info: ValidationInfo
+    ) -> tuple[int, ...] | None:
+        if thread_map is None:
+            return None
+        if info.data.get("queues_per_thread", "auto") != "auto":
+            raise ValueError("give thread_map or queues_per_thread, not both")
+        queues = info.data.get("queues", "auto")
+        if len(thread_map) > QUEUES_MAX:
+            raise ValueError(f"a disk has at most {QUEUES_MAX} queues")
+        return check_map(thread_map, None if queues == "auto" else queues)
 
 
 class NicSpec(_Table):
@@ -63,6 +148,12 @@ class NicSpec(_Table):
 
     type: Literal["user", "tap"] = "user"
     tap: str | None = Field(default=None, description="tap interface, for type = tap")
+    queues: int = Field(
+        default=1, ge=1, le=64, description="pairs of virtqueues; more than 1 for a multi-queue tap"
+    )
+    vhost: bool | None = Field(
+        default=None, description="serve in kernel threads (tap); by default where it works"
+    )
     mac: Mac | None = Field(default=None, description="by default derived from VM and position")
 
     @model_validator(mode="after")
@@ -71,6 +162,11 @@ class NicSpec(_Table):
             raise ValueError('tap = "…" belongs to type = "tap", and only to it')
         if self.tap is not None and not _INTERFACE.fullmatch(self.tap):
             raise ValueError(f'"{self.tap}" cannot be the name of an interface')
+        if self.type == "user" and (self.queues != 1 or self.vhost):
+            raise ValueError(
+                'queues and vhost belong to type = "tap"; user-mode networking has one pair of '
+                "queues in QEMU's main loop"
+            )
         return self
 
 
