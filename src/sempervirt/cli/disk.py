@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from sempervirt.api.schemas import DiskView, RestartView
+from sempervirt.cli import threads, tune
 from sempervirt.cli.completion import disk_names
 from sempervirt.cli.output import (
     Output,
@@ -27,6 +28,11 @@ from sempervirt.core.sizes import format_size
 
 app = typer.Typer(no_args_is_help=True, help="Disks, and the backends that serve them.")
 
+app.command("threads", epilog="Example: semper disk threads web/root --map 0,0,1,1")(
+    threads.threads
+)
+app.command("tune", epilog="Example: semper disk tune /srv/images")(tune.tune)
+
 DiskName = Annotated[
     str,
     typer.Argument(metavar="VM/DISK", help="For example web/root.", autocompletion=disk_names),
@@ -39,7 +45,8 @@ UPGRADE_HINT = " (another one is installed: see semper disk upgrade)"
 def list_disks(output: OutputOption = Output.TABLE) -> None:
     """List the disks of all running VMs.
 
-    A guarded disk has a standby backend that takes over when the active one ends.
+    A guarded disk has a standby backend that takes over when the active one ends. Disks in the
+    condition qemu are served by QEMU itself, and have none.
     """
     views = ask_agent(lambda client: client.disks())
     if output is Output.JSON:
@@ -101,6 +108,8 @@ def _size(view: DiskView) -> str:
 
 def _rows(view: DiskView) -> list[tuple[str, str | None]]:
     backend = view.backend or {}
+    if view.condition == "qemu":
+        return _own_rows(view)
     standby = f"{view.standby_pid} ({'ready' if view.standby_ready else 'preparing'})"
     rows: list[tuple[str, str | None]] = [
         ("disk", view.name),
@@ -111,6 +120,7 @@ def _rows(view: DiskView) -> list[tuple[str, str | None]]:
         ("binary", view.binary + (UPGRADE_HINT if view.upgrade_available else "")),
         ("state", backend.get("state")),
         ("engine", _engine(backend)),
+        ("queues", view.queues.summary if view.queues else None),
         ("requests", _counters(backend)),
         ("restarts", f"{view.restart_count}, upgrades {view.upgrade_count}"),
     ]
@@ -119,6 +129,17 @@ def _rows(view: DiskView) -> list[tuple[str, str | None]]:
     if view.last_error:
         rows.append(("last error", describe_error(view.last_error)))
     return rows
+
+
+def _own_rows(view: DiskView) -> list[tuple[str, str | None]]:
+    """A disk that QEMU itself serves."""
+    return [
+        ("disk", view.name),
+        ("condition", "qemu: served by QEMU itself, without a standby"),
+        ("image", f"{view.image} ({_size(view)}{', read-only' if view.read_only else ''})"),
+        ("pid", str(view.active_pid)),
+        ("queues", view.queues.summary if view.queues else None),
+    ]
 
 
 def describe_error(error: dict[str, object]) -> str:

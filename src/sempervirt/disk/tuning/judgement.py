@@ -1,0 +1,260 @@
+"""Who drops out early, who wins, and why.
+
+The objective: the most requests for each second of processor time *among the candidates that
+hold the bounds*: at every load a p99 of at most `latency` times the best candidate's, and at
+least the share `throughput` of the best candidate's requests per second. Without bounds, one
+thread that never polls would always win, and the guest would pay.
+
+Who cannot be told from the best within the noise of the rounds is as good as the best; of all
+those the simplest is taken (`Candidate.simplicity`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import geometric_mean
+
+from sempervirt.disk.tuning.candidates import Candidate
+from sempervirt.disk.tuning.figures import (
+    Figures,
+    Interval,
+    Measured,
+    Series,
+    Value,
+    interval,
+    ratios,
+    typical,
+)
+
+# A first look is coarse: who misses a bound by less than this, in the round that was the kindest,
+# may still hold it. One disturbed round must not throw out the best.
+SLACK = 1.25
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """`latency`: how many times the best p99; `throughput`: which share of the best."""
+
+    latency: float = 2.0
+    throughput: float = 0.8
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How a candidate stands against the best at the load where it is weakest.
+
+    `excess` above 1: a bound is missed, by that factor. `efficiency` is in requests for each
+    second of processor time, over all loads.
+    """
+
+    candidate: Candidate
+    efficiency: float
+    latency: float
+    latency_load: str
+    share: float
+    share_load: str
+    excess: float
+
+    def objection(self, bounds: Bounds) -> str:
+        """Which bound is missed, in words; empty if none is."""
+        if self.latency > bounds.latency:
+            return f"p99 {self.latency:.1f} × the best at {self.latency_load}"
+        if self.share < bounds.throughput:
+            return f"throughput {self.share:.2f} × the best at {self.share_load}"
+        return ""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The winner, why, and what became of the others.
+
+    `as_good` cannot be told from the most efficient one. `holds` is false when no candidate holds
+    every bound, and the one that comes nearest was taken.
+    """
+
+    winner: Candidate
+    why: str
+    holds: bool
+    as_good: tuple[Candidate, ...]
+    standings: tuple[Standing, ...]
+    reasons: dict[Candidate, str]
+
+
+def _p99(figures: Figures) -> float:
+    return figures.p99_us
+
+
+def _iops(figures: Figures) -> float:
+    return figures.iops
+
+
+def _per_cpu_second(figures: Figures) -> float:
+    return figures.per_cpu_second
+
+
+def loads_of(series: Series) -> list[str]:
+    """The names of the loads."""
+    return list(next(iter(series.values())))
+
+
+def standings(measured: Measured, bounds: Bounds, *, kindly: bool = False) -> list[Standing]:
+    """All candidates, the best first: those that hold the bounds, by efficiency.
+
+    Compared with the best is the median round, or `kindly` the best end of what is plausible.
+    """
+    slack = SLACK if kindly else 1.0
+    loads = loads_of(next(iter(measured.values())))
+    quickest = {load: _best(measured, load, _p99, lowest=True) for load in loads}
+    widest = {load: _best(measured, load, _iops, lowest=False) for load in loads}
+    found = []
+    for candidate, series in measured.items():
+        latency, latency_load = max(
+            (_versus(series, measured[quickest[load]], load, _p99, kindly=kindly), load)
+            for load in loads
+        )
+        share, share_load = min(
+            (1 / _versus(measured[widest[load]], series, load, _iops, kindly=kindly), load)
+            for load in loads
+        )
+        excess = max(latency / bounds.latency, bounds.throughput / share)
+        found.append(
+            Standing(
+                candidate,
+                geometric_mean(typical(series, load, _per_cpu_second) for load in loads),
+                latency,
+                latency_load,
+                share,
+                share_load,
+                excess,
+            )
+        )
+    return sorted(found, key=lambda s: _rank(s, slack))
+
+
+def eliminate(
+    measured: Measured, bounds: Bounds, keep: int
+) -> tuple[list[Candidate], dict[Candidate, str]]:
+    """Who stays in the race, and why each of the others does not.
+
+    The first `keep` stay, and with them those that the bounds are measured by: the best p99 and
+    the best throughput at each load. Otherwise what is left would be compared with nobody.
+    """
+    found = standings(measured, bounds, kindly=True)
+    leader = found[0]
+    guards = _guards(measured)
+    stay, reasons = [], {}
+    for place, standing in enumerate(found):
+        if place < keep or standing.candidate in guards:
+            stay.append(standing.candidate)
+            continue
+        share = standing.efficiency / leader.efficiency
+        reasons[standing.candidate] = (
+            standing.objection(Bounds(bounds.latency * SLACK, bounds.throughput / SLACK))
+            or f"{share:.2f} × the leader's requests per processor-second"
+        ) + ", early"
+    return stay, reasons
+
+
+def decide(measured: Measured, bounds: Bounds) -> Decision:
+    """The winner among candidates that have all rounds in common."""
+    found = standings(measured, bounds)
+    holding = [standing for standing in found if standing.excess <= 1]
+    if not holding:
+        return _nearest(found, bounds)
+    best = holding[0]
+    against = {
+        other.candidate: _advantage(measured, best.candidate, other.candidate)
+        for other in holding[1:]
+    }
+    as_good = [candidate for candidate, seen in against.items() if not seen.is_a_difference]
+    winner = min([best.candidate, *as_good], key=lambda candidate: candidate.simplicity)
+    reasons = {}
+    for standing in found:
+        candidate = standing.candidate
+        if candidate == winner:
+            continue
+        reasons[candidate] = standing.objection(bounds) or _loss(candidate, best, against)
+    return Decision(
+        winner=winner,
+        why=_why(winner, best.candidate, against, len(holding), len(found)),
+        holds=True,
+        as_good=tuple(as_good),
+        standings=tuple(found),
+        reasons=reasons,
+    )
+
+
+def _why(
+    winner: Candidate,
+    best: Candidate,
+    against: dict[Candidate, Interval],
+    holding: int,
+    total: int,
+) -> str:
+    if winner != best:
+        return (
+            f"within the noise of the most efficient ({best}: {against[winner]} times as many "
+            "requests per processor-second), and simpler"
+        )
+    if not against:
+        return f"the only one of {total} that holds the bounds"
+    rival, seen = next(iter(against.items()))
+    if not seen.is_a_difference:
+        return f"within the noise of the next ({rival}: {seen}), and simpler"
+    return (
+        f"the most requests per processor-second of the {holding} that hold the bounds: "
+        f"{seen} times the next ({rival})"
+    )
+
+
+def _loss(candidate: Candidate, best: Standing, against: dict[Candidate, Interval]) -> str:
+    if candidate == best.candidate:
+        return "the most efficient, but within the noise of the simpler winner"
+    if not against[candidate].is_a_difference:
+        return "within the noise of the best, but not the simplest"
+    return f"{1 / against[candidate].median:.2f} × the best's requests per processor-second"
+
+
+def _nearest(found: Sequence[Standing], bounds: Bounds) -> Decision:
+    winner = min(found, key=lambda s: (s.excess, s.candidate.simplicity))
+    return Decision(
+        winner=winner.candidate,
+        why=f"no candidate holds every bound; this one comes nearest ({winner.objection(bounds)})",
+        holds=False,
+        as_good=(),
+        standings=tuple(found),
+        reasons={s.candidate: s.objection(bounds) for s in found if s is not winner},
+    )
+
+
+def _rank(standing: Standing, slack: float) -> tuple[float, float, tuple[int, int, int]]:
+    """Candidates that hold the bounds come first, by efficiency; the others by what they miss."""
+    excess = standing.excess if standing.excess > slack else 0.0
+    return excess, -standing.efficiency, standing.candidate.simplicity
+
+
+def _best(measured: Measured, load: str, value: Value, *, lowest: bool) -> Candidate:
+    sign = 1 if lowest else -1
+    return min(measured, key=lambda c: (sign * typical(measured[c], load, value), c.simplicity))
+
+
+def _guards(measured: Measured) -> set[Candidate]:
+    loads: Iterable[str] = loads_of(next(iter(measured.values())))
+    return {
+        _best(measured, load, value, lowest=lowest)
+        for load in loads
+        for value, lowest in ((_p99, True), (_iops, False))
+    }
+
+
+def _versus(series: Series, best: Series, load: str, value: Value, *, kindly: bool) -> float:
+    """How many times the value of `best`; small is good."""
+    seen = interval(ratios(series, best, value, [load]))
+    return max(seen.low if kindly else seen.median, math.ulp(1.0))
+
+
+def _advantage(measured: Measured, one: Candidate, other: Candidate) -> Interval:
+    loads = loads_of(measured[one])
+    return interval(ratios(measured[one], measured[other], _per_cpu_second, loads))

@@ -1,0 +1,98 @@
+"""One measurement: the program semper-load against a backend that serves."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from sempervirt.core.errors import CommandFailed, Unavailable
+from sempervirt.disk.tuning.figures import Figures
+from sempervirt.host import process
+
+LOAD_ENVIRONMENT = "SEMPERVIRT_LOAD"
+REPORT_VERSION = 1
+READ_PERCENT = 70
+_PATIENCE_S = 10.0
+_WARMUP_SHARE = 0.2
+
+
+@dataclass(frozen=True)
+class Load:
+    """Requests of 4 KiB at random offsets, `depth` of them on each queue.
+
+    `cold`: reads of an image that the page cache has forgotten.
+    """
+
+    name: str
+    depth: int
+    read_percent: int = READ_PERCENT
+    cold: bool = False
+
+
+def loads(*, cached_on_disk: bool, read_only: bool = False) -> list[Load]:
+    """The preset load: a quiet guest, a busy one, and a busy one that misses the cache."""
+    percent = 100 if read_only else READ_PERCENT
+    found = [Load("4k-d1", 1, percent), Load("4k-d32", 32, percent)]
+    return [*found, Load("4k-d32-cold", 32, 100, cold=True)] if cached_on_disk else found
+
+
+def find_load() -> str:
+    """The program: $SEMPERVIRT_LOAD, beside the interpreter, or on the PATH.
+
+    Raises Unavailable when it is not installed.
+    """
+    beside = Path(sys.executable).with_name("semper-load")
+    found = os.environ.get(LOAD_ENVIRONMENT) or (
+        str(beside) if beside.exists() else shutil.which("semper-load")
+    )
+    if not found:
+        raise Unavailable(
+            "semper-load is not installed", remedy=f"run make setup, or set {LOAD_ENVIRONMENT}"
+        )
+    return found
+
+
+async def measure(
+    program: str,
+    load: Load,
+    *,
+    socket: Path,
+    pid: int,
+    queues: int,
+    threads: int,
+    seconds: float,
+    seed: int,
+) -> Figures:
+    """Runs the load for `seconds`, after a part of that as warm-up.
+
+    Raises CommandFailed when a request failed, the backend died, or nothing was completed.
+    """
+    argv = [
+        program,
+        f"--socket={socket}",
+        "--mode=randread" if load.read_percent == 100 else "--mode=mixed",
+        f"--read-percent={load.read_percent}",
+        f"--depth={load.depth}",
+        f"--queues={queues}",
+        f"--threads={threads}",
+        f"--seconds={seconds:.3f}",
+        f"--warmup={0 if load.cold else seconds * _WARMUP_SHARE:.3f}",
+        f"--seed={seed}",
+        f"--pid={pid}",
+        f"--patience={_PATIENCE_S}",
+    ]
+    answer = await process.run(argv, timeout_s=seconds * 2 + 3 * _PATIENCE_S)
+    report = json.loads(answer.stdout)
+    if report["version"] != REPORT_VERSION:
+        raise CommandFailed(program, 0, [f"a report of version {report['version']}"])
+    if not report["ios"]:
+        raise CommandFailed(program, 0, [f"no request was completed in {seconds:.2f} s"])
+    return Figures(
+        iops=report["iops"],
+        p99_us=max(report["latency_us"]["p99"], 0.01),
+        cpu_us=report["backend"]["cpu_us_per_io"],
+    )
