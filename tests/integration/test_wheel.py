@@ -17,6 +17,7 @@ VERSIONS = (
     ("semper", "version"),
     ("semperd", "--version"),
     ("semper-blkd", "--version"),
+    ("semper-load", "--version"),
     ("semper-probe", "--version"),
 )
 

@@ -2,7 +2,7 @@
 //!
 //! It stands on `virtio-driver`, the library under libblkio, so that the rings are driven by code
 //! that is not ours; `relay` adds what a guest's QEMU would: the in-flight region and, if asked
-//! for, connecting again. Used by `python -m bench`; not part of the installed package.
+//! for, connecting again. Used by `semper disk tune` and by `python -m bench`.
 
 mod histogram;
 mod lane;
