@@ -81,6 +81,27 @@ async def test_a_wrong_request_names_its_key(config: AgentConfig, client: Client
     assert error["message"].startswith('memory: "lots" is not a size')
 
 
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({}, "give either map or queues_per_thread"),
+        ({"map": [0], "queues_per_thread": 1}, "give either map or queues_per_thread"),
+        ({"queues_per_thread": 0}, "queues_per_thread: Input should be greater than or equal"),
+        ({"map": ["x"]}, "map.0: Input should be a valid integer"),
+    ],
+)
+async def test_a_wrong_move_of_queues(
+    config: AgentConfig, client: Client, body: dict[str, object], message: str
+) -> None:
+    transport = httpx.AsyncHTTPTransport(uds=str(config.socket))
+    async with httpx.AsyncClient(transport=transport, base_url="http://agent") as http:
+        answer = await http.post("/v1/disks/web/root/threads", json=body)
+    assert answer.status_code == 422
+    assert message in answer.json()["error"]["message"]
+    with pytest.raises(NotFound):
+        await client.move_queues("web/root", queues_per_thread=1)
+
+
 async def test_an_image_that_is_not_there(client: Client) -> None:
     spec = VmSpec.model_validate(
         {"name": "web", "disks": [{"name": "root", "image": "/nonexistent.raw"}]}

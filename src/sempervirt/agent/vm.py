@@ -7,10 +7,13 @@ import contextlib
 import logging
 from pathlib import Path
 
+from sempervirt.agent.planning import plans_of_record
 from sempervirt.agent.record import VmRecord
 from sempervirt.core.errors import NotFound, SempervirtError
+from sempervirt.core.queue_map import DevicePlan
 from sempervirt.disk.disk import Disk
 from sempervirt.host import background, process
+from sempervirt.vm.command_line import disk_id
 from sempervirt.vm.machine import STOP_GRACE_S, Machine
 from sempervirt.vm.spec import VmSpec
 from sempervirt.vm.states import End, Runstate, VmState
@@ -60,6 +63,15 @@ class Vm:
     def pid(self) -> int | None:
         """QEMU's process id, while it runs."""
         return self.machine.pid
+
+    @property
+    def plans(self) -> dict[str, DevicePlan]:
+        """How the queues of each device are served, by QEMU's id."""
+        plans = dict(plans_of_record(self.spec, self.record.plans))
+        for disk in self.disks.values():
+            if disk.plan is not None:
+                plans[disk_id(self.spec.disk(disk.setup.short_name))] = disk.plan
+        return plans
 
     @property
     def settled(self) -> bool:

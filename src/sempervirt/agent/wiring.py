@@ -53,7 +53,7 @@ def disk_setup(
     return DiskSetup(
         name=f"{spec.name}/{disk.name}",
         volume=volume,
-        binding=plan.binding,
+        plan=plan,
         options=DiskOptions(
             image=disk.image,
             read_only=disk.read_only,

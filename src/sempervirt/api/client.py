@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +17,7 @@ from sempervirt.api.schemas import (
     HostView,
     LogView,
     StopRequest,
+    ThreadsRequest,
     UpgradeRequest,
     VmView,
 )
@@ -118,6 +119,20 @@ class Client:
         """Serves a disk from another binary."""
         body = UpgradeRequest(binary=binary).model_dump(mode="json")
         path = f"{_disk_path(name)}/upgrade"
+        answer = await self._call("POST", path, body=body, timeout_s=WORK_TIMEOUT_S)
+        return DiskView.model_validate(answer)
+
+    async def move_queues(
+        self,
+        name: str,
+        *,
+        thread_map: Sequence[int] | None = None,
+        queues_per_thread: int | None = None,
+    ) -> DiskView:
+        """Moves a disk's queues to other threads; give one of both."""
+        map_asked = None if thread_map is None else list(thread_map)
+        body = ThreadsRequest(map=map_asked, queues_per_thread=queues_per_thread).model_dump()
+        path = f"{_disk_path(name)}/threads"
         answer = await self._call("POST", path, body=body, timeout_s=WORK_TIMEOUT_S)
         return DiskView.model_validate(answer)
 

@@ -15,12 +15,14 @@ from sempervirt.api.schemas import (
     HostView,
     LogView,
     StopRequest,
+    ThreadsRequest,
     UpgradeRequest,
     VmView,
 )
-from sempervirt.api.views import agent_view, disk_view, host_view, vm_view
+from sempervirt.api.views import agent_view, disk_view, host_view, own_disk_view, vm_view
 from sempervirt.core.errors import InvalidRequest
 from sempervirt.core.names import suggest
+from sempervirt.core.queue_map import Binding, spread
 from sempervirt.disk.running import DiskFiles
 from sempervirt.host import process
 from sempervirt.vm.spec import VmSpec
@@ -130,14 +132,17 @@ async def get_vm_log(
 
 @router.get("/disks", tags=["disk"])
 async def list_disks(agent: AgentHere) -> list[DiskView]:
-    """The disks of all running VMs."""
-    return [await disk_view(disk) for disk in agent.disks.values()]
+    """The disks of all running VMs, also those that QEMU itself serves."""
+    views = [await disk_view(disk) for disk in agent.disks.values()]
+    views += [own_disk_view(vm, disk) for vm, disk in agent.own_disks.values()]
+    return sorted(views, key=lambda view: view.name)
 
 
 @router.get("/disks/{vm}/{disk}", tags=["disk"])
 async def get_disk(agent: AgentHere, vm: str, disk: str) -> DiskView:
     """One disk."""
-    return await disk_view(agent.disk(f"{vm}/{disk}"))
+    own = agent.own_disks.get(f"{vm}/{disk}")
+    return own_disk_view(*own) if own else await disk_view(agent.disk(f"{vm}/{disk}"))
 
 
 @router.post("/disks/{vm}/{disk}/upgrade", tags=["disk"])
@@ -145,4 +150,16 @@ async def upgrade_disk(agent: AgentHere, vm: str, disk: str, request: UpgradeReq
     """Serves a disk from another binary; answers when that one serves."""
     found = agent.disk(f"{vm}/{disk}")
     await found.upgrade(str(request.binary) if request.binary else None)
+    return await disk_view(found)
+
+
+@router.post("/disks/{vm}/{disk}/threads", tags=["disk"])
+async def move_queues(agent: AgentHere, vm: str, disk: str, request: ThreadsRequest) -> DiskView:
+    """Moves a disk's queues to other threads while it serves; answers when that is done."""
+    found = agent.disk(f"{vm}/{disk}")
+    if request.queues_per_thread is not None:
+        thread_map = spread(found.setup.options.queues, request.queues_per_thread)
+    else:
+        thread_map = tuple(request.map or ())
+    await found.rebind(Binding(thread_map, "semper disk threads"))
     return await disk_view(found)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
 from sempervirt.vm.spec import VmSpec
 from sempervirt.vm.states import Runstate
@@ -59,6 +59,24 @@ class HostView(BaseModel):
     sandbox: bool
 
 
+class QueuesView(BaseModel):
+    """How the queues of a device are served, and who decided it.
+
+    A source is the VM file, a preset, a built-in default with its reason, or a command. The
+    queues of a network card come in pairs, and are counted so.
+    """
+
+    device: str = Field(description='the type, for example "vhost-user-blk" or "virtio-net"')
+    queues: int
+    threads: int
+    map: list[int] = Field(description="the thread of each queue")
+    map_source: str
+    engine: str
+    engine_source: str
+    poll_us: int | None = Field(description="null: the device's own default")
+    summary: str
+
+
 class EndView(BaseModel):
     """How a VM ended."""
 
@@ -81,6 +99,7 @@ class VmView(BaseModel):
     started: float
     resets: int
     disks: list[str]
+    queues: dict[str, QueuesView] = Field(description="of each device, by QEMU's id")
     channels: dict[str, Path]
     console: Path
     end: EndView | None
@@ -106,7 +125,11 @@ class RestartView(BaseModel):
 
 
 class DiskView(BaseModel):
-    """A disk of a running VM. `backend` is the active backend's own status, if it answers."""
+    """A disk of a running VM. `backend` is the active backend's own status, if it answers.
+
+    For a disk that QEMU itself serves the condition is "qemu", `active_pid` is QEMU's, and
+    there is no standby.
+    """
 
     name: str
     condition: str
@@ -122,6 +145,7 @@ class DiskView(BaseModel):
     generation: int
     restart_count: int
     upgrade_count: int
+    queues: QueuesView | None = Field(description="as they are to be served")
     restarts: list[RestartView]
     last_error: dict[str, Any] | None
     backend: dict[str, Any] | None
@@ -145,3 +169,16 @@ class UpgradeRequest(BaseModel):
     """The binary to serve from; by default the installed one."""
 
     binary: Path | None = None
+
+
+class ThreadsRequest(BaseModel):
+    """Either a map, or how many queues each thread is to have."""
+
+    map: list[int] | None = Field(default=None, max_length=64)
+    queues_per_thread: int | None = Field(default=None, ge=1, le=64)
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if (self.map is None) == (self.queues_per_thread is None):
+            raise ValueError("give either map or queues_per_thread")
+        return self

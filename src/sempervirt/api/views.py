@@ -14,13 +14,18 @@ from sempervirt.api.schemas import (
     EndView,
     EventView,
     HostView,
+    QueuesView,
     RestartView,
     VmView,
 )
-from sempervirt.core.errors import SempervirtError
+from sempervirt.core.errors import InvalidRequest, SempervirtError
 from sempervirt.core.events import Journal
+from sempervirt.core.queue_map import DevicePlan
 from sempervirt.disk.disk import Disk
 from sempervirt.disk.takeover import Restart
+from sempervirt.disk.volume import inspect
+from sempervirt.vm.command_line import disk_id
+from sempervirt.vm.spec import DiskSpec
 
 
 def agent_view(agent: Agent) -> AgentView:
@@ -64,6 +69,7 @@ def vm_view(vm: Vm) -> VmView:
         started=vm.machine.started,
         resets=vm.state.resets,
         disks=[f"{vm.name}/{disk.name}" for disk in vm.spec.disks],
+        queues={name: queues_view(plan) for name, plan in vm.plans.items()},
         channels={channel.name: files.channel(channel) for channel in vm.spec.channels},
         console=files.console,
         end=_end_view(vm),
@@ -101,10 +107,58 @@ async def disk_view(disk: Disk) -> DiskView:
         generation=disk.generation,
         restart_count=disk.restart_count,
         upgrade_count=disk.upgrade_count,
+        queues=queues_view(disk.plan) if disk.plan else None,
         restarts=[_restart_view(restart) for restart in disk.restarts],
         last_error=disk.last_error,
         backend=backend,
         events=_events(disk.journal),
+    )
+
+
+def own_disk_view(vm: Vm, disk: DiskSpec) -> DiskView:
+    """A disk that QEMU itself serves."""
+    return DiskView(
+        name=f"{vm.name}/{disk.name}",
+        condition="qemu",
+        reason="",
+        image=disk.image,
+        size_bytes=_size_bytes(disk),
+        read_only=disk.read_only,
+        binary="",
+        upgrade_available=False,
+        active_pid=vm.pid,
+        standby_pid=None,
+        standby_ready=False,
+        generation=0,
+        restart_count=0,
+        upgrade_count=0,
+        queues=queues_view(vm.plans[disk_id(disk)]),
+        restarts=[],
+        last_error=None,
+        backend=None,
+        events=[],
+    )
+
+
+def _size_bytes(disk: DiskSpec) -> int | None:
+    try:
+        return inspect(disk.image, read_only=True).size_bytes
+    except InvalidRequest:
+        return None  # it was removed under the VM
+
+
+def queues_view(plan: DevicePlan) -> QueuesView:
+    """How the queues of a device are served."""
+    return QueuesView(
+        device=plan.device,
+        queues=plan.binding.queues,
+        threads=plan.binding.threads,
+        map=list(plan.binding.map),
+        map_source=plan.binding.source,
+        engine=plan.engine.value,
+        engine_source=plan.engine.source,
+        poll_us=plan.poll_us,
+        summary=str(plan),
     )
 
 

@@ -39,6 +39,7 @@ _STYLES = {
     "stopping": "cyan",
     "paused": "yellow",
     "unguarded": "yellow",
+    "qemu": "yellow",
     "halted": "yellow",
     "backing-off": "yellow",
     "unknown": "bold red",

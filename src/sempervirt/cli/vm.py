@@ -203,6 +203,7 @@ def _print(view: VmView, output: Output) -> None:
         ("boots", str(boot)),
         ("started", f"{clock(view.started)} ({ago(view.started)} ago), {view.resets} resets"),
         ("disks", ", ".join(view.disks)),
+        *((device, queues.summary) for device, queues in view.queues.items()),
         ("console", str(view.console) if view.end is None else None),
         *((f"channel {name}", str(path)) for name, path in view.channels.items()),
     ]

@@ -15,6 +15,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from typing import Any
 
 from sempervirt.core.errors import (
@@ -25,7 +26,7 @@ from sempervirt.core.errors import (
     Unavailable,
 )
 from sempervirt.core.events import Journal
-from sempervirt.core.queue_map import Binding, check_map, format_map
+from sempervirt.core.queue_map import Binding, DevicePlan, check_map, format_map
 from sempervirt.disk import control, takeover
 from sempervirt.disk.crew import Crew
 from sempervirt.disk.program import Programs, is_installed, path_of
@@ -110,9 +111,10 @@ class Disk:
         return self._state
 
     @property
-    def binding(self) -> Binding | None:
-        """Which thread is to work on which queue; None: as the program does by itself."""
-        return self._state.binding
+    def plan(self) -> DevicePlan | None:
+        """How the queues are to be served; None: as the program does by itself."""
+        plan, binding = self.setup.plan, self._state.binding
+        return replace(plan, binding=binding) if plan and binding else plan
 
     @property
     def generation(self) -> int:
@@ -219,7 +221,7 @@ class Disk:
             await self._rebind_active(binding)
             self.post(Rebound(binding))
             await self._wait(lambda: self._state.binding == binding, REBIND_DEADLINE_S, "a record")
-        text = f"{binding}: {format_map(binding.map)} ({binding.source})"
+        text = f"{format_map(binding.map)} ({binding.source})"
         self.journal.note(time.time(), "threads", text)
         log.info("threads disk=%s %s", self.name, text)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from sempervirt.core.queue_map import Binding
+from sempervirt.core.queue_map import Binding, DevicePlan
 from sempervirt.disk.backend import BackendCommand, DiskOptions
 from sempervirt.disk.running import DiskFiles
 from sempervirt.disk.supervised import Policy
@@ -16,8 +16,8 @@ from sempervirt.disk.volume import Volume
 class DiskSetup:
     """`name` is VM/DISK; `record` is the file that the next agent adopts the disk from.
 
-    `volume` is None for an adopted disk whose image cannot be looked at any more. `binding` is
-    which thread works on which queue at first; None leaves it to the program.
+    `volume` is None for an adopted disk whose image cannot be looked at any more. `plan` is how
+    its queues are served at first; None leaves that to the program.
     """
 
     name: str
@@ -27,9 +27,14 @@ class DiskSetup:
     policy: Policy
     files: DiskFiles
     record: Path
-    binding: Binding | None = None
+    plan: DevicePlan | None = None
 
     @property
     def short_name(self) -> str:
         """The name within the VM."""
         return self.name.rpartition("/")[2]
+
+    @property
+    def binding(self) -> Binding | None:
+        """Which thread works on which queue at first."""
+        return self.plan.binding if self.plan else None

@@ -1,0 +1,265 @@
+"""Queues on threads with real backends: at their start, moved while they serve, and remembered."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from itertools import cycle
+from pathlib import Path
+
+import pytest
+
+from sempervirt.agent import Agent, AgentConfig
+from sempervirt.api.client import Client
+from sempervirt.api.schemas import DiskView
+from sempervirt.core.errors import InvalidRequest
+from sempervirt.core.queue_map import Binding, Choice, DevicePlan, ThreadMap
+from sempervirt.disk import takeover
+from sempervirt.disk.backend import Blkd, DiskOptions
+from sempervirt.disk.control import ask
+from sempervirt.disk.disk import Disk
+from sempervirt.disk.lifecycle import adopt_disk, start_disk
+from sempervirt.disk.running import DiskFiles
+from sempervirt.disk.setup import DiskSetup
+from sempervirt.disk.supervised import Policy
+from sempervirt.disk.volume import inspect
+from sempervirt.guest import ProbeClient
+from sempervirt.vm.spec import VmSpec
+
+pytestmark = pytest.mark.timeout(120)
+Spec = Callable[..., VmSpec]
+Semperd = Callable[[], AbstractAsyncContextManager["subprocess.Popen[bytes]"]]
+
+MIB = 1 << 20
+BOOT_S = 60.0
+READY_S = 15.0
+POLL_S = 0.05
+PAUSE = 150
+AT_FIRST = (0, 1, 0, 1)
+
+
+@pytest.fixture
+def setup(place: Path, disk_image: Path) -> DiskSetup:
+    binding = Binding(AT_FIRST, "VM file")
+    return DiskSetup(
+        name="web/root",
+        volume=inspect(disk_image, read_only=False),
+        options=DiskOptions(disk_image, queues=4),
+        command=Blkd(),
+        policy=Policy(),
+        files=DiskFiles(place, "root"),
+        record=place / "disk.json",
+        plan=DevicePlan("vhost-user-blk", binding, Choice("auto", "built-in default")),
+    )
+
+
+@pytest.fixture
+async def disk(setup: DiskSetup) -> AsyncIterator[Disk]:
+    """A disk of four queues that nobody uses, with its standby."""
+    started = await start_disk(setup)
+    await started.wait_standby_ready(READY_S)
+    yield started
+    await started.stop()
+
+
+async def eventually(what: str, condition: Callable[[], Awaitable[bool]]) -> None:
+    """Waits for a condition that has to be asked for."""
+    try:
+        async with asyncio.timeout(READY_S):
+            while True:
+                if await condition():
+                    return
+                await asyncio.sleep(POLL_S)  # poll interval
+    except TimeoutError as error:
+        raise AssertionError(f"waited {READY_S:g} s for {what}") from error
+
+
+async def map_of_active(disk: Disk) -> ThreadMap:
+    return takeover.thread_map(await disk.status())
+
+
+async def map_of_standby(disk: Disk) -> ThreadMap:
+    assert disk.state.standby is not None
+    control = disk.setup.files.control(disk.state.standby.generation)
+    return takeover.thread_map(await ask(control, "status"))
+
+
+def arguments_of(pid: int | None) -> list[str]:
+    return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+
+
+async def take_over(disk: Disk) -> None:
+    """Kills the active backend and waits for the next standby."""
+    assert disk.active_pid is not None
+    count = disk.restart_count
+    os.kill(disk.active_pid, signal.SIGKILL)
+    await disk.changes.wait_until(
+        lambda: disk.restart_count > count, timeout_s=READY_S, what="the take-over"
+    )
+    await disk.wait_standby_ready(READY_S)
+
+
+async def test_every_process_of_a_disk_has_its_map(disk: Disk) -> None:
+    assert await map_of_active(disk) == await map_of_standby(disk) == AT_FIRST
+    await disk.rebind(Binding((0, 0, 1, 2), "test"))
+    assert await map_of_active(disk) == (0, 0, 1, 2)
+    await eventually("the standby", lambda: is_on(map_of_standby(disk), (0, 0, 1, 2)))
+    assert "--thread-map=0,1,0,1" in arguments_of(disk.standby_pid)  # it was told, not restarted
+    await take_over(disk)
+    assert await map_of_active(disk) == (0, 0, 1, 2)
+    assert "--thread-map=0,0,1,2" in arguments_of(disk.standby_pid)
+    await disk.upgrade()
+    assert await map_of_active(disk) == (0, 0, 1, 2)
+    note = disk.journal.last("threads")
+    assert note is not None
+    assert note.message == "0,0,1,2 (test)"
+
+
+async def is_on(asked: Awaitable[ThreadMap], wanted: ThreadMap) -> bool:
+    return await asked == wanted
+
+
+async def test_a_map_survives_the_agent_and_whatever_it_did_not_get_to(setup: DiskSetup) -> None:
+    disk = await start_disk(setup)
+    await disk.wait_standby_ready(READY_S)
+    await disk.rebind(Binding((0, 0, 0, 0), "test"))
+    # An agent that died after it had told the active process, and before it wrote that down.
+    assert disk.state.active is not None
+    await ask(setup.files.control(disk.state.active.generation), "threads", map=[0, 1, 2, 3])
+    await disk.detach()
+    adopted = await adopt_disk(setup)
+    try:
+        assert adopted.plan is not None
+        assert adopted.plan.binding == Binding((0, 0, 0, 0), "test")
+        await eventually("the recorded map", lambda: is_on(map_of_active(adopted), (0, 0, 0, 0)))
+        await adopted.wait_standby_ready(READY_S)
+        await take_over(adopted)
+        assert await map_of_active(adopted) == (0, 0, 0, 0)
+    finally:
+        await adopted.stop()
+
+
+@pytest.mark.parametrize("wrong", [(0,), (0, 0, 0, 2), (), (0, 1, 2, 3, 4), (-1, 0, 0, 0)])
+async def test_a_map_that_does_not_fit_changes_nothing(disk: Disk, wrong: ThreadMap) -> None:
+    with pytest.raises(InvalidRequest, match="disk web/root: "):
+        await disk.rebind(Binding(wrong, "test"))
+    assert disk.state.binding == Binding(AT_FIRST, "VM file")
+    assert await map_of_active(disk) == AT_FIRST
+
+
+async def test_rebinding_waits_for_the_successor_of_a_dead_backend(disk: Disk) -> None:
+    assert disk.active_pid is not None
+    os.kill(disk.active_pid, signal.SIGKILL)
+    await disk.rebind(Binding((0, 1, 2, 3), "test"))
+    await eventually("the successor", lambda: is_on(map_of_active(disk), (0, 1, 2, 3)))
+
+
+MAPS: tuple[ThreadMap, ...] = ((0, 0, 0, 0), (0, 1, 2, 3), (1, 0, 0, 1), (0, 1, 0, 1))
+
+
+@pytest.mark.guest
+@pytest.mark.parametrize(
+    "disk_keys",
+    [{}, {"engine": "mmap"}, {"engine": "uring", "direct": True}],
+    ids=["auto", "mmap", "io_uring"],
+)
+async def test_rebinding_and_kills_under_load_are_not_noticed(
+    agent: Agent, guest_spec: Spec, disk_keys: dict[str, object]
+) -> None:
+    spec = guest_spec(serial="loaded", queues=4, queues_per_thread=2, **disk_keys)
+    vm = await agent.run_vm(spec.model_copy(update={"vcpus": 4}))
+    disk = agent.disks["web/root"]
+    assert disk.state.binding == Binding((0, 1, 0, 1), "VM file")
+    maps = cycle(MAPS)
+    async with await ProbeClient.connect(vm.channel_path("probe"), deadline_s=BOOT_S) as client:
+        await client.wait_hello(deadline_s=BOOT_S)
+        await client.write_start("serial:loaded", writers=16, span_bytes=8 * MIB)
+
+        async def completed(more: int) -> None:
+            before = (await client.stats()).completions
+            await client.wait_stats(lambda stats: stats.completions >= before + more)
+
+        await completed(PAUSE)
+        for _ in range(3):
+            for _ in range(4):
+                await disk.rebind(Binding(next(maps), "test"))
+                assert await map_of_active(disk) == disk.state.binding.map
+                await completed(20)
+            await disk.wait_standby_ready(READY_S)
+            # A kill while the queues are being moved.
+            moving = asyncio.create_task(disk.rebind(Binding(next(maps), "test")))
+            assert disk.active_pid is not None
+            os.kill(disk.active_pid, signal.SIGKILL)
+            await moving
+            await completed(PAUSE)
+            await disk.wait_standby_ready(READY_S)
+        moving = asyncio.create_task(disk.rebind(Binding(next(maps), "test")))
+        await disk.upgrade()
+        await moving
+        await completed(PAUSE)
+        await vm.pause()
+        await disk.rebind(Binding(next(maps), "test"))
+        await vm.resume()
+        await completed(PAUSE)
+        wanted = disk.state.binding
+        await eventually("the last map", lambda: is_on(map_of_active(disk), wanted.map))
+        status = await disk.status()
+        assert all(queue["writes"] > 0 for queue in status["queues"]), status["queues"]
+        stats = await client.write_stop()
+    assert stats.io_error_count == 0, stats
+    assert stats.hung == 0, stats
+    assert stats.wrong.total == 0, stats
+    assert stats.verified_final is not None
+    assert stats.verified_final.complete, stats
+    assert stats.verified_final.wrong == 0, stats
+    assert disk.restart_count == 3
+
+
+async def wait_disk(client: Client, condition: Callable[[DiskView], bool]) -> DiskView:
+    async with asyncio.timeout(READY_S):
+        while True:
+            view = await client.disk("web/root")
+            if condition(view):
+                return view
+            await asyncio.sleep(POLL_S)  # poll interval
+
+
+async def test_by_the_api_and_across_a_restart_of_the_agent(
+    config: AgentConfig, firmware_spec: Spec, disk_image: Path, semperd: Semperd
+) -> None:
+    root = {"name": "root", "image": str(disk_image), "queues": 3, "poll_us": 5}
+    async with Client.connect(config.socket) as client:
+        async with semperd():
+            vm = await client.run_vm(firmware_spec(disks=[root]))
+            assert vm.queues["disk-root"].map == [0, 0, 0]
+            assert vm.queues["disk-root"].map_source == "built-in default"
+            for thread_map in ([0, 0], [0, 2, 0], []):
+                with pytest.raises(InvalidRequest):
+                    await client.move_queues("web/root", thread_map=thread_map)
+            moved = await client.move_queues("web/root", queues_per_thread=2)
+            assert moved.queues is not None
+            assert (moved.queues.map, moved.queues.threads) == ([0, 1, 0], 2)
+            assert moved.backend is not None
+            assert takeover.thread_map(moved.backend) == (0, 1, 0)
+            assert moved.backend["poll_us"] == 5
+            moved = await client.move_queues("web/root", thread_map=(2, 1, 0))
+            first = await wait_disk(client, lambda view: view.condition == "guarded")
+        async with semperd():
+            again = await wait_disk(client, lambda view: view.condition == "guarded")
+            assert again.active_pid == first.active_pid
+            assert again.queues == moved.queues
+            assert again.queues is not None
+            assert again.queues.map_source == "semper disk threads"
+            assert (await client.vm("web")).queues["disk-root"] == again.queues
+            assert again.active_pid is not None
+            os.kill(again.active_pid, signal.SIGKILL)
+            last = await wait_disk(
+                client, lambda view: view.condition == "guarded" and view.restart_count > 0
+            )
+            assert last.backend is not None
+            assert takeover.thread_map(last.backend) == (2, 1, 0)
+            await client.kill_vm("web")
