@@ -2,7 +2,8 @@
 
 Nothing waits for these reports while a guest stalls: the take-over itself is the kernel's and
 the backends' own. So it asks rarely at first after a take-over, when the processors are
-needed elsewhere.
+needed elsewhere. And it asks rarely when nothing happens: every question costs both processes
+some processor time, and a host may have many idle disks.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from sempervirt.disk.control import ask
 from sempervirt.disk.running import Running
 from sempervirt.disk.supervised import Progressed, Ready, Serving, SupervisionEvent
 
-# Seconds between two questions: while it starts (grows), just promoted, and when all is well.
+# Seconds between two questions: while it starts (grows), just promoted, and when all is well; the
+# last grows while nothing happens.
 STARTING_S, STARTING_MAX_S = 0.005, 0.1
 PROMOTED_S = 0.02
-STEADY_S = 1.0
+STEADY_S, STEADY_MAX_S = 1.0, 10.0
+GROWTH = 1.5
 
 Report = Callable[[SupervisionEvent], None]
 Seen = Callable[[Running, dict[str, Any]], None]
@@ -50,11 +53,14 @@ async def observe(
 
     await _answers_when(running, serves, seen)
     report(Serving(running.generation))
-    await _answers_when(running, takeover.has_progressed, seen, STEADY_S)
+    await _answers_when(running, takeover.has_progressed, seen, STEADY_MAX_S)
     report(Progressed(running.generation))
+    interval_s = STEADY_S
     while True:
-        await asyncio.sleep(STEADY_S)
-        await _ask(running, seen)
+        before = running.status
+        await asyncio.sleep(interval_s)
+        quiet = _activity(await _ask(running, seen)) == _activity(before)
+        interval_s = min(interval_s * GROWTH, STEADY_MAX_S) if quiet else STEADY_S
 
 
 async def _wait_promoted(running: Running) -> None:
@@ -62,13 +68,15 @@ async def _wait_promoted(running: Running) -> None:
 
     Two processes that wait for the lock at the same time get it in an order of the kernel's.
     """
+    interval_s = STEADY_S
     while not running.promoted.is_set():
         try:
-            async with asyncio.timeout(STEADY_S):
+            async with asyncio.timeout(interval_s):
                 await running.promoted.wait()
         except TimeoutError:
             if takeover.holds_image(await _ask(running, None)):
                 running.promoted.set()
+            interval_s = min(interval_s * GROWTH, STEADY_MAX_S)
 
 
 async def _answers_when(
@@ -80,7 +88,12 @@ async def _answers_when(
     interval_s = STARTING_S
     while not reached(await _ask(running, seen)):
         await asyncio.sleep(interval_s)
-        interval_s = min(interval_s * 1.5, ceiling_s)
+        interval_s = min(interval_s * GROWTH, ceiling_s)
+
+
+def _activity(status: dict[str, Any]) -> tuple[Any, Any]:
+    """What differs between two statuses when anything happened in between."""
+    return status.get("counters"), status.get("queues")
 
 
 async def _ask(running: Running, seen: Seen | None) -> dict[str, Any]:
