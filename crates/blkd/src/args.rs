@@ -73,7 +73,7 @@ pub(crate) struct Args {
 
     /// Look for requests for at most so many microseconds before sleeping, where that pays; 0
     /// never looks.
-    #[arg(long, value_name = "N", default_value_t = 20,
+    #[arg(long, value_name = "N", default_value_t = 50,
           value_parser = clap::value_parser!(u16).range(0..=1000))]
     pub poll_us: u16,
 

@@ -13,9 +13,9 @@ use std::time::Duration;
 
 /// What a sleep and its wake-up are worth, in ns: about 5 µs of processor time at both ends, and
 /// the latency that the guest does not see, valued at as much again.
-const SLEEP_WORTH: i64 = 10_000;
+const SLEEP_WORTH: i64 = 40_000;
 /// The most that an account can hold: a few looks in vain after a long good time.
-const MOST: i64 = 60_000;
+const MOST: i64 = 120_000;
 /// The shortest look, in ns.
 const SHORTEST: u64 = 2_000;
 /// Sleeps without a look, at most.

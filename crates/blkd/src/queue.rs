@@ -311,11 +311,12 @@ impl Queue {
     fn give_back(&mut self, head: u16, written: u32) {
         self.tracked.complete(head, written);
         self.outstanding -= 1;
-        if self.tracked.staged() >= BATCH {
+        if self.eager || self.tracked.staged() >= BATCH {
             self.show();
             if self.eager && self.tracked.needs_call() {
                 self.notify();
             }
+            self.eager = false;
         }
     }
 

@@ -85,6 +85,11 @@ impl Io {
         &self.iov[self.first.min(self.iov.len())..]
     }
 
+    /// The guest's own segments, whatever stands in for them. Only before the first submission.
+    pub fn guest_segments(&self) -> &[libc::iovec] {
+        self.bounce.as_ref().map_or(&self.iov, |bounce| &bounce.guest)
+    }
+
     /// Goes through a buffer of our own where the image wants aligned memory and the guest's is
     /// not. Call once, before the first submission. False if all such buffers of this process
     /// together would be unreasonably large.
