@@ -6,7 +6,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help demo setup system-packages venv binaries guest test lint format wheel \
-	lock fuzz torture bench fresh clean
+	lock fuzz torture bench scale fresh clean
 
 help: ## this list
 	@echo "sempervirt: keeps QEMU/KVM virtual machines running through the death of their storage backend"
@@ -59,6 +59,9 @@ fuzz: setup ## hostile rings, regions and messages, guided by coverage
 
 bench: setup ## side by side with qemu-storage-daemon and QEMU's contrib backend, interleaved
 	@scripts/bench $(ARGS)
+
+scale: setup guest ## what 64 disks with 256 queues hold, and what 20 idle disks use
+	@scripts/scale $(ARGS)
 
 fresh: ## 'make demo' on a fresh Debian root made for it (root; ARGS="trixie test" for another)
 	@scripts/fresh-root $(ARGS)

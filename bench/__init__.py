@@ -14,4 +14,6 @@ the median of the rounds is reported with its spread.
     results, machine            what is kept, and on which machine it was seen
     table, plot, markdown       how it is shown
     sections                    where it stands in SPECIFICATION.md
+    fleet, processes            many disks in one agent, and what the kernel says of them
+    scale, idle                 programs of their own: what those disks hold, and use without I/O
 """

@@ -7,6 +7,8 @@ import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 
+from sempervirt.disk.backend import Blkd
+
 
 def load_average() -> float:
     """Runnable tasks, the mean of the last minute."""
@@ -66,3 +68,8 @@ def _first_line(command: list[str]) -> str:
         return "unknown"
     lines = result.stdout.strip().splitlines()
     return lines[0] if lines else "unknown"
+
+
+def fleet_fingerprint() -> dict[str, str]:
+    """The same for a run in which the agent starts the semper-blkd that is installed."""
+    return fingerprint(Blkd().binary())

@@ -1,0 +1,183 @@
+"""Many disks in one agent: a real semperd, guests that have started every queue, and no I/O."""
+
+import asyncio
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sempervirt.api.client import Client
+from sempervirt.api.schemas import DiskView
+from sempervirt.core.errors import AgentUnavailable
+from sempervirt.guest import ProbeClient
+from sempervirt.guest import image as guest_image
+from sempervirt.vm.spec import VmSpec
+
+PROBE = "org.sempervirt.probe"
+MIB = 1 << 20
+IMAGE_BYTES = 16 * MIB
+AGENT_START_S = 30.0
+BOOT_S = 180.0
+GUARDED_S = 60.0
+POLL_S = 0.02
+
+
+class FleetError(Exception):
+    """The disks did not come up as they should; the message says what is missing."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How many VMs, disks for each, and queues for each disk. Each VM has a vCPU for each queue."""
+
+    vms: int
+    disks: int
+    queues: int
+    memory_mib: int = 160
+
+    def __str__(self) -> str:
+        return (
+            f"{self.disks_total} disks of {self.queues} queues in {self.vms} guests of "
+            f"{self.memory_mib} MiB"
+        )
+
+    @property
+    def disks_total(self) -> int:
+        """Over all VMs."""
+        return self.vms * self.disks
+
+    @property
+    def queues_total(self) -> int:
+        """Over all disks."""
+        return self.disks_total * self.queues
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """What runs. Seconds count from the first request to the agent."""
+
+    shape: Shape
+    agent_pid: int
+    disks: list[DiskView]
+    served_s: float
+    guarded_s: float
+    booted_s: float
+
+    @property
+    def pids(self) -> dict[str, list[int]]:
+        """The processes by kind: backends that serve, standbys that wait, the agent."""
+        return {
+            "backend": [disk.active_pid for disk in self.disks if disk.active_pid is not None],
+            "standby": [disk.standby_pid for disk in self.disks if disk.standby_pid is not None],
+            "agent": [self.agent_pid],
+        }
+
+
+@asynccontextmanager
+async def running(shape: Shape, **disk_keys: Any) -> AsyncIterator[Fleet]:
+    """Run a fleet for the duration of the block; keys of the VM file's disks as arguments.
+
+    When the block begins each disk is guarded by a standby and each queue was started by its guest.
+    Raises FleetError otherwise.
+    """
+    async with AsyncExitStack() as stack:
+        # A short path: a socket's may have 107 bytes.
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sf-", dir="/tmp")))
+        agent = stack.enter_context(_agent(folder))
+        client = await stack.enter_async_context(Client.connect(folder / "r" / "agent.sock"))
+        await _wait_answer(client)
+        stack.push_async_callback(_kill_all, client)
+        start = time.monotonic()
+        specs = [_spec(shape, number, folder, disk_keys) for number in range(shape.vms)]
+        views = await asyncio.gather(*(client.run_vm(spec) for spec in specs))
+        served_s = time.monotonic() - start
+        await _wait_guarded(client, shape)
+        guarded_s = time.monotonic() - start
+        for view in views:
+            await _wait_booted(view.channels[PROBE])
+        booted_s = time.monotonic() - start
+        disks = [await client.disk(disk.name) for disk in await client.disks()]
+        _demand_queues(shape, disks)
+        yield Fleet(shape, agent.pid, disks, served_s, guarded_s, booted_s)
+
+
+@contextmanager
+def _agent(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+    program = str(Path(sys.executable).with_name("semperd"))
+    argv = [program, f"--state-dir={folder / 's'}", f"--run-dir={folder / 'r'}"]
+    with (folder / "semperd.log").open("wb") as log:
+        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+async def _wait_answer(client: Client) -> None:
+    async with asyncio.timeout(AGENT_START_S):
+        while True:
+            try:
+                await client.agent()
+            except AgentUnavailable:
+                await asyncio.sleep(POLL_S)
+            else:
+                return
+
+
+async def _kill_all(client: Client) -> None:
+    for vm in await client.vms():
+        await client.kill_vm(vm.name)
+
+
+def _spec(shape: Shape, number: int, folder: Path, disk_keys: dict[str, Any]) -> VmSpec:
+    guest = guest_image()
+    disks = []
+    for index in range(shape.disks):
+        image = folder / f"{number}-{index}.raw"
+        image.touch()
+        os.truncate(image, IMAGE_BYTES)
+        name = f"d{index}"
+        disks.append({"name": name, "image": str(image), "queues": shape.queues, **disk_keys})
+    return VmSpec.model_validate(
+        {
+            "name": f"vm{number}",
+            "memory": f"{shape.memory_mib}M",
+            "vcpus": shape.queues,
+            "kernel": str(guest.kernel),
+            "initrd": str(guest.initrd),
+            "cmdline": guest.cmdline,
+            "disks": disks,
+            "channels": [{"name": PROBE}],
+        }
+    )
+
+
+async def _wait_guarded(client: Client, shape: Shape) -> None:
+    deadline = time.monotonic() + GUARDED_S
+    while True:
+        conditions = [disk.condition for disk in await client.disks()]
+        if conditions.count("guarded") == shape.disks_total:
+            return
+        if time.monotonic() > deadline:
+            raise FleetError(f"{GUARDED_S:.0f} s later the disks are {sorted(set(conditions))}")
+        await asyncio.sleep(POLL_S)
+
+
+async def _wait_booted(channel: Path) -> None:
+    async with await ProbeClient.connect(channel, deadline_s=BOOT_S) as probe:
+        await probe.wait_hello(deadline_s=BOOT_S)
+
+
+def _demand_queues(shape: Shape, disks: list[DiskView]) -> None:
+    for disk in disks:
+        queues = disk.backend["queues"] if disk.backend else []
+        started = sum(queue["enabled"] for queue in queues)
+        if started != shape.queues:
+            raise FleetError(f"{disk.name} has {started} queues started, not {shape.queues}")
