@@ -37,6 +37,8 @@ __all__ = [
 ]
 
 _BAR_WIDTH = 24
+_CHART_WIDTH = 130
+_FILE_WIDTH = 160
 _STYLES = {"winner": "bold green", "as good": "green", "lost": "", "early": "dim", "failed": "red"}
 _COLOURS = {
     "sync": "#4c72b0",
@@ -171,7 +173,9 @@ def _print_race(site: StorageView, device: DeviceView, *, chart: bool) -> None:
         f"{format_duration(device.seconds)}",
         highlight=False,
     )
-    out.print(_table(device, chart=chart))
+    # A file has no width, and a table cut to 80 columns says little.
+    width = out.width if out.is_terminal else max(out.width, _FILE_WIDTH)
+    out.print(_table(device, chart=chart and width >= _CHART_WIDTH), width=width)
     out.print(f"{describe(device.preset)}: {device.preset.why}", highlight=False, markup=False)
 
 
@@ -180,6 +184,8 @@ def _table(device: DeviceView, *, chart: bool) -> Table:
     table = listing(
         "engine", "q/thread", "poll", "req/cpu-s", *([""] if chart else []), *p99s, "iops", "why"
     )
+    for column in table.columns[:-1]:
+        column.no_wrap = True
     top = max((view.per_cpu_second or 0.0 for view in device.candidates), default=0.0)
     for view in device.candidates:
         efficiency = view.per_cpu_second or 0.0

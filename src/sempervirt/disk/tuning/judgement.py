@@ -60,9 +60,9 @@ class Standing:
     def objection(self, bounds: Bounds) -> str:
         """Which bound is missed, in words; empty if none is."""
         if self.latency > bounds.latency:
-            return f"p99 {self.latency:.1f} × the best at {self.latency_load}"
+            return f"p99 {self.latency:.1f} × best at {self.latency_load}"
         if self.share < bounds.throughput:
-            return f"throughput {self.share:.2f} × the best at {self.share_load}"
+            return f"throughput {self.share:.2f} × best at {self.share_load}"
         return ""
 
 
@@ -152,8 +152,8 @@ def eliminate(
         share = standing.efficiency / leader.efficiency
         reasons[standing.candidate] = (
             standing.objection(Bounds(bounds.latency * SLACK, bounds.throughput / SLACK))
-            or f"{share:.2f} × the leader's requests per processor-second"
-        ) + ", early"
+            or f"{share:.2f} × the leader's efficiency"
+        )
     return stay, reasons
 
 
@@ -168,7 +168,7 @@ def decide(measured: Measured, bounds: Bounds) -> Decision:
         other.candidate: _advantage(measured, best.candidate, other.candidate)
         for other in holding[1:]
     }
-    as_good = [candidate for candidate, seen in against.items() if not seen.is_a_difference]
+    as_good = [candidate for candidate, seen in against.items() if not _is_worse(seen)]
     winner = min([best.candidate, *as_good], key=lambda candidate: candidate.simplicity)
     reasons = {}
     for standing in found:
@@ -195,13 +195,13 @@ def _why(
 ) -> str:
     if winner != best:
         return (
-            f"within the noise of the most efficient ({best}: {against[winner]} times as many "
+            f"within the noise of the most efficient ({best}: {against[winner]} times its "
             "requests per processor-second), and simpler"
         )
     if not against:
         return f"the only one of {total} that holds the bounds"
     rival, seen = next(iter(against.items()))
-    if not seen.is_a_difference:
+    if not _is_worse(seen):
         return f"within the noise of the next ({rival}: {seen}), and simpler"
     return (
         f"the most requests per processor-second of the {holding} that hold the bounds: "
@@ -211,10 +211,10 @@ def _why(
 
 def _loss(candidate: Candidate, best: Standing, against: dict[Candidate, Interval]) -> str:
     if candidate == best.candidate:
-        return "the most efficient, but within the noise of the simpler winner"
-    if not against[candidate].is_a_difference:
-        return "within the noise of the best, but not the simplest"
-    return f"{1 / against[candidate].median:.2f} × the best's requests per processor-second"
+        return "most efficient, but not beyond the noise"
+    if not _is_worse(against[candidate]):
+        return "as good, but not as simple"
+    return f"{1 / against[candidate].median:.2f} × the best's efficiency"
 
 
 def _nearest(found: Sequence[Standing], bounds: Bounds) -> Decision:
@@ -253,6 +253,11 @@ def _versus(series: Series, best: Series, load: str, value: Value, *, kindly: bo
     """How many times the value of `best`; small is good."""
     seen = interval(ratios(series, best, value, [load]))
     return max(seen.low if kindly else seen.median, math.ulp(1.0))
+
+
+def _is_worse(best_to_it: Interval) -> bool:
+    """Whether the rounds show that a candidate is less efficient than the best."""
+    return best_to_it.is_a_difference and best_to_it.median > 1
 
 
 def _advantage(measured: Measured, one: Candidate, other: Candidate) -> Interval:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 STAGE_ROUNDS = 2
 FINALISTS = 4
-# Five rounds are the least that can show a difference (figures.interval); of nine, one may be
-# disturbed.
-TOTAL_ROUNDS = 9
+# Five rounds are the least that can show a difference (figures.interval), if not one of them is
+# disturbed; of fifteen, three may be.
+TOTAL_ROUNDS = 15
 SHORTEST_S = 0.02
 # A further round tells more than a longer look.
 LONGEST_S = 0.35
