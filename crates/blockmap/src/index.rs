@@ -1,7 +1,7 @@
 //! The content index: keyed BLAKE3 of touched blocks, to find a page's block by what it contains.
 //!
 //! Built when somebody asks, and then brought up to date: only blocks that were touched or written
-//! since are read again. 36 bytes for each block in it, and no more blocks than the caller allows.
+//! since are read again. [`BYTES_PER_BLOCK`] for each block in it, and no more blocks than the caller allows.
 
 use std::ops::ControlFlow;
 
@@ -46,6 +46,9 @@ pub struct Refreshed {
     /// Left out because they could not be read.
     pub unreadable: u64,
 }
+
+/// Bytes of memory that the index takes for each block.
+pub const BYTES_PER_BLOCK: u64 = size_of::<Record>() as u64 + 4;
 
 /// Blocks by content.
 #[derive(Clone)]

@@ -34,8 +34,8 @@ mod verify;
 mod versions;
 
 pub use aligned::Page;
-pub use index::{ContentIndex, Hash, Refreshed, hash_page};
-pub use map::{Association, BlockMap, Memory, RegionKey};
+pub use index::{BYTES_PER_BLOCK, ContentIndex, Hash, Refreshed, hash_page};
+pub use map::{Association, BlockMap, Layout, Memory, RegionKey};
 pub use pages::{Blocks, HostPages, Pages};
 pub use recorder::{Access, Counters, Note, Recorder};
 pub use reverse::Reverse;

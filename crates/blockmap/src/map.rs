@@ -42,9 +42,9 @@ pub(crate) struct View {
     pub table: Arc<PageTable>,
 }
 
-/// The present memory table.
-pub(crate) struct Layout {
-    pub views: Vec<View>,
+/// A memory table in force, mapped for as long as this lives.
+pub struct Layout {
+    pub(crate) views: Vec<View>,
     keep: Arc<dyn Any + Send + Sync>,
 }
 
@@ -55,16 +55,36 @@ impl fmt::Debug for Layout {
 }
 
 impl Layout {
-    pub(crate) fn pages(&self) -> HostPages {
+    /// The guest's memory.
+    pub fn pages(&self) -> HostPages {
         let regions = self.views.iter().map(|v| (v.host, v.table.pages())).collect();
         HostPages::new(regions, Arc::clone(&self.keep))
+    }
+
+    /// The regions, with their pages.
+    pub fn regions(&self) -> Vec<(RegionKey, usize)> {
+        self.views.iter().map(|v| (v.key, v.table.pages())).collect()
+    }
+
+    /// Which sectors stand in this page, if they were not written since.
+    pub fn block_in(&self, map: &BlockMap, region: usize, page: usize) -> Option<Association> {
+        let stored = self.views.get(region)?.table.load(page)?;
+        let live = map.stamp(stored.sector) == Some(stored.stamp);
+        live.then_some(Association { region, page, sector: stored.sector, stamp: stored.stamp })
+    }
+
+    /// Every association that is still good, in order of region and page.
+    pub fn associations<'a>(&'a self, map: &'a BlockMap) -> impl Iterator<Item = Association> + 'a {
+        self.views.iter().enumerate().flat_map(move |(region, view)| {
+            (0..view.table.pages()).filter_map(move |page| self.block_in(map, region, page))
+        })
     }
 }
 
 /// A page, and the sectors that it was last filled from or written to. A hint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Association {
-    /// Index of the region in the present memory table.
+    /// Index of the region in the memory table.
     pub region: usize,
     /// Index of the page in the region.
     pub page: usize,
@@ -157,7 +177,8 @@ impl BlockMap {
         self.tables().layout = None;
     }
 
-    pub(crate) fn layout(&self) -> Option<Arc<Layout>> {
+    /// The present memory table, if a front end is connected.
+    pub fn layout(&self) -> Option<Arc<Layout>> {
         self.tables().layout.clone()
     }
 
@@ -168,46 +189,6 @@ impl BlockMap {
             tables.counters.push(Arc::clone(counters));
         }
         Recorder::new(Arc::clone(self), tables.layout.clone(), Arc::clone(counters))
-    }
-
-    /// The guest's memory, if a front end is connected.
-    pub fn host_pages(&self) -> Option<HostPages> {
-        self.layout().map(|layout| layout.pages())
-    }
-
-    /// Regions of the present memory table, with their pages.
-    pub fn regions(&self) -> Vec<(RegionKey, usize)> {
-        let layout = self.layout();
-        layout.iter().flat_map(|l| &l.views).map(|v| (v.key, v.table.pages())).collect()
-    }
-
-    /// Which sectors stand in this page, if they were not written since.
-    pub fn block_in(&self, region: usize, page: usize) -> Option<Association> {
-        let layout = self.layout()?;
-        self.block_in_view(layout.views.get(region)?, region, page)
-    }
-
-    pub(crate) fn block_in_view(
-        &self,
-        view: &View,
-        region: usize,
-        page: usize,
-    ) -> Option<Association> {
-        let stored = view.table.load(page)?;
-        let live = self.stamp(stored.sector) == Some(stored.stamp);
-        live.then_some(Association { region, page, sector: stored.sector, stamp: stored.stamp })
-    }
-
-    /// Every association that is still good, in order of region and page.
-    pub fn associations(&self) -> Vec<Association> {
-        let Some(layout) = self.layout() else { return Vec::new() };
-        let views = layout.views.iter().enumerate();
-        views
-            .flat_map(|(region, view)| {
-                (0..view.table.pages())
-                    .filter_map(move |page| self.block_in_view(view, region, page))
-            })
-            .collect()
     }
 
     /// What identifies the present content of the eight sectors from `sector`; none while
@@ -225,6 +206,13 @@ impl BlockMap {
     /// Sums of all recorders' counters: pages associated, pages whose association was dropped.
     pub fn recorded(&self) -> (u64, u64) {
         self.tables().counters.iter().map(|c| c.get()).fold((0, 0), |a, b| (a.0 + b.0, a.1 + b.1))
+    }
+
+    /// Bytes of memory that [`Self::resident`] can come to with the present memory table.
+    pub fn bound(&self) -> u64 {
+        let pages: u64 = self.tables().known.iter().map(|(_, t)| t.pages() as u64).sum();
+        let blocks = self.touched.blocks();
+        pages * 16 + blocks.min(crate::versions::SLOTS) * 8 + blocks.div_ceil(8)
     }
 
     /// Bytes of memory in use: page tables, versions, touched blocks.

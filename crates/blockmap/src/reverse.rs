@@ -1,6 +1,6 @@
 //! The other way round: which pages hold this block.
 
-use crate::map::{Association, BlockMap};
+use crate::map::{Association, BlockMap, Layout};
 
 /// All associations that were good when it was built, by sector. 32 bytes each.
 #[derive(Clone, Debug, Default)]
@@ -10,8 +10,8 @@ pub struct Reverse {
 
 impl Reverse {
     /// Scans the tables.
-    pub fn build(map: &BlockMap) -> Self {
-        let mut by_sector = map.associations();
+    pub fn build(map: &BlockMap, layout: &Layout) -> Self {
+        let mut by_sector: Vec<_> = layout.associations(map).collect();
         by_sector.sort_unstable_by_key(|a| (a.sector, a.region, a.page));
         Self { by_sector }
     }

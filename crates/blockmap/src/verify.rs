@@ -19,7 +19,7 @@
 
 use crate::aligned::Page;
 use crate::index::{ContentIndex, Hash, hash_page};
-use crate::map::{Association, BlockMap};
+use crate::map::{Association, BlockMap, Layout};
 use crate::pages::{Blocks, Pages};
 
 /// How a block was found for a page.
@@ -95,6 +95,7 @@ impl Tally {
 /// Looks for the block of a page, and makes sure of it.
 pub struct Verifier<'a, B, P> {
     map: &'a BlockMap,
+    layout: &'a Layout,
     index: &'a ContentIndex,
     blocks: &'a B,
     pages: &'a P,
@@ -104,10 +105,15 @@ pub struct Verifier<'a, B, P> {
 }
 
 impl<'a, B: Blocks, P: Pages> Verifier<'a, B, P> {
-    /// A verifier over the map's present memory table, of which `pages` must be the pages.
-    pub fn new(map: &'a BlockMap, index: &'a ContentIndex, blocks: &'a B, pages: &'a P) -> Self {
+    /// A verifier over a memory table of the map, of which `pages` must be the pages.
+    pub fn new(
+        (map, layout): (&'a BlockMap, &'a Layout),
+        index: &'a ContentIndex,
+        blocks: &'a B,
+        pages: &'a P,
+    ) -> Self {
         let (page, block) = (Box::default(), Box::default());
-        Self { map, index, blocks, pages, page, block, recheck: true }
+        Self { map, layout, index, blocks, pages, page, block, recheck: true }
     }
 
     /// Leaves out the second look at the stamps: wrong on purpose, to show that tests would see it.
@@ -119,7 +125,7 @@ impl<'a, B: Blocks, P: Pages> Verifier<'a, B, P> {
 
     /// Looks for the block that equals this page; none if the page is not in memory.
     pub fn page(&mut self, region: usize, page: usize) -> Option<Outcome> {
-        let association = self.map.block_in(region, page);
+        let association = self.layout.block_in(self.map, region, page);
         if !self.pages.copy(region, page, &mut self.page) {
             return None;
         }
@@ -150,6 +156,7 @@ impl<'a, B: Blocks, P: Pages> Verifier<'a, B, P> {
     /// Whether the page's association is what it was: the device has not filled the page since.
     fn still(&self, association: Association) -> bool {
         !self.recheck
-            || self.map.block_in(association.region, association.page) == Some(association)
+            || self.layout.block_in(self.map, association.region, association.page)
+                == Some(association)
     }
 }

@@ -14,7 +14,7 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::test_runner::{TestError, TestRunner};
 use semper_blockmap::{
-    Access, BlockMap, Blocks, ContentIndex, Counters, Memory, Note, Page, Pages, Recorder,
+    Access, BlockMap, Blocks, ContentIndex, Counters, Layout, Memory, Note, Page, Pages, Recorder,
     RegionKey, Verifier, hash_page,
 };
 
@@ -92,6 +92,7 @@ struct Inner {
 
 struct World {
     map: Arc<BlockMap>,
+    layout: Arc<Layout>,
     recorder: Recorder,
     memory: *mut Page,
     inner: RefCell<Inner>,
@@ -131,7 +132,8 @@ impl World {
             read: None,
             copied: Page::default(),
         });
-        Self { map, recorder, memory, inner }
+        let layout = map.layout().unwrap();
+        Self { map, layout, recorder, memory, inner }
     }
 
     fn half(&self, page: usize, half: usize) -> *mut u8 {
@@ -215,11 +217,14 @@ impl World {
                         (request.disk..request.disk + request.halves)
                             .for_each(|h| inner.events[h] += 1);
                     }
-                    // What the page is associated with now, if this request stored it.
-                    let now = self.map.block_in(0, request.page).map(|a| a.sector as usize / 4);
-                    if request.access != Access::Trim && now == Some(request.disk) {
-                        inner.last[request.page] =
-                            Last { began: request.began, shared: request.shared };
+                    // What the page is associated with now, if this request stored it. During a
+                    // discard the map does not say.
+                    let trimming = inner.in_flight.iter().any(|r| r.access == Access::Trim);
+                    let now = self.layout.block_in(&self.map, 0, request.page);
+                    let stored = now.is_some_and(|a| a.sector as usize / 4 == request.disk);
+                    if request.access != Access::Trim && (stored || trimming) {
+                        let shared = request.shared || trimming;
+                        inner.last[request.page] = Last { began: request.began, shared };
                     }
                     return;
                 }
@@ -242,7 +247,7 @@ impl World {
     /// into the page since, or a request is filling it now.
     fn associations_are_true(&self) {
         let inner = self.inner.borrow();
-        for a in self.map.associations() {
+        for a in self.layout.associations(&self.map) {
             let last = inner.last[a.page];
             let filling =
                 inner.in_flight.iter().any(|r| r.page == a.page && r.access == Access::Read);
@@ -310,7 +315,7 @@ fn run(script: Vec<Vec<Act>>, recheck: bool, found: &mut u64) -> Result<(), Stri
     for _ in 0..2 {
         index.refresh(&world.map, &world, usize::MAX, &mut |_| std::ops::ControlFlow::Continue(()));
         for page in 0..PAGES {
-            let mut verifier = Verifier::new(&world.map, &index, &world, &world);
+            let mut verifier = Verifier::new((&world.map, &world.layout), &index, &world, &world);
             if !recheck {
                 verifier = verifier.without_recheck();
             }

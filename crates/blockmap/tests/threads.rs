@@ -121,7 +121,8 @@ fn pairs_are_true_under_a_guest_that_never_rests() {
     };
     let stop = AtomicBool::new(false);
     let disk = Disk(disk);
-    let pages = map.host_pages().unwrap();
+    let layout = map.layout().unwrap();
+    let pages = layout.pages();
     let mut index = ContentIndex::new(KEY);
     let (mut pairs, mut unknown) = (0, 0);
     std::thread::scope(|scope| {
@@ -129,7 +130,7 @@ fn pairs_are_true_under_a_guest_that_never_rests() {
         let deadline = Instant::now() + DEADLINE;
         while pairs < PAIRS && Instant::now() < deadline {
             index.refresh(&map, &disk, usize::MAX, &mut |_| ControlFlow::Continue(()));
-            let mut verifier = Verifier::new(&map, &index, &disk, &pages);
+            let mut verifier = Verifier::new((&map, &layout), &index, &disk, &pages);
             for page in 0..PAGES {
                 let Some(pair) = verifier.page(0, page).and_then(|outcome| outcome.pair) else {
                     unknown += 1;

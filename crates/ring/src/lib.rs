@@ -17,5 +17,5 @@ mod memory;
 mod split;
 
 pub use chain::{ChainError, MAX_CHAIN_DESCRIPTORS, Segment};
-pub use memory::{GuestMemory, MemoryError, RegionSpec};
+pub use memory::{FileId, GuestMemory, MemoryError, RegionSpec};
 pub use split::{RingAddresses, RingError, SplitQueue};

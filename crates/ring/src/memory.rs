@@ -3,6 +3,7 @@
 use std::fmt;
 use std::fs::File;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
 /// One region as it stands in a vhost-user memory table. All addresses and sizes are bytes.
@@ -17,6 +18,9 @@ pub struct RegionSpec {
     /// Where in the file the region starts.
     pub file_offset: u64,
 }
+
+/// Device and inode of the file behind a region; zeros for anonymous memory.
+pub type FileId = (u64, u64);
 
 /// Why a memory table was refused.
 #[derive(Debug, thiserror::Error)]
@@ -68,6 +72,7 @@ impl Drop for Mapping {
 struct Region {
     spec: RegionSpec,
     host: *mut u8,
+    file: FileId,
     // Kept alive for as long as any table that names this region is.
     _mapping: Arc<Mapping>,
 }
@@ -106,7 +111,7 @@ impl GuestMemory {
             RegionSpec { guest_addr, size: size as u64, user_addr: guest_addr, file_offset: 0 };
         let mapping = map(None, size, 0)?;
         let host = mapping.base;
-        Ok(Self { regions: vec![Region { spec, host, _mapping: Arc::new(mapping) }] })
+        Ok(Self { regions: vec![Region { spec, host, file: (0, 0), _mapping: Arc::new(mapping) }] })
     }
 
     /// This table and one more region, backed by `file`.
@@ -141,7 +146,8 @@ impl GuestMemory {
         let host = unsafe { mapping.base.add(lead as usize) };
         let mut regions = self.regions.clone();
         let at = regions.partition_point(|r| r.spec.guest_addr < spec.guest_addr);
-        regions.insert(at, Region { spec, host, _mapping: Arc::new(mapping) });
+        let file = (metadata.dev(), metadata.ino());
+        regions.insert(at, Region { spec, host, file, _mapping: Arc::new(mapping) });
         Ok(Self { regions })
     }
 
@@ -163,6 +169,11 @@ impl GuestMemory {
     /// The regions, in order of guest address.
     pub fn specs(&self) -> impl Iterator<Item = RegionSpec> + '_ {
         self.regions.iter().map(|r| r.spec)
+    }
+
+    /// The regions with the host pointer of their first byte and the file behind them.
+    pub fn mapped(&self) -> impl Iterator<Item = (RegionSpec, *mut u8, FileId)> + '_ {
+        self.regions.iter().map(|r| (r.spec, r.host, r.file))
     }
 
     /// Calls `each` with host pointers that together cover `[addr, addr + len)`, in order.
