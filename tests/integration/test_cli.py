@@ -153,6 +153,53 @@ async def test_a_vm_and_its_disk_with_an_agent(
         assert (await semper("vm", "list", "-o", "json")).document == []
 
 
+async def test_queues_and_their_threads(semper: Semper, semperd: Semperd, vm_file: Path) -> None:
+    second = vm_file.with_name("own.raw")
+    second.write_bytes(bytes(1 << 20))
+    edit(
+        vm_file,
+        "[[disks]]",
+        f'[[disks]]\nname = "own"\nimage = "{second.name}"\nbackend = "qemu"\n\n'
+        "[[disks]]\nqueues = 4\nqueues_per_thread = 2",
+    )
+    async with semperd():
+        assert (await semper("vm", "run", str(vm_file), "--detach")).code == 0
+        shown = " ".join((await semper("vm", "show", "web")).out.split())
+        assert "disk-root 4 queues on 2 threads (VM file), engine auto (built-in def" in shown
+        assert "disk-own 1 queue on 1 thread, engine threads (built-in default)" in shown
+        assert "4 queues on 2 threads (VM file)" in (await semper("disk", "show", "web/root")).out
+        listed = (await semper("disk", "list")).out
+        assert listed.splitlines()[1].split()[:2] == ["web/own", "qemu"]
+        own = await semper("disk", "show", "web/own")
+        assert "served by QEMU itself, without a standby" in own.out
+
+        for option in ([], ["--show"]):
+            table = await semper("disk", "threads", "web/root", *option)
+            assert "4 queues on 2 threads (VM file)" in table.out, table.err
+            rows = [line.split()[:2] for line in table.out.splitlines()[-4:]]
+            assert rows == [["0", "0"], ["1", "1"], ["2", "0"], ["3", "1"]]
+        moved = await semper("disk", "threads", "web/root", "--map", "0,0,1,2")
+        assert "4 queues on 3 threads (semper disk threads)" in moved.out, moved.err
+        rows = [line.split()[:2] for line in moved.out.splitlines()[-4:]]
+        assert rows == [["0", "0"], ["1", "0"], ["2", "1"], ["3", "2"]]
+        moved = await semper(
+            "disk", "threads", "web/root", "--queues-per-thread", "4", "-o", "json"
+        )
+        assert moved.document["queues"]["map"] == [0, 0, 0, 0]
+
+        for arguments, code, words in (
+            (("web/root", "--map", "0,x,1,1"), 2, "--map: "),
+            (("web/root", "--map", "0,2,1,3,"), 2, "is not a map"),
+            (("web/root", "--map", "0,1"), 2, "the map is for 2 queues, and the device has 4"),
+            (("web/root", "--map", "0", "--show"), 2, "exclude each other"),
+            (("web/own", "--map", "0"), 2, "served by QEMU itself"),
+            (("web/rot", "--map", "0"), 4, 'did you mean "root"?'),
+        ):
+            refused = await semper("disk", "threads", *arguments)
+            assert (refused.code, words in refused.err) == (code, True), refused
+        await semper("vm", "kill", "web")
+
+
 async def test_without_an_agent_the_remedy_is_named(semper: Semper, vm_file: Path) -> None:
     for arguments in (("vm", "list"), ("disk", "list"), ("vm", "run", str(vm_file), "--detach")):
         answer = await semper(*arguments)

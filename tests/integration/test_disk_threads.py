@@ -8,6 +8,7 @@ import signal
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
+from datetime import UTC, datetime
 from itertools import cycle
 from pathlib import Path
 
@@ -22,9 +23,12 @@ from sempervirt.disk import takeover
 from sempervirt.disk.backend import Blkd, DiskOptions
 from sempervirt.disk.control import ask
 from sempervirt.disk.disk import Disk
+from sempervirt.disk.fingerprint import fingerprint
 from sempervirt.disk.lifecycle import adopt_disk, start_disk
+from sempervirt.disk.presets import Preset, PresetStore
 from sempervirt.disk.running import DiskFiles
 from sempervirt.disk.setup import DiskSetup
+from sempervirt.disk.storage import storage_key
 from sempervirt.disk.supervised import Policy
 from sempervirt.disk.volume import inspect
 from sempervirt.guest import ProbeClient
@@ -226,6 +230,35 @@ async def wait_disk(client: Client, condition: Callable[[DiskView], bool]) -> Di
             if condition(view):
                 return view
             await asyncio.sleep(POLL_S)  # poll interval
+
+
+async def test_a_vm_runs_with_the_preset_of_its_storage(
+    agent: Agent, config: AgentConfig, firmware_spec: Spec, disk_image: Path
+) -> None:
+    host = await fingerprint(Blkd().binary(), (await agent.host()).features.version)
+    preset = Preset(
+        device="vhost-user-blk",
+        storage=storage_key(disk_image, direct=False),
+        engine="mmap",
+        queues_per_thread=1,
+        poll_us=7,
+        source="measured",
+        why="a test says so",
+        measured_at=datetime(2026, 11, 23, tzinfo=UTC),
+        host=host,
+    )
+    PresetStore(config.state_dir).put([preset])
+    root = {"name": "root", "image": str(disk_image)}
+    vm = await agent.run_vm(firmware_spec(vcpus=2, disks=[root]))
+    words = str(vm.plans["disk-root"])
+    assert words == "2 queues on 2 threads, engine mmap (preset of 2026-11-23)"
+    disk = agent.disks["web/root"]
+    await disk.wait_standby_ready(READY_S)
+    for _ in range(2):
+        status = await disk.status()
+        assert (status["engine"], status["poll_us"]) == ("mmap", 7)
+        assert takeover.thread_map(status) == (0, 1)
+        await take_over(disk)
 
 
 async def test_by_the_api_and_across_a_restart_of_the_agent(
