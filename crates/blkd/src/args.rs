@@ -109,4 +109,9 @@ pub(crate) struct Args {
     /// Do not record which pages of the guest hold which blocks of the disk.
     #[arg(long)]
     pub no_map: bool,
+
+    /// Keep in this file which blocks of the disk were ever read or written, so that the next
+    /// process finds pages by their content; best on tmpfs.
+    #[arg(long, value_name = "PATH", conflicts_with = "no_map")]
+    pub map_file: Option<PathBuf>,
 }

@@ -4,6 +4,10 @@
 //!   {"id":1,"cmd":"status"}              -> {"id":1,"ok":{…}}
 //!   {"id":2,"cmd":"fault","rule":{…}}    -> {"id":2,"ok":{}}      rule null switches faults off
 //!   {"id":3,"cmd":"threads","map":[0,1]} -> {"id":3,"ok":{"map":[0,1]}}   queue 1 to thread 1
+//!   {"id":4,"cmd":"map"}                 -> {"id":4,"ok":{…}}      the page/block map; see block_map
+//!   {"id":5,"cmd":"map-verify"}          -> {"id":5,"ok":{"started":true}}   progress is in "map"
+//!   {"id":6,"cmd":"map-find","sector":8} -> {"id":6,"ok":{"addresses":[…]}}  or "address" -> sector
+//!   {"id":7,"cmd":"map-export","verify":true} -> {"id":7,"ok":{"bytes":N}}   and N bytes of it
 //!   anything else                        -> {"id":…,"error":{"kind":"invalid","message":"…"}}
 //! ```
 
@@ -17,6 +21,7 @@ use semper_block::{FaultRule, FaultSwitch};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use crate::block_map;
 use crate::device::Device;
 use crate::queue::Disk;
 use crate::threads::ThreadMap;
@@ -41,6 +46,30 @@ struct Request {
     rule: Option<Rule>,
     #[serde(default)]
     map: Option<Vec<u16>>,
+    #[serde(flatten)]
+    about: MapRequest,
+}
+
+/// What the commands of the page/block map take.
+#[derive(Deserialize)]
+struct MapRequest {
+    address: Option<u64>,
+    sector: Option<u64>,
+    verify: Option<bool>,
+    /// Bytes that the content index may take.
+    index_bytes: Option<u64>,
+}
+
+/// One answer: a line, and what follows it.
+pub(crate) struct Answer {
+    pub line: Value,
+    pub bytes: Vec<u8>,
+}
+
+impl From<Value> for Answer {
+    fn from(line: Value) -> Self {
+        Self { line, bytes: Vec::new() }
+    }
 }
 
 #[derive(Deserialize)]
@@ -89,21 +118,27 @@ impl Control {
                 Ok(n) if n > 0 => {}
                 _ => return,
             }
-            let mut answer = self.answer(&line).to_string();
-            answer.push('\n');
-            if !line.ends_with('\n') || (&mut &*client).write_all(answer.as_bytes()).is_err() {
+            let answer = self.answer(&line);
+            let mut text = answer.line.to_string();
+            text.push('\n');
+            let mut out = client;
+            let sent = out.write_all(text.as_bytes()).and_then(|()| out.write_all(&answer.bytes));
+            if !line.ends_with('\n') || sent.is_err() {
                 return;
             }
         }
     }
 
-    pub(crate) fn answer(&self, line: &str) -> Value {
+    pub(crate) fn answer(&self, line: &str) -> Answer {
         let invalid = |id: Value, message: String| json!({"id": id, "error": {"kind": "invalid", "message": message}});
         let request: Request = match serde_json::from_str(line) {
             Ok(request) => request,
-            Err(error) => return invalid(Value::Null, format!("not a request: {error}")),
+            Err(error) => return invalid(Value::Null, format!("not a request: {error}")).into(),
         };
-        match request.cmd.as_str() {
+        if request.cmd.starts_with("map") {
+            return self.about_map(&request);
+        }
+        let answer = match request.cmd.as_str() {
             "status" => json!({"id": request.id, "ok": self.status()}),
             "fault" => match request.rule.map(fault_rule).transpose() {
                 Ok(rule) => {
@@ -122,9 +157,43 @@ impl Control {
             other => invalid(
                 request.id,
                 format!(
-                    "unknown command {other:?}; known are \"status\", \"fault\" and \"threads\""
+                    "unknown command {other:?}; known are \"status\", \"fault\", \"threads\", \
+                     \"map\", \"map-verify\", \"map-find\" and \"map-export\""
                 ),
             ),
+        };
+        answer.into()
+    }
+
+    fn about_map(&self, request: &Request) -> Answer {
+        let refuse = |kind: &str, message: String| {
+            json!({"id": request.id, "error": {"kind": kind, "message": message}}).into()
+        };
+        let ok = |ok: Value| json!({"id": request.id, "ok": ok}).into();
+        let Some(map) = &self.disk.map else {
+            let cause = "this backend was started with --no-map; start it without";
+            return refuse("invalid", cause.to_owned());
+        };
+        let MapRequest { address, sector, verify, index_bytes } = request.about;
+        let index_bytes = index_bytes.unwrap_or(block_map::DEFAULT_INDEX_BYTES);
+        match request.cmd.as_str() {
+            "map" => ok(map.stats()),
+            "map-find" => match map.find(address, sector) {
+                Ok(found) => ok(found),
+                Err(message) => refuse("invalid", message),
+            },
+            "map-verify" => match map.start_verification(index_bytes) {
+                Ok(started) => ok(json!({"started": started})),
+                Err(error) => refuse("failed", format!("cannot start a thread: {error}")),
+            },
+            "map-export" => match map.export(verify.unwrap_or(true), index_bytes) {
+                Ok(bytes) => {
+                    let line = json!({"id": request.id, "ok": {"bytes": bytes.len()}});
+                    Answer { line, bytes }
+                }
+                Err(message) => refuse("busy", message),
+            },
+            other => refuse("invalid", format!("unknown command {other:?} of the map")),
         }
     }
 
@@ -139,7 +208,7 @@ impl Control {
     }
 
     fn status(&self) -> Value {
-        let Disk { image, serial, shared, poll } = &*self.disk;
+        let Disk { image, serial, shared, map, poll } = &*self.disk;
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let when = |milestone: &AtomicU64| match get(milestone) {
             0 => Value::Null,
@@ -188,6 +257,7 @@ impl Control {
             "num_queues": shared.queues.len(),
             "threads": threads,
             "poll_us": poll.as_micros(),
+            "map": map.as_ref().map(|map| map.counts()),
             "inflight": shared.tracked.load(Ordering::Relaxed),
             "write_cache": if shared.write_through.load(Ordering::Relaxed) {
                 "write-through"

@@ -98,6 +98,9 @@ impl Device {
     fn forget(&mut self) {
         self.features = 0;
         self.memory = Arc::new(GuestMemory::empty());
+        if let Some(map) = &self.disk.map {
+            map.detach();
+        }
         self.inflight = None;
         self.vrings.iter_mut().for_each(|vring| *vring = Vring::default());
         self.update_cache_mode(None);
@@ -210,6 +213,9 @@ impl Device {
             (0..self.vrings.len()).filter(|&i| self.vrings[i].running).collect();
         self.stop_all();
         self.memory = Arc::new(memory);
+        if let Some(map) = &self.disk.map {
+            map.attach(&self.memory);
+        }
         running.into_iter().try_for_each(|index| self.try_start(index))
     }
 

@@ -13,6 +13,7 @@ use semper_inflight::{NoHook, TrackedQueue};
 use semper_ring::ChainError;
 use vhost::vhost_user::BackendReqHandler;
 
+use crate::block_map::DiskMap;
 use crate::control::Control;
 use crate::device::Device;
 use crate::queue::Disk;
@@ -58,7 +59,9 @@ impl Target {
         let image = Image::open(path, options).expect("the target's image");
         let shared = Arc::new(Shared::new(num_queues));
         let (image, poll) = (Arc::new(image), Duration::from_micros(20));
-        let disk = Disk { image, serial: [b's'; ID_SIZE], shared, poll };
+        let map = DiskMap::new(&image, num_queues.into(), None).expect("the target's map");
+        let map = Some(Arc::new(map));
+        let disk = Disk { image, serial: [b's'; ID_SIZE], shared, map, poll };
         Self { disk: Arc::new(disk), device: OnceLock::new() }
     }
 
@@ -125,7 +128,7 @@ impl Target {
         let device = Arc::clone(self.device.get_or_init(|| self.serving(1, NullEngine::new)));
         let disk = Arc::clone(&self.disk);
         let control = Control { disk, device, faults: FaultSwitch::default(), engine: "null" };
-        control.answer(line).to_string()
+        control.answer(line).line.to_string()
     }
 }
 

@@ -13,6 +13,7 @@
 //! The program is [`main`]; a library only so that fuzzers and tests reach its parsers.
 
 mod args;
+mod block_map;
 mod config;
 mod control;
 mod crash;

@@ -235,6 +235,7 @@ impl Explorer {
             image: Arc::new(opened),
             serial: [0; ID_SIZE],
             shared,
+            map: None,
             poll: Duration::ZERO,
         });
         let world = Rc::new(RefCell::new(World::new(&setup)));

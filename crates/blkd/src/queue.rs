@@ -13,8 +13,10 @@ use std::sync::mpsc::Sender;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use semper_block::{Absorbed, Engine, Image, Op, Submission};
+use semper_blockmap::Recorder;
 use semper_inflight::{Point, TrackedQueue};
 
+use crate::block_map::{self, DiskMap};
 use crate::crash::CrashHook;
 use crate::eventfd::EventFd;
 use crate::overlap::Overlaps;
@@ -33,6 +35,8 @@ pub(crate) struct Disk {
     pub image: Arc<Image>,
     pub serial: [u8; ID_SIZE],
     pub shared: Arc<Shared>,
+    /// Which pages of the guest hold which blocks, unless nobody wants to know.
+    pub map: Option<Arc<DiskMap>>,
     /// How long a thread may look for requests before it sleeps.
     pub poll: Duration,
 }
@@ -67,6 +71,7 @@ pub(crate) struct Queue {
     broken: bool,
     stopping: Option<Sender<u16>>,
     disk: Arc<Disk>,
+    recorder: Option<Recorder>,
     _region: Option<Arc<dyn Send + Sync>>,
 }
 
@@ -94,6 +99,7 @@ impl Queue {
             eager: false,
             broken: false,
             stopping: None,
+            recorder: disk.map.as_ref().and_then(|map| map.recorder(setup.index)),
             disk,
             _region: setup.region,
         }
@@ -234,6 +240,11 @@ impl Queue {
             self.held = Some(head);
             return false;
         }
+        let slot = &mut self.slots[usize::from(head)];
+        if let Some(recorder) = &self.recorder {
+            let (access, range) = (block_map::access(slot.io.op), (slot.offset, slot.len));
+            recorder.start(&mut slot.note, access, range, slot.io.guest_segments());
+        }
         self.submit(head, engine, overlaps);
         true
     }
@@ -281,6 +292,9 @@ impl Queue {
         }
         self.tracked.passed(Point::IoDone);
         let (op, offset, len) = (slot.io.op, slot.offset, slot.len);
+        if let Some(recorder) = &self.recorder {
+            recorder.finish(&mut slot.note, outcome == Absorbed::Finished);
+        }
         if concurrent {
             overlaps.leave(op, offset, len);
         }

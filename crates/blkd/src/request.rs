@@ -1,6 +1,7 @@
 //! One virtio-blk request: from a descriptor chain to an [`Io`] (VIRTIO 1.2, 5.2.6).
 
 use semper_block::{Image, Io, Op, SECTOR_SIZE};
+use semper_blockmap::Note;
 use semper_inflight::{Hook, TrackedQueue};
 use semper_ring::{ChainError, Segment};
 
@@ -50,6 +51,8 @@ pub(crate) struct Slot {
     pub offset: u64,
     /// Its length in bytes.
     pub len: u64,
+    /// What the page/block map remembers of it.
+    pub note: Note,
     readable: Vec<libc::iovec>,
 }
 
@@ -63,6 +66,7 @@ impl Default for Slot {
             status: std::ptr::null_mut(),
             offset: 0,
             len: 0,
+            note: Note::default(),
             readable: Vec::new(),
         }
     }

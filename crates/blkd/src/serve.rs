@@ -18,6 +18,7 @@ use semper_block::{MappedEngine, Mapping};
 use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
 
 use crate::args::{Args, EngineKind};
+use crate::block_map::DiskMap;
 use crate::control::{self, Control};
 use crate::device::Device;
 use crate::queue::Disk;
@@ -91,7 +92,9 @@ pub(crate) fn run(args: Args, shared: Shared) -> Result<(), Failure> {
     }
 
     let poll = Duration::from_micros(args.poll_us.into());
-    let disk = Arc::new(Disk { image: Arc::new(image), serial, shared: Arc::new(shared), poll });
+    let (image, shared) = (Arc::new(image), Arc::new(shared));
+    let map = disk_map(&args, &image)?;
+    let disk = Arc::new(Disk { image, serial, shared, map, poll });
     let faults = FaultSwitch::default();
     let (threads, engine) = start_threads(&args, &disk, &faults)?;
     let device = Arc::new(Mutex::new(Device::new(Arc::clone(&disk), threads, !args.no_inflight)));
@@ -180,6 +183,14 @@ fn bind(path: &Path) -> Result<UnixListener, Failure> {
         }
         bound => bound.map_err(failed),
     }
+}
+
+fn disk_map(args: &Args, image: &Arc<Image>) -> Result<Option<Arc<DiskMap>>, Failure> {
+    if args.no_map {
+        return Ok(None);
+    }
+    let map = DiskMap::new(image, args.num_queues.into(), args.map_file.as_deref());
+    map.map(|map| Some(Arc::new(map))).map_err(system("make the page/block map"))
 }
 
 fn thread_map(args: &Args) -> Result<ThreadMap, Failure> {

@@ -1,0 +1,357 @@
+//! The page/block map of this disk: its recorders, and what the control socket asks of it.
+//!
+//! The data path only records ([`DiskMap::recorder`]). All else happens when somebody asks, in a
+//! thread of its own with the lowest priority: bringing the content index up to date, verifying
+//! every page of the guest, writing an export. One of these at a time.
+
+use std::io;
+use std::ops::ControlFlow;
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use semper_block::{Image, Op};
+use semper_blockmap::format::Export;
+use semper_blockmap::{
+    Access, BYTES_PER_BLOCK, BlockMap, Blocks, ContentIndex, Counters, Layout, Memory, Page, Pair,
+    Recorder, Refreshed, RegionKey, Reverse, SECTOR_SIZE, Tally, Verifier,
+};
+use semper_ring::GuestMemory;
+use serde_json::{Value, json};
+
+/// Bytes that the content index may take unless the caller allows more or less.
+pub(crate) const DEFAULT_INDEX_BYTES: u64 = 128 << 20;
+/// Pages between two notes of progress.
+const STEP: usize = 256;
+
+/// What a request does to the disk, as the map sees it.
+pub(crate) fn access(op: Op) -> Access {
+    match op {
+        Op::Flush => Access::None,
+        Op::Read => Access::Read,
+        Op::Write { .. } => Access::Write,
+        Op::Discard | Op::WriteZeroes { .. } => Access::Trim,
+    }
+}
+
+/// The map, and the work on it.
+pub(crate) struct DiskMap {
+    map: Arc<BlockMap>,
+    counters: Vec<Arc<Counters>>,
+    image: Arc<Image>,
+    /// Held by whoever verifies or exports.
+    index: Mutex<ContentIndex>,
+    progress: Mutex<Progress>,
+}
+
+/// A verification, running or the last.
+#[derive(Clone, Default)]
+struct Progress {
+    running: Option<Running>,
+    last: Option<Verification>,
+    index_blocks: u64,
+    index_bytes: u64,
+}
+
+#[derive(Clone, Copy)]
+struct Running {
+    step: &'static str,
+    done: u64,
+    total: u64,
+}
+
+/// What a verification of all pages came to.
+#[derive(Clone, Copy)]
+struct Verification {
+    tally: Tally,
+    refreshed: Refreshed,
+    seconds: f64,
+    /// Seconds since 1970.
+    time: f64,
+}
+
+struct ImageBlocks<'a>(&'a Image);
+
+impl Blocks for ImageBlocks<'_> {
+    fn read(&self, sector: u64, into: &mut [Page]) -> io::Result<()> {
+        self.0.file().read_exact_at(Page::bytes_mut(into), sector * SECTOR_SIZE)
+    }
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What tells one disk's touched blocks from another's.
+fn identity(image: &Image) -> io::Result<[u8; 32]> {
+    let metadata = image.file().metadata()?;
+    let device = if metadata.file_type().is_block_device() { metadata.rdev() } else { 0 };
+    let mut identity = [0; 32];
+    for (into, value) in
+        identity.chunks_exact_mut(8).zip([metadata.dev(), metadata.ino(), device, image.capacity()])
+    {
+        into.copy_from_slice(&value.to_le_bytes());
+    }
+    Ok(identity)
+}
+
+fn random_key() -> io::Result<[u8; 32]> {
+    let mut key = [0; 32];
+    // SAFETY: the kernel writes at most as many bytes as there are.
+    let got = unsafe { libc::getrandom(key.as_mut_ptr().cast(), key.len(), 0) };
+    if got == key.len() as isize { Ok(key) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Background work shall not be felt.
+fn step_back() {
+    // SAFETY: no memory is passed. On Linux this is the calling thread's priority alone.
+    unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, 19) };
+}
+
+impl DiskMap {
+    /// A map for the image; the touched blocks stand in `file`, where one is given and has room.
+    ///
+    /// # Errors
+    /// The kernel's, when it has no address space or no randomness.
+    pub(crate) fn new(image: &Arc<Image>, queues: usize, file: Option<&Path>) -> io::Result<Self> {
+        let kept = file.and_then(|path| {
+            let made = identity(image)
+                .and_then(|identity| BlockMap::with_file(image.capacity(), path, identity));
+            made.inspect_err(|error| {
+                log::warn!(
+                    "the map will not outlive this process file={} error=\"{error}\"",
+                    path.display()
+                );
+            })
+            .ok()
+        });
+        let map = kept.map_or_else(|| BlockMap::new(image.capacity()), Ok)?;
+        Ok(Self {
+            map: Arc::new(map),
+            counters: (0..queues).map(|_| Arc::default()).collect(),
+            image: Arc::clone(image),
+            index: Mutex::new(ContentIndex::new(random_key()?)),
+            progress: Mutex::default(),
+        })
+    }
+
+    /// Puts a memory table into force; no queue runs. A map without memory records nothing.
+    pub(crate) fn attach(&self, memory: &Arc<GuestMemory>) {
+        let regions = memory.mapped().map(|(spec, host, file)| {
+            let key = RegionKey {
+                guest_addr: spec.guest_addr,
+                size: spec.size,
+                file_offset: spec.file_offset,
+                file,
+            };
+            (key, host.expose_provenance())
+        });
+        let memory = Memory { regions: regions.collect(), keep: Arc::clone(memory) as _ };
+        if let Err(error) = self.map.attach(memory) {
+            log::warn!("pages will not be associated with blocks error=\"{error}\"");
+        }
+    }
+
+    /// The front end is gone.
+    pub(crate) fn detach(&self) {
+        self.map.detach();
+    }
+
+    /// For one queue, good for the present memory table.
+    pub(crate) fn recorder(&self, queue: u16) -> Option<Recorder> {
+        Some(self.map.recorder(self.counters.get(usize::from(queue))?))
+    }
+
+    /// The two counts that cost nothing to tell.
+    pub(crate) fn counts(&self) -> Value {
+        let (recorded, dropped) = self.map.recorded();
+        json!({"recorded": recorded, "dropped": dropped})
+    }
+
+    /// All that is known, at the cost of a look at every entry.
+    pub(crate) fn stats(&self) -> Value {
+        let (recorded, dropped) = self.map.recorded();
+        let layout = self.map.layout();
+        let pages = layout.iter().flat_map(|l| l.regions()).map(|(_, n)| n as u64).sum::<u64>();
+        let associated = layout.iter().flat_map(|l| l.associations(&self.map)).count();
+        let (touched, blocks) = self.map.touched();
+        let (tables, versions, bits) = self.map.resident();
+        let Progress { running, last, index_blocks, index_bytes } = locked(&self.progress).clone();
+        json!({
+            "page_size": semper_blockmap::PAGE_SIZE,
+            "pages": pages,
+            "associated": associated,
+            "blocks": blocks,
+            "touched": touched,
+            "recorded": recorded,
+            "dropped": dropped,
+            "index_blocks": index_blocks,
+            "memory": {
+                "associations": tables,
+                "versions": versions,
+                "touched": bits,
+                "index": index_bytes,
+                "total": tables + versions + bits + index_bytes,
+                "bound": self.map.bound() + DEFAULT_INDEX_BYTES,
+            },
+            "running": running.map(|r| json!({"step": r.step, "done": r.done, "total": r.total})),
+            "verification": last.map(|v| verification(&v)),
+        })
+    }
+
+    /// Which sectors a page holds, or which pages hold a sector's block. Hints, by association.
+    pub(crate) fn find(&self, address: Option<u64>, sector: Option<u64>) -> Result<Value, String> {
+        let layout = self.map.layout().ok_or("no guest is connected")?;
+        let regions = layout.regions();
+        let page = semper_blockmap::PAGE_SIZE as u64;
+        match (address, sector) {
+            (Some(address), None) => {
+                let inside = |key: &RegionKey| {
+                    address >= key.guest_addr && address - key.guest_addr < key.size
+                };
+                let region = regions.iter().position(|(key, _)| inside(key)).ok_or_else(|| {
+                    format!("no guest memory at address {address}; see the regions of the map")
+                })?;
+                let index = ((address - regions[region].0.guest_addr) / page) as usize;
+                let found = layout.block_in(&self.map, region, index);
+                Ok(json!({"sector": found.map(|a| a.sector)}))
+            }
+            (None, Some(sector)) => {
+                let reverse = Reverse::build(&self.map, &layout);
+                let address = |region: usize, index: usize| {
+                    regions[region].0.guest_addr + index as u64 * page
+                };
+                let found = reverse.pages_of(sector).iter();
+                let pages: Vec<u64> = found.map(|a| address(a.region, a.page)).collect();
+                Ok(json!({"addresses": pages}))
+            }
+            _ => Err("give either \"address\" (of a page in the guest) or \"sector\"".to_owned()),
+        }
+    }
+
+    /// Starts a verification of all pages in a thread; false if one is running.
+    pub(crate) fn start_verification(self: &Arc<Self>, index_bytes: u64) -> io::Result<bool> {
+        {
+            let mut progress = locked(&self.progress);
+            if progress.running.is_some() {
+                return Ok(false);
+            }
+            progress.running = Some(Running { step: "index", done: 0, total: 0 });
+        }
+        let this = Arc::clone(self);
+        let work = move || {
+            step_back();
+            let layout = this.map.layout();
+            drop(this.verify(layout.as_deref(), &mut locked(&this.index), index_bytes));
+        };
+        let spawned = std::thread::Builder::new().name("map".into()).spawn(work);
+        if spawned.is_err() {
+            locked(&self.progress).running = None;
+        }
+        spawned.map(|_| true)
+    }
+
+    /// The map as bytes; verified, or as hints with whatever was indexed before.
+    ///
+    /// # Errors
+    /// A sentence: somebody else works on the map.
+    pub(crate) fn export(&self, verified: bool, index_bytes: u64) -> Result<Vec<u8>, String> {
+        let mut index = match self.index.try_lock() {
+            Ok(index) => index,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => {
+                return Err("a verification or an export is running; try again later".to_owned());
+            }
+        };
+        let layout = self.map.layout();
+        let regions = layout.iter().flat_map(|l| l.regions()).map(|(key, _)| key).collect();
+        let capacity = self.map.capacity();
+        let export = if verified {
+            step_back();
+            let pairs = self.verify(layout.as_deref(), &mut index, index_bytes);
+            Export::of_pairs(capacity, regions, &pairs, &index)
+        } else {
+            let hints: Vec<_> = layout.iter().flat_map(|l| l.associations(&self.map)).collect();
+            Export::of_hints(capacity, regions, &hints, &index)
+        };
+        Ok(export.to_bytes())
+    }
+
+    fn verify(
+        &self,
+        layout: Option<&Layout>,
+        index: &mut ContentIndex,
+        index_bytes: u64,
+    ) -> Vec<Pair> {
+        let began = Instant::now();
+        let blocks = ImageBlocks(&self.image);
+        let note = |step, done, total| {
+            locked(&self.progress).running = Some(Running { step, done, total });
+        };
+        let (touched, _) = self.map.touched();
+        let limit = usize::try_from(index_bytes / BYTES_PER_BLOCK).unwrap_or(usize::MAX);
+        let refreshed = index.refresh(&self.map, &blocks, limit, &mut |done| {
+            note("index", done, touched);
+            ControlFlow::Continue(())
+        });
+        let (tally, pairs) = layout.map_or_else(Default::default, |layout| {
+            self.verify_pages(layout, index, &blocks, note)
+        });
+        let time = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |d| d.as_secs_f64());
+        let seconds = began.elapsed().as_secs_f64();
+        let mut progress = locked(&self.progress);
+        progress.running = None;
+        progress.last = Some(Verification { tally, refreshed, seconds, time });
+        progress.index_blocks = index.len() as u64;
+        progress.index_bytes = index.resident();
+        drop(progress);
+        pairs
+    }
+
+    fn verify_pages(
+        &self,
+        layout: &Layout,
+        index: &ContentIndex,
+        blocks: &ImageBlocks<'_>,
+        note: impl Fn(&'static str, u64, u64),
+    ) -> (Tally, Vec<Pair>) {
+        let (mut tally, mut pairs) = (Tally::default(), Vec::new());
+        let memory = layout.pages();
+        let mut verifier = Verifier::new((&self.map, layout), index, blocks, &memory);
+        let regions = layout.regions();
+        let total = regions.iter().map(|(_, pages)| *pages as u64).sum();
+        let mut done = 0;
+        for (region, &(_, pages)) in regions.iter().enumerate() {
+            for page in 0..pages {
+                if page % STEP == 0 {
+                    note("pages", done + page as u64, total);
+                }
+                let Some(outcome) = verifier.page(region, page) else { continue };
+                tally.add(&outcome);
+                pairs.extend(outcome.pair);
+            }
+            done += pages as u64;
+        }
+        (tally, pairs)
+    }
+}
+
+fn verification(v: &Verification) -> Value {
+    let Verification { tally, refreshed, seconds, time } = v;
+    json!({
+        "time": time,
+        "seconds": seconds,
+        "pages": tally.pages,
+        "zero": tally.zero,
+        "associated": tally.associated,
+        "verified_associated": tally.verified_associated,
+        "verified_content": tally.verified_content,
+        "verified_zero": tally.verified_zero,
+        "indexed": refreshed.blocks,
+        "hashed": refreshed.hashed,
+        "busy": refreshed.busy,
+        "beyond_limit": refreshed.beyond_limit,
+        "unreadable": refreshed.unreadable,
+    })
+}
