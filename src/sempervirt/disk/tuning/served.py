@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import shlex
 import shutil
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from sempervirt.core.errors import CommandFailed
+from sempervirt.core.errors import CommandFailed, OutcomeUnknown, Unavailable
+from sempervirt.disk import control, takeover
 from sempervirt.disk.running import refusal
 from sempervirt.disk.storage import StorageKey
 from sempervirt.disk.tuning.candidates import Candidate
 from sempervirt.host import process
-from sempervirt.host.process import Process, tail_of
+from sempervirt.host.process import Exit, Process, tail_of
 
 _START_S = 10.0
 _GRACE_S = 10.0
@@ -97,11 +100,59 @@ async def serving(argv: list[str], socket: Path) -> AsyncIterator[int]:
 
     Raises CommandFailed when it does not come to listen on `socket`.
     """
+
+    async def listens() -> bool:
+        return socket.exists()  # noqa: ASYNC240
+
+    async with _running(argv, socket, listens) as pid:
+        yield pid
+
+
+async def check_unused(program: str, image: Path, folder: Path, *, read_only: bool) -> None:
+    """Asks semper-blkd for the lock of an image, as a VM would; nothing is written.
+
+    Raises ImageLocked, naming the holder, or InvalidRequest when it cannot be used at all.
+    """
+    socket, control_socket = folder / "check.sock", folder / "check.ctl"
+    argv = [
+        program,
+        f"--socket-path={socket}",
+        f"--control-socket={control_socket}",
+        f"--blk-file={image}",
+        *(["--read-only"] if read_only else []),
+    ]
+
+    async def has_lock() -> bool:
+        try:
+            status = await control.ask(control_socket, "status")
+        except (Unavailable, OutcomeUnknown):  # not yet, or never
+            return False
+        return takeover.serves(status, connection_expected=False)
+
+    try:
+        async with _running(argv, socket, has_lock):
+            pass
+    except CommandFailed as error:
+        words = error.tail[-1] if error.tail else ""
+        raise refusal(image.name, Exit(code=error.exit_code), words) from error
+
+
+@asynccontextmanager
+async def _running(
+    argv: list[str], socket: Path, is_ready: Callable[[], Awaitable[bool]]
+) -> AsyncIterator[int]:
     log = socket.with_suffix(".log")
     log.unlink(missing_ok=True)
     backend = process.spawn(_dying_with_us(argv), log=log, on_exit=lambda _end: None)
     try:
-        await _wait_listening(backend, argv, socket, log)
+        try:
+            async with asyncio.timeout(_START_S):
+                while not await is_ready():
+                    await _pause(backend)
+                    if backend.exit is not None:
+                        raise CommandFailed(shlex.join(argv), backend.exit.code, tail_of(log))
+        except TimeoutError as error:
+            raise CommandFailed(shlex.join(argv), None, tail_of(log)) from error
         yield backend.pid
     finally:
         try:
@@ -112,34 +163,10 @@ async def serving(argv: list[str], socket: Path) -> AsyncIterator[int]:
         socket.unlink(missing_ok=True)  # noqa: ASYNC240
 
 
-async def check_unused(program: str, image: Path, folder: Path, *, read_only: bool) -> None:
-    """Asks semper-blkd for the lock of an image, as a VM would; nothing is written.
-
-    Raises ImageLocked, naming the holder, or InvalidRequest when it cannot be used at all.
-    """
-    socket = folder / "check.sock"
-    argv = [program, f"--socket-path={socket}", f"--blk-file={image}"]
-    try:
-        async with serving([*argv, *(["--read-only"] if read_only else [])], socket):
-            pass
-    except CommandFailed as error:
-        words = error.tail[-1] if error.tail else ""
-        end = process.Exit(code=error.exit_code)
-        raise refusal(f"image {image}", end, words) from error
-
-
-async def _wait_listening(backend: Process, argv: list[str], socket: Path, log: Path) -> None:
-    ended = asyncio.create_task(backend.wait())
-    try:
-        async with asyncio.timeout(_START_S):
-            while not socket.exists():  # noqa: ASYNC240
-                await asyncio.wait((ended,), timeout=_POLL_S)
-                if ended.done():
-                    raise CommandFailed(" ".join(argv), ended.result().code, tail_of(log))
-    except TimeoutError as error:
-        raise CommandFailed(" ".join(argv), None, tail_of(log)) from error
-    finally:
-        ended.cancel()
+async def _pause(backend: Process) -> None:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_POLL_S):
+            await backend.wait()
 
 
 def _dying_with_us(argv: list[str]) -> list[str]:
