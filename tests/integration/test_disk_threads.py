@@ -147,6 +147,16 @@ async def test_a_map_survives_the_agent_and_whatever_it_did_not_get_to(setup: Di
         await adopted.stop()
 
 
+async def test_a_standby_that_was_not_told_is_told_once_it_serves(disk: Disk) -> None:
+    await disk.rebind(Binding((0, 0, 0, 1), "test"))
+    await eventually("the standby", lambda: is_on(map_of_standby(disk), (0, 0, 0, 1)))
+    assert disk.state.standby is not None
+    control = disk.setup.files.control(disk.state.standby.generation)
+    await ask(control, "threads", map=[0, 1, 2, 3])  # as if it had not been
+    await take_over(disk)
+    await eventually("the successor", lambda: is_on(map_of_active(disk), (0, 0, 0, 1)))
+
+
 @pytest.mark.parametrize("wrong", [(0,), (0, 0, 0, 2), (), (0, 1, 2, 3, 4), (-1, 0, 0, 0)])
 async def test_a_map_that_does_not_fit_changes_nothing(disk: Disk, wrong: ThreadMap) -> None:
     with pytest.raises(InvalidRequest, match="disk web/root: "):
