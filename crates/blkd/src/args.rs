@@ -7,7 +7,7 @@ use clap::{Parser, ValueEnum};
 /// What does the I/O.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum EngineKind {
-    /// mmap on tmpfs, uring with --direct, otherwise nowait.
+    /// uring with --direct, otherwise mmap.
     Auto,
     /// One system call for each request, in the thread of the queue.
     Sync,
@@ -15,7 +15,8 @@ pub(crate) enum EngineKind {
     Nowait,
     /// io_uring: many requests in flight.
     Uring,
-    /// Copying to and from a mapping of the image; not with --direct.
+    /// Copying from a mapping of the image what the page cache has, and like nowait for the rest;
+    /// on tmpfs writes are copied as well. Not with --direct.
     #[cfg(target_arch = "x86_64")]
     Mmap,
     /// No I/O at all, for measurements: writes are dropped, reads return nothing.

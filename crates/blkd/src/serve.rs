@@ -207,10 +207,11 @@ fn candidates(args: &Args, image: &Image) -> Result<Vec<EngineKind>, Failure> {
         // io_uring on tmpfs sends every request to a worker thread of the kernel.
         #[cfg(target_arch = "x86_64")]
         EngineKind::Auto if image.on_tmpfs() => vec![EngineKind::Mmap, EngineKind::Sync],
-        EngineKind::Auto if args.direct && !image.on_tmpfs() => {
-            vec![EngineKind::Uring, EngineKind::Sync]
-        }
         EngineKind::Auto if image.on_tmpfs() => vec![EngineKind::Sync],
+        EngineKind::Auto if args.direct => vec![EngineKind::Uring, EngineKind::Sync],
+        #[cfg(target_arch = "x86_64")]
+        EngineKind::Auto => vec![EngineKind::Mmap, EngineKind::Nowait, EngineKind::Sync],
+        #[cfg(not(target_arch = "x86_64"))]
         EngineKind::Auto => vec![EngineKind::Nowait, EngineKind::Sync],
         #[cfg(target_arch = "x86_64")]
         EngineKind::Mmap if args.direct && !image.on_tmpfs() => {
@@ -261,8 +262,14 @@ fn spawner(
         #[cfg(target_arch = "x86_64")]
         EngineKind::Mmap => {
             let mapping = Mapping::new(&disk.image)?;
-            let make = move || MappedEngine::new(Arc::clone(&mapping));
-            (spawn_with(disk, faults, make), "mmap")
+            let spawn = if disk.image.on_tmpfs() {
+                let rest = move || SyncEngine::new(fd);
+                spawn_with(disk, faults, move || Ok(MappedEngine::new(mapping.clone(), rest()?)))
+            } else {
+                let rest = move || NowaitEngine::new(fd);
+                spawn_with(disk, faults, move || Ok(MappedEngine::new(mapping.clone(), rest()?)))
+            };
+            (spawn, "mmap")
         }
         EngineKind::Auto => return Err(io::ErrorKind::Unsupported.into()),
     })

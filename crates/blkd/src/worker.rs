@@ -96,6 +96,11 @@ struct Thread<E> {
     queues: Vec<Queue>,
     overlaps: Overlaps,
     poller: Poller,
+    /// The last sleep was for the medium. Where each request brings one such sleep, a look saves
+    /// only half of the wake-ups, and keeps the driver off this processor, where it would be woken
+    /// for a tenth of the price of another: measured with O_DIRECT at depth 1, p50 105 µs instead
+    /// of 71.
+    waited: bool,
     finished: Vec<(u64, i32)>,
     ended: bool,
     /// The last turn started requests that the engine may not have handed to the kernel.
@@ -112,6 +117,7 @@ impl<E: Engine> Thread<E> {
             queues: Vec::new(),
             overlaps: Overlaps::new(),
             poller,
+            waited: false,
             finished: Vec::new(),
             ended: false,
             unflushed: false,
@@ -119,7 +125,7 @@ impl<E: Engine> Thread<E> {
     }
 
     fn run(mut self) {
-        while !self.ended || !self.queues.is_empty() {
+        while !self.is_over() {
             if let Err(error) = self.turn() {
                 // Without its engine the process can serve nothing; what is in flight is in the
                 // region, and the next process does it again.
@@ -129,6 +135,10 @@ impl<E: Engine> Thread<E> {
                 std::process::exit(1);
             }
         }
+    }
+
+    fn is_over(&self) -> bool {
+        self.ended && self.queues.is_empty()
     }
 
     fn turn(&mut self) -> io::Result<()> {
@@ -146,7 +156,7 @@ impl<E: Engine> Thread<E> {
         self.unflushed = busy;
         busy |= self.collect();
         self.publish();
-        if busy || self.look() {
+        if busy || self.is_over() || self.look() {
             return Ok(());
         }
         // Every queue must be asked, even if the first has work: each then has kicks enabled.
@@ -154,6 +164,7 @@ impl<E: Engine> Thread<E> {
         if work || self.mailbox.pending.load(Ordering::Acquire) {
             return Ok(());
         }
+        self.waited = self.engine.in_flight() > 0;
         self.engine.wait()?;
         for queue in &self.queues {
             add(&queue.counters().wakeups, 1);
@@ -164,8 +175,7 @@ impl<E: Engine> Thread<E> {
     /// Looks for new requests for a while before a sleep, if that has paid lately; true if there
     /// is something to do.
     fn look(&mut self) -> bool {
-        // What is under way takes a medium's time, which is long.
-        if self.engine.in_flight() > 0 || self.queues.is_empty() {
+        if self.waited || self.engine.in_flight() > 0 || self.queues.is_empty() {
             return false;
         }
         let window = self.poller.window();

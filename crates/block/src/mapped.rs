@@ -6,10 +6,12 @@
 //! * A page that cannot be had (truncated image, full tmpfs, failing medium) must fail one request
 //!   and not the process: `copy` stops there, and the system call that is then made for the rest
 //!   names the error.
-//! * Touching a hole of a file on tmpfs allocates it. Reads go through the mapping only where the
-//!   file is known to have data; [`Stored`] keeps account.
-//! * On other file systems a write through a mapping is told of a full disk only when it is written
-//!   back, too late for the guest; there only reads are copied, and writes are system calls.
+//! * Touching a hole of a file on tmpfs allocates it, and touching a page that is not in memory
+//!   holds up everything behind it. Reads go through the mapping only where the page cache is known
+//!   to have the page; [`Present`] keeps account. What it has not goes through another engine: one
+//!   that may sleep on tmpfs, which has no medium, and one that does not elsewhere.
+//! * A write through a mapping learns of a full disk only when it is written back, too late for the
+//!   guest. So only tmpfs is written through it, which has no write-back.
 
 use std::io;
 use std::os::fd::RawFd;
@@ -20,25 +22,26 @@ use crate::copy::{copy, prepare};
 use crate::engine::{Engine, Submission};
 use crate::image::Image;
 use crate::io::{Io, Op};
-use crate::sync::SyncEngine;
 
 const PAGE_SHIFT: u32 = 12;
-/// Holes are looked for in pieces of the file of this size.
+/// The page cache is asked for pieces of the file of this size.
 const PIECE_SHIFT: u32 = 21;
+/// Copies between two looks at how many of them had to wait.
+const PATIENCE: u32 = 256;
 
 /// A mapping of an image, shared by the threads that serve it.
 pub struct Mapping {
     base: *mut u8,
     /// Bytes that are mapped: the whole pages of the file.
     len: u64,
-    fd: RawFd,
-    /// Where it has data; only for tmpfs, which may also be written through the mapping.
-    stored: Option<Stored>,
+    present: Present,
+    /// On tmpfs, where pages stay until they are discarded, and writes are copied as well.
+    lasting: bool,
 }
 
 // SAFETY: an address range; its users copy bytes that may change at any time.
 unsafe impl Send for Mapping {}
-// SAFETY: as above; `Stored` is atomic.
+// SAFETY: as above; `Present` is atomic.
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
@@ -65,17 +68,23 @@ impl Mapping {
         if base == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
-        let stored = image.on_tmpfs().then(|| Stored::new(len, image.read_only()));
-        Ok(Arc::new(Self { base: base.cast(), len, fd: image.fd(), stored }))
+        let lasting = image.on_tmpfs();
+        let populate = if lasting && !image.read_only() {
+            libc::MADV_POPULATE_WRITE
+        } else {
+            libc::MADV_POPULATE_READ
+        };
+        let present = Present::new(len, populate);
+        Ok(Arc::new(Self { base: base.cast(), len, present, lasting }))
     }
 
-    fn readable(&self, offset: u64, len: u64) -> bool {
+    fn covers(&self, offset: u64, len: u64) -> bool {
         offset.checked_add(len).is_some_and(|end| end <= self.len)
-            && self.stored.as_ref().is_none_or(|stored| stored.covers(self.base, offset, len))
     }
 
-    fn writable(&self, offset: u64, len: u64) -> bool {
-        self.stored.is_some() && offset.checked_add(len).is_some_and(|end| end <= self.len)
+    /// Whether the range can be read at once, as far as known.
+    fn readable(&self, offset: u64, len: u64) -> bool {
+        self.covers(offset, len) && self.present.covers(self.base, offset, len)
     }
 }
 
@@ -86,9 +95,9 @@ impl Drop for Mapping {
     }
 }
 
-/// Which pages of a file have data. A bit that is set wrongly costs a page; one that is missing
-/// costs a system call.
-struct Stored {
+/// Which pages of a file the page cache has. A bit that is set wrongly costs a page of memory on
+/// tmpfs, and elsewhere a wait for the medium; one that is missing costs a system call.
+struct Present {
     /// The advice that fills the page table.
     populate: libc::c_int,
     pages: Box<[AtomicU64]>,
@@ -129,21 +138,20 @@ fn pages(offset: u64, len: u64) -> std::ops::Range<u64> {
     (offset >> PAGE_SHIFT)..((offset + len + (1 << PAGE_SHIFT) - 1) >> PAGE_SHIFT)
 }
 
-impl Stored {
-    fn new(len: u64, read_only: bool) -> Self {
+impl Present {
+    fn new(len: u64, populate: libc::c_int) -> Self {
         let pieces = (len >> PIECE_SHIFT) + 1;
-        let populate = if read_only { libc::MADV_POPULATE_READ } else { libc::MADV_POPULATE_WRITE };
         Self { populate, pages: bits(len >> PAGE_SHIFT), searched: bits(pieces), len }
     }
 
-    /// Whether the whole range has data, as far as known.
+    /// Whether the whole range is there, as far as known.
     fn covers(&self, base: *mut u8, offset: u64, len: u64) -> bool {
         let known = || pages(offset, len).all(|page| is_set(&self.pages, page));
         known() || (self.search(base, offset, len) && known())
     }
 
-    /// Looks for data in the pieces of the range that were never looked at, and puts those that
-    /// are all data into the page table; false if there are none.
+    /// Looks at the pieces of the range that were never looked at, and puts those that are all
+    /// there into the page table; false if there are none.
     fn search(&self, base: *mut u8, offset: u64, len: u64) -> bool {
         let mut any = false;
         for piece in (offset >> PIECE_SHIFT)..=((offset + len - 1) >> PIECE_SHIFT) {
@@ -185,6 +193,14 @@ impl Stored {
         pages(offset, len).for_each(|page| set(&self.pages, page));
     }
 
+    /// Takes nothing for granted any more, and looks at each piece again.
+    fn forget(&self) {
+        for bits in [&self.pages, &self.searched] {
+            let some = bits.iter().filter(|word| word.load(Ordering::Relaxed) != 0);
+            some.for_each(|word| word.store(0, Ordering::Relaxed));
+        }
+    }
+
     fn remove(&self, offset: u64, len: u64) {
         let end = (offset.saturating_add(len)).min(self.len);
         let range = offset.min(end)..end;
@@ -192,20 +208,29 @@ impl Stored {
     }
 }
 
-/// Copies where it can, and makes the system calls of [`SyncEngine`] where not.
-pub struct MappedEngine {
-    mapping: Arc<Mapping>,
-    rest: SyncEngine,
+/// How many page faults of this thread have waited for a medium.
+fn waits() -> i64 {
+    // SAFETY: rusage is plain data, and the call fills it.
+    unsafe {
+        let mut usage: libc::rusage = std::mem::zeroed();
+        libc::getrusage(libc::RUSAGE_THREAD, &mut usage);
+        usage.ru_majflt
+    }
 }
 
-impl MappedEngine {
-    /// For the image that `mapping` is of.
-    ///
-    /// # Errors
-    /// The kernel's, when it has no descriptor left.
-    pub fn new(mapping: Arc<Mapping>) -> io::Result<Self> {
-        let rest = SyncEngine::new(mapping.fd)?;
-        Ok(Self { mapping, rest })
+/// Copies what it can, and leaves the rest to another engine.
+pub struct MappedEngine<R> {
+    mapping: Arc<Mapping>,
+    rest: R,
+    /// Requests until the next look at `waits`.
+    patience: u32,
+    waits: i64,
+}
+
+impl<R: Engine> MappedEngine<R> {
+    /// Copies to and from `mapping`; `rest` serves the same image.
+    pub fn new(mapping: Arc<Mapping>, rest: R) -> Self {
+        Self { mapping, rest, patience: PATIENCE, waits: waits() }
     }
 
     /// Copies the segments; gives the bytes moved.
@@ -234,48 +259,82 @@ impl MappedEngine {
         }
         moved
     }
-}
 
-impl Engine for MappedEngine {
-    const CONCURRENT: bool = false;
-
-    unsafe fn submit(&mut self, token: u64, io: &Io) -> Submission {
+    /// Whether to copy; keeps account of what a request that is not copied does to the pages.
+    fn copies(&mut self, io: &Io) -> bool {
         let mapping = &self.mapping;
-        let inside = match io.op {
+        match io.op {
             Op::Read => mapping.readable(io.offset, io.len),
-            Op::Write { .. } => {
-                let writable = mapping.writable(io.offset, io.len);
-                writable.then(|| mapping.readable(io.offset, io.len));
-                writable
+            Op::Write { .. } if mapping.lasting && mapping.covers(io.offset, io.len) => {
+                // For the page table; a hole is written through the mapping as well.
+                let _ = mapping.readable(io.offset, io.len);
+                true
             }
             Op::Discard | Op::WriteZeroes { .. } => {
-                mapping.stored.iter().for_each(|stored| stored.remove(io.offset, io.len));
+                mapping.present.remove(io.offset, io.len);
                 false
             }
-            Op::Flush => false,
-        };
-        if inside {
+            Op::Write { .. } | Op::Flush => false,
+        }
+    }
+
+    /// The page cache gives pages back when memory is short, without a word. Copies that had to
+    /// wait show it; then nothing is taken for granted any more.
+    fn doubt(&mut self) {
+        self.patience -= 1;
+        if self.patience > 0 {
+            return;
+        }
+        self.patience = PATIENCE;
+        let waits = waits();
+        if std::mem::replace(&mut self.waits, waits) != waits {
+            // To forget takes a while, too, when the image is large.
+            self.patience = 64 * PATIENCE;
+            self.mapping.present.forget();
+        }
+    }
+}
+
+impl<R: Engine> Engine for MappedEngine<R> {
+    const CONCURRENT: bool = R::CONCURRENT;
+
+    unsafe fn submit(&mut self, token: u64, io: &Io) -> Submission {
+        if self.copies(io) {
             // SAFETY: the caller keeps the segments mapped; the range was just checked.
             let moved = unsafe { self.carry(io) };
+            if !self.mapping.lasting {
+                self.doubt();
+            }
             if moved > 0 {
-                if let (Op::Write { .. }, Some(stored)) = (io.op, &mapping.stored) {
-                    stored.add(io.offset, moved);
+                if io.op != Op::Read {
+                    self.mapping.present.add(io.offset, moved);
                 }
                 return Submission::Done(i32::try_from(moved).unwrap_or(i32::MAX));
             }
         }
         // SAFETY: the caller's promise, handed on.
-        unsafe { self.rest.submit(token, io) }
+        let submission = unsafe { self.rest.submit(token, io) };
+        let mapping = &self.mapping;
+        if let (Submission::Done(moved), Op::Read | Op::Write { .. }) = (submission, io.op)
+            && !mapping.lasting
+            && let Ok(moved) = u64::try_from(moved)
+            && mapping.covers(io.offset, moved)
+        {
+            mapping.present.add(io.offset, moved);
+        }
+        submission
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        Ok(())
+        self.rest.flush()
     }
 
-    fn reap(&mut self, _into: &mut Vec<(u64, i32)>) {}
+    fn reap(&mut self, into: &mut Vec<(u64, i32)>) {
+        self.rest.reap(into);
+    }
 
     fn in_flight(&self) -> usize {
-        0
+        self.rest.in_flight()
     }
 
     fn add_waker(&mut self, fd: RawFd) -> io::Result<()> {

@@ -239,13 +239,17 @@ mod mapped {
 
     use super::*;
 
-    fn mapped(image: &Image) -> MappedEngine {
-        MappedEngine::new(Mapping::new(image).unwrap()).unwrap()
+    fn mapped(image: &Image) -> MappedEngine<SyncEngine> {
+        MappedEngine::new(Mapping::new(image).unwrap(), SyncEngine::new(image.fd()).unwrap())
     }
 
     #[test]
     fn the_mapped_engine_holds_the_contract() {
         holds_the_contract(mapped);
+        holds_the_contract(|image| {
+            let rest = NowaitEngine::new(image.fd()).unwrap();
+            MappedEngine::new(Mapping::new(image).unwrap(), rest)
+        });
     }
 
     /// Reading a sparse image must not fill the memory of the host.
@@ -259,7 +263,7 @@ mod mapped {
         let mut engine = mapped(&image);
         let allocated = || file.metadata().unwrap().blocks() * 512;
         let mut buffer = vec![1u8; 1 << 20];
-        let mut read = |engine: &mut MappedEngine, offset: u64| {
+        let mut read = |engine: &mut MappedEngine<SyncEngine>, offset: u64| {
             let io = request(Op::Read, offset, &mut buffer);
             carry_out(engine, &image, vec![io]);
             assert!(buffer.iter().all(|byte| *byte == 0) || offset == 8 << 20);

@@ -15,6 +15,15 @@ use tempfile::TempDir;
 /// How long anything in these tests may take before it counts as hung.
 pub const DEADLINE: Duration = Duration::from_secs(20);
 
+/// Every engine that does I/O, as an option.
+pub const ENGINES: &[&str] = &[
+    "--engine=sync",
+    "--engine=nowait",
+    "--engine=uring",
+    #[cfg(target_arch = "x86_64")]
+    "--engine=mmap",
+];
+
 /// Waits until `condition` gives a value.
 ///
 /// # Panics
@@ -41,7 +50,16 @@ pub struct Site {
 impl Site {
     /// A disk of `size` zero bytes in a directory of its own.
     pub fn new(size: u64) -> Self {
-        let dir = tempfile::Builder::new().prefix("blkd").tempdir_in("/tmp").unwrap();
+        Self::within("/tmp", size)
+    }
+
+    /// As [`Site::new`], on tmpfs, which the mapped engine also writes through the mapping.
+    pub fn on_tmpfs(size: u64) -> Self {
+        Self::within("/dev/shm", size)
+    }
+
+    fn within(place: &str, size: u64) -> Self {
+        let dir = tempfile::Builder::new().prefix("blkd").tempdir_in(place).unwrap();
         let image = dir.path().join("disk.raw");
         File::create(&image).unwrap().set_len(size).unwrap();
         Self::on(dir, image)
@@ -179,6 +197,12 @@ impl Backend {
     pub fn fault(&self, rule: Value) {
         let answer = self.control(&json!({"id": 2, "cmd": "fault", "rule": rule}));
         assert_eq!(answer, json!({"id": 2, "ok": {}}));
+    }
+
+    /// Moves its queues to these threads.
+    pub fn rebind(&self, map: &[u16]) {
+        let answer = self.control(&json!({"id": 3, "cmd": "threads", "map": map}));
+        assert_eq!(answer, json!({"id": 3, "ok": {"map": map}}));
     }
 
     /// Waits until its status has `value` at `pointer`.

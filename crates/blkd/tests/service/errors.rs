@@ -6,19 +6,19 @@ use std::path::{Path, PathBuf};
 
 use serde_json::json;
 
-use crate::backend::Site;
+use crate::backend::{ENGINES, Site};
 use crate::machine::{Ask, Machine, T_DISCARD};
 
 const OK: u8 = 0;
 const IOERR: u8 = 1;
 
-fn both_engines(test: impl Fn(&str)) {
-    ["--engine=sync", "--engine=uring"].iter().for_each(|engine| test(engine));
+fn every_engine(test: impl Fn(&str)) {
+    ENGINES.iter().for_each(|engine| test(engine));
 }
 
 #[test]
 fn injected_errors_reach_the_guest_and_leave_their_cause() {
-    both_engines(|engine| {
+    every_engine(|engine| {
         let site = Site::new(1 << 20);
         let mut backend = site.start(&[engine]);
         let mut machine = Machine::new(1, 64);
@@ -52,8 +52,9 @@ fn injected_errors_reach_the_guest_and_leave_their_cause() {
 struct SmallTmpfs(PathBuf);
 
 impl SmallTmpfs {
-    /// None where this process may not mount.
-    fn mount(at: &Path) -> Option<Self> {
+    /// # Panics
+    /// Where this process may not mount: run the tests as root, or with `unshare -rm`.
+    fn mount(at: &Path) -> Self {
         std::fs::create_dir(at).unwrap();
         let target = CString::new(at.as_os_str().as_bytes()).unwrap();
         let options = c"size=1m";
@@ -67,7 +68,8 @@ impl SmallTmpfs {
                 options.as_ptr().cast(),
             )
         };
-        (mounted == 0).then(|| Self(at.to_owned()))
+        assert_eq!(mounted, 0, "no tmpfs mounted: run as root, or with unshare -rm");
+        Self(at.to_owned())
     }
 }
 
@@ -81,12 +83,9 @@ impl Drop for SmallTmpfs {
 
 #[test]
 fn a_full_file_system_reaches_the_guest_as_an_error_and_room_made_heals_it() {
-    both_engines(|engine| {
+    every_engine(|engine| {
         let dir = tempfile::Builder::new().prefix("full").tempdir_in("/tmp").unwrap();
-        let Some(small) = SmallTmpfs::mount(&dir.path().join("small")) else {
-            eprintln!("not allowed to mount a tmpfs; `injected_errors_…` covers the way back");
-            return;
-        };
+        let small = SmallTmpfs::mount(&dir.path().join("small"));
         let image = small.0.join("disk.raw");
         std::fs::File::create(&image).unwrap().set_len(8 << 20).unwrap();
         let site = Site::on(dir, image);
@@ -114,23 +113,25 @@ fn a_full_file_system_reaches_the_guest_as_an_error_and_room_made_heals_it() {
 
 #[test]
 fn an_image_truncated_under_us_gives_errors_and_never_ends_the_process() {
-    both_engines(|engine| {
-        let site = Site::new(1 << 20);
-        std::fs::write(&site.image, vec![3; 1 << 20]).unwrap();
-        let mut backend = site.start(&[engine]);
-        let mut machine = Machine::new(1, 64);
-        machine.connect(&site.socket()).unwrap();
-        assert_eq!(machine.ask(&backend, &Ask::read(2040, 4096)).status, OK);
-        let image = std::fs::OpenOptions::new().write(true).open(&site.image).unwrap();
-        image.set_len(1 << 19).unwrap();
-        assert_eq!(machine.ask(&backend, &Ask::read(2040, 4096)).status, IOERR);
-        let across = machine.ask(&backend, &Ask::read(1020, 4096));
-        assert_eq!(across.status, IOERR);
-        assert_eq!(machine.ask(&backend, &Ask::read(0, 4096)).data, [3; 4096]);
-        let error = backend.status()["last_error"].clone();
-        assert_eq!((&error["op"], &error["errno"]), (&json!("read"), &json!(libc::EIO)));
-        assert!(backend.is_alive());
-    });
+    every_engine(|engine| truncated(&Site::new(1 << 20), engine));
+    every_engine(|engine| truncated(&Site::on_tmpfs(1 << 20), engine));
+}
+
+fn truncated(site: &Site, engine: &str) {
+    std::fs::write(&site.image, vec![3; 1 << 20]).unwrap();
+    let mut backend = site.start(&[engine]);
+    let mut machine = Machine::new(1, 64);
+    machine.connect(&site.socket()).unwrap();
+    assert_eq!(machine.ask(&backend, &Ask::read(2040, 4096)).status, OK);
+    let image = std::fs::OpenOptions::new().write(true).open(&site.image).unwrap();
+    image.set_len(1 << 19).unwrap();
+    assert_eq!(machine.ask(&backend, &Ask::read(2040, 4096)).status, IOERR);
+    let across = machine.ask(&backend, &Ask::read(1020, 4096));
+    assert_eq!(across.status, IOERR);
+    assert_eq!(machine.ask(&backend, &Ask::read(0, 4096)).data, [3; 4096]);
+    let error = backend.status()["last_error"].clone();
+    assert_eq!((&error["op"], &error["errno"]), (&json!("read"), &json!(libc::EIO)));
+    assert!(backend.is_alive());
 }
 
 #[test]

@@ -15,3 +15,4 @@ mod program;
 mod recovery;
 mod requests;
 mod sudden_death;
+mod threads;

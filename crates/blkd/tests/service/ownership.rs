@@ -5,7 +5,7 @@ use std::process::Command;
 
 use serde_json::json;
 
-use crate::backend::{Site, blk_file, run, wait_until};
+use crate::backend::{ENGINES, Site, blk_file, run, wait_until};
 use crate::machine::{Ask, Machine, Waited};
 
 /// Locks one byte of the image as another program would; gives the file that holds the lock.
@@ -104,7 +104,7 @@ fn what_we_lock_qemu_respects() {
 
 #[test]
 fn a_standby_takes_over_by_itself_when_the_active_process_is_killed() {
-    for engine in ["--engine=sync", "--engine=uring"] {
+    for &engine in ENGINES {
         let site = Site::new(1 << 20);
         let mut active = site.start(&[engine]);
         active.wait_status("/state", &json!("listening"));
@@ -184,7 +184,7 @@ fn a_standby_ends_when_told_to() {
 
 #[test]
 fn sigterm_finishes_what_is_in_flight() {
-    for engine in ["--engine=sync", "--engine=uring"] {
+    for &engine in ENGINES {
         let site = Site::new(1 << 20);
         let mut backend = site.start(&[engine]);
         let mut machine = Machine::new(1, 64);

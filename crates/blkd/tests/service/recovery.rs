@@ -4,12 +4,12 @@ use serde_json::json;
 use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
 
-use crate::backend::{Site, wait_until};
+use crate::backend::{ENGINES, Site, wait_until};
 use crate::machine::{Ask, F_EVENT_IDX, Machine, Waited};
 
 #[test]
 fn what_was_in_flight_at_sigkill_is_done_again_by_the_next_process() {
-    for engine in ["--engine=sync", "--engine=uring"] {
+    for &engine in ENGINES {
         let site = Site::new(1 << 20);
         let mut first = site.start(&[engine]);
         let mut machine = Machine::new(1, 64);
@@ -115,7 +115,7 @@ fn a_region_from_elsewhere_is_refused_by_name() {
 
 #[test]
 fn get_vring_base_answers_after_everything_is_finished() {
-    for engine in ["--engine=sync", "--engine=uring"] {
+    for &engine in ENGINES {
         for round in 0..3 {
             let site = Site::new(1 << 20);
             let backend = site.start(&[engine]);
@@ -230,7 +230,7 @@ fn front_ends_may_come_and_go() {
 
 #[test]
 fn a_kick_descriptor_may_be_replaced_under_way() {
-    for engine in ["--engine=sync", "--engine=uring"] {
+    for &engine in ENGINES {
         let site = Site::new(1 << 20);
         let backend = site.start(&[engine]);
         let mut machine = Machine::new(1, 64);

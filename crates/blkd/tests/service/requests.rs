@@ -2,7 +2,7 @@
 
 use std::os::unix::fs::FileExt;
 
-use crate::backend::{Backend, Site};
+use crate::backend::{Backend, ENGINES, Site};
 use crate::machine::{Ask, F_EVENT_IDX, Machine, T_DISCARD, T_OUT, T_WRITE_ZEROES};
 
 const OK: u8 = 0;
@@ -51,6 +51,26 @@ fn all_kinds(options: &[&str]) {
 #[test]
 fn all_kinds_of_requests_with_sync() {
     all_kinds(&["--engine=sync", "--serial=disk-7"]);
+}
+
+#[test]
+fn all_kinds_of_requests_with_nowait() {
+    all_kinds(&["--engine=nowait", "--serial=disk-7"]);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn all_kinds_of_requests_with_mmap() {
+    all_kinds(&["--engine=mmap", "--serial=disk-7"]);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn mmap_and_direct_io_exclude_each_other() {
+    let site = Site::new(1 << 20);
+    let mut backend = site.start(&["--engine=mmap", "--direct"]);
+    assert_eq!(backend.wait_exit().code(), Some(2));
+    assert!(backend.log().contains("leave one of the two out"), "{}", backend.log());
 }
 
 #[test]
@@ -117,10 +137,9 @@ fn a_read_only_disk_refuses_whatever_would_change_it() {
 
 #[test]
 fn the_last_sector_of_an_odd_file_reads_as_zeros_beyond_the_end() {
-    let both = ["--engine=sync", "--engine=uring"];
-    for (engine, way) in
-        [(both[0], None), (both[1], None), (both[0], Some("--direct")), (both[1], Some("--direct"))]
-    {
+    let cached = ENGINES.iter().map(|engine| (*engine, None));
+    let direct = ["--engine=sync", "--engine=uring"].map(|engine| (engine, Some("--direct")));
+    for (engine, way) in cached.chain(direct) {
         let site = Site::new(1000);
         std::fs::write(&site.image, [5; 1000]).unwrap();
         let options: Vec<&str> = [engine].into_iter().chain(way).collect();
@@ -140,7 +159,7 @@ fn the_last_sector_of_an_odd_file_reads_as_zeros_beyond_the_end() {
 
 #[test]
 fn overlapping_requests_keep_their_order() {
-    for engine in ["--engine=sync", "--engine=uring"] {
+    for &engine in ENGINES {
         let (site, backend, mut machine) = started(1 << 20, &[engine]);
         for round in 0..200u32 {
             let mut reads = Vec::new();
@@ -164,7 +183,9 @@ fn overlapping_requests_keep_their_order() {
 
 #[test]
 fn several_queues_and_threads_serve_side_by_side() {
-    for (engine, threads) in [("sync", 1), ("sync", 3), ("uring", 1), ("uring", 4)] {
+    for (engine, threads) in
+        [("sync", 1), ("sync", 3), ("uring", 1), ("uring", 4), ("nowait", 2), ("auto", 2)]
+    {
         let site = Site::new(4 << 20);
         let engine = format!("--engine={engine}");
         let threads = format!("--threads={threads}");

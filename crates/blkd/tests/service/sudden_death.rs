@@ -5,7 +5,7 @@ use std::collections::HashMap;
 
 use serde_json::json;
 
-use crate::backend::{Backend, Site, wait_until};
+use crate::backend::{Backend, ENGINES, Site, wait_until};
 use crate::machine::{Ask, Machine, Ticket, Waited};
 
 const QUEUES: usize = 2;
@@ -110,13 +110,17 @@ fn ready_standby(site: &Site, options: &[&str]) -> Backend {
 }
 
 fn survives(kills: u32, options: &[&str]) {
-    let site = Site::new(BLOCKS * BLOCK as u64);
+    survives_on(Site::new(BLOCKS * BLOCK as u64), kills, options, |_, _| ());
+}
+
+/// `meanwhile` happens under load, before each kill.
+fn survives_on(site: Site, kills: u32, options: &[&str], meanwhile: impl Fn(u32, &Backend)) {
     let mut active = site.start(options);
     active.wait_status("/state", &json!("listening"));
     let mut machine = Machine::new(QUEUES, 64);
     machine.connect(&site.socket()).unwrap();
     let mut load = Load::new();
-    for _ in 0..kills {
+    for kill in 0..kills {
         let standby = ready_standby(&site, options);
         let target = load.answers + 1 + load.dice.below(300);
         while load.answers < target {
@@ -124,6 +128,8 @@ fn survives(kills: u32, options: &[&str]) {
             machine.wait_for_pending(QUEUES * DEPTH - 1, &active);
             load.judge(&mut machine);
         }
+        load.fill(&mut machine);
+        meanwhile(kill, &active);
         load.fill(&mut machine);
         active.kill();
         machine.disconnect();
@@ -148,6 +154,33 @@ fn with_the_sync_engine() {
 #[test]
 fn with_the_uring_engine() {
     survives(60, &["--num-queues=2", "--engine=uring"]);
+}
+
+#[test]
+fn with_the_nowait_engine() {
+    survives(60, &["--num-queues=2", "--engine=nowait", "--threads=2"]);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn with_the_mmap_engine() {
+    survives(60, &["--num-queues=2", "--engine=mmap", "--threads=2"]);
+    let site = Site::on_tmpfs(BLOCKS * BLOCK as u64);
+    survives_on(site, 60, &["--num-queues=2", "--engine=mmap"], |_, _| ());
+}
+
+#[test]
+fn while_queues_move_between_threads() {
+    for &engine in ENGINES {
+        let maps: [&[u16]; 4] = [&[0, 0], &[0, 1], &[1, 0], &[0, 1]];
+        let site = Site::new(BLOCKS * BLOCK as u64);
+        let options = ["--num-queues=2", engine, "--thread-map=0,1"];
+        survives_on(site, 30, &options, |kill, active| {
+            for n in 0..5 {
+                active.rebind(maps[(kill as usize + n) % maps.len()]);
+            }
+        });
+    }
 }
 
 #[test]
