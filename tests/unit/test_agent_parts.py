@@ -58,7 +58,9 @@ def test_a_vm_record_and_back(tmp_path: Path, end: VmState | None) -> None:
     spec = VmSpec.model_validate({"name": "web", "disks": [{"name": "a", "image": "/a"}]})
     accelerator = Accelerator("tcg", "no device")
     for qemu in (None, ProcessId(7, 8, "boot")):
-        plan = DevicePlan("vhost-user-blk", Binding((0, 1), "VM file"), Choice("mmap", "preset"), 3)
+        plan = DevicePlan(
+            "vhost-user-blk", Binding((0, 1), "VM file"), Choice("mmap", "preset"), 3, "p"
+        )
         record = VmRecord(spec, accelerator, 12.5, qemu, end, {"disk-a": plan})
         record.write(path)
         assert read_vm_record(path) == record

@@ -105,8 +105,9 @@ OURS = preset("vhost-user-blk", "mmap")
 def test_the_vm_file_is_before_the_preset(spec: Any, disk: dict[str, Any], words: str) -> None:
     found = planned(spec(**disk), offer(OURS))
     assert str(found) == words
-    assert found.poll_us == 9
-    assert planned(spec(**disk, poll_us=0), offer(OURS)).poll_us == 0
+    assert (found.poll_us, found.poll_source) == (9, NAMED)
+    found = planned(spec(**disk, poll_us=0), offer(OURS))
+    assert (found.poll_us, found.poll_source) == (0, "VM file")
 
 
 def test_an_explicit_map_is_taken_as_it_is(spec: Any) -> None:
@@ -123,7 +124,7 @@ def test_without_a_preset_the_default_spares_threads(
     found = planned(spec(queues=queues), offer(processors=processors))
     assert (found.binding.queues, found.binding.threads) == (queues, threads)
     assert (found.engine.value, found.poll_us) == ("auto", None)
-    assert found.binding.source == found.engine.source == "built-in default"
+    assert found.binding.source == found.engine.source == found.poll_source == "built-in default"
 
 
 def test_a_stale_preset_is_not_used_and_told(spec: Any) -> None:

@@ -3,7 +3,7 @@
     {"version": 1, "spec": {…}, "accelerator": {"kind": "tcg", "reason": "…"},
      "started": 1795384877.9, "plans": {"disk-root": {"device": "vhost-user-blk",
         "binding": {"map": [0, 0], "source": "…"}, "engine": {"value": "…", "source": "…"},
-        "poll_us": 20 | null}, …},
+        "poll_us": 20 | null, "poll_source": "…"}, …},
      "qemu": {"pid": 4711, "start_ticks": 1, "boot_id": "…"} | null,
      "end": {"run": "stopped", "reason": "…", "exit_code": 0, "signal": null} | null}
 

@@ -74,6 +74,7 @@ class QueuesView(BaseModel):
     engine: str
     engine_source: str
     poll_us: int | None = Field(description="null: the device's own default")
+    poll_source: str
     summary: str
 
 

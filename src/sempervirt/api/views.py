@@ -158,6 +158,7 @@ def queues_view(plan: DevicePlan) -> QueuesView:
         engine=plan.engine.value,
         engine_source=plan.engine.source,
         poll_us=plan.poll_us,
+        poll_source=plan.poll_source,
         summary=str(plan),
     )
 

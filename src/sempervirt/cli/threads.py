@@ -86,12 +86,13 @@ def _rows(view: DiskView) -> list[tuple[str, str]]:
     number = f"{counted(queues.queues, 'queue')} on {counted(queues.threads, 'thread')}"
     backend = view.backend or {}
     poll_us = backend.get("poll_us", queues.poll_us)
+    polls = "its own time" if poll_us is None else f"at most {poll_us} µs"
     engine = backend.get("engine", queues.engine)
     return [
         *rows,
         ("threads", f"{number} ({queues.map_source})"),
         ("engine", f"{engine} ({queues.engine_source})"),
-        ("polls for", "its default" if poll_us is None else f"at most {poll_us} µs"),
+        ("polls for", f"{polls} ({queues.poll_source})"),
     ]
 
 

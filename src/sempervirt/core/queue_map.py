@@ -100,6 +100,7 @@ class DevicePlan:
     binding: Binding
     engine: Choice
     poll_us: int | None = None
+    poll_source: str = "built-in default"
 
     def __str__(self) -> str:
         """ "4 queues on 2 threads, engine mmap (preset of 2026-11-23)"."""

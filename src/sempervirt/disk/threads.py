@@ -47,13 +47,14 @@ class Wish:
 def plan(wish: Wish, found: Preset | Stale | None, processors: int) -> DevicePlan:
     """How the disk is served; `processors` are the host's."""
     preset = found if isinstance(found, Preset) and found.engine in wish.engines else None
-    poll_us = wish.poll_us if wish.poll_us is not None or preset is None else preset.poll_us
     default = _why_default(found, preset)
+    poll_us, poll_source = _polling(wish, preset, default)
     return DevicePlan(
         device=wish.device,
         binding=_binding(wish, preset, default, processors),
         engine=_engine(wish, preset, default),
         poll_us=poll_us,
+        poll_source=poll_source,
     )
 
 
@@ -75,6 +76,14 @@ def _engine(wish: Wish, preset: Preset | None, default: str) -> Choice:
     if preset is not None:
         return Choice(preset.engine, named(preset))
     return Choice(wish.default_engine, default)
+
+
+def _polling(wish: Wish, preset: Preset | None, default: str) -> tuple[int | None, str]:
+    if wish.poll_us is not None:
+        return wish.poll_us, VM_FILE
+    if preset is not None:
+        return preset.poll_us, named(preset)
+    return None, default
 
 
 def named(preset: Preset) -> str:
