@@ -7,26 +7,33 @@ five to twenty seconds.
 from __future__ import annotations
 
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from tests.torture import campaigns
-from tests.torture.campaigns import PLANS, Plan
-from tests.torture.cells import Cell, cells
-from tests.torture.peers import StorageDaemon, without_region
+from tests.torture.campaigns import PLANS, Life, Plan
+from tests.torture.cells import (
+    ENGINES,
+    EVENT_CELLS,
+    POINT_CELLS,
+    REBOUND,
+    STORAGES,
+    Cell,
+    few_cells,
+)
+from tests.torture.peers import controls
 
-from sempervirt.demo.trial import Load
+from sempervirt.demo.trial import TrialSetup
 from sempervirt.demo.verdict import Verdict
-from sempervirt.disk.backend import BackendCommand
 
 pytestmark = pytest.mark.timeout(240)
 
 ROOT = Path(__file__).resolve().parents[2]
-# 16 combinations of engine, queues, load and storage: 64 kills in all.
+# Every engine on each of its storages, with every layout of queues and threads and every load.
 KILLS_PER_CELL = 4
-# Each engine comes to every kind of point; the long form takes every point with both.
-PLAN_ENGINES = [(plan, ("sync", "uring")[index % 2]) for index, plan in enumerate(PLANS)]
+# Each engine comes to every kind of point; the long form takes every point with each.
+POINTS = [(plan, POINT_CELLS[index % len(POINT_CELLS)]) for index, plan in enumerate(PLANS)]
+SHORT_LIFE = Life(pauses=5, reboots=1, resets=2, upgrades=5)
 
 
 def assert_clean(verdict: Verdict) -> None:
@@ -49,49 +56,50 @@ def crash_build() -> Path:
     return target / "release/semper-blkd"
 
 
-@pytest.mark.parametrize("cell", cells(), ids=str)
+@pytest.mark.parametrize("cell", few_cells(), ids=str)
 async def test_kills_at_random_instants_lose_nothing(cell: Cell) -> None:
     verdict = await campaigns.kills(cell.setup(seed=1), KILLS_PER_CELL, 1, lambda: None)
     assert verdict.kills == KILLS_PER_CELL
     assert_clean(verdict)
 
 
-@pytest.mark.parametrize(
-    "cell",
-    [Cell("sync", 1, "heavy", "tmpfs"), Cell("uring", 4, "heavy", "ext4-direct")],
-    ids=str,
-)
+@pytest.mark.parametrize("engine", ENGINES)
+async def test_kills_while_queues_change_threads_lose_nothing(engine: str) -> None:
+    setup = Cell(engine, REBOUND, "heavy", STORAGES[engine][-1]).setup(seed=5)
+    verdict = await campaigns.kills_while_rebinding(setup, KILLS_PER_CELL, 5, lambda: None)
+    assert verdict.kills == KILLS_PER_CELL
+    assert verdict.rebindings > KILLS_PER_CELL
+    assert_clean(verdict)
+
+
+@pytest.mark.parametrize("cell", EVENT_CELLS, ids=str)
 async def test_pauses_upgrades_resets_and_reboots_lose_nothing(cell: Cell) -> None:
-    verdict = await campaigns.events(
-        cell.setup(seed=2), pauses=5, reboots=1, resets=2, upgrades=5, done=lambda: None
-    )
-    assert (verdict.pauses, verdict.reboots, verdict.resets, verdict.upgrades) == (5, 1, 2, 5)
+    verdict = await campaigns.events(cell.setup(seed=2), SHORT_LIFE, 2, lambda: None)
+    seen = Life(verdict.pauses, verdict.reboots, verdict.resets, verdict.upgrades)
+    assert seen == SHORT_LIFE
+    assert (verdict.rebindings > 0) == (len(cell.threads) > 1)
     assert_clean(verdict)
 
 
 @pytest.mark.timeout(700)
 @pytest.mark.parametrize(
-    ("plan", "engine"), PLAN_ENGINES, ids=[f"{plan.name} {engine}" for plan, engine in PLAN_ENGINES]
+    ("plan", "cell"), POINTS, ids=[f"{plan.name} {cell.engine}" for plan, cell in POINTS]
 )
 async def test_a_death_at_each_point_loses_nothing(
-    plan: Plan, engine: str, crash_build: Path, tmp_path: Path
+    plan: Plan, cell: Cell, crash_build: Path, tmp_path: Path
 ) -> None:
-    storage = "tmpfs" if engine == "sync" else "ext4-direct"
-    setup = Cell(engine, 2, "heavy", storage).setup(seed=3)
+    setup = cell.setup(seed=3)
     verdict = await campaigns.crash_point(setup, crash_build, plan, tmp_path / "deaths")
     assert_clean(verdict)
 
 
 @pytest.mark.parametrize(
-    "command",
-    [StorageDaemon(), without_region()],
-    ids=["qemu-storage-daemon", "semper-blkd without the region"],
+    ("setup", "rebind"),
+    [(setup, rebind) for _, setup, rebind in controls(4)],
+    ids=[name for name, _, _ in controls(4)],
 )
 async def test_the_harness_sees_what_backends_without_tracking_lose(
-    command: BackendCommand,
+    setup: TrialSetup, rebind: bool
 ) -> None:
-    # Many flushes: they take longest, so that requests end in another order than they came.
-    load = Load(writers=16, depth=2, flush_every=3, hang_s=5)
-    setup = Cell("uring", 1, "heavy", "ext4-direct").setup(seed=4)
-    verdict = await campaigns.control(replace(setup, load=load, command=command), 60, 4)
+    verdict = await campaigns.control(setup, 60, 4, rebind=rebind)
     assert verdict.lost, verdict.as_dict()

@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,18 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from tests.torture import campaigns, pictures
-from tests.torture.cells import Cell, cells
-from tests.torture.peers import StorageDaemon, without_region
+from tests.torture.cells import (
+    EVENT_CELLS,
+    POINT_CELLS,
+    REBOUND,
+    Cell,
+    cells,
+    engines_and_storages,
+)
+from tests.torture.peers import controls
 
 from sempervirt.core.errors import SempervirtError
 from sempervirt.demo import report
-from sempervirt.demo.trial import Load
 from sempervirt.demo.verdict import Verdict
 from sempervirt.guest.errors import ProbeGone, ProbeSilent
 
@@ -57,26 +62,38 @@ def run_kills(total: int, seed: int) -> list[tuple[str, Verdict]]:
     return rows
 
 
+def run_rebinding(total: int, seed: int) -> list[tuple[str, Verdict]]:
+    """`total` kills while queues move between threads, over all engines and storages."""
+    rows = []
+    chosen = engines_and_storages()
+    share = -(-total // len(chosen))
+    with progress("kills while rebinding", share * len(chosen)) as done:
+        for index, (engine, storage) in enumerate(chosen):
+            cell = Cell(engine, REBOUND, "heavy", storage)
+            setup = cell.setup(seed + index)
+            trial = campaigns.kills_while_rebinding(setup, share, seed + index, done)
+            rows.append((f"rebinding {cell}", judged(trial)))
+    return rows
+
+
 def run_events(scale: float, seed: int) -> list[tuple[str, Verdict]]:
     """The life of a VM: 100 pauses, 100 upgrades, 20 resets, 20 reboots, times `scale`."""
-    counts = {"pauses": 100, "reboots": 20, "resets": 20, "upgrades": 100}
-    scaled = {name: max(1, round(count * scale)) for name, count in counts.items()}
-    chosen = (Cell("sync", 1, "heavy", "tmpfs"), Cell("uring", 4, "heavy", "ext4-direct"))
+    full = {"pauses": 100, "reboots": 20, "resets": 20, "upgrades": 100}
+    life = campaigns.Life(**{name: max(1, round(n * scale)) for name, n in full.items()})
     rows = []
-    with progress("events", sum(scaled.values()) * len(chosen)) as done:
-        for index, cell in enumerate(chosen):
+    with progress("events", life.total * len(EVENT_CELLS)) as done:
+        for index, cell in enumerate(EVENT_CELLS):
             setup = cell.setup(seed + index)
-            verdict = judged(campaigns.events(setup, done=done, **scaled))
+            verdict = judged(campaigns.events(setup, life, seed + index, done))
             rows.append((f"events {cell}", verdict))
     return rows
 
 
 def run_points(binary: Path, folder: Path, seed: int) -> list[tuple[str, Verdict]]:
-    """Each named crash point, with both engines."""
-    chosen = (Cell("sync", 1, "heavy", "tmpfs"), Cell("uring", 2, "heavy", "ext4-direct"))
+    """Each named crash point, with every engine."""
     rows = []
-    with progress("crash points", len(campaigns.PLANS) * len(chosen)) as done:
-        for cell in chosen:
+    with progress("crash points", len(campaigns.PLANS) * len(POINT_CELLS)) as done:
+        for cell in POINT_CELLS:
             for plan in campaigns.PLANS:
                 log = (folder / f"deaths-{cell.engine}-{plan.name.replace(' ', '-')}.log").resolve()
                 log.unlink(missing_ok=True)
@@ -88,16 +105,9 @@ def run_points(binary: Path, folder: Path, seed: int) -> list[tuple[str, Verdict
 
 def run_controls(seed: int) -> list[tuple[str, Verdict]]:
     """Backends that lose requests. Each of these rows must *not* be clean."""
-    # Many flushes: they take longest, so that requests end in another order than they came.
-    load = Load(writers=16, depth=2, flush_every=3, hang_s=5)
-    setup = replace(Cell("uring", 1, "heavy", "ext4-direct").setup(seed), load=load)
-    peers: list[tuple[str, Any]] = [
-        ("qemu-storage-daemon", StorageDaemon()),
-        ("semper-blkd without the region", without_region()),
-    ]
     rows = []
-    for name, command in peers:
-        verdict = asyncio.run(campaigns.control(replace(setup, command=command), 40, seed))
+    for name, setup, rebind in controls(seed):
+        verdict = asyncio.run(campaigns.control(setup, 40, seed, rebind=rebind))
         rows.append((f"control: {name}", verdict))
     return rows
 
@@ -109,6 +119,7 @@ def table(rows: list[tuple[str, Verdict]]) -> Table:
     for name in (
         "kills",
         "events",
+        "rebound",
         "replayed",
         "verified",
         "errors",
@@ -125,6 +136,7 @@ def table(rows: list[tuple[str, Verdict]]) -> Table:
         cells_ = [
             verdict.kills,
             verdict.pauses + verdict.reboots + verdict.resets + verdict.upgrades,
+            verdict.rebindings,
             verdict.replayed,
             f"{verdict.verified:,}",
             verdict.guest_errors,
@@ -143,6 +155,9 @@ def table(rows: list[tuple[str, Verdict]]) -> Table:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="make torture", description=__doc__)
     parser.add_argument("--kills", type=int, default=1000, help="SIGKILLs over all combinations")
+    parser.add_argument(
+        "--rebinding", type=int, default=160, help="further SIGKILLs while queues change threads"
+    )
     parser.add_argument(
         "--events",
         type=float,
@@ -167,21 +182,23 @@ def main() -> int:
     proven: list[tuple[str, Verdict]] = []
     if options.kills:
         proven += run_kills(options.kills, options.seed)
+    if options.rebinding:
+        proven += run_rebinding(options.rebinding, options.seed)
     if options.events:
         proven += run_events(options.events, options.seed)
     if options.points_binary:
         proven += run_points(options.points_binary, options.results, options.seed)
-    controls = [] if options.no_controls else run_controls(options.seed)
+    blind_if_clean = [] if options.no_controls else run_controls(options.seed)
     total = Verdict()
     for _, verdict in proven:
         total.merge(verdict)
     out = Console()
     if not out.is_terminal:
         out.width = 150  # a file has no width
-    out.print(table(proven + controls))
+    out.print(table(proven + blind_if_clean))
     out.print(report.stalls(total))
     failed = [name for name, verdict in proven if not verdict.clean]
-    blind = [name for name, verdict in controls if not verdict.lost]
+    blind = [name for name, verdict in blind_if_clean if not verdict.lost]
     for name, verdict in proven:
         for line in report.problems(verdict):
             out.print(f"[red]{name}: {line}[/]")
@@ -190,14 +207,14 @@ def main() -> int:
         "seconds": round(time.monotonic() - started),
         "total": total.as_dict() if proven else None,
         "trials": {name: verdict.as_dict() for name, verdict in proven},
-        "controls": {name: verdict.as_dict() for name, verdict in controls},
+        "controls": {name: verdict.as_dict() for name, verdict in blind_if_clean},
     }
     (options.results / "torture.json").write_text(json.dumps(document, indent=1) + "\n")
     pictures.draw_stalls(total, options.results / "stalls.png")
     for name in blind:
         out.print(f"[red bold]{name} lost nothing: the harness may be blind[/]")
     out.print(
-        f"{len(proven) + len(controls) - len(failed) - len(blind)} passed, "
+        f"{len(proven) + len(blind_if_clean) - len(failed) - len(blind)} passed, "
         f"{len(failed) + len(blind)} failed"
     )
     return 1 if failed or blind else 0

@@ -1,15 +1,19 @@
-"""The campaigns: kills at random instants, life's other events, every named crash point."""
+"""The campaigns: kills at random instants, life's other events, every named crash point.
+
+Queues may move between threads all the while (`rebinding`).
+"""
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sempervirt.core.errors import SempervirtError, Unavailable
+from sempervirt.core.queue_map import ThreadMap
 from sempervirt.demo.trial import Trial, TrialSetup, running
 from sempervirt.demo.verdict import Verdict
 from sempervirt.disk.backend import Blkd
@@ -18,22 +22,71 @@ from sempervirt.guest.errors import ProbeGone, ProbeSilent
 Step = Callable[[], None]
 # A kill lands in the middle of a take-over now and then: inside a handshake or a replay.
 BURST = 0.2
+# Seconds between two rebindings: at most.
+REBIND_MAX_S = 0.05
+
+
+@asynccontextmanager
+async def rebinding(trial: Trial, seed: int) -> AsyncIterator[None]:
+    """Moves queues to other threads at random instants until the block is left.
+
+    A rebinding that fails is a problem of the trial: it has to outlive the death of a backend.
+    """
+    chance = random.Random(seed)
+    queues = trial.setup.queues
+    left = asyncio.Event()
+
+    async def rebind() -> None:
+        while not left.is_set():
+            try:
+                await trial.rebind(random_map(queues, chance))
+            except SempervirtError as error:
+                trial.verdict.problems.append(f"rebinding: {error}")
+            with suppress(TimeoutError):
+                await asyncio.wait_for(left.wait(), chance.uniform(0.0, REBIND_MAX_S))
+
+    task = asyncio.create_task(rebind())
+    try:
+        yield
+    finally:
+        left.set()
+        await task
+
+
+def random_map(queues: int, chance: random.Random) -> ThreadMap:
+    """Any map of that many queues."""
+    limit = chance.randint(1, queues)
+    threads = [chance.randrange(limit) for _ in range(queues)]
+    order = list(dict.fromkeys(threads))
+    return tuple(order.index(thread) for thread in threads)
 
 
 async def kills(setup: TrialSetup, count: int, seed: int, done: Step) -> Verdict:
     """`count` SIGKILLs at random instants, some of them during the recovery from the last."""
-    chance = random.Random(seed)
     async with running(setup) as trial:
-        while trial.verdict.kills < count:
-            await asyncio.sleep(chance.uniform(0.0, 0.3))
-            if chance.random() < BURST and trial.verdict.kills + 2 <= count:
-                await _kill_twice(trial, chance)
-                done()
-            else:
-                await trial.kill_backend()
-            done()
+        await _kill(trial, count, random.Random(seed), done)
         await trial.stop_load()
         return trial.verdict
+
+
+async def kills_while_rebinding(setup: TrialSetup, count: int, seed: int, done: Step) -> Verdict:
+    """The same, while queues move between threads."""
+    async with running(setup) as trial:
+        async with rebinding(trial, seed):
+            await _kill(trial, count, random.Random(seed), done)
+        await trial.stop_load()
+        return trial.verdict
+
+
+async def _kill(trial: Trial, count: int, chance: random.Random, done: Step) -> None:
+    while trial.verdict.kills < count:
+        await asyncio.sleep(chance.uniform(0.0, 0.3))
+        if chance.random() < BURST and trial.verdict.kills + 2 <= count:
+            await _kill_twice(trial, chance)
+            done()
+        else:
+            await trial.kill_backend()
+        done()
 
 
 async def _kill_twice(trial: Trial, chance: random.Random) -> None:
@@ -48,22 +101,43 @@ async def _kill_twice(trial: Trial, chance: random.Random) -> None:
     trial.verdict.stalls[-1] = replace(stall, cause="double kill")
 
 
-async def events(
-    setup: TrialSetup, pauses: int, reboots: int, resets: int, upgrades: int, done: Step
-) -> Verdict:
-    """stop/cont under load, guest reboots, device resets, upgrades by SIGTERM."""
+@dataclass(frozen=True)
+class Life:
+    """How often what happens: stop/cont, guest reboots, device resets, upgrades by SIGTERM."""
+
+    pauses: int
+    reboots: int
+    resets: int
+    upgrades: int
+
+    @property
+    def total(self) -> int:
+        """Of all kinds."""
+        return self.pauses + self.reboots + self.resets + self.upgrades
+
+
+async def events(setup: TrialSetup, life: Life, seed: int, done: Step) -> Verdict:
+    """Life's events under load, while queues move between threads if there are several."""
     async with running(setup) as trial:
-        for act, count in (
-            (trial.stop_and_continue, pauses),
-            (trial.terminate_backend, upgrades),
-            (trial.reset_device, resets),
-            (trial.reboot, reboots),
-        ):
-            for _ in range(count):
-                await act()
-                done()
+        if setup.queues > 1:
+            async with rebinding(trial, seed):
+                await _live(trial, life, done)
+        else:
+            await _live(trial, life, done)
         await trial.stop_load()
         return trial.verdict
+
+
+async def _live(trial: Trial, life: Life, done: Step) -> None:
+    for act, count in (
+        (trial.stop_and_continue, life.pauses),
+        (trial.terminate_backend, life.upgrades),
+        (trial.reset_device, life.resets),
+        (trial.reboot, life.reboots),
+    ):
+        for _ in range(count):
+            await act()
+            done()
 
 
 def deaths_in(log: Path) -> int:
@@ -140,22 +214,28 @@ async def crash_point(setup: TrialSetup, binary: Path, plan: Plan, log: Path) ->
         return trial.verdict
 
 
-async def control(setup: TrialSetup, count: int, seed: int) -> Verdict:
+async def control(setup: TrialSetup, count: int, seed: int, *, rebind: bool = False) -> Verdict:
     """As `kills`, for a backend that is expected to lose requests; ends at the first loss."""
-    chance = random.Random(seed)
     verdict = Verdict()
     try:
         async with running(setup) as trial:
             verdict = trial.verdict
-            while verdict.kills < count:
-                await asyncio.sleep(chance.uniform(0.1, 0.3))
-                await trial.kill_backend()
-                if await _is_lost(trial):
-                    break
+            if rebind:
+                async with rebinding(trial, seed):
+                    await _kill_until_lost(trial, count, seed)
+            else:
+                await _kill_until_lost(trial, count, seed)
             await trial.stop_load()
     except (SempervirtError, ProbeGone, ProbeSilent) as error:
         verdict.problems.append(str(error))
     return verdict
+
+
+async def _kill_until_lost(trial: Trial, count: int, seed: int) -> None:
+    chance = random.Random(seed)
+    while trial.verdict.kills < count and not await _is_lost(trial):
+        await asyncio.sleep(chance.uniform(0.1, 0.3))
+        await trial.kill_backend()
 
 
 async def _is_lost(trial: Trial) -> bool:

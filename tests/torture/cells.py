@@ -1,44 +1,55 @@
-"""What is tortured: engines, queues, loads and storages, in every combination."""
+"""What is tortured: engines, storages, queues and their threads, loads, in every combination."""
 
 from __future__ import annotations
 
-import itertools
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from sempervirt.core.queue_map import ThreadMap, format_map
 from sempervirt.demo.trial import Load, TrialSetup
 
+# Where each engine is used: synchronous ones and the mapping through the page cache, the others
+# where they wait. A mapping goes not around the cache.
+STORAGES = {
+    "sync": ("tmpfs", "ext4-direct"),
+    "nowait": ("tmpfs", "ext4"),
+    "uring": ("tmpfs", "ext4-direct"),
+    "mmap": ("tmpfs", "ext4"),
+}
+ENGINES = tuple(STORAGES)
+# The thread of each queue: one queue; several on one thread; several on each of two threads.
+LAYOUTS: tuple[ThreadMap, ...] = ((0,), (0, 0, 0, 0), (0, 1, 0, 1))
 LIGHT = Load(writers=2, depth=1)
 HEAVY = Load(writers=16, depth=2)
 LOADS = {"light": LIGHT, "heavy": HEAVY}
 TMPFS = Path("/dev/shm")
-# A file system with O_DIRECT; the checkout's own is one on every machine that builds it.
+# A file system with O_DIRECT.
 DISK = Path(os.environ.get("SEMPERVIRT_TORTURE_DIR", "/var/tmp"))
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One combination."""
+    """One combination. `threads` gives the thread of each queue."""
 
     engine: str
-    queues: int
+    threads: ThreadMap
     load: str
     storage: str
 
     def __str__(self) -> str:
-        return f"{self.engine} {self.queues}q {self.load} {self.storage}"
+        return f"{self.engine} {format_map(self.threads)} {self.load} {self.storage}"
 
     def setup(self, seed: int) -> TrialSetup:
         """The trial of this cell; its image has a name of its own."""
-        direct = self.storage == "ext4-direct"
-        folder = DISK if direct else TMPFS
+        folder = TMPFS if self.storage == "tmpfs" else DISK
         return TrialSetup(
             image=folder / f"semper-torture-{os.getpid()}-{seed}.raw",
             size_mib=96,
             engine=self.engine,
-            direct=direct,
-            queues=self.queues,
+            direct=self.storage == "ext4-direct",
+            queues=len(self.threads),
+            thread_map=self.threads,
             load=LOADS[self.load],
             seed=seed,
         )
@@ -47,8 +58,42 @@ class Cell:
 def cells() -> list[Cell]:
     """All of them."""
     return [
-        Cell(*combination)
-        for combination in itertools.product(
-            ("sync", "uring"), (1, 4), ("light", "heavy"), ("tmpfs", "ext4-direct")
-        )
+        Cell(engine, threads, load, storage)
+        for engine, storages in STORAGES.items()
+        for storage in storages
+        for threads in LAYOUTS
+        for load in LOADS
     ]
+
+
+def few_cells() -> list[Cell]:
+    """Two for each engine on each storage: each layout and each load comes to each engine."""
+    chosen = []
+    for index, (engine, storage) in enumerate(engines_and_storages()):
+        for load, turn in (("heavy", index), ("light", index + 1)):
+            chosen.append(Cell(engine, LAYOUTS[turn % len(LAYOUTS)], load, storage))
+    return chosen
+
+
+def engines_and_storages() -> list[tuple[str, str]]:
+    """Each engine on each of its storages."""
+    return [(engine, storage) for engine, storages in STORAGES.items() for storage in storages]
+
+
+# Where each engine is at home, with two queues on two threads: for the crash points.
+POINT_CELLS = tuple(
+    Cell(engine, (0, 1), "heavy", storage)
+    for engine, storage in (
+        ("sync", "tmpfs"), ("uring", "ext4-direct"), ("nowait", "ext4"), ("mmap", "tmpfs"),
+    )
+)  # fmt: skip
+
+EVENT_CELLS = (
+    Cell("sync", (0,), "heavy", "tmpfs"),
+    Cell("uring", (0, 0, 0, 0), "heavy", "ext4-direct"),
+    Cell("nowait", (0, 1, 0, 1), "heavy", "ext4"),
+    Cell("mmap", (0, 1, 0, 1), "heavy", "tmpfs"),
+)
+
+# Where queues begin that are moved between threads all the while.
+REBOUND: ThreadMap = (0, 0, 1, 1)

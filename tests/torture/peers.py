@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+from tests.torture.cells import REBOUND, Cell
 
 from sempervirt.core.errors import Unavailable
+from sempervirt.demo.trial import Load, TrialSetup
 from sempervirt.disk.backend import Blkd, Launch
 
 
@@ -39,6 +42,19 @@ class StorageDaemon:
             f"num-queues={options.queues},addr.type=fd,addr.str={launch.listen_fd}"
         )
         return [launch.binary, "--blockdev", image, "--export", export]
+
+
+def controls(seed: int) -> list[tuple[str, TrialSetup, bool]]:
+    """(name, trial, whether queues move between threads): each must lose requests."""
+    # Many flushes: they take longest, so that requests end in another order than they came.
+    load = Load(writers=16, depth=2, flush_every=3, hang_s=5)
+    one = replace(Cell("uring", (0,), "heavy", "ext4-direct").setup(seed), load=load)
+    four = replace(Cell("uring", REBOUND, "heavy", "ext4-direct").setup(seed), load=load)
+    return [
+        ("qemu-storage-daemon", replace(one, command=StorageDaemon()), False),
+        ("semper-blkd without the region", replace(one, command=without_region()), False),
+        ("the same while rebinding", replace(four, command=without_region()), True),
+    ]
 
 
 def without_region() -> Blkd:

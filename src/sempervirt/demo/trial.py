@@ -24,6 +24,7 @@ from typing import Any, Self
 
 from sempervirt.agent import Agent, AgentConfig
 from sempervirt.core.errors import OutcomeUnknown, SempervirtError, Unavailable
+from sempervirt.core.queue_map import Binding, ThreadMap
 from sempervirt.demo.stall import Stall, stall_ms, steps_ms
 from sempervirt.demo.verdict import Verdict
 from sempervirt.disk.backend import BackendCommand, Blkd
@@ -62,6 +63,7 @@ class TrialSetup:
     engine: str = "auto"
     direct: bool = False
     queues: int = 1
+    thread_map: ThreadMap | None = None
     queue_size: int = 128
     memory_mib: int = 256
     vcpus: int = 2
@@ -157,6 +159,7 @@ class Trial:
                     engine=setup.engine,
                     direct=setup.direct,
                     queues=setup.queues,
+                    thread_map=setup.thread_map,
                     queue_size=setup.queue_size,
                     serial=SERIAL,
                 ),
@@ -248,6 +251,11 @@ class Trial:
         if pid is None:
             raise Unavailable("there is no backend to signal")
         os.kill(pid, number)
+
+    async def rebind(self, thread_map: ThreadMap) -> None:
+        """Moves queues to other threads, as `semper disk threads` does."""
+        await self.disk.rebind(Binding(thread_map, "trial"))
+        self.verdict.rebindings += 1
 
     async def _take_over(self, cause: str, end: Any) -> Stall:
         await self.compare_clocks()

@@ -21,6 +21,7 @@ class Verdict:
     pauses: int = 0
     reboots: int = 0
     resets: int = 0
+    rebindings: int = 0
     writes: int = 0
     reads: int = 0
     verified: int = 0
@@ -94,9 +95,9 @@ class Verdict:
 
     def merge(self, other: Verdict) -> None:
         """Adds another trial's counts."""
-        for name in ("kills", "upgrades", "pauses", "reboots", "resets", "writes", "reads"):
+        for name in ("kills", "upgrades", "pauses", "reboots", "resets", "rebindings"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        for name in ("verified", "guest_errors", "hung", "wrong", "unverified"):
+        for name in ("writes", "reads", "verified", "guest_errors", "hung", "wrong", "unverified"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.kernel_lines += other.kernel_lines
         self.problems += other.problems
