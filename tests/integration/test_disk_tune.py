@@ -318,6 +318,16 @@ async def test_a_file_system_without_nameless_files(
         assert names(memory) == []
 
 
+async def test_a_busy_machine_is_told_of(
+    config: AgentConfig, memory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for load, words in ((0.0, ()), (300.0, ("the machine was busy (load average 300.0",))):
+        monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, 0.0, 0.0))
+        report = await tune(request(config, memory, limit=lambda c: str(c) == SIMPLEST))
+        assert len(report.warnings) == len(words)
+        assert all(w in said for w, said in zip(words, report.warnings, strict=True))
+
+
 def test_two_at_a_time_are_refused(place: Path) -> None:
     with alone(place), pytest.raises(StateConflict, match="is running"), alone(place):
         pass

@@ -6,6 +6,7 @@ import math
 import random
 from itertools import product
 from statistics import median
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -16,6 +17,7 @@ from sempervirt.disk.tuning import plan
 from sempervirt.disk.tuning.candidates import Candidate, blkd_candidates, qemu_candidates
 from sempervirt.disk.tuning.figures import CONFIDENCE, RELEVANT, Figures, interval, ratios
 from sempervirt.disk.tuning.judgement import SLACK, Bounds, decide, eliminate, standings
+from sempervirt.disk.tuning.load import figures, loads
 
 TMPFS = StorageKey(kind="tmpfs")
 CACHED = StorageKey(kind="ext4", device="d")
@@ -296,6 +298,18 @@ def test_a_machine_that_changes_its_speed_changes_no_decision(
         assert decide(drifting, BOUNDS).winner == steady.winner
 
 
+def test_the_luckiest_p99_of_a_busy_machine_binds_nobody() -> None:
+    """The median misses the bound, but the rounds are not sure of any difference."""
+    lucky = [1, 9, 9, 1, 1, 1, 9, 1, 1]
+    unlucky = [9, 1, 1, 9, 9, 9, 1, 9, 9]
+    both = [
+        {r: {load: Figures(100, p99, cpu) for load in LOADS} for r, p99 in enumerate(p99s)}
+        for p99s, cpu in ((lucky, 2.0), (unlucky, 1.0))
+    ]
+    assert median(a / b for a, b in zip(unlucky, lucky, strict=True)) > BOUNDS.latency
+    assert decide({A: both[0], B: both[1]}, BOUNDS).winner == B
+
+
 def test_one_disturbed_round_throws_nobody_out() -> None:
     field = {c: series(2.0, 10, 100, 2) for c in everybody[:12]}
     best = everybody[11]
@@ -381,3 +395,25 @@ def test_ratios_are_of_common_rounds_only() -> None:
     one, other = series(1, 1, 10, 3), series(1, 1, 5, 5)
     assert ratios(one, other, lambda f: f.iops, LOADS) == [2.0] * 3
     assert ratios(other, one, lambda f: f.iops, LOADS) == [0.5] * 3
+
+
+def report(ios: int) -> dict[str, Any]:
+    return {
+        "ios": ios,
+        "iops": ios / 0.5,
+        "seconds": 0.5,
+        "latency_us": {"p99": 70.0 if ios else 0.0},
+        "backend": {"cpu_s": 0.001, "cpu_us_per_io": 1000 / max(ios, 1)},
+    }
+
+
+def test_what_a_report_says() -> None:
+    assert figures(report(100)) == Figures(iops=200, p99_us=70, cpu_us=10)
+    assert figures(report(0)) == Figures(iops=2, p99_us=500_000, cpu_us=1000)
+
+
+def test_the_cold_load_is_the_first() -> None:
+    """The kernel does not forget pages that a process has mapped."""
+    assert [load.cold for load in loads(cached_on_disk=True)] == [True, False, False]
+    assert not any(load.cold for load in loads(cached_on_disk=False))
+    assert {load.read_percent for load in loads(cached_on_disk=True, read_only=True)} == {100}

@@ -5,14 +5,16 @@ hold the bounds*: at every load a p99 of at most `latency` times the best candid
 least the share `throughput` of the best candidate's requests per second. Without bounds, one
 thread that never polls would always win, and the guest would pay.
 
+A bound is missed when the median of the rounds misses it *and* the rounds are sure that there is a
+difference at all: on a busy machine somebody always has the luckiest p99.
+
 Who cannot be told from the best within the noise of the rounds is as good as the best; of all
 those the simplest is taken (`Candidate.simplicity`).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import geometric_mean
 
@@ -28,6 +30,8 @@ from sempervirt.disk.tuning.figures import (
     typical,
 )
 
+Best = Mapping[str, Candidate]
+
 # A first look is coarse: who misses a bound by less than this, in the round that was the kindest,
 # may still hold it. One disturbed round must not throw out the best.
 SLACK = 1.25
@@ -42,27 +46,37 @@ class Bounds:
 
 
 @dataclass(frozen=True)
-class Standing:
-    """How a candidate stands against the best at the load where it is weakest.
+class Weakness:
+    """How a candidate compares with the best of one kind, at the load where it is weakest.
 
-    `excess` above 1: a bound is missed, by that factor. `efficiency` is in requests for each
-    second of processor time, over all loads.
+    `ratio` is how many times worse it is; `excess` above 1: it misses the bound by that factor.
     """
+
+    ratio: float
+    excess: float
+    load: str
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How a candidate stands. `efficiency`: requests for each second of processor time."""
 
     candidate: Candidate
     efficiency: float
-    latency: float
-    latency_load: str
-    share: float
-    share_load: str
-    excess: float
+    latency: Weakness
+    throughput: Weakness
 
-    def objection(self, bounds: Bounds) -> str:
+    @property
+    def excess(self) -> float:
+        """Above 1: a bound is missed, by that factor."""
+        return max(self.latency.excess, self.throughput.excess)
+
+    def objection(self) -> str:
         """Which bound is missed, in words; empty if none is."""
-        if self.latency > bounds.latency:
-            return f"p99 {self.latency:.1f} × best at {self.latency_load}"
-        if self.share < bounds.throughput:
-            return f"throughput {self.share:.2f} × best at {self.share_load}"
+        if self.latency.excess > 1:
+            return f"p99 {self.latency.ratio:.1f} × best at {self.latency.load}"
+        if self.throughput.excess > 1:
+            return f"throughput {1 / self.throughput.ratio:.2f} × best at {self.throughput.load}"
         return ""
 
 
@@ -86,8 +100,9 @@ def _p99(figures: Figures) -> float:
     return figures.p99_us
 
 
-def _iops(figures: Figures) -> float:
-    return figures.iops
+def _time_each(figures: Figures) -> float:
+    """The reverse of throughput, so that less is better, as for latencies."""
+    return 1 / figures.iops
 
 
 def _per_cpu_second(figures: Figures) -> float:
@@ -104,33 +119,34 @@ def standings(measured: Measured, bounds: Bounds, *, kindly: bool = False) -> li
 
     Compared with the best is the median round, or `kindly` the best end of what is plausible.
     """
-    slack = SLACK if kindly else 1.0
     loads = loads_of(next(iter(measured.values())))
-    quickest = {load: _best(measured, load, _p99, lowest=True) for load in loads}
-    widest = {load: _best(measured, load, _iops, lowest=False) for load in loads}
-    found = []
-    for candidate, series in measured.items():
-        latency, latency_load = max(
-            (_versus(series, measured[quickest[load]], load, _p99, kindly=kindly), load)
-            for load in loads
+    quickest = {load: _best(measured, load, _p99) for load in loads}
+    widest = {load: _best(measured, load, _time_each) for load in loads}
+    slack = SLACK if kindly else 1.0
+
+    def weakness(series: Series, best: Best, value: Value, bound: float) -> Weakness:
+        seen = {load: _versus(series, measured[best[load]], load, value) for load in loads}
+        return max(
+            (_weakness(seen[load], load, bound * slack, kindly=kindly) for load in loads),
+            key=lambda found: (found.excess, found.ratio),
         )
-        share, share_load = min(
-            (1 / _versus(measured[widest[load]], series, load, _iops, kindly=kindly), load)
-            for load in loads
+
+    found = [
+        Standing(
+            candidate,
+            geometric_mean(typical(series, load, _per_cpu_second) for load in loads),
+            weakness(series, quickest, _p99, bounds.latency),
+            weakness(series, widest, _time_each, 1 / bounds.throughput),
         )
-        excess = max(latency / bounds.latency, bounds.throughput / share)
-        found.append(
-            Standing(
-                candidate,
-                geometric_mean(typical(series, load, _per_cpu_second) for load in loads),
-                latency,
-                latency_load,
-                share,
-                share_load,
-                excess,
-            )
-        )
-    return sorted(found, key=lambda s: _rank(s, slack))
+        for candidate, series in measured.items()
+    ]
+    return sorted(found, key=_rank)
+
+
+def _weakness(seen: Interval, load: str, bound: float, *, kindly: bool) -> Weakness:
+    ratio = seen.low if kindly else seen.median
+    sure = seen.low > 1
+    return Weakness(ratio, ratio / bound if sure else min(1.0, ratio / bound), load)
 
 
 def eliminate(
@@ -151,8 +167,7 @@ def eliminate(
             continue
         share = standing.efficiency / leader.efficiency
         reasons[standing.candidate] = (
-            standing.objection(Bounds(bounds.latency * SLACK, bounds.throughput / SLACK))
-            or f"{share:.2f} × the leader's efficiency"
+            standing.objection() or f"{share:.2f} × the leader's efficiency"
         )
     return stay, reasons
 
@@ -162,7 +177,7 @@ def decide(measured: Measured, bounds: Bounds) -> Decision:
     found = standings(measured, bounds)
     holding = [standing for standing in found if standing.excess <= 1]
     if not holding:
-        return _nearest(found, bounds)
+        return _nearest(found)
     best = holding[0]
     against = {
         other.candidate: _advantage(measured, best.candidate, other.candidate)
@@ -175,7 +190,7 @@ def decide(measured: Measured, bounds: Bounds) -> Decision:
         candidate = standing.candidate
         if candidate == winner:
             continue
-        reasons[candidate] = standing.objection(bounds) or _loss(candidate, best, against)
+        reasons[candidate] = standing.objection() or _loss(candidate, best, against)
     return Decision(
         winner=winner,
         why=_why(winner, best.candidate, against, len(holding), len(found)),
@@ -217,42 +232,35 @@ def _loss(candidate: Candidate, best: Standing, against: dict[Candidate, Interva
     return f"{1 / against[candidate].median:.2f} × the best's efficiency"
 
 
-def _nearest(found: Sequence[Standing], bounds: Bounds) -> Decision:
+def _nearest(found: Sequence[Standing]) -> Decision:
     winner = min(found, key=lambda s: (s.excess, s.candidate.simplicity))
     return Decision(
         winner=winner.candidate,
-        why=f"no candidate holds every bound; this one comes nearest ({winner.objection(bounds)})",
+        why=f"no candidate holds every bound; this one comes nearest ({winner.objection()})",
         holds=False,
         as_good=(),
         standings=tuple(found),
-        reasons={s.candidate: s.objection(bounds) for s in found if s is not winner},
+        reasons={s.candidate: s.objection() for s in found if s is not winner},
     )
 
 
-def _rank(standing: Standing, slack: float) -> tuple[float, float, tuple[int, int, int]]:
+def _rank(standing: Standing) -> tuple[float, float, tuple[int, int, int]]:
     """Candidates that hold the bounds come first, by efficiency; the others by what they miss."""
-    excess = standing.excess if standing.excess > slack else 0.0
+    excess = standing.excess if standing.excess > 1 else 0.0
     return excess, -standing.efficiency, standing.candidate.simplicity
 
 
-def _best(measured: Measured, load: str, value: Value, *, lowest: bool) -> Candidate:
-    sign = 1 if lowest else -1
-    return min(measured, key=lambda c: (sign * typical(measured[c], load, value), c.simplicity))
+def _best(measured: Measured, load: str, value: Value) -> Candidate:
+    return min(measured, key=lambda c: (typical(measured[c], load, value), c.simplicity))
 
 
 def _guards(measured: Measured) -> set[Candidate]:
     loads: Iterable[str] = loads_of(next(iter(measured.values())))
-    return {
-        _best(measured, load, value, lowest=lowest)
-        for load in loads
-        for value, lowest in ((_p99, True), (_iops, False))
-    }
+    return {_best(measured, load, value) for load in loads for value in (_p99, _time_each)}
 
 
-def _versus(series: Series, best: Series, load: str, value: Value, *, kindly: bool) -> float:
-    """How many times the value of `best`; small is good."""
-    seen = interval(ratios(series, best, value, [load]))
-    return max(seen.low if kindly else seen.median, math.ulp(1.0))
+def _versus(series: Series, best: Series, load: str, value: Value) -> Interval:
+    return interval(ratios(series, best, value, [load]))
 
 
 def _is_worse(best_to_it: Interval) -> bool:

@@ -168,7 +168,7 @@ def _candidate_view(
         reason=reason,
         rounds=len(series),
         per_cpu_second=round(standing.efficiency, 1) if standing else None,
-        p99_ratio=round(standing.latency, 3) if standing else None,
-        throughput_ratio=round(standing.share, 3) if standing else None,
+        p99_ratio=round(standing.latency.ratio, 3) if standing else None,
+        throughput_ratio=round(1 / standing.throughput.ratio, 3) if standing else None,
         figures=load_figures(series) if series else (),
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -87,7 +88,7 @@ class Tuning:
         """
         self._store.check()
         started = datetime.now(UTC).replace(microsecond=0)
-        views, warnings = [], []
+        views, warnings = [], self._warnings_of_load()
         for site in self._sites:
             view = await self._storage(site, watch)
             views.append(view)
@@ -99,6 +100,16 @@ class Tuning:
             stored=self._store.path,
             warnings=tuple(warnings),
         )
+
+    def _warnings_of_load(self) -> list[str]:
+        """Others that work on this machine are measured too."""
+        load = os.getloadavg()[0]
+        if load <= self._host.cpus / 2:
+            return []
+        return [
+            f"the machine was busy (load average {load:.1f} on {self._host.cpus} processors) when "
+            "this began: small differences are lost in the noise; tune again when it is quiet"
+        ]
 
     async def _storage(self, site: Site, watch: Watch) -> StorageView:
         found: dict[DeviceType, DeviceView] = {}
