@@ -106,10 +106,11 @@ class Tuning:
         load = os.getloadavg()[0]
         if load <= self._host.cpus / 2:
             return []
-        return [
+        warning = (
             f"the machine was busy (load average {load:.1f} on {self._host.cpus} processors) when "
             "this began: small differences are lost in the noise; tune again when it is quiet"
-        ]
+        )
+        return [warning]
 
     async def _storage(self, site: Site, watch: Watch) -> StorageView:
         found: dict[DeviceType, DeviceView] = {}
