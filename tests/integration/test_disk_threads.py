@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -170,6 +171,37 @@ async def test_rebinding_waits_for_the_successor_of_a_dead_backend(disk: Disk) -
     os.kill(disk.active_pid, signal.SIGKILL)
     await disk.rebind(Binding((0, 1, 2, 3), "test"))
     await eventually("the successor", lambda: is_on(map_of_active(disk), (0, 1, 2, 3)))
+
+
+def leave_one_descriptor(pid: int) -> None:
+    """A process can open one more file, and no other."""
+    used = {int(entry.name) for entry in Path(f"/proc/{pid}/fd").iterdir()}
+    free = next(number for number in range(len(used) + 1) if number not in used)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (free + 1, free + 1))
+
+
+async def test_a_backend_that_cannot_start_a_moved_queue_gives_up_its_place(
+    agent: Agent, firmware_spec: Spec, disk_image: Path
+) -> None:
+    root = {"name": "root", "image": str(disk_image), "thread_map": [0, 1]}
+    await agent.run_vm(firmware_spec(disks=[root]))
+    disk = agent.disks["web/root"]
+
+    async def used() -> bool:
+        return bool((await disk.status())["queues"][0]["enabled"])
+
+    await eventually("the firmware to use the first queue", used)
+    await disk.wait_standby_ready(READY_S)
+    before = disk.active_pid
+    assert before is not None
+    leave_one_descriptor(before)  # for the command's connection; the queue needs more
+    await disk.rebind(Binding((1, 0), "test"))
+    await disk.wait_standby_ready(READY_S)
+    assert disk.active_pid != before
+    assert disk.restart_count == 1
+    status = await disk.status()
+    assert takeover.thread_map(status) == (1, 0)
+    assert status["queues"][0]["enabled"]
 
 
 MAPS: tuple[ThreadMap, ...] = ((0, 0, 0, 0), (0, 1, 2, 3), (1, 0, 0, 1), (0, 1, 0, 1))

@@ -140,7 +140,8 @@ impl Device {
     /// thread and goes on in the new one; the others do not notice.
     ///
     /// # Errors
-    /// When a thread cannot be made nothing has changed; a queue that cannot go on stays stopped.
+    /// When a thread cannot be made; nothing has changed then. When a queue that was stopped cannot
+    /// go on in its new thread, the process ends, for the next one to serve it.
     pub(crate) fn rebind(&mut self, map: &ThreadMap) -> Result<()> {
         self.threads.grow(map).map_err(Error::ReqHandlerError)?;
         let moving = self.threads.moving(map);
@@ -148,17 +149,20 @@ impl Device {
             .iter()
             .map(|&(queue, thread)| (queue, thread, self.ask_to_stop(queue)))
             .collect();
-        let mut outcome = Ok(());
         for (queue, thread, reply) in replies {
             let ran = reply.is_some();
             self.await_stop(queue, reply);
             self.threads.assign(queue, thread);
             if ran && let Err(error) = self.try_start(queue) {
-                outcome = Err(error);
+                log::error!(
+                    "a queue cannot go on, ending for the next process to take over queue={queue} \
+                     error=\"{error}\""
+                );
+                std::process::exit(1);
             }
         }
         self.threads.shrink();
-        outcome
+        Ok(())
     }
 
     /// Starts the queue if everything is there and it does not run yet.
