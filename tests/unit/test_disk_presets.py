@@ -82,12 +82,18 @@ def test_a_new_preset_replaces_its_own_kind_only(store: PresetStore) -> None:
     ],
 )
 def test_stale_is_what_the_device_depends_on(
-    store: PresetStore, device: Any, change: dict[str, Any], words: str
+    store: PresetStore,
+    caplog: pytest.LogCaptureFixture,
+    device: Any,
+    change: dict[str, Any],
+    words: str,
 ) -> None:
     kept = preset(device=device)
     store.put([kept])
     found = store.find(device, TMPFS, HOST.model_copy(update=change))
     assert found == (Stale(kept, words) if words else kept)
+    assert ("semper disk tune" in caplog.text) == bool(words)
+    assert words in caplog.text
 
 
 def test_every_change_is_named(store: PresetStore) -> None:

@@ -143,7 +143,7 @@ class PresetStore:
     ) -> Preset | Stale | None:
         """The preset for a device on a storage, if there is one and it holds on `host`.
 
-        What could not be read is logged as a warning.
+        What could not be read, and a preset that is stale, is logged as a warning.
         """
         contents = self.read()
         for warning in contents.warnings:
@@ -151,7 +151,13 @@ class PresetStore:
         for preset in contents.presets:
             if (preset.device, preset.storage) == (device, storage):
                 reason = preset.stale_because(host)
-                return Stale(preset, reason) if reason else preset
+                if not reason:
+                    return preset
+                log.warning(
+                    "preset stale device=%s storage=%s reason=%s remedy=%s",
+                    device, storage, reason, REMEDY,
+                )  # fmt: skip
+                return Stale(preset, reason)
         return None
 
     def check(self) -> None:
