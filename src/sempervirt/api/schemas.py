@@ -55,6 +55,7 @@ class HostView(BaseModel):
     qemu_version: str
     machines: list[str]
     networks: list[str]
+    thread_maps: list[str] = Field(description="whose queues QEMU itself can bind to threads")
     reconnect: str = Field(description="how QEMU connects to a disk again")
     sandbox: bool
 

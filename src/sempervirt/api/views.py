@@ -50,6 +50,7 @@ def host_view(facts: HostFacts) -> HostView:
         qemu_version=features.version,
         machines=sorted({"q35", "pc"} & features.machines),
         networks=sorted({"user", "tap"} & features.netdevs),
+        thread_maps=sorted(features.mapped_devices),
         reconnect="milliseconds" if fine else "whole seconds",
         sandbox=features.sandbox,
     )

@@ -33,6 +33,7 @@ def show(output: OutputOption = Output.TABLE) -> None:
                 ("qemu", f"{view.qemu_version} ({view.qemu})"),
                 ("machines", ", ".join(view.machines)),
                 ("networks", ", ".join(view.networks)),
+                ("binds queues to threads", ", ".join(view.thread_maps) or "no"),
                 ("reconnects disks after", view.reconnect),
                 ("sandbox", "yes" if view.sandbox else "no"),
             ]
