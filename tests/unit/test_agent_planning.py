@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sempervirt.agent import planning
 from sempervirt.agent.config import AgentConfig
@@ -19,11 +21,12 @@ from sempervirt.agent.planning import (
     plans_of_record,
 )
 from sempervirt.core.errors import Unavailable
-from sempervirt.core.queue_map import Binding, DevicePlan
+from sempervirt.core.queue_map import Binding, DevicePlan, check_map
 from sempervirt.disk.backend import Blkd
 from sempervirt.disk.fingerprint import HostFingerprint, fingerprint
 from sempervirt.disk.presets import DeviceType, Preset, PresetStore, Stale
 from sempervirt.disk.storage import NO_STORAGE, StorageKey, storage_key
+from sempervirt.disk.threads import Wish, plan
 from sempervirt.vm.command_line import Features
 from sempervirt.vm.spec import NicSpec, VmSpec
 
@@ -125,6 +128,24 @@ def test_without_a_preset_the_default_spares_threads(
     assert (found.binding.queues, found.binding.threads) == (queues, threads)
     assert (found.engine.value, found.poll_us) == ("auto", None)
     assert found.binding.source == found.engine.source == found.poll_source == "built-in default"
+
+
+@given(
+    st.integers(1, 64),
+    st.none() | st.integers(1, 64),
+    st.sampled_from([None, OURS, Stale(OURS, "the kernel changed")]),
+    st.integers(1, 32),
+)
+def test_every_queue_has_a_thread_whoever_decides(
+    queues: int, per_thread: int | None, found: Preset | Stale | None, processors: int
+) -> None:
+    wish = Wish("vhost-user-blk", queues, queues_per_thread=per_thread)
+    binding = plan(wish, found, processors).binding
+    assert check_map(binding.map, queues) == binding.map
+    if per_thread is None:
+        assert binding.threads <= processors, "nobody asked for more"
+    else:
+        assert binding.threads == -(-queues // per_thread), "as asked for"
 
 
 def test_a_stale_preset_is_not_used_and_told(spec: Any) -> None:
