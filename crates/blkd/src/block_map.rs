@@ -136,6 +136,11 @@ impl DiskMap {
         })
     }
 
+    /// Whether several threads record; see [`BlockMap::set_shared`].
+    pub(crate) fn set_shared(&self, shared: bool) {
+        self.map.set_shared(shared);
+    }
+
     /// Puts a memory table into force; no queue runs. A map without memory records nothing.
     pub(crate) fn attach(&self, memory: &Arc<GuestMemory>) {
         let regions = memory.mapped().map(|(spec, host, file)| {

@@ -69,6 +69,9 @@ fn failed(error: impl std::fmt::Display) -> Error {
 impl Device {
     pub(crate) fn new(disk: Arc<Disk>, threads: Threads, track: bool) -> Self {
         let vrings = disk.shared.queues.iter().map(|_| Vring::default()).collect();
+        if let Some(map) = &disk.map {
+            map.set_shared(threads.count() > 1);
+        }
         Self {
             disk,
             threads,
@@ -144,6 +147,9 @@ impl Device {
     /// go on in its new thread, the process ends, for the next one to serve it.
     pub(crate) fn rebind(&mut self, map: &ThreadMap) -> Result<()> {
         self.threads.grow(map).map_err(Error::ReqHandlerError)?;
+        if map.threads() > 1 {
+            self.share_map();
+        }
         let moving = self.threads.moving(map);
         let replies: Vec<_> = moving
             .iter()
@@ -162,7 +168,21 @@ impl Device {
             }
         }
         self.threads.shrink();
+        if let Some(map) = &self.disk.map {
+            map.set_shared(self.threads.count() > 1);
+        }
         Ok(())
+    }
+
+    /// Makes recording safe for several threads; each has seen it when this returns.
+    fn share_map(&self) {
+        let Some(map) = &self.disk.map else { return };
+        map.set_shared(true);
+        let (reply, seen) = mpsc::channel();
+        // Nobody has this queue: the thread that takes the order drops the sender.
+        self.threads.all(|| Order::Stop { index: u16::MAX, reply: reply.clone() });
+        drop(reply);
+        let _ = seen.recv();
     }
 
     /// Starts the queue if everything is there and it does not run yet.

@@ -79,6 +79,16 @@ impl Threads {
         &self.workers[usize::from(self.map[queue])]
     }
 
+    /// How many threads there are.
+    pub(crate) fn count(&self) -> usize {
+        self.workers.len()
+    }
+
+    /// Gives an order to every thread.
+    pub(crate) fn all(&self, order: impl Fn() -> Order) {
+        self.workers.iter().for_each(|worker| worker.order(order()));
+    }
+
     /// Queues that `map` gives to another thread than now.
     pub(crate) fn moving(&self, map: &ThreadMap) -> Vec<(usize, u16)> {
         let pairs = map.0.iter().zip(&self.map).enumerate();

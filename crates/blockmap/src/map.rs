@@ -142,6 +142,13 @@ impl BlockMap {
         self.tables.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Says whether recorders are used in several threads; at first they may be. Whoever says so of
+    /// a map that one thread has recorded alone must make sure that this thread has seen it (by
+    /// taking an order from a mailbox, say) before a second one records.
+    pub fn set_shared(&self, shared: bool) {
+        self.versions.set_shared(shared);
+    }
+
     /// Puts a memory table into force. Regions that were in the last one keep what is known of
     /// them; the others are forgotten. Recorders of the last table must not be used any more for
     /// regions that have gone.

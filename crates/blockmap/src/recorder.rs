@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 
 use crate::map::{BlockMap, Layout, View};
-use crate::{PAGE_SHIFT, PAGE_SIZE, SECTOR_SIZE};
+use crate::{PAGE_SHIFT, PAGE_SIZE, SECTOR_SIZE, SECTORS_PER_BLOCK};
 
 /// No stamp: the page's association cannot be told.
 const NONE: u64 = u64::MAX;
@@ -39,12 +39,24 @@ pub enum Access {
 #[derive(Debug, Default)]
 pub struct Note {
     access: Access,
+    /// The request is one block in one page: only `place` is used.
+    single: bool,
+    place: Place,
     offset: u64,
     len: u64,
     /// Guest buffers: address in this process, length.
     segments: Vec<(usize, usize)>,
     /// One for each block of the range.
     stamps: Vec<u64>,
+}
+
+/// The usual request: an aligned block of the disk, an aligned page of the guest.
+#[derive(Clone, Copy, Debug, Default)]
+struct Place {
+    view: u32,
+    page: u32,
+    block: u64,
+    stamp: u64,
 }
 
 /// Counts of one queue; one thread writes them.
@@ -103,9 +115,60 @@ impl Recorder {
         segments: &[libc::iovec],
     ) {
         note.access = access;
+        note.single = false;
         if access == Access::None {
             return;
         }
+        if let [one] = segments
+            && len == PAGE_SIZE as u64
+            && offset % PAGE_SIZE as u64 == 0
+            && one.iov_len == PAGE_SIZE
+            && let Some((view, page)) = self.place(one.iov_base.addr())
+        {
+            let block = offset >> PAGE_SHIFT;
+            let stamp = self.enter(access, block);
+            note.single = true;
+            note.place = Place { view, page, block, stamp };
+            // The versions move before the data does.
+            fence(Ordering::Release);
+            return;
+        }
+        self.start_any(note, access, (offset, len), segments);
+    }
+
+    /// The block is touched; its stamp for this request.
+    #[inline]
+    fn enter(&self, access: Access, block: u64) -> u64 {
+        self.map.touched.set(block);
+        let seen = if access == Access::Write {
+            self.map.versions.begin_write(block)
+        } else {
+            self.map.versions.quiet(block)
+        };
+        seen.unwrap_or(NONE)
+    }
+
+    /// The page that begins at this address.
+    #[inline]
+    fn place(&self, address: usize) -> Option<(u32, u32)> {
+        if address % PAGE_SIZE != 0 {
+            return None;
+        }
+        let views = &self.layout.as_ref()?.views;
+        let (view, at) = views.iter().enumerate().find_map(|(index, view)| {
+            let at = address.wrapping_sub(view.host) >> PAGE_SHIFT;
+            (at < view.table.pages()).then_some((index, at))
+        })?;
+        Some((u32::try_from(view).ok()?, u32::try_from(at).ok()?))
+    }
+
+    fn start_any(
+        &self,
+        note: &mut Note,
+        access: Access,
+        (offset, len): (u64, u64),
+        segments: &[libc::iovec],
+    ) {
         (note.offset, note.len) = (offset, len);
         note.stamps.clear();
         note.segments.clear();
@@ -115,24 +178,39 @@ impl Recorder {
             return;
         }
         note.segments.extend(segments.iter().map(|s| (s.iov_base.expose_provenance(), s.iov_len)));
-        for block in first..=last {
-            self.map.touched.set(block);
-        }
-        for block in first..=last {
-            let seen = if access == Access::Write {
-                self.map.versions.begin_write(block)
-            } else {
-                self.map.versions.quiet(block)
-            };
-            note.stamps.push(seen.unwrap_or(NONE));
-        }
-        // The versions move before the data does.
+        note.stamps.extend((first..=last).map(|block| self.enter(access, block)));
         fence(Ordering::Release);
     }
 
     /// After the last byte of the request moved, or it failed.
     #[inline]
     pub fn finish(&self, note: &mut Note, ok: bool) {
+        if note.single {
+            self.finish_single(note, ok);
+        } else {
+            self.finish_any(note, ok);
+        }
+    }
+
+    #[inline]
+    fn finish_single(&self, note: &mut Note, ok: bool) {
+        let Place { view, page, block, stamp } = note.place;
+        let written = std::mem::take(&mut note.access) == Access::Write;
+        if written {
+            self.map.versions.end_write(block);
+        }
+        let view = self.layout.as_ref().and_then(|layout| layout.views.get(view as usize));
+        let Some(view) = view else { return };
+        if ok && stamp != NONE {
+            view.table.store(page as usize, block * SECTORS_PER_BLOCK, stamp);
+            self.counters.add(1, 0);
+        } else if !written {
+            view.table.clear(page as usize);
+            self.counters.add(0, 1);
+        }
+    }
+
+    fn finish_any(&self, note: &mut Note, ok: bool) {
         let (first, last) = first_and_last(note.offset, note.len);
         match std::mem::take(&mut note.access) {
             Access::None => {}

@@ -16,7 +16,7 @@
 //! like a write of the others, which costs entries and never keeps a wrong one.
 
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 
 use crate::SECTORS_PER_BLOCK;
 use crate::lazy::Lazy;
@@ -31,12 +31,15 @@ const VERSION: u64 = 1 << IN_FLIGHT_BITS;
 pub(crate) struct Versions {
     slots: Lazy<AtomicU64>,
     trims: AtomicU64,
+    /// Several threads write blocks.
+    shared: AtomicBool,
 }
 
 impl Versions {
     pub(crate) fn new(blocks: u64) -> io::Result<Self> {
         let slots = blocks.clamp(1, SLOTS) as usize;
-        Ok(Self { slots: Lazy::new(slots)?, trims: AtomicU64::new(0) })
+        let (trims, shared) = (AtomicU64::new(0), AtomicBool::new(true));
+        Ok(Self { slots: Lazy::new(slots)?, trims, shared })
     }
 
     /// The block's word. Each further chunk of a large disk is rotated by an odd amount, so that
@@ -52,6 +55,25 @@ impl Versions {
         &self.slots[index as usize]
     }
 
+    /// Whether several threads write blocks. One alone does without locked instructions, the most
+    /// expensive part of recording a write. A second one must not begin before the first has seen
+    /// the change.
+    pub(crate) fn set_shared(&self, shared: bool) {
+        self.shared.store(shared, Ordering::SeqCst);
+    }
+
+    /// Adds to the block's word (wrapping); gives what it was.
+    #[inline]
+    fn add(&self, block: u64, n: u64) -> u64 {
+        let slot = self.slot(block);
+        if self.shared.load(Ordering::Relaxed) {
+            return slot.fetch_add(n, Ordering::AcqRel);
+        }
+        let before = slot.load(Ordering::Relaxed);
+        slot.store(before.wrapping_add(n), Ordering::Release);
+        before
+    }
+
     /// The block's version, if no write of it is in flight.
     #[inline]
     pub(crate) fn quiet(&self, block: u64) -> Option<u64> {
@@ -62,14 +84,14 @@ impl Versions {
     /// A write of the block begins: its new version, if it is the only one.
     #[inline]
     pub(crate) fn begin_write(&self, block: u64) -> Option<u64> {
-        let before = self.slot(block).fetch_add(VERSION + 1, Ordering::AcqRel);
+        let before = self.add(block, VERSION + 1);
         (before & IN_FLIGHT == 0).then_some((before.wrapping_add(VERSION)) >> IN_FLIGHT_BITS)
     }
 
     /// The write is over. Whatever began meanwhile has moved the version on.
     #[inline]
     pub(crate) fn end_write(&self, block: u64) {
-        self.slot(block).fetch_sub(1, Ordering::AcqRel);
+        self.add(block, u64::MAX);
     }
 
     /// A discard begins.
@@ -81,7 +103,7 @@ impl Versions {
     /// for now: a request that touches one later began after the discard.
     pub(crate) fn end_trim(&self, blocks: impl Iterator<Item = u64>) {
         for block in blocks {
-            self.slot(block).fetch_add(VERSION, Ordering::AcqRel);
+            self.add(block, VERSION);
         }
         self.trims.fetch_sub(1, Ordering::SeqCst);
     }

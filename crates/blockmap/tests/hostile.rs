@@ -132,6 +132,7 @@ impl World {
             read: None,
             copied: Page::default(),
         });
+        map.set_shared(false);
         let layout = map.layout().unwrap();
         Self { map, layout, recorder, memory, inner }
     }
