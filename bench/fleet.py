@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from sempervirt.api.client import Client
-from sempervirt.api.schemas import DiskView
+from sempervirt.api.schemas import DiskView, VmView
 from sempervirt.core.errors import AgentUnavailable
-from sempervirt.guest import ProbeClient
+from sempervirt.guest import ProbeClient, ProbeGone, ProbeSilent
 from sempervirt.guest import image as guest_image
 from sempervirt.vm.spec import VmSpec
 
@@ -100,7 +100,7 @@ async def running(shape: Shape, **disk_keys: Any) -> AsyncIterator[Fleet]:
         await _wait_guarded(client, shape)
         guarded_s = time.monotonic() - start
         for view in views:
-            await _wait_booted(view.channels[PROBE])
+            await _wait_booted(view)
         booted_s = time.monotonic() - start
         disks = [await client.disk(disk.name) for disk in await client.disks()]
         _demand_queues(shape, disks)
@@ -170,9 +170,13 @@ async def _wait_guarded(client: Client, shape: Shape) -> None:
         await asyncio.sleep(POLL_S)
 
 
-async def _wait_booted(channel: Path) -> None:
-    async with await ProbeClient.connect(channel, deadline_s=BOOT_S) as probe:
-        await probe.wait_hello(deadline_s=BOOT_S)
+async def _wait_booted(vm: VmView) -> None:
+    try:
+        async with await ProbeClient.connect(vm.channels[PROBE], deadline_s=BOOT_S) as probe:
+            await probe.wait_hello(deadline_s=BOOT_S)
+    except (ProbeGone, ProbeSilent) as error:
+        said = vm.console.with_suffix(".log").read_text(errors="replace")[-1000:]
+        raise FleetError(f"{vm.name} ({vm.accelerator}) did not boot: {error}\n{said}") from error
 
 
 def _demand_queues(shape: Shape, disks: list[DiskView]) -> None:

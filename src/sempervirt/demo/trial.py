@@ -30,6 +30,7 @@ from sempervirt.demo.verdict import Verdict
 from sempervirt.disk.backend import BackendCommand, Blkd
 from sempervirt.disk.disk import Disk
 from sempervirt.guest import image as guest_image
+from sempervirt.guest.errors import ProbeGone, ProbeSilent
 from sempervirt.guest.probe import ClockOffset, ProbeClient
 from sempervirt.vm.spec import ChannelSpec, DiskSpec, VmSpec
 
@@ -171,7 +172,12 @@ class Trial:
         self._stack.push_async_callback(self._kill_vm)
         self._probe = await ProbeClient.connect(vm.channel_path("probe"))
         self._stack.push_async_callback(self.probe.close)
-        await self.probe.wait_hello(deadline_s=90)
+        try:
+            await self.probe.wait_hello(deadline_s=90)
+        except (ProbeGone, ProbeSilent) as error:
+            error.add_note(f"{self.accelerator}, {vm.run}: {vm.end or vm.log_tail()}")
+            error.add_note(vm.machine.files.console_log.read_text(errors="replace")[-2000:])
+            raise
 
     async def _kill_vm(self) -> None:
         with suppress(SempervirtError):
