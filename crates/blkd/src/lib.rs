@@ -29,6 +29,7 @@ mod request;
 mod serve;
 mod state;
 mod threads;
+mod undertaker;
 mod worker;
 
 use std::process::ExitCode;

@@ -25,6 +25,7 @@ use crate::queue::Disk;
 use crate::request::ID_SIZE;
 use crate::state::{Phase, Shared, mark};
 use crate::threads::{Spawn, ThreadMap, Threads};
+use crate::undertaker;
 use crate::worker::Worker;
 
 /// Why the backend ends.
@@ -72,6 +73,9 @@ fn system(what: &'static str) -> impl FnOnce(io::Error) -> Failure {
 /// Serves the disk until a signal ends the process.
 pub(crate) fn run(args: Args, shared: Shared) -> Result<(), Failure> {
     block_signals();
+    if let Err(error) = undertaker::engage() {
+        log::warn!("memory will be taken apart before the image is free error=\"{error}\"");
+    }
     let blk_file = args.blk_file.as_deref().ok_or_else(|| {
         Failure::Usage("no image was given; name one with --blk-file=IMAGE".to_owned())
     })?;

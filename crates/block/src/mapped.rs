@@ -14,7 +14,7 @@
 //!   guest. So only tmpfs is written through it, which has no write-back.
 
 use std::io;
-use std::os::fd::RawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -55,6 +55,12 @@ impl Mapping {
         if image.on_tmpfs() && !may_write(image.fd()) {
             return Err(io::ErrorKind::PermissionDenied.into());
         }
+        // Opened anew: a mapping refers to its file, and with the image's own the image's lock
+        // would be held until the mapping is taken apart, which takes the kernel a while.
+        let file = std::fs::File::options()
+            .read(true)
+            .write(!image.read_only())
+            .open(format!("/proc/self/fd/{}", image.fd()))?;
         let len = image.file_size() >> PAGE_SHIFT << PAGE_SHIFT;
         let protection =
             if image.read_only() { libc::PROT_READ } else { libc::PROT_READ | libc::PROT_WRITE };
@@ -63,7 +69,7 @@ impl Mapping {
             let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
             // At least a page, which is never touched in an image that has none.
             let bytes = len.max(1 << PAGE_SHIFT) as usize;
-            libc::mmap(std::ptr::null_mut(), bytes, protection, flags, image.fd(), 0)
+            libc::mmap(std::ptr::null_mut(), bytes, protection, flags, file.as_raw_fd(), 0)
         };
         if base == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());

@@ -5,7 +5,7 @@ use std::process::Command;
 
 use serde_json::json;
 
-use crate::backend::{ENGINES, Site, blk_file, run, wait_until};
+use crate::backend::{Backend, ENGINES, Site, blk_file, run, wait_until};
 use crate::machine::{Ask, Machine, Waited};
 
 /// Locks one byte of the image as another program would; gives the file that holds the lock.
@@ -203,4 +203,61 @@ fn sigterm_finishes_what_is_in_flight() {
         assert_eq!(next.status()["counters"]["replayed"], json!(0), "{answered} were answered");
         assert!(backend.log().contains("everything in flight was finished"));
     }
+}
+
+/// The process that shares the backend's memory.
+fn undertaker(backend: &Backend) -> i32 {
+    let pid = backend.pid();
+    let children = format!("/proc/{pid}/task/{pid}/children");
+    wait_until("the undertaker", || {
+        std::fs::read_to_string(&children).unwrap().split_whitespace().next()?.parse().ok()
+    })
+}
+
+fn is_gone(pid: i32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.is_empty() || stat.contains(") Z ")
+}
+
+#[test]
+fn the_lock_is_free_before_the_memory_of_the_dead_process_is() {
+    for &engine in ENGINES {
+        let site = Site::on_tmpfs(1 << 20);
+        let mut active = site.start(&[engine]);
+        let mut machine = Machine::new(1, 64);
+        machine.connect(&site.socket()).unwrap();
+        // So that the image and the guest's memory are in the page tables.
+        assert_eq!(machine.ask(&active, &Ask::write(0, [1; 4096])).status, 0);
+        let keeper = undertaker(&active);
+        let files = std::fs::read_dir(format!("/proc/{keeper}/fd")).unwrap().count();
+        assert_eq!(files, 1, "nothing but what tells it of the end");
+        let standby = site.start(&[engine, "--standby"]);
+        standby.wait_status("/state", &json!("standby"));
+        // SAFETY: signals to a process of ours.
+        unsafe { libc::kill(keeper, libc::SIGSTOP) };
+        active.kill();
+        wait_until("the lock", || {
+            standby.status()["timeline_ns"]["lock_acquired"].is_u64().then_some(())
+        });
+        assert!(!is_gone(keeper));
+        // SAFETY: as above.
+        unsafe { libc::kill(keeper, libc::SIGCONT) };
+        wait_until("the end of the undertaker", || is_gone(keeper).then_some(()));
+        machine.disconnect();
+        machine.connect(&site.socket()).unwrap();
+        assert_eq!(machine.ask(&standby, &Ask::read(0, 4096)).data, [1; 4096]);
+    }
+}
+
+#[test]
+fn a_backend_without_its_undertaker_serves_on() {
+    let site = Site::new(1 << 20);
+    let backend = site.start(&[]);
+    let mut machine = Machine::new(1, 64);
+    machine.connect(&site.socket()).unwrap();
+    let keeper = undertaker(&backend);
+    // SAFETY: a signal to a process of ours.
+    unsafe { libc::kill(keeper, libc::SIGKILL) };
+    wait_until("the end of the undertaker", || is_gone(keeper).then_some(()));
+    assert_eq!(machine.ask(&backend, &Ask::write(0, [1; 4096])).status, 0);
 }

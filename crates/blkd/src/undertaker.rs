@@ -1,0 +1,76 @@
+//! A process that outlives this one by a moment, to take its memory apart.
+//!
+//! When a process ends, the kernel first takes its page tables apart and only then closes its
+//! files; and the image lock, for which the next backend waits, is a file. The page tables of a
+//! backend cover the guest's memory, and with the mapped engine the image: 20 ms for each GiB that
+//! was touched, all of it part of the stall that the guest sees. But the page tables belong to
+//! whoever shares them last. So a second process shares them from the start (clone(2), CLONE_VM).
+//! It has no files, runs no code but a wait for the end of this one, and then ends as well: the
+//! lock is free at once, and the memory is taken apart behind the guest's back.
+//!
+//! The lock still means what it did. A thread that copies or is in a system call keeps its own
+//! reference to the locked file until it is gone, and requests of io_uring keep theirs; the second
+//! process has none. (Mappings refer to files as well: see `Mapping` in `semper_block`.)
+
+use std::io;
+
+const STACK: usize = 64 << 10;
+
+/// Starts it. Call once, from the main thread, before the image is opened.
+///
+/// # Errors
+/// The kernel's; the backend works without it, and the next one starts a little later.
+pub(crate) fn engage() -> io::Result<()> {
+    // SAFETY: plain system calls; each result is checked. The stack is a fresh mapping that lives
+    // as long as the memory itself, and the child runs on nothing else.
+    unsafe {
+        let end = libc::syscall(libc::SYS_pidfd_open, libc::getpid(), 0);
+        if end < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let end = end as libc::c_int;
+        let stack = libc::mmap(
+            std::ptr::null_mut(),
+            STACK,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_STACK,
+            -1,
+            0,
+        );
+        if stack == libc::MAP_FAILED {
+            let error = io::Error::last_os_error();
+            libc::close(end);
+            return Err(error);
+        }
+        // No signal may run a handler of this program over there; SIGKILL still ends it.
+        let mut all: libc::sigset_t = std::mem::zeroed();
+        let mut before: libc::sigset_t = std::mem::zeroed();
+        libc::sigfillset(&mut all);
+        libc::pthread_sigmask(libc::SIG_SETMASK, &all, &mut before);
+        let top = stack.cast::<u8>().add(STACK).cast();
+        // Its end is nobody's business (no signal), and init's to reap.
+        let child = libc::clone(wait_for_the_end, top, libc::CLONE_VM, end as usize as *mut _);
+        let cloned = if child < 0 { Err(io::Error::last_os_error()) } else { Ok(()) };
+        libc::pthread_sigmask(libc::SIG_SETMASK, &before, std::ptr::null_mut());
+        libc::close(end);
+        cloned
+    }
+}
+
+/// Runs in the second process, in the memory of the first: no allocation, no thread-local state,
+/// no panic. (errno is shared as well; none of these calls fails on a kernel that has pidfds.)
+extern "C" fn wait_for_the_end(end: *mut libc::c_void) -> libc::c_int {
+    let end = end.addr() as libc::c_int;
+    // SAFETY: system calls on descriptors of this process' own table, and on a local variable.
+    unsafe {
+        libc::prctl(libc::PR_SET_NAME, c"blkd-undertaker".as_ptr());
+        // Whoever waits for the other end of a pipe or socket must not wait for us.
+        libc::syscall(libc::SYS_close_range, 0, end - 1, 0);
+        libc::syscall(libc::SYS_close_range, end + 1, libc::c_uint::MAX, 0);
+        let mut poll = libc::pollfd { fd: end, events: libc::POLLIN, revents: 0 };
+        // Readable when the last thread of the other process is gone, and its files with it.
+        while libc::poll(&mut poll, 1, -1) < 1 {}
+        // Not exit(): its handlers belong to the other process.
+        libc::_exit(0)
+    }
+}
