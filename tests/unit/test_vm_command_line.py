@@ -204,6 +204,8 @@ def test_a_disk_that_qemu_serves_on_one_thread() -> None:
         "iothread": "disk-root-thread-0",
         "drive": "disk-root",
         "serial": "s1",
+        "rerror": "report",
+        "werror": "report",
     }
 
 

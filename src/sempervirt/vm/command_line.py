@@ -176,6 +176,8 @@ def _own_disk(
         argv += ["-object", f"iothread,id={_thread_id(name, thread)}{poll}"]
     argv += ["-blockdev", json.dumps(_image(disk, plan, block_device))]
     properties: dict[str, Any] = {"drive": name, "serial": disk.serial}
+    # The guest is told of every error, as by semper-blkd; by itself QEMU pauses it at some.
+    properties |= {"rerror": "report", "werror": "report"}
     if disk.block_size is not None:
         properties |= {"logical_block_size": disk.block_size}
         properties |= {"physical_block_size": disk.block_size}
