@@ -34,6 +34,10 @@ def boot_id() -> str:
     return (PROC / "sys/kernel/random/boot_id").read_text().strip()
 
 
+# What semper-blkd calls the process that shares its memory, and with it its arguments.
+UNDERTAKER = "blkd-undertaker"
+
+
 def start_ticks(pid: int) -> int | None:
     """When `pid` started, in ticks since boot; None when it does not run."""
     try:
@@ -53,7 +57,10 @@ def identify(pid: int) -> ProcessId | None:
 
 
 def find_by_argument(pattern: re.Pattern[str]) -> list[int]:
-    """Processes with an argument that `pattern` matches whole: ones that nobody recorded."""
+    """Processes with an argument that `pattern` matches whole: ones that nobody recorded.
+
+    The helper of a backend that takes its memory apart is not one: it ends with it.
+    """
     found = []
     for entry in PROC.iterdir():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
@@ -63,7 +70,9 @@ def find_by_argument(pattern: re.Pattern[str]) -> list[int]:
         except OSError:
             continue
         if any(pattern.fullmatch(argument) for argument in arguments):
-            found.append(int(entry.name))
+            pid = int(entry.name)
+            if command_name(pid) != UNDERTAKER:
+                found.append(pid)
     return sorted(found)
 
 
