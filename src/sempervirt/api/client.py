@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ from sempervirt.api.schemas import (
     ErrorView,
     HostView,
     LogView,
+    MapView,
     StopRequest,
     ThreadsRequest,
     UpgradeRequest,
@@ -34,6 +35,8 @@ from sempervirt.vm.spec import VmSpec
 READ_TIMEOUT_S = 20.0
 # Starting a VM, upgrading a disk: bounded by the agent's own deadlines.
 WORK_TIMEOUT_S = 150.0
+# Comparing all of a guest's memory with its disk.
+MAP_TIMEOUT_S = 660.0
 
 View = TypeVar("View", bound=BaseModel)
 
@@ -136,6 +139,28 @@ class Client:
         answer = await self._call("POST", path, body=body, timeout_s=WORK_TIMEOUT_S)
         return DiskView.model_validate(answer)
 
+    async def block_map(self, name: str) -> MapView:
+        """Which blocks of a disk stand in which pages, in numbers."""
+        return MapView.model_validate(await self._call("GET", f"{_disk_path(name)}/map"))
+
+    async def verify_block_map(self, name: str) -> MapView:
+        """Begins to compare every page with the disk."""
+        return MapView.model_validate(await self._call("POST", f"{_disk_path(name)}/map/verify"))
+
+    async def export_block_map(self, name: str, *, verify: bool = True) -> AsyncIterator[bytes]:
+        """The map in its binary form, in pieces."""
+        path = f"{_disk_path(name)}/map/export"
+        query = {"verify": verify}
+        with self._failures(f"GET {path}"):
+            async with self._http.stream(
+                "GET", path, params=query, timeout=MAP_TIMEOUT_S
+            ) as response:
+                if response.is_error:
+                    await response.aread()
+                    raise _failure(response)
+                async for piece in response.aiter_bytes():
+                    yield piece
+
     async def _call(
         self,
         method: str,
@@ -145,10 +170,18 @@ class Client:
         query: dict[str, Any] | None = None,
         timeout_s: float = READ_TIMEOUT_S,
     ) -> Any:
-        try:
+        with self._failures(f"{method} {path}"):
             response = await self._http.request(
                 method, path, json=body, params=query, timeout=timeout_s
             )
+        if response.is_error:
+            raise _failure(response)
+        return response.json() if response.content else None
+
+    @contextmanager
+    def _failures(self, asked: str) -> Iterator[None]:
+        try:
+            yield
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
             raise AgentUnavailable(
                 f"no agent answers at {self._socket}",
@@ -156,12 +189,9 @@ class Client:
             ) from error
         except httpx.HTTPError as error:
             raise OutcomeUnknown(
-                f"the agent did not answer {method} {path}: {error!r}",
+                f"the agent did not answer {asked}: {error!r}",
                 remedy="ask again what the state is",
             ) from error
-        if response.is_error:
-            raise _failure(response)
-        return response.json() if response.content else None
 
 
 def _disk_path(name: str) -> str:

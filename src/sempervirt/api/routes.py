@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query, Request, status
+from fastapi.responses import StreamingResponse
 
 from sempervirt.agent.agent import Agent
 from sempervirt.agent.vm import Vm
@@ -14,6 +16,7 @@ from sempervirt.api.schemas import (
     ErrorView,
     HostView,
     LogView,
+    MapView,
     StopRequest,
     ThreadsRequest,
     UpgradeRequest,
@@ -163,3 +166,41 @@ async def move_queues(agent: AgentHere, vm: str, disk: str, request: ThreadsRequ
         thread_map = tuple(request.map or ())
     await found.rebind(Binding(thread_map, "semper disk threads"))
     return await disk_view(found)
+
+
+@router.get("/disks/{vm}/{disk}/map", tags=["disk"])
+async def get_map(agent: AgentHere, vm: str, disk: str) -> MapView:
+    """Which blocks stand in which pages of the guest's memory, in numbers."""
+    name = f"{vm}/{disk}"
+    return MapView(disk=name, **await agent.disk(name).block_map())
+
+
+@router.post("/disks/{vm}/{disk}/map/verify", tags=["disk"])
+async def verify_map(agent: AgentHere, vm: str, disk: str) -> MapView:
+    """Begins to compare every page in memory with the disk, and answers at once; the map tells
+    how far that is.
+    """
+    await agent.disk(f"{vm}/{disk}").verify_block_map()
+    return await get_map(agent, vm, disk)
+
+
+@router.get(
+    "/disks/{vm}/{disk}/map/export",
+    tags=["disk"],
+    response_class=StreamingResponse,
+    responses={200: {"content": {"application/octet-stream": {}}}},
+)
+async def export_map(
+    agent: AgentHere, vm: str, disk: str, *, verify: bool = True
+) -> StreamingResponse:
+    """The map in its binary form; verified first, or as it was recorded."""
+    pieces = aiter(agent.disk(f"{vm}/{disk}").export_block_map(verify=verify))
+    # An error must come before the answer has begun.
+    first = await anext(pieces)
+
+    async def _all() -> AsyncIterator[bytes]:
+        yield first
+        async for piece in pieces:
+            yield piece
+
+    return StreamingResponse(_all(), media_type="application/octet-stream")

@@ -154,6 +154,60 @@ class DiskView(BaseModel):
     events: list[EventView]
 
 
+class MapMemoryView(BaseModel):
+    """Bytes of memory that a disk's map takes now, and `bound`, what it can come to."""
+
+    associations: int
+    versions: int
+    touched: int
+    index: int
+    total: int
+    bound: int
+
+
+class MapProgressView(BaseModel):
+    """A verification that is going on: first the blocks of the index, then the pages."""
+
+    step: str
+    done: int
+    total: int
+
+
+class MapVerificationView(BaseModel):
+    """What came of comparing every page in memory with the disk. Counts pages, then blocks."""
+
+    time: float
+    seconds: float
+    pages: int
+    zero: int
+    associated: int = Field(description="pages that the data path had associated with a block")
+    verified_associated: int = Field(description="of these, equal to their block")
+    verified_content: int = Field(description="equal to a block that was found by content")
+    verified_zero: int = Field(description="of all that equal a block, full of zeros")
+    indexed: int
+    hashed: int
+    busy: int
+    beyond_limit: int
+    unreadable: int
+
+
+class MapView(BaseModel):
+    """Which blocks of a disk stand in which pages of its guest's memory, in numbers."""
+
+    disk: str
+    page_size: int
+    pages: int = Field(description="of the guest's memory")
+    associated: int = Field(description="pages known to hold a block, unless the guest changed it")
+    blocks: int = Field(description="of the disk")
+    touched: int = Field(description="blocks that were ever read or written")
+    recorded: int
+    dropped: int
+    index_blocks: int
+    memory: MapMemoryView
+    running: MapProgressView | None
+    verification: MapVerificationView | None
+
+
 class LogView(BaseModel):
     """The end of a log, and where it stands."""
 

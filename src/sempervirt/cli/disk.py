@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from sempervirt.api.schemas import DiskView, RestartView
-from sempervirt.cli import threads, tune
+from sempervirt.cli import disk_map, threads, tune
 from sempervirt.cli.completion import disk_names
 from sempervirt.cli.output import (
     Output,
@@ -31,6 +31,7 @@ app = typer.Typer(no_args_is_help=True, help="Disks, and the backends that serve
 app.command("threads", epilog="Example: semper disk threads web/root --map 0,0,1,1")(
     threads.threads
 )
+app.command("map", epilog="Example: semper disk map web/root --verify")(disk_map.show_map)
 app.command("tune", epilog="Example: semper disk tune /srv/images")(tune.tune)
 
 DiskName = Annotated[

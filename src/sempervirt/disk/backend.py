@@ -35,7 +35,8 @@ class DiskOptions:
 @dataclass(frozen=True)
 class Launch:
     """One process to start. `listen_fd` is the inherited listening socket, `thread_map` the
-    thread of each queue, if it is not left to the program.
+    thread of each queue, if it is not left to the program; `touched` a file in which it notes
+    which blocks were used.
     """
 
     binary: str
@@ -44,6 +45,7 @@ class Launch:
     control: Path
     wait_for_lock: bool
     thread_map: ThreadMap | None = None
+    touched: Path | None = None
 
 
 class BackendCommand(Protocol):
@@ -105,6 +107,8 @@ class Blkd:
         # All queues on one thread is what every release does by itself.
         if launch.thread_map is not None and any(launch.thread_map):
             argv.append(f"--thread-map={format_map(launch.thread_map)}")
+        if launch.touched is not None:
+            argv.append(f"--map-file={launch.touched}")
         if options.poll_us is not None:
             argv.append(f"--poll-us={options.poll_us}")
         if options.block_size is not None:

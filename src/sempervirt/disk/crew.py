@@ -62,6 +62,7 @@ class Crew:
             control=setup.files.control(order.generation),
             wait_for_lock=order.wait_for_lock,
             thread_map=binding.map if binding else None,
+            touched=setup.files.touched,
         )
         try:
             member = processes.start(

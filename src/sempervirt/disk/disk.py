@@ -14,7 +14,7 @@ import signal
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import replace
 from typing import Any
 
@@ -65,6 +65,8 @@ STOP_DEADLINE_S = 40.0
 # Until some backend moves its queues; longer than a take-over and its replay.
 REBIND_DEADLINE_S = 15.0
 REBIND_RETRY_S = 0.05
+# Every page of the guest is compared before an export begins: seconds for each GiB.
+MAP_DEADLINE_S = 600.0
 
 
 class Disk:
@@ -162,11 +164,30 @@ class Disk:
         """For tests: sets or removes the active backend's fault rule (see semper-blkd)."""
         await self._ask("fault", rule=rule)
 
-    async def _ask(self, command: str, **arguments: Any) -> dict[str, Any]:
+    async def block_map(self) -> dict[str, Any]:
+        """What the active backend knows of blocks in the guest's pages, in numbers."""
+        return await self._ask("map")
+
+    async def verify_block_map(self) -> None:
+        """Begins to compare every page with the disk, unless that is going on; `block_map` tells
+        how far it is.
+        """
+        await self._ask("map-verify")
+
+    def export_block_map(self, *, verify: bool) -> AsyncIterator[bytes]:
+        """The map in its binary form (docs/reference/map-format.md), in pieces."""
+        return control.download(
+            self._active().control, "map-export", timeout_s=MAP_DEADLINE_S, verify=verify
+        )
+
+    def _active(self) -> Running:
         member = self.crew.get(self.generation)
         if member is None:
             raise Unavailable(f"disk {self.name} has no active backend now: {self.reason}")
-        return await control.ask(member.control, command, **arguments)
+        return member
+
+    async def _ask(self, command: str, **arguments: Any) -> dict[str, Any]:
+        return await control.ask(self._active().control, command, **arguments)
 
     # What can be asked of it
 
@@ -257,6 +278,7 @@ class Disk:
             ) from error
         await self.detach()
         self.setup.files.socket.unlink(missing_ok=True)
+        self.setup.files.touched.unlink(missing_ok=True)
         remove_record(self.setup.record)
 
     async def detach(self) -> None:

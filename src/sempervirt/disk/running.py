@@ -35,6 +35,11 @@ class DiskFiles:
         """What QEMU connects to."""
         return self.directory / f"disk-{self.disk}.sock"
 
+    @property
+    def touched(self) -> Path:
+        """Which blocks of the disk were ever used, for the next backend."""
+        return self.directory / f"disk-{self.disk}.touched"
+
     def control(self, generation: int) -> Path:
         """The control socket of one process."""
         return self.directory / f"disk-{self.disk}-{generation}.ctl"

@@ -166,9 +166,7 @@ def eliminate(
             stay.append(standing.candidate)
             continue
         share = standing.efficiency / leader.efficiency
-        reasons[standing.candidate] = (
-            standing.objection() or f"{share:.2f} × the leader's efficiency"
-        )
+        reasons[standing.candidate] = standing.objection() or f"{share:.2f} × leader's efficiency"
     return stay, reasons
 
 
@@ -226,10 +224,10 @@ def _why(
 
 def _loss(candidate: Candidate, best: Standing, against: dict[Candidate, Interval]) -> str:
     if candidate == best.candidate:
-        return "most efficient, but not beyond the noise"
+        return "most efficient, within the noise"
     if not _is_worse(against[candidate]):
-        return "as good, but not as simple"
-    return f"{1 / against[candidate].median:.2f} × the best's efficiency"
+        return "as good, not as simple"
+    return f"{1 / against[candidate].median:.2f} × best's efficiency"
 
 
 def _nearest(found: Sequence[Standing]) -> Decision:
