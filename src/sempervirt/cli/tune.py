@@ -138,15 +138,14 @@ async def _tune(request: Request, plot: Path | None, *, dry_run: bool, output: O
         tune_output.print_plan(planned) if output is Output.TABLE else print_json(planned)
         return
     report = await _run(prepared)
-    if plot is not None:
-        tune_output.draw(report, plot)
     if output is Output.JSON:
         print_json(report)
     else:
         tune_output.print_report(report, chart=plot is None)
         out.print(f"stored in {report.stored}; VMs use it from their next start", highlight=False)
-        if plot is not None:
-            out.print(f"drawn: {plot}", highlight=False)
+    if plot is not None:
+        tune_output.draw(report, plot)
+        err.print(f"drawn: {plot}", highlight=False)
     for warning in report.warnings:
         err.print(f"[yellow]warning:[/] {warning}", highlight=False)
 

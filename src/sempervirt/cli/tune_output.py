@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -17,7 +17,6 @@ from sempervirt.core.sizes import format_size
 from sempervirt.disk.presets import DeviceType, Preset
 from sempervirt.disk.storage import StorageKey
 from sempervirt.disk.tuning.report import (
-    CandidateView,
     DeviceView,
     PresetList,
     StorageView,
@@ -25,6 +24,9 @@ from sempervirt.disk.tuning.report import (
     TuneReport,
 )
 from sempervirt.disk.tuning.tune import Watch
+
+if TYPE_CHECKING:  # an extra that a host without people to look does not need
+    from matplotlib.axes import Axes
 
 __all__ = [
     "Bar",
@@ -252,40 +254,41 @@ def draw(report: TuneReport, path: Path) -> None:
     columns = min(2, len(races)) or 1
     rows = -(-len(races) // columns) or 1
     figure = Figure(figsize=(7 * columns, 4.2 * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).flat
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for panel in panels[len(races) :]:
+        panel.axis("off")
     for panel, (site, device) in zip(panels, races, strict=False):
-        for engine in dict.fromkeys(view.engine for view in device.candidates):
-            shown = [
-                view
-                for view in device.candidates
-                if view.engine == engine and view.per_cpu_second and view.p99_ratio
-            ]
-            panel.scatter(
-                [view.p99_ratio for view in shown],
-                [view.per_cpu_second for view in shown],
-                s=[20 + 1.5 * view.poll_us for view in shown],
-                color=_COLOURS[engine],
-                alpha=0.75,
-                label=engine,
-            )
-        for view in device.candidates[:1]:
-            panel.annotate(
-                f"★ {_short(view)}",
-                (view.p99_ratio or 1.0, view.per_cpu_second or 0.0),
-                textcoords="offset points",
-                xytext=(6, 6),
-            )
-        panel.axvline(device.latency_bound, color="grey", linestyle="--", linewidth=1)
-        panel.set_xscale("log", base=2)
-        panel.set_ylim(bottom=0)
-        panel.set(
-            title=f"{device.preset.device} on {site.storage}",
-            xlabel="p99 × the best, at the weakest load (dashed: the bound)",
-            ylabel="requests per processor-second",
-        )
-        panel.legend(title="larger: polls longer", fontsize=8)
+        _draw_race(panel, site, device)
     figure.savefig(path, dpi=130)
 
 
-def _short(view: CandidateView) -> str:
-    return f"{view.engine}, {view.queues_per_thread} q/thread, {view.poll_us} µs"
+def _draw_race(panel: Axes, site: StorageView, device: DeviceView) -> None:
+    shown = [view for view in device.candidates if view.per_cpu_second and view.p99_ratio]
+    for engine in dict.fromkeys(view.engine for view in shown):
+        views = [view for view in shown if view.engine == engine]
+        panel.scatter(
+            [view.p99_ratio or 1.0 for view in views],
+            [view.per_cpu_second or 0.0 for view in views],
+            s=[25 + 2 * view.poll_us for view in views],
+            color=[_COLOURS[engine] + ("4d" if v.verdict == "early" else "d9") for v in views],
+            label=engine,
+        )
+    for view in shown[:1]:
+        panel.annotate(
+            f"★ {view.engine}, {view.queues_per_thread} q/thread, {view.poll_us} µs",
+            (view.p99_ratio or 1.0, view.per_cpu_second or 0.0),
+            textcoords="offset points",
+            xytext=(-4, 8),
+        )
+    panel.axvline(device.latency_bound, color="grey", linestyle="--", linewidth=1)
+    panel.set_xscale("log", base=2)
+    panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    panel.yaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k")
+    top = max((view.per_cpu_second or 0.0 for view in shown), default=1.0)
+    panel.set_ylim(0, top * 1.15)
+    panel.set(
+        title=f"{device.preset.device} on {site.storage}",
+        xlabel="p99 × the best, at the weakest load (dashed: the bound)",
+        ylabel="requests per processor-second",
+    )
+    panel.legend(title="larger: polls longer\npale: out early", fontsize=8, title_fontsize=8)
