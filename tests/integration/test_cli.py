@@ -200,6 +200,29 @@ async def test_queues_and_their_threads(semper: Semper, semperd: Semperd, vm_fil
         await semper("vm", "kill", "web")
 
 
+async def test_the_map_of_a_disk(
+    semper: Semper, semperd: Semperd, vm_file: Path, place: Path
+) -> None:
+    async with semperd():
+        assert (await semper("vm", "run", str(vm_file), "--detach")).code == 0
+        shown = await semper("disk", "map", "web/root")
+        assert "never; see --verify" in shown.out, shown.err
+        verified = await semper("disk", "map", "web/root", "--verify", "-o", "json")
+        assert verified.document["verification"]["unreadable"] == 0
+        assert verified.document["running"] is None
+        file = place / "root.map"
+        exported = await semper("disk", "map", "web/root", "--export", str(file))
+        assert "written" in exported.out, exported.err
+        assert file.read_bytes().startswith(b"SEMPRMAP")
+        nowhere = await semper("disk", "map", "web/root", "--export", f"{place}/none/root.map")
+        assert "cannot write" in nowhere.err
+        assert "a file that you may write" in nowhere.err
+        assert (await semper("vm", "kill", "web")).code == 0
+        gone = await semper("disk", "map", "web/root")
+        assert gone.code != 0
+        assert not list(place.glob("**/*.touched"))  # noqa: ASYNC240
+
+
 async def test_without_an_agent_the_remedy_is_named(semper: Semper, vm_file: Path) -> None:
     for arguments in (("vm", "list"), ("disk", "list"), ("vm", "run", str(vm_file), "--detach")):
         answer = await semper(*arguments)

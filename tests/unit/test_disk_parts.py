@@ -76,7 +76,13 @@ def test_the_command_line_of_a_backend(tmp_path: Path) -> None:
         tmp_path / "a.raw", queues=4, engine="uring", direct=True, serial="s1", poll_us=0
     )
     launch = Launch(
-        "/bin/blkd", options, 7, tmp_path / "c", wait_for_lock=True, thread_map=(0, 1, 0, 1)
+        "/bin/blkd",
+        options,
+        7,
+        tmp_path / "c",
+        wait_for_lock=True,
+        thread_map=(0, 1, 0, 1),
+        touched=tmp_path / "t",
     )
     assert Blkd(extra=("--x",)).argv(launch) == [
         "/bin/blkd",
@@ -86,6 +92,7 @@ def test_the_command_line_of_a_backend(tmp_path: Path) -> None:
         f"--control-socket={tmp_path}/c",
         "--engine=uring",
         "--thread-map=0,1,0,1",
+        f"--map-file={tmp_path}/t",
         "--poll-us=0",
         "--serial=s1",
         "--direct",
