@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 import typer
 from rich.markup import escape
@@ -25,6 +26,27 @@ app.add_typer(vm.app, name="vm")
 app.add_typer(disk.app, name="disk")
 app.add_typer(host.app, name="host")
 app.command("demo", epilog="Example: semper demo --kills 50 --queues 4")(demo)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        version(Output.TABLE)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    shown: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_print_version,
+            is_eager=True,
+            help="Print the version of this program.",
+        ),
+    ] = False,
+) -> None:
+    """Virtual machines that keep running when their storage backend dies."""
 
 
 @app.command("version", epilog="Example: semper version")
