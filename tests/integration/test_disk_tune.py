@@ -335,6 +335,7 @@ def test_two_at_a_time_are_refused(place: Path) -> None:
         pass
 
 
+@pytest.mark.slow
 async def test_two_storages_have_different_winners_and_a_vm_runs_with_them(
     config: AgentConfig, memory: Path, on_disk: Path
 ) -> None:

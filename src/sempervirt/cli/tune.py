@@ -45,7 +45,7 @@ def tune(
     targets: Annotated[
         list[Path] | None,
         typer.Argument(
-            metavar="[IMAGE-OR-DIRECTORY]...",
+            metavar="IMAGE-OR-DIRECTORY",
             help="Where images lie. Beside an image a scratch image is used; the image itself is "
             "never written, and must not be in use. Of a block device only reads are measured.",
             show_default=False,
@@ -82,7 +82,7 @@ def tune(
     ] = Bounds.latency,
     throughput_bound: Annotated[
         float,
-        typer.Option(min=0, max=1, help="It must reach this share of the best throughput."),
+        typer.Option(min=0.01, max=1, help="It must reach this share of the best throughput."),
     ] = Bounds.throughput,
     plot: Annotated[
         Path | None,

@@ -62,7 +62,7 @@ class Bar(Watch):
         self._task: TaskID | None = None
         self._title = ""
         self._progress = Progress(
-            BarColumn(),
+            BarColumn(bar_width=16),
             TextColumn("{task.percentage:>3.0f}%"),
             TimeElapsedColumn(),
             TextColumn("{task.description}"),
