@@ -213,6 +213,9 @@ def test_storage_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert storage_key(tmp_path, direct=True).device == "S3RIAL 7"
     (disk / "wwid").write_text("naa.5000\n")
     assert storage_key(tmp_path, direct=True).device == "naa.5000"
+    (disk / "loop").mkdir()
+    (disk / "loop/backing_file").write_text("/srv/a.raw\n")
+    assert storage_key(tmp_path, direct=True).device == "/srv/a.raw"
 
     mounts.write_text(f"1 0 {number} / / rw - tmpfs tmpfs rw\n")
     assert storage_key(tmp_path, direct=False) == TMPFS

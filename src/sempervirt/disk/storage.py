@@ -6,9 +6,9 @@
     block direct on sda       a block device itself
     none                      a device without storage (a network card)
 
-The device is named by the most lasting name that the kernel has for it: its world-wide name, its
-device-mapper or RAID identity, its serial number, or else the name under /dev. A partition goes by
-its whole disk.
+The device is named by the most lasting name that the kernel has for it: the file behind a loop
+device, a world-wide name, a device-mapper or RAID identity, a serial number, or else the name under
+/dev. A partition goes by its whole disk.
 """
 
 from __future__ import annotations
@@ -24,7 +24,15 @@ from sempervirt.core.errors import InvalidRequest
 SYS_BLOCK = Path("/sys/dev/block")
 MOUNTS = Path("/proc/self/mountinfo")
 MEMORY = frozenset({"tmpfs", "ramfs"})
-_IDENTITIES = ("wwid", "device/wwid", "dm/uuid", "md/uuid", "device/serial", "serial")
+_IDENTITIES = (
+    "loop/backing_file",
+    "wwid",
+    "device/wwid",
+    "dm/uuid",
+    "md/uuid",
+    "device/serial",
+    "serial",
+)
 
 
 class StorageKey(BaseModel):
