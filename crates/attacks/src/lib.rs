@@ -11,17 +11,20 @@
 //! | [`request`] | a guest | `semper_blkd`: from chain to I/O; the configuration space |
 //! | [`messages`] | a front end and its guest | `semper_blkd`: the vhost-user device with its threads |
 //! | [`control`] | a local client | `semper_blkd`: the lines of the control socket |
+//! | [`map`] | who gives a map | `semper_blockmap`: the export format |
 
 mod bytes;
 mod control;
 mod erratic;
 mod ground;
+mod map;
 mod messages;
 mod region;
 mod request;
 mod ring;
 
 pub use control::control;
+pub use map::map;
 pub use messages::messages;
 pub use region::region;
 pub use request::request;
@@ -31,10 +34,11 @@ pub use ring::ring;
 pub type Attack = fn(&[u8]);
 
 /// All attacks, by the names that the fuzz targets have.
-pub const ALL: [(&str, Attack); 5] = [
+pub const ALL: [(&str, Attack); 6] = [
     ("ring", ring),
     ("region", region),
     ("request", request),
     ("messages", messages),
     ("control", control),
+    ("map", map),
 ];

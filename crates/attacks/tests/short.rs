@@ -45,6 +45,11 @@ fn random_control_lines() {
     random_inputs("control", 2_000);
 }
 
+#[test]
+fn random_maps() {
+    random_inputs("map", 10_000);
+}
+
 /// `fuzz/found/<attack>/`: what once broke something never does again.
 #[test]
 fn everything_that_a_fuzzer_has_found() {
