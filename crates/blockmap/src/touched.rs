@@ -145,3 +145,52 @@ fn allocate(file: &File, size: u64) -> io::Result<()> {
     let status = unsafe { libc::fallocate(file.as_raw_fd(), 0, 0, size) };
     if status == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn set(touched: &Touched) -> Vec<u64> {
+        touched.iter(0, u64::MAX).collect()
+    }
+
+    #[test]
+    fn ranges_are_cut_at_their_ends() {
+        let touched = Touched::new(1000).unwrap();
+        [0, 63, 64, 500, 999].map(|block| touched.set(block));
+        assert_eq!(touched.iter(63, 500).collect::<Vec<_>>(), [63, 64, 500]);
+        assert_eq!(touched.iter(999, 2000).collect::<Vec<_>>(), [999]);
+        assert_eq!(touched.iter(1000, 2000).count() + touched.iter(65, 499).count(), 0);
+        assert_eq!((touched.count(), touched.blocks()), (5, 1000));
+    }
+
+    #[test]
+    fn the_next_process_finds_what_was_touched_unless_it_is_another_disk() {
+        let path = std::env::temp_dir().join(format!("semper-touched-{}", std::process::id()));
+        let first = Touched::of_file(&path, [1; 32], 5000).unwrap();
+        first.set(7);
+        let standby = Touched::of_file(&path, [1; 32], 5000).unwrap();
+        first.set(4999);
+        assert_eq!(set(&standby), [7, 4999], "also what is touched while it waits");
+        drop((first, standby));
+        assert_eq!(set(&Touched::of_file(&path, [1; 32], 5000).unwrap()), [7, 4999]);
+        assert_eq!(set(&Touched::of_file(&path, [2; 32], 5000).unwrap()), [], "another disk");
+        Touched::of_file(&path, [2; 32], 5000).unwrap().set(1);
+        let file = OpenOptions::new().write(true).open(&path).unwrap();
+        file.set_len(100).unwrap();
+        assert_eq!(set(&Touched::of_file(&path, [2; 32], 5000).unwrap()), [], "cut off");
+        file.set_len(0).unwrap();
+        std::fs::remove_file(&path).unwrap();
+    }
+
+    #[test]
+    fn a_file_system_without_room_is_told_and_nothing_stays() {
+        let path = std::env::temp_dir().join(format!("semper-full-{}", std::process::id()));
+        assert!(Touched::of_file(&path, [1; 32], 1 << 53).is_err());
+        let name = path.file_name().unwrap().to_string_lossy().into_owned();
+        let left = std::fs::read_dir(std::env::temp_dir()).unwrap().filter_map(Result::ok);
+        let left: Vec<_> =
+            left.filter(|e| e.file_name().to_string_lossy().contains(&name)).collect();
+        assert!(left.is_empty(), "{left:?}");
+    }
+}
