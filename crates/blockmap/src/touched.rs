@@ -157,7 +157,7 @@ mod tests {
     #[test]
     fn ranges_are_cut_at_their_ends() {
         let touched = Touched::new(1000).unwrap();
-        [0, 63, 64, 500, 999].map(|block| touched.set(block));
+        [0, 63, 64, 500, 999].iter().for_each(|block| touched.set(*block));
         assert_eq!(touched.iter(63, 500).collect::<Vec<_>>(), [63, 64, 500]);
         assert_eq!(touched.iter(999, 2000).collect::<Vec<_>>(), [999]);
         assert_eq!(touched.iter(1000, 2000).count() + touched.iter(65, 499).count(), 0);
