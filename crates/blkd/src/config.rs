@@ -13,6 +13,8 @@ pub(crate) const BLK_F_CONFIG_WCE: u64 = 1 << 11;
 const BLK_F_MQ: u64 = 1 << 12;
 const BLK_F_DISCARD: u64 = 1 << 13;
 const BLK_F_WRITE_ZEROES: u64 = 1 << 14;
+/// The device can tell which pages it writes (vhost's own bit).
+pub(crate) const F_LOG_ALL: u64 = 1 << 26;
 const F_INDIRECT_DESC: u64 = 1 << 28;
 /// Both sides say when they want to be woken.
 pub(crate) const F_EVENT_IDX: u64 = 1 << 29;
@@ -38,6 +40,7 @@ pub(crate) fn features(image: &Image) -> u64 {
         | BLK_F_MQ
         | BLK_F_FLUSH
         | BLK_F_CONFIG_WCE
+        | F_LOG_ALL
         | F_INDIRECT_DESC
         | F_EVENT_IDX
         | F_PROTOCOL_FEATURES

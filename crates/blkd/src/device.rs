@@ -25,6 +25,7 @@ use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut
 
 use crate::config;
 use crate::crash::CrashHook;
+use crate::dirty_log::{DirtyBitmap, DirtyLog};
 use crate::eventfd::EventFd;
 use crate::inflight_map::{self, InflightMap, Shape};
 use crate::queue::{Disk, QueueSetup};
@@ -42,6 +43,8 @@ const MAX_MEM_SLOTS: u64 = 32;
 struct Vring {
     size: u32,
     addresses: Option<RingAddresses>,
+    /// Guest-physical address of the used ring, where writes to it are to be logged.
+    used_log: Option<u64>,
     base: u16,
     kick: Option<File>,
     call: Option<File>,
@@ -59,6 +62,7 @@ pub(crate) struct Device {
     features: u64,
     memory: Arc<GuestMemory>,
     inflight: Option<Arc<InflightMap>>,
+    dirty: Option<Arc<DirtyBitmap>>,
     vrings: Vec<Vring>,
 }
 
@@ -79,6 +83,7 @@ impl Device {
             features: 0,
             memory: Arc::new(GuestMemory::empty()),
             inflight: None,
+            dirty: None,
             vrings,
         }
     }
@@ -105,6 +110,7 @@ impl Device {
             map.detach();
         }
         self.inflight = None;
+        self.dirty = None;
         self.vrings.iter_mut().for_each(|vring| *vring = Vring::default());
         self.update_cache_mode(None);
     }
@@ -226,9 +232,35 @@ impl Device {
             kick: kick.try_clone().map_err(failed)?.into(),
             call: clone(&vring.call).map_err(failed)?,
             err: clone(&vring.err).map_err(failed)?,
+            log: self.log_of(index),
             region: self.inflight.clone().map(|map| map as Arc<dyn Send + Sync>),
         };
         Ok(Some((setup, count)))
+    }
+
+    /// What a queue is to log now.
+    fn log_of(&self, index: usize) -> Option<DirtyLog> {
+        let bitmap = self.dirty.as_ref().filter(|_| self.features & config::F_LOG_ALL != 0)?;
+        Some(DirtyLog {
+            bitmap: Arc::clone(bitmap),
+            memory: Arc::clone(&self.memory),
+            used: self.vrings[index].used_log,
+        })
+    }
+
+    /// Brings the logging of these queues up to date, and waits until it is in force: the front
+    /// end counts on it from our answer on.
+    fn update_logs(&self, queues: impl Iterator<Item = usize>) {
+        let orders = queues.filter(|&index| self.vrings[index].running).map(|index| {
+            let (reply, done) = mpsc::channel();
+            let log = self.log_of(index);
+            self.worker(index).order(Order::Log { index: index as u16, log, reply });
+            done
+        });
+        for done in orders.collect::<Vec<_>>() {
+            // A thread that is gone logs nothing and writes nothing.
+            let _ = done.recv();
+        }
     }
 
     /// Puts a new memory table into force; running queues are drained and started again on it.
@@ -303,6 +335,7 @@ impl VhostUserBackendReqHandlerMut for Device {
         self.features = features;
         let recorded = self.inflight.as_ref().and_then(|map| map.device().write_through());
         self.update_cache_mode(recorded);
+        self.update_logs(0..self.vrings.len());
         Ok(())
     }
 
@@ -331,14 +364,16 @@ impl VhostUserBackendReqHandlerMut for Device {
     fn set_vring_addr(
         &mut self,
         index: u32,
-        _flags: VhostUserVringAddrFlags,
+        flags: VhostUserVringAddrFlags,
         descriptor: u64,
         used: u64,
         available: u64,
-        _log: u64,
+        log: u64,
     ) -> Result<()> {
-        self.vring(index)?.addresses =
-            Some(RingAddresses { desc: descriptor, avail: available, used });
+        let vring = self.vring(index)?;
+        vring.addresses = Some(RingAddresses { desc: descriptor, avail: available, used });
+        vring.used_log = flags.contains(VhostUserVringAddrFlags::VHOST_VRING_F_LOG).then_some(log);
+        self.update_logs(std::iter::once(index as usize));
         Ok(())
     }
 
@@ -393,6 +428,7 @@ impl VhostUserBackendReqHandlerMut for Device {
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::CONFIG
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+            | VhostUserProtocolFeatures::LOG_SHMFD
             | VhostUserProtocolFeatures::RESET_DEVICE;
         if self.track {
             features |= VhostUserProtocolFeatures::INFLIGHT_SHMFD;
@@ -523,8 +559,11 @@ impl VhostUserBackendReqHandlerMut for Device {
         Err(unsupported())
     }
 
-    fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> Result<()> {
-        Err(unsupported())
+    fn set_log_base(&mut self, log: &VhostUserLog, file: File) -> Result<()> {
+        let bitmap = DirtyBitmap::map(&file, log.mmap_offset, log.mmap_size);
+        self.dirty = Some(Arc::new(bitmap.map_err(Error::ReqHandlerError)?));
+        self.update_logs(0..self.vrings.len());
+        Ok(())
     }
 }
 

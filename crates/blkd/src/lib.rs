@@ -18,6 +18,7 @@ mod config;
 mod control;
 mod crash;
 mod device;
+mod dirty_log;
 mod eventfd;
 #[doc(hidden)]
 pub mod hostile;

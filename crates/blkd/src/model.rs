@@ -344,6 +344,7 @@ impl Explorer {
             kick: EventFd::new().unwrap(),
             call: Some(EventFd::from(self.call.try_clone().unwrap())),
             err: None,
+            log: None,
             region: None,
         };
         thread.carry_out(Order::Start(Box::new(setup))).unwrap();

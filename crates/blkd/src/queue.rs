@@ -18,6 +18,7 @@ use semper_inflight::{Point, TrackedQueue};
 
 use crate::block_map::{self, DiskMap};
 use crate::crash::CrashHook;
+use crate::dirty_log::DirtyLog;
 use crate::eventfd::EventFd;
 use crate::overlap::Overlaps;
 use crate::request::{
@@ -49,6 +50,7 @@ pub(crate) struct QueueSetup {
     pub kick: EventFd,
     pub call: Option<EventFd>,
     pub err: Option<EventFd>,
+    pub log: Option<DirtyLog>,
     /// Keeps the memory of the in-flight region mapped.
     pub region: Option<Arc<dyn Send + Sync>>,
 }
@@ -72,6 +74,9 @@ pub(crate) struct Queue {
     stopping: Option<Sender<u16>>,
     disk: Arc<Disk>,
     recorder: Option<Recorder>,
+    log: Option<DirtyLog>,
+    /// What a request is about to write; for the log.
+    writes: Vec<libc::iovec>,
     _region: Option<Arc<dyn Send + Sync>>,
 }
 
@@ -84,6 +89,9 @@ impl Queue {
         counters.running.store(true, Ordering::Relaxed);
         if !replaying {
             mark(&disk.shared.timeline.replayed);
+        }
+        if let Some(log) = &setup.log {
+            log.wrote_used(setup.tracked.ring().size());
         }
         Self {
             index: setup.index,
@@ -100,6 +108,8 @@ impl Queue {
             broken: false,
             stopping: None,
             recorder: disk.map.as_ref().and_then(|map| map.recorder(setup.index)),
+            log: setup.log,
+            writes: Vec::new(),
             disk,
             _region: setup.region,
         }
@@ -107,6 +117,24 @@ impl Queue {
 
     pub(crate) fn kick_fd(&self) -> i32 {
         self.kick.fd()
+    }
+
+    /// Logs what the device writes from now on; requests in flight included.
+    pub(crate) fn set_log(&mut self, log: Option<DirtyLog>) {
+        self.log = log;
+        self.log_used();
+    }
+
+    fn log_used(&self) {
+        if let Some(log) = &self.log {
+            log.wrote_used(self.tracked.ring().size());
+        }
+    }
+
+    fn log_segments(&self, segments: &[libc::iovec]) {
+        if let Some(log) = &self.log {
+            segments.iter().for_each(|s| log.wrote_at(s.iov_base.cast(), s.iov_len));
+        }
     }
 
     /// Asks the queue to finish what it has; `reply` gets the next available index.
@@ -132,7 +160,12 @@ impl Queue {
     /// Asks the driver for kicks before the thread sleeps; true if there is work already.
     pub(crate) fn prepare_sleep(&mut self) -> bool {
         let takes = !self.broken && !self.replaying && self.stopping.is_none();
-        takes && self.held.is_none() && self.tracked.ring_mut().enable_kicks()
+        if !takes || self.held.is_some() {
+            return false;
+        }
+        let work = self.tracked.ring_mut().enable_kicks();
+        self.log_used();
+        work
     }
 
     /// Whether the driver has made requests available that would be taken.
@@ -162,6 +195,7 @@ impl Queue {
             return busy;
         }
         self.tracked.ring_mut().disable_kicks();
+        self.log_used();
         for _ in 0..TURN {
             let head = match self.tracked.pop() {
                 Ok(Some(head)) => head,
@@ -216,6 +250,9 @@ impl Queue {
             Ok(Parsed::Answer { status, written }) => {
                 if status == STATUS_UNSUPPORTED || status == STATUS_IOERR {
                     add(&self.counters().errors, 1);
+                }
+                if written > 0 {
+                    self.log_segments(self.slots[usize::from(head)].io.guest_segments());
                 }
                 self.answer(head, status, written);
                 true
@@ -286,7 +323,17 @@ impl Queue {
         concurrent: bool,
     ) -> bool {
         let slot = &mut self.slots[usize::from(head)];
+        let logs = self.log.is_some() && slot.io.op == Op::Read;
+        if logs {
+            // As they were when this part was submitted; afterwards they have moved on.
+            self.writes.clear();
+            self.writes.extend_from_slice(slot.io.guest_segments());
+        }
         let outcome = slot.io.absorb(result, &self.disk.image);
+        if logs {
+            self.log_segments(&self.writes);
+        }
+        let slot = &mut self.slots[usize::from(head)];
         if outcome == Absorbed::More {
             return true;
         }
@@ -318,6 +365,9 @@ impl Queue {
         }
         // SAFETY: `parse` found the byte inside a writable segment of mapped guest memory.
         unsafe { at.write_volatile(status) };
+        if let Some(log) = &self.log {
+            log.wrote_at(at, 1);
+        }
         self.tracked.passed(Point::StatusStored);
         self.give_back(head, written + 1);
     }
@@ -337,6 +387,7 @@ impl Queue {
     /// Shows finished requests to the driver, without a notification.
     fn show(&mut self) {
         self.tracked.publish();
+        self.log_used();
         mark(&self.disk.shared.timeline.first_completion);
         if self.replaying {
             self.tracked.passed(Point::ReplayPublished);

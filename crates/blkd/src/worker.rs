@@ -12,6 +12,7 @@ use std::thread;
 
 use semper_block::Engine;
 
+use crate::dirty_log::DirtyLog;
 use crate::eventfd::EventFd;
 use crate::overlap::Overlaps;
 use crate::poll::{PREEMPTED, Poller};
@@ -30,6 +31,8 @@ pub(crate) enum Order {
     Stop { index: u16, reply: Sender<u16> },
     /// The driver is to be woken by this from now on.
     Call { index: u16, call: Option<EventFd> },
+    /// Pages that the device writes are to be logged like this from now on.
+    Log { index: u16, log: Option<DirtyLog>, reply: Sender<()> },
     /// End the thread as soon as it has no queue any more.
     End,
 }
@@ -272,6 +275,13 @@ impl<E: Engine> Thread<E> {
                     // Whatever was signalled through the old one may have gone nowhere.
                     queue.notify();
                 }
+            }
+            Order::Log { index, log, reply } => {
+                if let Some(queue) = self.queues.iter_mut().find(|q| q.index == index) {
+                    queue.set_log(log);
+                }
+                // The device that asked waits for it, unless it is gone.
+                let _ = reply.send(());
             }
             Order::End => self.ended = true,
         }

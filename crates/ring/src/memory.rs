@@ -223,6 +223,14 @@ impl GuestMemory {
         (len <= region.spec.size - skip).then(|| unsafe { region.host.add(skip as usize) })
     }
 
+    /// Guest-physical address of a host pointer into the table.
+    pub fn guest_address(&self, ptr: *const u8) -> Option<u64> {
+        self.regions.iter().find_map(|region| {
+            let skip = (ptr.addr() as u64).checked_sub(region.host.addr() as u64)?;
+            (skip < region.spec.size).then_some(region.spec.guest_addr + skip)
+        })
+    }
+
     #[inline]
     fn region_at(&self, addr: u64) -> Option<&Region> {
         // A VM has a handful of regions and nearly all buffers lie in one: a scan beats a search.

@@ -13,7 +13,7 @@ use vhost::vhost_user::message::{
     VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserInflight, VhostUserProtocolFeatures,
 };
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
-use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
+use vhost::{VhostBackend, VhostUserDirtyLogRegion, VhostUserMemoryRegionInfo, VringConfigData};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::backend::{Backend, DEADLINE};
@@ -39,6 +39,8 @@ pub const T_WRITE_ZEROES: u32 = 13;
 
 pub const F_BLK_RO: u64 = 1 << 5;
 pub const F_EVENT_IDX: u64 = 1 << 29;
+const F_LOG_ALL: u64 = 1 << 26;
+const VRING_F_LOG: u32 = 1;
 
 /// A request as it goes onto the ring.
 #[derive(Clone, Debug)]
@@ -120,6 +122,8 @@ pub struct Machine {
     queue_size: u16,
     session: Option<Frontend>,
     inflight: Option<(VhostUserInflight, File)>,
+    /// The bitmap of pages that the device writes, while it is to log them.
+    dirty: Option<File>,
     answers: HashMap<Ticket, Answer>,
     next_ticket: u64,
     /// Features to acknowledge, out of what is offered.
@@ -134,6 +138,11 @@ pub struct Machine {
     pub region_entries: Option<u16>,
     /// What SET_VRING_ADDR gives as the descriptor table instead of its address.
     pub ring_addr: Option<u64>,
+}
+
+fn dirty_region(file: &File) -> VhostUserDirtyLogRegion {
+    let size = file.metadata().unwrap().len();
+    VhostUserDirtyLogRegion { mmap_size: size, mmap_offset: 0, mmap_handle: file.as_raw_fd() }
 }
 
 fn memfd(len: usize) -> File {
@@ -180,6 +189,7 @@ impl Machine {
             queue_size,
             session: None,
             inflight: None,
+            dirty: None,
             answers: HashMap::new(),
             next_ticket: 0,
             features: u64::MAX,
@@ -249,7 +259,8 @@ impl Machine {
         session.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
         assert!(session.get_queue_num()? >= self.lanes.len() as u64);
         session.set_owner()?;
-        session.set_features(offered & self.features)?;
+        let unlogged = if self.dirty.is_some() { 0 } else { F_LOG_ALL };
+        session.set_features(offered & self.features & !unlogged)?;
         if wanted.contains(VhostUserProtocolFeatures::INFLIGHT_SHMFD) {
             if self.inflight.is_none() {
                 let entries = self.region_entries.unwrap_or(self.queue_size);
@@ -266,8 +277,70 @@ impl Machine {
             mmap_offset: 0,
             mmap_handle: self.file.as_raw_fd(),
         }])?;
+        if let Some(file) = &self.dirty {
+            session.set_log_base(0, Some(dirty_region(file)))?;
+        }
         self.session = Some(session);
         Ok(())
+    }
+
+    /// Has the device log the pages that it writes from now on, in QEMU's order; or not any more.
+    pub fn set_logging(&mut self, on: bool) {
+        let bytes = (GUEST_ADDR + self.len as u64) / 4096 / 8;
+        self.dirty = on.then(|| memfd(bytes as usize));
+        let features = self.session().get_features().unwrap() & self.features;
+        if let Some(file) = &self.dirty {
+            let region = dirty_region(file);
+            self.session().set_log_base(0, Some(region)).unwrap();
+        }
+        let unlogged = if on { 0 } else { F_LOG_ALL };
+        self.session().set_features(features & !unlogged).unwrap();
+        for index in 0..self.lanes.len() {
+            let config = self.vring_config(index);
+            self.session().set_vring_addr(index, &config).unwrap();
+        }
+    }
+
+    /// Guest-physical page numbers that the device has logged, counted from the memory's start.
+    pub fn logged(&self) -> std::collections::BTreeSet<u64> {
+        let file = self.dirty.as_ref().expect("logging is on");
+        let mut bytes = vec![0; file.metadata().unwrap().len() as usize];
+        std::os::unix::fs::FileExt::read_exact_at(file, &mut bytes, 0).unwrap();
+        let pages =
+            (0..8 * bytes.len() as u64).filter(|n| bytes[*n as usize / 8] >> (n % 8) & 1 != 0);
+        pages
+            .map(|page| page.checked_sub(GUEST_ADDR / 4096).expect("a page of the guest"))
+            .collect()
+    }
+
+    /// Pages that the device writes when it answers `ask` on the chunk of `head`: the status byte's
+    /// and those of the data.
+    pub fn writes_of(&self, queue: usize, head: u16, ask: &Ask) -> std::collections::BTreeSet<u64> {
+        let chunk = self.chunk(queue, head) as u64;
+        let data = chunk + (DATA_AT + ask.out.len()) as u64;
+        let rooms = (data..data + ask.room as u64).map(|byte| byte / 4096);
+        rooms.chain([(chunk + STATUS_AT as u64) / 4096]).collect()
+    }
+
+    /// Pages of a queue's used ring.
+    pub fn used_pages(&self, queue: usize) -> std::collections::BTreeSet<u64> {
+        let start = (QUEUE_SPACE * queue + self.lanes[queue].ring.layout().used) as u64;
+        (start / 4096..=(start + 6 + 8 * u64::from(self.queue_size) - 1) / 4096).collect()
+    }
+
+    fn vring_config(&self, index: usize) -> VringConfigData {
+        let layout = self.lanes[index].ring.layout();
+        let at = |offset: usize| USER_ADDR + (QUEUE_SPACE * index + offset) as u64;
+        let logs = self.dirty.is_some();
+        VringConfigData {
+            queue_max_size: self.queue_size,
+            queue_size: self.queue_size,
+            flags: if logs { VRING_F_LOG } else { 0 },
+            desc_table_addr: self.ring_addr.unwrap_or(at(layout.desc)),
+            used_ring_addr: at(layout.used),
+            avail_ring_addr: at(layout.avail),
+            log_addr: logs.then(|| GUEST_ADDR + (QUEUE_SPACE * index + layout.used) as u64),
+        }
     }
 
     /// Starts one queue.
@@ -276,21 +349,11 @@ impl Machine {
     /// As for [`Machine::connect`].
     pub fn start(&mut self, index: usize) -> vhost::Result<()> {
         let (size, base) = (self.queue_size, self.base);
+        let config = self.vring_config(index);
         let session = self.session.as_mut().expect("connected");
         let lane = &self.lanes[index];
-        let layout = lane.ring.layout();
-        let at = |offset: usize| USER_ADDR + (QUEUE_SPACE * index + offset) as u64;
         session.set_vring_num(index, size)?;
         session.set_vring_base(index, base.unwrap_or(lane.ring.used_idx()))?;
-        let config = VringConfigData {
-            queue_max_size: size,
-            queue_size: size,
-            flags: 0,
-            desc_table_addr: self.ring_addr.unwrap_or(at(layout.desc)),
-            used_ring_addr: at(layout.used),
-            avail_ring_addr: at(layout.avail),
-            log_addr: None,
-        };
         session.set_vring_addr(index, &config)?;
         session.set_vring_kick(index, &lane.kick)?;
         session.set_vring_call(index, &lane.call)?;

@@ -6,6 +6,7 @@
 mod backend;
 #[cfg(feature = "crash-points")]
 mod crash_points;
+mod dirty_log;
 mod errors;
 mod hostile_chains;
 mod machine;
