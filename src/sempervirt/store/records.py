@@ -1,0 +1,121 @@
+"""What is kept in the store: keys, values and their version.
+
+    hosts/NAME      Host         who belongs to the cluster, with the certificate it has
+    alive/NAME      Presence     under a lease: its agent runs and reaches the store
+    tokens/ID       Token        an invitation: used up by joining
+    revoked/SERIAL  Revocation   a certificate that counts no more
+    vms/NAME        Ownership    which host may run the VM, under which claim
+    images/ID       ImageClaim   the newest epoch of an image, and the VM that it was given for
+
+Each value is a JSON object with "version": 1. A reader refuses a version that it does not know;
+zero is never written. Revocations stay when their host is removed.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from sempervirt.host.records import RecordDamaged
+
+VERSION = 1
+
+
+class Value(BaseModel):
+    """The text form of everything that is kept."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    version: Literal[1] = 1
+
+    def text(self) -> str:
+        """As it is stored."""
+        return self.model_dump_json()
+
+
+class Host(Value):
+    """A host of the cluster. `not_after` ends its certificate (seconds since the epoch)."""
+
+    name: str
+    address: str = Field(description='where its agent listens, "HOST:PORT"; "" if nowhere')
+    serial: str
+    not_after: float
+    joined: float
+
+
+class Presence(Value):
+    """The agent of a host, alive."""
+
+    host: str
+    boot_id: str
+    pid: int
+    since: float
+
+
+class Token(Value):
+    """An invitation: the certificate of which the SHA-256 is `fingerprint` may join, once."""
+
+    host: str
+    fingerprint: str
+    expires: float
+
+
+class Revocation(Value):
+    """A certificate of which the holder is a stranger from now on."""
+
+    serial: str
+    host: str
+    time: float
+    reason: str
+
+
+class Custody(Enum):
+    """What is known about who runs a VM.
+
+    FREE: nobody; a host may claim it. OWNED: its owner alone. MOVING: its owner still, while a
+    destination prepares. UNKNOWN: perhaps its owner, perhaps `destination`, perhaps nobody:
+    nothing is started before evidence settles it.
+    """
+
+    FREE = "free"
+    OWNED = "owned"
+    MOVING = "moving"
+    UNKNOWN = "unknown"
+
+
+class Ownership(Value):
+    """Who may run a VM. The epoch of a FREE one is that of its last claim."""
+
+    vm: str
+    custody: Custody
+    owner: str = ""
+    epoch: int = Field(ge=0)
+    claim: str = ""
+    images: tuple[str, ...] = ()
+    destination: str = ""
+    why: str = ""
+
+
+class ImageClaim(Value):
+    """The newest epoch of an image. `vm` is "" when it was released."""
+
+    image: str
+    epoch: int = Field(ge=1)
+    claim: str
+    vm: str
+
+
+ValueT = TypeVar("ValueT", bound=Value)
+
+
+def parse(kind: type[ValueT], key: str, text: str) -> ValueT:
+    """The value of an entry. Raises RecordDamaged."""
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        raise RecordDamaged(
+            f"{key} in the store cannot be read: {error.errors()[0]['msg']}",
+            remedy="use the release that wrote it",
+        ) from error
