@@ -8,18 +8,25 @@ Mode = Literal["randread", "randwrite"]
 
 @dataclass(frozen=True, order=True)
 class Case:
-    """One load on one queue layout. Sizes in bytes, `depth` for each queue."""
+    """One load on one queue layout. Sizes in bytes, `depth` for each queue.
+
+    With a `rate` requests arrive so often in a second, at random instants and over all queues,
+    and at most `depth` are in flight; otherwise `depth` are in flight all the time.
+    """
 
     block_size: int
     mode: Mode
     depth: int
     queues: int = 1
     polling: bool = False
+    rate: int | None = None
 
     @property
     def name(self) -> str:
-        """A short name, unique among cases: `4k-read-d32`, `4k-write-d32-q2`, `4k-read-d1-poll`."""
-        parts = [f"{self.block_size >> 10}k", self.mode.removeprefix("rand"), f"d{self.depth}"]
+        """A short name, unique: `4k-read-d32`, `4k-write-d32-q2`, `4k-read-d1-poll`,
+        `4k-read-20k`."""
+        how_many = f"d{self.depth}" if self.rate is None else f"{self.rate // 1000}k"
+        parts = [f"{self.block_size >> 10}k", self.mode.removeprefix("rand"), how_many]
         if self.queues > 1:
             parts.append(f"q{self.queues}")
         if self.polling:
@@ -48,4 +55,7 @@ FULL = (
 )
 """Everything, as SPECIFICATION.md shows it."""
 
-BY_NAME = {case.name: case for case in FULL}
+RATES = tuple(Case(K4, "randread", 64, rate=rate) for rate in (2_000, 20_000, 100_000))
+"""Requests at a given rate, to see what waiting for them costs; only when asked for."""
+
+BY_NAME = {case.name: case for case in (*FULL, *RATES)}

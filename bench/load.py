@@ -49,6 +49,7 @@ def arguments(case: Case, socket: Path, seconds: float, warmup: float, seed: int
         f"--seed={seed}",
         f"--patience={PATIENCE_S}",
         *(["--poll"] if case.polling else []),
+        *([f"--rate={case.rate}"] if case.rate else []),
     ]
 
 

@@ -15,9 +15,9 @@ from bench.backends import (
     contrib,
     running,
 )
-from bench.cases import PARITY
+from bench.cases import BY_NAME, PARITY
 from bench.driver import pinned
-from bench.load import Figures, LoadError, figures
+from bench.load import Figures, LoadError, arguments, figures
 from bench.results import Results, ResultsError, Row, Sample
 from bench.sections import BENCH, COST, IDLE, SCALE, MarkersError
 from bench.storages import Storage, StorageError, file_system, prepared
@@ -243,6 +243,12 @@ def test_a_peer_may_be_limited(tmp_path: Path) -> None:
         True,
         False,
     ]
+
+
+def test_a_case_with_a_rate_asks_for_it() -> None:
+    assert "--rate=20000" in arguments(BY_NAME["4k-read-20k"], Path("/s"), 1, 0, 1)
+    plain = arguments(BY_NAME["4k-read-d32"], Path("/s"), 1, 0, 1)
+    assert not any(word.startswith("--rate") for word in plain)
 
 
 def test_pinning_gives_places() -> None:

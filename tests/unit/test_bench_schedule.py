@@ -3,7 +3,7 @@
 import itertools
 from collections import Counter
 
-from bench.cases import BY_NAME, FULL, PARITY
+from bench.cases import BY_NAME, FULL, PARITY, RATES
 from bench.schedule import interleaved
 
 GROUPS = [("tmpfs", ["a", "b", "c"]), ("ext4", ["a", "b"])]
@@ -40,7 +40,7 @@ def test_the_order_differs_between_rounds() -> None:
 
 
 def test_names_of_cases_are_unique() -> None:
-    assert len(BY_NAME) == len(FULL)
+    assert len(BY_NAME) == len((*FULL, *RATES))
     assert {case.name for case in PARITY} == {
         "4k-read-d1", "4k-write-d1", "4k-read-d32", "4k-write-d32",
     }  # fmt: skip

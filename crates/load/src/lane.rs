@@ -4,11 +4,12 @@ use crate::histogram::Histogram;
 use crate::memory::Memory;
 use crate::offsets::{Blocks, Random};
 use crate::options::Mode;
+use crate::pace::Pace;
 use crate::stamp::{self, Verdict};
 use serde::Serialize;
 use std::io;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use virtio_driver::{EventFd, QueueNotifier, VirtioBlkQueue};
 
 /// What a lane issues.
@@ -28,6 +29,8 @@ pub struct Load {
     pub nonce: Option<u64>,
     /// Completions after which the lane stops by itself, once it is measured.
     pub budget: Option<u64>,
+    /// Nanoseconds between two arrivals on average; `None`: the next when one is complete.
+    pub interval_ns: Option<f64>,
 }
 
 /// What happened on a lane, or on several.
@@ -146,6 +149,7 @@ pub struct Lane {
     blocks: Blocks,
     random: Random,
     memo: Option<Memo>,
+    pace: Option<Pace>,
     origin: Instant,
     in_flight: usize,
     /// Whether the backend is asked to notify.
@@ -195,6 +199,8 @@ impl Lane {
             sequence: vec![0; blocks.count() as usize],
             busy: vec![false; blocks.count() as usize],
         });
+        // A sequence of its own: the same blocks are visited in the same order at any rate.
+        let arrivals = Random::new(random.clone().next_u64());
         Self {
             queue,
             notifier,
@@ -204,6 +210,7 @@ impl Lane {
             blocks,
             random,
             memo,
+            pace: load.interval_ns.map(|interval| Pace::new(interval, arrivals)),
             origin: Instant::now(),
             in_flight: 0,
             armed: true,
@@ -229,9 +236,14 @@ impl Lane {
         self.tally.sleeps += u64::from(self.measured);
     }
 
-    /// Fills the queue from `source`.
+    /// Fills the queue from `source`; with a pace, the load begins to arrive instead.
     pub fn fill(&mut self, source: Source) -> io::Result<()> {
         let now = self.now();
+        if let (Some(pace), Source::Load) = (&mut self.pace, source) {
+            pace.free = (0..self.slots.len() as u16).collect();
+            pace.begin(now);
+            return Ok(());
+        }
         for slot in self.in_flight..self.slots.len() {
             self.submit(slot as u16, source, now)?;
         }
@@ -254,12 +266,36 @@ impl Lane {
             self.in_flight -= 1;
             let now = self.now();
             self.complete(completion.context, completion.ret, now);
-            self.submit(completion.context, source, now)?;
+            match &mut self.pace {
+                Some(pace) if source == Source::Load => pace.free.push(completion.context),
+                _ => self.submit(completion.context, source, now)?,
+            }
         }
         if completed > 0 && source != Source::Nothing {
             self.kick()?;
         }
         Ok(completed)
+    }
+
+    /// Issues what has arrived, if the load has a pace.
+    pub fn arrive(&mut self) -> io::Result<()> {
+        let now = self.now();
+        let mut arrived = false;
+        while let Some((slot, at)) = self.pace.as_mut().and_then(|pace| pace.take(now)) {
+            self.submit(slot, Source::Load, at)?;
+            arrived = true;
+        }
+        if arrived { self.kick() } else { Ok(()) }
+    }
+
+    /// Whether requests arrive at a pace.
+    pub fn is_paced(&self) -> bool {
+        self.pace.is_some()
+    }
+
+    /// How long the lane can sleep if nothing completes; `None`: for ever.
+    pub fn wait(&self) -> Option<Duration> {
+        self.pace.as_ref()?.wait_ns(self.now()).map(Duration::from_nanos)
     }
 
     /// Asks to be notified of the next completion. False: there is one already, do not sleep.

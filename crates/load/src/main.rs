@@ -9,6 +9,7 @@ mod lane;
 mod memory;
 mod offsets;
 mod options;
+mod pace;
 mod processor;
 mod relay;
 mod report;

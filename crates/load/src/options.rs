@@ -65,6 +65,12 @@ pub struct Options {
     #[arg(long, value_name = "N")]
     pub count: Option<u64>,
 
+    /// Requests per second over all queues, arriving at random instants whether or not the backend
+    /// keeps up; those that find --depth in flight wait, which counts as latency. For exact times
+    /// --poll; by default: the next request when one is complete
+    #[arg(long, value_name = "N", value_parser = rate)]
+    pub rate: Option<f64>,
+
     /// Load before the measurement
     #[arg(long, value_name = "S", default_value_t = 0.2)]
     pub warmup: f64,
@@ -145,6 +151,14 @@ impl Options {
     }
 }
 
+/// Requests per second.
+fn rate(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(rate) if rate > 0.0 && rate.is_finite() => Ok(rate),
+        _ => Err(format!("`{text}` is not a number of requests per second")),
+    }
+}
+
 /// A number of bytes with an optional binary suffix.
 fn size(text: &str) -> Result<u64, String> {
     let (digits, shift) = match text.char_indices().last() {
@@ -177,6 +191,12 @@ mod tests {
         assert_eq!(size("2G"), Ok(2 << 30));
         assert!(size("k").is_err() && size("").is_err() && size("4x").is_err());
         assert!(size("99999999999G").is_err());
+    }
+
+    #[test]
+    fn rates() {
+        assert_eq!(rate("2e4"), Ok(20_000.0));
+        assert!(rate("0").is_err() && rate("-1").is_err() && rate("inf").is_err());
     }
 
     #[test]

@@ -195,6 +195,7 @@ fn load(options: &Options) -> Load {
         flush_every: options.flush_every,
         nonce: options.verify.then(nonce),
         budget: options.count.map(|count| count.div_ceil(u64::from(options.queues))),
+        interval_ns: options.rate.map(|rate| 1e9 * f64::from(options.queues) / rate),
     }
 }
 

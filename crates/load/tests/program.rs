@@ -111,6 +111,33 @@ fn one_thread_drives_several_queues() {
 }
 
 #[test]
+fn requests_arrive_at_the_rate_and_are_right() {
+    let backend = Backend::start("rate");
+    for waiting in [&["--poll-us=0"][..], &["--poll"]] {
+        let output = backend
+            .load(&["--mode=mixed", "--verify", "--rate=2000", "--queues=2", "--depth=16"])
+            .args(["--seconds=0.5", "--warmup=0.05"])
+            .args(waiting)
+            .output()
+            .unwrap();
+        let report = report(&output);
+        assert_eq!(output.status.code(), Some(0), "{report}");
+        assert_eq!(report["rate"], 2000.0);
+        let ios = report["ios"].as_u64().unwrap();
+        assert!((700..1300).contains(&ios), "{report}");
+    }
+}
+
+#[test]
+fn a_request_that_had_to_wait_counts_from_its_arrival() {
+    let backend = Backend::start("overload");
+    let arguments = ["--rate=1e7", "--depth=1", "--seconds=0.3", "--warmup=0", "--poll"];
+    let report = report(&backend.load(&arguments).output().unwrap());
+    // The queue grows all the time: half of them have waited for a third of it and more.
+    assert!(report["latency_us"]["p50"].as_f64() > Some(50_000.0), "{report}");
+}
+
+#[test]
 fn a_backend_that_dies_under_load_is_an_error() {
     let backend = Backend::start("killed");
     let load = backend.load(&["--depth=16", "--seconds=60"]).spawn().unwrap();
