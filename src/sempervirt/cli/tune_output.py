@@ -13,6 +13,7 @@ from rich.table import Table
 from sempervirt.cli.output import err, facts, listing, out
 from sempervirt.core.durations import format_duration
 from sempervirt.core.errors import InvalidRequest, Unavailable
+from sempervirt.core.queue_map import counted
 from sempervirt.core.sizes import format_size
 from sempervirt.disk.presets import DeviceType, Preset
 from sempervirt.disk.storage import StorageKey
@@ -105,10 +106,9 @@ class Bar(Watch):
 
 def describe(preset: Preset) -> str:
     """A preset in a few words."""
-    plural = "s" if preset.queues_per_thread > 1 else ""
     polling = f"polling {preset.poll_us} µs" if preset.poll_us else "no polling"
     how = {"measured": "", "partly": " (partly by rule)", "rule": " (by rule)"}[preset.source]
-    words = f"{preset.engine}, {preset.queues_per_thread} queue{plural} a thread, {polling}"
+    words = f"{preset.engine}, {counted(preset.queues_per_thread, 'queue')} a thread, {polling}"
     return words + how
 
 
@@ -135,6 +135,7 @@ def print_plan(plan: TunePlan) -> None:
 
 def print_presets(presets: PresetList) -> None:
     """The stored presets, and which of them hold."""
+    _widen()
     for warning in presets.warnings:
         err.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False)
     if not presets.presets:
@@ -160,6 +161,7 @@ def print_presets(presets: PresetList) -> None:
 
 def print_report(report: TuneReport, *, chart: bool) -> None:
     """A table of the candidates for each race, and what was made of it."""
+    _widen()
     for site in report.storages:
         for device in site.devices:
             if device.candidates:
@@ -167,17 +169,21 @@ def print_report(report: TuneReport, *, chart: bool) -> None:
         _print_rules(site.devices)
 
 
+def _widen() -> None:
+    """A file has no width, and a table cut to 80 columns says little."""
+    if not out.is_terminal:
+        out.width = max(out.width, _FILE_WIDTH)
+
+
 def _print_race(site: StorageView, device: DeviceView, *, chart: bool) -> None:
     out.print()
     out.print(
         f"[bold]{device.preset.device}[/] on [bold]{escape(str(site.storage))}[/]: "
-        f"{device.queues} queues, {len(device.candidates)} candidates, "
+        f"{counted(device.queues, 'queue')}, {len(device.candidates)} candidates, "
         f"{format_duration(device.seconds)}",
         highlight=False,
     )
-    # A file has no width, and a table cut to 80 columns says little.
-    width = out.width if out.is_terminal else max(out.width, _FILE_WIDTH)
-    out.print(_table(device, chart=chart and width >= _CHART_WIDTH), width=width)
+    out.print(_table(device, chart=chart and out.width >= _CHART_WIDTH))
     out.print(f"{describe(device.preset)}: {device.preset.why}", highlight=False, markup=False)
 
 

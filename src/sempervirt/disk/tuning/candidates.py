@@ -6,6 +6,7 @@ import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from sempervirt.core.queue_map import counted
 from sempervirt.disk.presets import Engine
 from sempervirt.disk.storage import StorageKey
 
@@ -30,8 +31,7 @@ class Candidate:
 
     def __str__(self) -> str:
         polling = f"polling {self.poll_us} µs" if self.poll_us else "no polling"
-        plural = "s" if self.queues_per_thread > 1 else ""
-        return f"{self.engine}, {self.queues_per_thread} queue{plural} a thread, {polling}"
+        return f"{self.engine}, {counted(self.queues_per_thread, 'queue')} a thread, {polling}"
 
     def threads_for(self, queues: int) -> int:
         """How many threads serve that many queues."""
