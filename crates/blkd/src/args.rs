@@ -102,6 +102,11 @@ pub(crate) struct Args {
     #[arg(long, conflicts_with = "read_only")]
     pub standby: bool,
 
+    /// Accept a front end, but take the image only when its first queue starts: for the VM at the
+    /// receiving end of a migration.
+    #[arg(long, conflicts_with_all = ["read_only", "standby"])]
+    pub incoming: bool,
+
     /// Do not track requests in flight. They are lost when this process dies: only for
     /// demonstrating just that.
     #[arg(long)]

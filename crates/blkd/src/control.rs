@@ -8,6 +8,8 @@
 //!   {"id":5,"cmd":"map-verify"}          -> {"id":5,"ok":{"started":true}}   progress is in "map"
 //!   {"id":6,"cmd":"map-find","sector":8} -> {"id":6,"ok":{"addresses":[…]}}  or "address" -> sector
 //!   {"id":7,"cmd":"map-export","verify":true} -> {"id":7,"ok":{"bytes":N}}   and N bytes of it
+//!   {"id":8,"cmd":"handover","armed":true} -> {"id":8,"ok":{"armed":true,"owns_image":…}}
+//!                                           give the image away as soon as no queue runs
 //!   anything else                        -> {"id":…,"error":{"kind":"invalid","message":"…"}}
 //! ```
 
@@ -44,6 +46,8 @@ struct Request {
     cmd: String,
     #[serde(default)]
     rule: Option<Rule>,
+    #[serde(default)]
+    armed: Option<bool>,
     #[serde(default)]
     map: Option<Vec<u16>>,
     #[serde(flatten)]
@@ -148,6 +152,13 @@ impl Control {
                 }
                 Err(message) => invalid(request.id, message),
             },
+            "handover" => match request.armed {
+                Some(armed) => {
+                    self.device.lock().unwrap_or_else(PoisonError::into_inner).set_hand_over(armed);
+                    json!({"id": request.id, "ok": {"armed": armed, "owns_image": self.owns_image()}})
+                }
+                None => invalid(request.id, "say whether it is armed: true or false".to_owned()),
+            },
             "threads" => match self.rebind(request.map) {
                 Ok(map) => json!({"id": request.id, "ok": {"map": map.as_slice()}}),
                 Err((kind, message)) => {
@@ -158,7 +169,7 @@ impl Control {
                 request.id,
                 format!(
                     "unknown command {other:?}; known are \"status\", \"fault\", \"threads\", \
-                     \"map\", \"map-verify\", \"map-find\" and \"map-export\""
+                     \"map\", \"map-verify\", \"map-find\", \"map-export\" and \"handover\""
                 ),
             ),
         };
@@ -207,6 +218,10 @@ impl Control {
         Ok(map)
     }
 
+    fn owns_image(&self) -> bool {
+        self.disk.shared.owns_image.load(Ordering::Relaxed)
+    }
+
     fn status(&self) -> Value {
         let Disk { image, serial, shared, map, poll } = &*self.disk;
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
@@ -249,6 +264,7 @@ impl Control {
             "state": shared.phase().name(),
             "engine": self.engine,
             "direct": image.direct(),
+            "owns_image": self.owns_image(),
             "read_only": image.read_only(),
             "image": image.path().to_string_lossy(),
             "size_bytes": image.capacity(),

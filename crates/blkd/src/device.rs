@@ -13,6 +13,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc;
+use std::time::{Duration, Instant};
 
 use semper_inflight::TrackedQueue;
 use semper_ring::{GuestMemory, RegionSpec, RingAddresses, SplitQueue};
@@ -29,12 +30,14 @@ use crate::dirty_log::{DirtyBitmap, DirtyLog};
 use crate::eventfd::EventFd;
 use crate::inflight_map::{self, InflightMap, Shape};
 use crate::queue::{Disk, QueueSetup};
-use crate::state::Phase;
+use crate::state::{Phase, mark};
 use crate::threads::{ThreadMap, Threads};
 use crate::worker::{Order, Worker};
 
 /// Entries that each queue's part of the in-flight region has at least: QEMU's VIRTQUEUE_MAX_SIZE.
 const LARGEST_USUAL_RING: u16 = 1024;
+/// How long a queue may wait for the image, which another backend is giving away.
+const LOCK_PATIENCE: Duration = Duration::from_secs(2);
 /// Regions that a memory table may have.
 const MAX_MEM_SLOTS: u64 = 32;
 
@@ -59,6 +62,8 @@ pub(crate) struct Device {
     threads: Threads,
     /// Whether to offer in-flight tracking; off only to show what happens without it.
     track: bool,
+    /// Give the image away as soon as no queue runs.
+    hand_over: bool,
     features: u64,
     memory: Arc<GuestMemory>,
     inflight: Option<Arc<InflightMap>>,
@@ -80,6 +85,7 @@ impl Device {
             disk,
             threads,
             track,
+            hand_over: false,
             features: 0,
             memory: Arc::new(GuestMemory::empty()),
             inflight: None,
@@ -92,6 +98,44 @@ impl Device {
     pub(crate) fn disconnect(&mut self) {
         self.stop_all();
         self.forget();
+        self.give_away();
+    }
+
+    /// Has the device give the image away as soon as no queue runs, so that the VM can go on with
+    /// another backend; or not. In both cases a queue that starts takes it again first.
+    pub(crate) fn set_hand_over(&mut self, on: bool) {
+        self.hand_over = on;
+        self.give_away();
+    }
+
+    fn give_away(&self) {
+        let owns = &self.disk.shared.owns_image;
+        let idle = self.vrings.iter().all(|vring| !vring.running);
+        if self.hand_over && idle && owns.swap(false, Ordering::Relaxed) {
+            self.disk.image.unlock();
+            log::info!("gave the image away image={}", self.disk.image.path().display());
+        }
+    }
+
+    /// Takes the image unless this process has it.
+    fn own_image(&self) -> Result<()> {
+        let shared = &self.disk.shared;
+        if shared.owns_image.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        let end = Instant::now() + LOCK_PATIENCE;
+        while let Err(error) = self.disk.image.try_lock() {
+            if Instant::now() > end {
+                return Err(failed(error));
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        // Whoever had it may have written on another host.
+        self.disk.image.drop_cache();
+        mark(&shared.timeline.lock_acquired);
+        shared.owns_image.store(true, Ordering::Relaxed);
+        log::info!("took the image image={}", self.disk.image.path().display());
+        Ok(())
     }
 
     /// Finishes what is in flight in all queues and shows it to the driver.
@@ -211,6 +255,7 @@ impl Device {
         if vring.running || !enabled || vring.size == 0 {
             return Ok(None);
         }
+        self.own_image()?;
         let clone = |file: &Option<File>| -> io::Result<Option<EventFd>> {
             file.as_ref().map(|f| f.try_clone().map(EventFd::from)).transpose()
         };
@@ -393,6 +438,7 @@ impl VhostUserBackendReqHandlerMut for Device {
         if self.vrings.iter().all(|vring| !vring.running) {
             self.disk.shared.set_phase(Phase::Connected);
         }
+        self.give_away();
         Ok(VhostUserVringState::new(index, base))
     }
 

@@ -5,6 +5,7 @@
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -58,6 +59,7 @@ impl Target {
         let options = OpenOptions { read_only, ..OpenOptions::default() };
         let image = Image::open(path, options).expect("the target's image");
         let shared = Arc::new(Shared::new(num_queues));
+        shared.owns_image.store(true, Ordering::Relaxed);
         let (image, poll) = (Arc::new(image), Duration::from_micros(20));
         let map = DiskMap::new(&image, num_queues.into(), None).expect("the target's map");
         let map = Some(Arc::new(map));

@@ -86,13 +86,16 @@ pub(crate) fn run(args: Args, shared: Shared) -> Result<(), Failure> {
     // A standby has no business with the socket's name; it inherits the socket itself.
     let listener = listen(&args)?;
     let control_listener = args.control_socket.as_deref().map(bind).transpose()?;
-    if !args.standby {
+    if args.standby {
+        shared.set_phase(Phase::Standby);
+    } else if !args.incoming {
         image.try_lock().map_err(Failure::Lock)?;
         image.refresh_size().map_err(Failure::Image)?;
-        image.drop_cache();
+        if args.direct {
+            image.drop_cache();
+        }
         mark(&shared.timeline.lock_acquired);
-    } else {
-        shared.set_phase(Phase::Standby);
+        shared.owns_image.store(true, Ordering::Relaxed);
     }
 
     let poll = Duration::from_micros(args.poll_us.into());
@@ -112,6 +115,7 @@ pub(crate) fn run(args: Args, shared: Shared) -> Result<(), Failure> {
         mark(&disk.shared.timeline.standby_ready);
         disk.image.wait_lock().map_err(Failure::Lock)?;
         mark(&disk.shared.timeline.lock_acquired);
+        disk.shared.owns_image.store(true, Ordering::Relaxed);
         disk.shared.set_phase(Phase::Listening);
     }
     log::info!(

@@ -116,6 +116,8 @@ pub(crate) struct Shared {
     /// The guest's cache is write-through, by its choice or because it cannot flush.
     pub write_through: AtomicBool,
     pub tracked: AtomicBool,
+    /// The image is locked for this process; only then a queue may run.
+    pub owns_image: AtomicBool,
     last_error: Mutex<Option<LastError>>,
 }
 
@@ -131,6 +133,7 @@ impl Shared {
             host_errors: AtomicU64::new(0),
             write_through: AtomicBool::new(false),
             tracked: AtomicBool::new(false),
+            owns_image: AtomicBool::new(false),
             last_error: Mutex::new(None),
         }
     }

@@ -159,13 +159,12 @@ impl Image {
         Ok(())
     }
 
-    /// Lets go of what the page cache holds of an image that is to be served around it: the kernel
-    /// would have to look there at each request. Call it with the lock held.
+    /// Lets go of what the page cache holds of the image: before it is served around the cache,
+    /// where the kernel would have to look at each request, and after another host may have
+    /// written to it. Call it with the lock held.
     pub fn drop_cache(&self) {
-        if self.direct {
-            // SAFETY: no memory is passed. Advice; pages that are in use or dirty stay.
-            unsafe { libc::posix_fadvise(self.fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
-        }
+        // SAFETY: no memory is passed. Advice; pages that are in use or dirty stay.
+        unsafe { libc::posix_fadvise(self.fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
     }
 
     /// Whether it was opened for reading only.

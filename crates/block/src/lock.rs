@@ -145,13 +145,19 @@ impl Image {
         Ok(())
     }
 
-    fn give_up(&self) -> LockError {
-        let error = self.held();
+    /// Gives the image to whoever takes it next. No request may be in flight or be made again
+    /// before it was locked again.
+    pub fn unlock(&self) {
         for byte in (USED_BASE..USED_BASE + 8).chain(UNSHARED_BASE..UNSHARED_BASE + 8).chain([GATE])
         {
-            // Unlocking what is not locked is no error, and the process is about to end anyway.
+            // Unlocking what is not locked is no error.
             let _ = set_lock(self.file(), libc::F_OFD_SETLK, libc::F_UNLCK, byte);
         }
+    }
+
+    fn give_up(&self) -> LockError {
+        let error = self.held();
+        self.unlock();
         error
     }
 

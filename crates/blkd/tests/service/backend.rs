@@ -65,6 +65,12 @@ impl Site {
         Self::on(dir, image)
     }
 
+    /// Another place for the same image, as on another host.
+    pub fn sharing(image: &Path) -> Self {
+        let dir = tempfile::Builder::new().prefix("blkd").tempdir_in("/tmp").unwrap();
+        Self::on(dir, image.to_owned())
+    }
+
     /// As [`Site::new`], on an image that exists.
     pub fn on(dir: TempDir, image: PathBuf) -> Self {
         let listener = UnixListener::bind(dir.path().join("vhost.sock")).unwrap();

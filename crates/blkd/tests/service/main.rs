@@ -8,6 +8,7 @@ mod backend;
 mod crash_points;
 mod dirty_log;
 mod errors;
+mod handover;
 mod hostile_chains;
 mod machine;
 mod negotiation;
