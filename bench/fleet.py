@@ -15,6 +15,7 @@ from typing import Any
 from sempervirt.api.client import Client
 from sempervirt.api.schemas import DiskView, VmView
 from sempervirt.core.errors import AgentUnavailable
+from sempervirt.core.queue_map import counted
 from sempervirt.guest import ProbeClient, ProbeGone, ProbeSilent
 from sempervirt.guest import image as guest_image
 from sempervirt.vm.spec import VmSpec
@@ -42,10 +43,8 @@ class Shape:
     memory_mib: int = 160
 
     def __str__(self) -> str:
-        return (
-            f"{self.disks_total} disks of {self.queues} queues in {self.vms} guests of "
-            f"{self.memory_mib} MiB"
-        )
+        queues = counted(self.queues, "queue")
+        return f"{self.disks_total} disks of {queues} in {self.vms} guests of {self.memory_mib} MiB"
 
     @property
     def disks_total(self) -> int:
