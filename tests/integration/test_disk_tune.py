@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import pytest
 from sempervirt.agent import Agent, AgentConfig
 from sempervirt.core.errors import ImageLocked, InvalidRequest, StateConflict, Unavailable
 from sempervirt.disk.backend import Blkd
+from sempervirt.disk.fingerprint import fingerprint
 from sempervirt.disk.presets import DeviceType, Preset, PresetStore
 from sempervirt.disk.storage import StorageKey, storage_key
 from sempervirt.disk.tuning.candidates import Candidate
@@ -368,6 +370,52 @@ async def test_two_storages_have_different_winners_and_a_vm_runs_with_them(
             }
             threads = [queue["thread"] for queue in status["queues"]]
             assert threads == [queue % preset.threads_for(2) for queue in range(2)]
+
+
+async def test_a_stale_preset_is_not_used_and_is_warned_of(
+    config: AgentConfig,
+    disk_image: Path,
+    firmware_spec: Callable[..., VmSpec],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    host = await fingerprint(Blkd().binary(), "")
+    valid = Preset(
+        device="vhost-user-blk",
+        storage=storage_key(disk_image, direct=False),
+        engine="sync",
+        queues_per_thread=1,
+        poll_us=7,
+        source="measured",
+        why="for this test",
+        measured_at=datetime.now(UTC),
+        host=host,
+    )
+    stale = valid.model_copy(update={"host": host.model_copy(update={"kernel": "2.4.0"})})
+    store = PresetStore(config.state_dir)
+    for name, preset, is_used in (("new", valid, True), ("old", stale, False)):
+        caplog.clear()
+        store.put([preset])
+        async with Agent.open(config) as agent:  # ends its VM when it is closed
+            await agent.run_vm(firmware_spec(name=name))
+            disk = agent.disk(f"{name}/root")
+            status = await disk.status()
+        assert ((status["engine"], status["poll_us"]) == ("sync", 7)) is is_used
+        assert ("preset stale" in caplog.text) is not is_used
+        assert ("the kernel was '2.4.0'" in caplog.text) is not is_used
+        assert ("stale" in str(disk.plan)) is not is_used
+
+
+async def test_a_vm_starts_beside_the_presets_of_a_later_release(
+    config: AgentConfig, firmware_spec: Callable[..., VmSpec], caplog: pytest.LogCaptureFixture
+) -> None:
+    config.state_dir.mkdir()
+    file = PresetStore(config.state_dir).path
+    file.write_text('{"version": 9}')
+    async with Agent.open(config) as agent:
+        await agent.run_vm(firmware_spec())
+        assert (await agent.disk("web/root").status())["state"] in ("running", "connected")
+    assert "has version 9" in caplog.text
+    assert file.read_text() == '{"version": 9}'
 
 
 @dataclass
