@@ -219,7 +219,7 @@ impl BlockMap {
     pub fn bound(&self) -> u64 {
         let pages: u64 = self.tables().known.iter().map(|(_, t)| t.pages() as u64).sum();
         let blocks = self.touched.blocks();
-        pages * 16 + blocks.min(crate::versions::SLOTS) * 8 + blocks.div_ceil(8)
+        pages * 16 + Versions::bound(blocks) + blocks.div_ceil(8)
     }
 
     /// Bytes of memory in use: page tables, versions, touched blocks.

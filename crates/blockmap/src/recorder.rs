@@ -7,15 +7,16 @@
 //!            with its sectors, stamped as they were at the start
 //! ```
 //!
-//! A read stamps with the versions that it saw at its start, a write with those that it made then:
-//! what is written later, or began meanwhile, has another version, and the association is dead,
-//! perhaps before it was stored. What began while a write of the block was in flight gets no stamp,
-//! for nobody knows which came last.
+//! A read stamps with the versions that it saw at its start, a write with those that it made at its
+//! end: what is written later, or began meanwhile, makes another version, and the association is
+//! dead, perhaps before it was stored. What was in flight together with a write of the same block
+//! gets no stamp, for nobody knows which came last.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 
 use crate::map::{BlockMap, Layout, View};
+use crate::versions::{Flight, both};
 use crate::{PAGE_SHIFT, PAGE_SIZE, SECTOR_SIZE, SECTORS_PER_BLOCK};
 
 /// No stamp: the page's association cannot be told.
@@ -47,6 +48,8 @@ pub struct Note {
     /// Guest buffers: address in this process, length.
     segments: Vec<(usize, usize)>,
     /// One for each block of the range.
+    seen: Vec<Seen>,
+    /// What came of them.
     stamps: Vec<u64>,
 }
 
@@ -56,7 +59,22 @@ struct Place {
     view: u32,
     page: u32,
     block: u64,
-    stamp: u64,
+    seen: Seen,
+}
+
+/// What a block was like when the request began.
+#[derive(Clone, Copy, Debug)]
+enum Seen {
+    /// A read: its stamp, or `NONE`.
+    Stamp(u64),
+    /// A write.
+    Flight(Flight),
+}
+
+impl Default for Seen {
+    fn default() -> Self {
+        Self::Stamp(NONE)
+    }
 }
 
 /// Counts of one queue; one thread writes them.
@@ -126,9 +144,9 @@ impl Recorder {
             && let Some((view, page)) = self.place(one.iov_base.addr())
         {
             let block = offset >> PAGE_SHIFT;
-            let stamp = self.enter(access, block);
+            let seen = self.enter(access, block);
             note.single = true;
-            note.place = Place { view, page, block, stamp };
+            note.place = Place { view, page, block, seen };
             // The versions move before the data does.
             fence(Ordering::Release);
             return;
@@ -136,16 +154,23 @@ impl Recorder {
         self.start_any(note, access, (offset, len), segments);
     }
 
-    /// The block is touched; its stamp for this request.
+    /// The request begins to use the block.
     #[inline]
-    fn enter(&self, access: Access, block: u64) -> u64 {
+    fn enter(&self, access: Access, block: u64) -> Seen {
         self.map.touched.set(block);
-        let seen = if access == Access::Write {
-            self.map.versions.begin_write(block)
-        } else {
-            self.map.versions.quiet(block)
-        };
-        seen.unwrap_or(NONE)
+        if access == Access::Write {
+            return Seen::Flight(self.map.versions.begin_write(block));
+        }
+        Seen::Stamp(self.map.versions.quiet(block).unwrap_or(NONE))
+    }
+
+    /// It is done with the block; the block's stamp for this request, or `NONE`.
+    #[inline]
+    fn leave(&self, block: u64, seen: Seen) -> u64 {
+        match seen {
+            Seen::Stamp(stamp) => stamp,
+            Seen::Flight(begun) => self.map.versions.end_write(block, begun).unwrap_or(NONE),
+        }
     }
 
     /// The page that begins at this address.
@@ -170,7 +195,7 @@ impl Recorder {
         segments: &[libc::iovec],
     ) {
         (note.offset, note.len) = (offset, len);
-        note.stamps.clear();
+        note.seen.clear();
         note.segments.clear();
         let (first, last) = first_and_last(offset, len);
         if access == Access::Trim {
@@ -178,7 +203,7 @@ impl Recorder {
             return;
         }
         note.segments.extend(segments.iter().map(|s| (s.iov_base.expose_provenance(), s.iov_len)));
-        note.stamps.extend((first..=last).map(|block| self.enter(access, block)));
+        note.seen.extend((first..=last).map(|block| self.enter(access, block)));
         fence(Ordering::Release);
     }
 
@@ -194,11 +219,9 @@ impl Recorder {
 
     #[inline]
     fn finish_single(&self, note: &mut Note, ok: bool) {
-        let Place { view, page, block, stamp } = note.place;
+        let Place { view, page, block, seen } = note.place;
         let written = std::mem::take(&mut note.access) == Access::Write;
-        if written {
-            self.map.versions.end_write(block);
-        }
+        let stamp = self.leave(block, seen);
         let view = self.layout.as_ref().and_then(|layout| layout.views.get(view as usize));
         let Some(view) = view else { return };
         if ok && stamp != NONE {
@@ -212,19 +235,18 @@ impl Recorder {
 
     fn finish_any(&self, note: &mut Note, ok: bool) {
         let (first, last) = first_and_last(note.offset, note.len);
-        match std::mem::take(&mut note.access) {
+        let access = std::mem::take(&mut note.access);
+        note.stamps.clear();
+        match access {
             Access::None => {}
-            Access::Read if ok => self.associate(note, true),
-            // Some of it may have been filled.
-            Access::Read => {
-                note.stamps.fill(NONE);
-                self.associate(note, true);
-            }
-            Access::Write => {
-                (first..=last).for_each(|block| self.map.versions.end_write(block));
-                if ok {
-                    self.associate(note, false);
+            Access::Read | Access::Write => {
+                let left = (first..=last).zip(&note.seen);
+                note.stamps.extend(left.map(|(block, seen)| self.leave(block, *seen)));
+                if !ok {
+                    // A page may be half filled, a block half written.
+                    note.stamps.fill(NONE);
                 }
+                self.associate(note, access == Access::Read);
             }
             Access::Trim => self.map.versions.end_trim(self.map.touched.iter(first, last)),
         }
@@ -292,5 +314,5 @@ fn stamp_of(note: &Note, disk: u64) -> Option<u64> {
         return None;
     }
     let second = note.stamps.get(index + 1).copied().filter(|stamp| *stamp != NONE)?;
-    Some(first.wrapping_add(second))
+    Some(both(first, second))
 }

@@ -1,97 +1,135 @@
 //! When a block was last written, and whether it is being written now.
 //!
-//! One word for each block, `version << 24 | writes in flight`; a seqlock for every block:
-//!
 //! ```text
-//!   begin_write   version + 1, in flight + 1      before the first byte can change
-//!   end_write                  in flight - 1      after the last byte has changed
+//!   versions   u32 for each block       how often it was written; large, and seldom in a cache
+//!   flights    u64 for each of 8192     number << 24 | writes in flight; small, always in a cache
+//!
+//!   begin_write   the flight's number + 1, in flight + 1    before the first byte can change
+//!   end_write     version + 1, then in flight - 1           after the last byte has changed
 //! ```
 //!
-//! Whoever sees the same version twice, and nothing in flight at either time, knows that no write
-//! was in flight at any time between. Discards cover more blocks than can be counted one by one:
-//! one word counts those in flight, whatever their range, and until it is 0 nothing has a stamp;
-//! before a discard leaves it, the versions of the touched blocks of its range are moved on.
+//! Together a seqlock for every block: who sees the same version twice, and nothing in flight at
+//! either time, knows that no write was in flight at any time between.
 //!
-//! The table is bounded: beyond [`SLOTS`] blocks several share a word. A write of one then looks
-//! like a write of the others, which costs entries and never keeps a wrong one.
+//! The two are apart because of what they cost. A word of a large table is a miss of the cache,
+//! more than all the rest of recording. Here it is asked for when the write begins and needed when
+//! it has ended.
+//!
+//! Discards cover more blocks than can be counted one by one: one word counts those in flight,
+//! whatever their range, and until it is 0 nothing has a stamp; before a discard leaves it, the
+//! versions of the touched blocks of its range are moved on.
+//!
+//! Both tables are bounded. Blocks that share a version look written when one of them is; writes
+//! that share a flight look simultaneous. Either costs entries and never keeps a wrong one.
+//! A version is the same again only after exactly 2^32 writes.
 
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
 
 use crate::SECTORS_PER_BLOCK;
-use crate::lazy::Lazy;
+use crate::lazy::{Lazy, Zeroable};
 
-/// Words at most: 32 MiB, one for each block of a disk of 16 GiB.
-pub(crate) const SLOTS: u64 = 1 << 22;
-const IN_FLIGHT_BITS: u32 = 24;
-const IN_FLIGHT: u64 = (1 << IN_FLIGHT_BITS) - 1;
-const VERSION: u64 = 1 << IN_FLIGHT_BITS;
+/// Versions at most: 4 MiB, one for each block of a disk of 4 GiB. More would not stay in a cache.
+pub(crate) const SLOTS: u64 = 1 << 20;
+/// Bytes of a version.
+pub(crate) const SLOT_SIZE: u64 = size_of::<AtomicU32>() as u64;
+/// 64 KiB.
+const FLIGHTS: usize = 1 << 13;
+const COUNT_BITS: u32 = 24;
+const COUNT: u64 = (1 << COUNT_BITS) - 1;
+const NUMBER: u64 = 1 << COUNT_BITS;
+
+// SAFETY: an atomic integer.
+unsafe impl Zeroable for AtomicU32 {}
 
 #[derive(Debug)]
 pub(crate) struct Versions {
-    slots: Lazy<AtomicU64>,
+    slots: Lazy<AtomicU32>,
+    flights: Box<[AtomicU64]>,
     trims: AtomicU64,
     /// Several threads write blocks.
     shared: AtomicBool,
 }
 
+/// A write in flight, as it was when it began.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Flight(u64);
+
 impl Versions {
     pub(crate) fn new(blocks: u64) -> io::Result<Self> {
-        let slots = blocks.clamp(1, SLOTS) as usize;
-        let (trims, shared) = (AtomicU64::new(0), AtomicBool::new(true));
-        Ok(Self { slots: Lazy::new(slots)?, trims, shared })
+        let slots = Lazy::new(blocks.clamp(1, SLOTS) as usize)?;
+        let flights = (0..FLIGHTS).map(|_| AtomicU64::new(0)).collect();
+        Ok(Self { slots, flights, trims: AtomicU64::new(0), shared: AtomicBool::new(true) })
     }
 
-    /// The block's word. Each further chunk of a large disk is rotated by an odd amount, so that
-    /// structures at regular distances do not share words, and neighbours stay neighbours.
+    /// The block's version. Each further chunk of a large disk is rotated by an odd amount, so
+    /// that structures at regular distances do not share one, and neighbours stay neighbours.
     #[inline]
-    fn slot(&self, block: u64) -> &AtomicU64 {
+    fn slot(&self, block: u64) -> usize {
         let slots = self.slots.len() as u64;
-        let index = if block < slots {
-            block
-        } else {
-            (block + (block / slots).wrapping_mul(0x9e37_79b1)) % slots
-        };
-        &self.slots[index as usize]
+        if block < slots {
+            return block as usize;
+        }
+        ((block + (block / slots).wrapping_mul(0x9e37_79b1)) % slots) as usize
     }
 
-    /// Whether several threads write blocks. One alone does without locked instructions, the most
-    /// expensive part of recording a write. A second one must not begin before the first has seen
-    /// the change.
+    /// Blocks that share a version share this too.
+    #[inline]
+    fn flight(&self, slot: usize) -> &AtomicU64 {
+        &self.flights[slot % FLIGHTS]
+    }
+
+    /// Whether several threads write blocks. One alone does without locked instructions. A second
+    /// one must not begin before the first has seen the change.
     pub(crate) fn set_shared(&self, shared: bool) {
         self.shared.store(shared, Ordering::SeqCst);
     }
 
-    /// Adds to the block's word (wrapping); gives what it was.
+    /// Adds to a flight (wrapping); gives what it was.
     #[inline]
-    fn add(&self, block: u64, n: u64) -> u64 {
-        let slot = self.slot(block);
+    fn add(&self, flight: &AtomicU64, n: u64) -> u64 {
         if self.shared.load(Ordering::Relaxed) {
-            return slot.fetch_add(n, Ordering::AcqRel);
+            return flight.fetch_add(n, Ordering::AcqRel);
         }
-        let before = slot.load(Ordering::Relaxed);
-        slot.store(before.wrapping_add(n), Ordering::Release);
+        let before = flight.load(Ordering::Relaxed);
+        flight.store(before.wrapping_add(n), Ordering::Release);
         before
+    }
+
+    /// Moves a version on. Not in one instruction: two threads that do it at the same time are both
+    /// in flight, so that nobody has a stamp from between, and it is not what it was in any case.
+    #[inline]
+    fn move_on(&self, slot: usize) -> u32 {
+        let version = self.slots[slot].load(Ordering::Relaxed).wrapping_add(1);
+        self.slots[slot].store(version, Ordering::Release);
+        version
     }
 
     /// The block's version, if no write of it is in flight.
     #[inline]
     pub(crate) fn quiet(&self, block: u64) -> Option<u64> {
-        let word = self.slot(block).load(Ordering::Acquire);
-        (word & IN_FLIGHT == 0).then_some(word >> IN_FLIGHT_BITS)
+        let slot = self.slot(block);
+        let in_flight = self.flight(slot).load(Ordering::Acquire) & COUNT;
+        let version = self.slots[slot].load(Ordering::Acquire);
+        (in_flight == 0).then_some(u64::from(version))
     }
 
-    /// A write of the block begins: its new version, if it is the only one.
+    /// A write of the block begins.
     #[inline]
-    pub(crate) fn begin_write(&self, block: u64) -> Option<u64> {
-        let before = self.add(block, VERSION + 1);
-        (before & IN_FLIGHT == 0).then_some((before.wrapping_add(VERSION)) >> IN_FLIGHT_BITS)
+    pub(crate) fn begin_write(&self, block: u64) -> Flight {
+        let slot = self.slot(block);
+        prefetch(&self.slots[slot]);
+        let before = self.add(self.flight(slot), NUMBER + 1);
+        Flight(before.wrapping_add(NUMBER + 1))
     }
 
-    /// The write is over. Whatever began meanwhile has moved the version on.
+    /// The write is over: the block's version, if it was the only one in flight all the time.
     #[inline]
-    pub(crate) fn end_write(&self, block: u64) {
-        self.add(block, u64::MAX);
+    pub(crate) fn end_write(&self, block: u64, begun: Flight) -> Option<u64> {
+        let slot = self.slot(block);
+        let version = self.move_on(slot);
+        let alone = self.add(self.flight(slot), u64::MAX) == begun.0 && begun.0 & COUNT == 1;
+        alone.then_some(u64::from(version))
     }
 
     /// A discard begins.
@@ -103,7 +141,8 @@ impl Versions {
     /// for now: a request that touches one later began after the discard.
     pub(crate) fn end_trim(&self, blocks: impl Iterator<Item = u64>) {
         for block in blocks {
-            self.add(block, VERSION);
+            let begun = self.begin_write(block);
+            self.end_write(block, begun);
         }
         self.trims.fetch_sub(1, Ordering::SeqCst);
     }
@@ -121,13 +160,37 @@ impl Versions {
         if sector % SECTORS_PER_BLOCK == 0 {
             return Some(first);
         }
-        // Versions only grow, so the sum is the same only if both are.
-        Some(first.wrapping_add(self.quiet(block + 1)?))
+        Some(both(first, self.quiet(block + 1)?))
     }
 
     pub(crate) fn resident(&self) -> u64 {
-        self.slots.resident()
+        self.slots.resident() + FLIGHTS as u64 * 8
     }
+
+    /// Bytes that it can come to for a disk of so many blocks.
+    pub(crate) fn bound(blocks: u64) -> u64 {
+        blocks.min(SLOTS) * SLOT_SIZE + FLIGHTS as u64 * 8
+    }
+}
+
+/// The stamp of a page's worth of sectors in two blocks. Versions only grow, so the sum is the same
+/// only if both are.
+#[inline]
+pub(crate) fn both(first: u64, second: u64) -> u64 {
+    first.wrapping_add(second)
+}
+
+/// Fetches a word for writing, without waiting for it.
+#[inline]
+fn prefetch(word: &AtomicU32) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a hint; the address is that of a word that exists.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_ET0, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_ET0>(std::ptr::from_ref(word).cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = word;
 }
 
 #[cfg(test)]
@@ -138,15 +201,17 @@ mod tests {
     fn a_write_in_flight_hides_the_block_and_changes_its_stamp() {
         let versions = Versions::new(100).unwrap();
         let before = versions.stamp(80).unwrap();
-        assert_eq!(versions.begin_write(10), Some(1));
+        let first = versions.begin_write(10);
         assert_eq!(versions.stamp(80), None);
         assert_eq!(versions.stamp(76), None, "the second half of an unaligned page");
-        assert_eq!(versions.begin_write(10), None, "not the only one");
-        versions.end_write(10);
+        let second = versions.begin_write(10);
+        assert_eq!(versions.end_write(10, first), None, "another began");
         assert_eq!(versions.stamp(80), None);
-        versions.end_write(10);
-        assert_eq!(versions.stamp(80), Some(2));
-        assert_ne!(versions.stamp(80), Some(before));
+        assert_eq!(versions.end_write(10, second), None, "another was there");
+        let third = versions.begin_write(10);
+        let stamp = versions.end_write(10, third);
+        assert_eq!(versions.stamp(80), stamp);
+        assert!(stamp.is_some() && stamp != Some(before));
     }
 
     #[test]
@@ -161,7 +226,7 @@ mod tests {
     #[test]
     fn neighbours_never_share_a_word_and_regular_distances_do_not_either() {
         let versions = Versions::new(SLOTS * 64).unwrap();
-        let address = |block| std::ptr::from_ref(versions.slot(block)).addr();
+        let address = |block| versions.slot(block);
         for start in [0, SLOTS - 5, SLOTS * 63 - 1] {
             let mut slots: Vec<usize> = (start..start + 1000).map(address).collect();
             slots.sort_unstable();
