@@ -42,6 +42,16 @@ class AgentConfig:
         """Where the agent serves its API."""
         return self.run_dir / "agent.sock"
 
+    @property
+    def cluster_file(self) -> Path:
+        """The settings of the cluster that this host belongs to."""
+        return self.state_dir / "cluster.json"
+
+    @property
+    def trust_dir(self) -> Path:
+        """Keys and certificates of this host."""
+        return self.state_dir / "trust"
+
     def vm_run_dir(self, name: str) -> Path:
         """Sockets and logs of one VM."""
         return self.run_dir / "vm" / name

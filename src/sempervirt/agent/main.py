@@ -10,17 +10,21 @@ import asyncio
 import logging
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import sempervirt
 from sempervirt.agent.agent import Agent
+from sempervirt.agent.cluster import Cluster, read_settings
 from sempervirt.agent.config import AgentConfig
 from sempervirt.agent.logs import log_to_stderr
+from sempervirt.agent.membership import Membership
 from sempervirt.agent.notify import notify
-from sempervirt.api.server import serving
+from sempervirt.api.server import serving, serving_hosts
 from sempervirt.core.errors import SempervirtError, kind_of
+from sempervirt.host import background
 
 log = logging.getLogger(__name__)
 
@@ -65,8 +69,41 @@ async def _serve(config: AgentConfig) -> None:
     async with Agent.open(config) as agent, serving(agent, config.socket):
         log.info("serve socket=%s state=%s vms=%d", config.socket, config.state_dir, len(agent.vms))
         notify("READY=1")
-        await ended.wait()
+        async with _member(config, agent):
+            await ended.wait()
         notify("STOPPING=1")
+
+
+@asynccontextmanager
+async def _member(config: AgentConfig, agent: Agent) -> AsyncIterator[None]:
+    """Takes part in the cluster, if this host belongs to one.
+
+    Whatever is wrong with that is an error in the log: the VMs of this host need none of it.
+    """
+    async with AsyncExitStack() as stack:
+        serving_task: asyncio.Task[None] | None = None
+        try:
+            if read_settings(config) is not None:
+                cluster = await stack.enter_async_context(Cluster.opened(config))
+                membership = await stack.enter_async_context(Membership.kept(cluster))
+                serving_task = background.start(_serve_hosts(agent, membership), "hosts")
+        except SempervirtError as error:
+            log.error("the cluster is not taken part in: %s", error)  # noqa: TRY400
+        try:
+            yield
+        finally:
+            if serving_task is not None:
+                serving_task.cancel()
+                await asyncio.wait([serving_task])
+
+
+async def _serve_hosts(agent: Agent, membership: Membership) -> None:
+    try:
+        async with serving_hosts(agent, membership):
+            log.info("serve hosts address=%s", membership.cluster.settings.address)
+            await asyncio.Event().wait()
+    except SempervirtError as error:
+        log.error("other hosts are not served: %s", error)  # noqa: TRY400
 
 
 if __name__ == "__main__":

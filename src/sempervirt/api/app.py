@@ -12,24 +12,29 @@ from fastapi import FastAPI
 
 import sempervirt
 from sempervirt.agent.agent import Agent
+from sempervirt.agent.cluster import Cluster
 from sempervirt.api import failures
 from sempervirt.api.routes import router
 
 
-def build_app(agent: Agent | None = None) -> FastAPI:
-    """The application; without an agent only its description is of use."""
+def build_app(agent: Agent | None = None, cluster: Cluster | None = None) -> FastAPI:
+    """The application; without an agent only its description is of use.
+
+    With a cluster it also admits hosts that show an invitation.
+    """
     app = FastAPI(
         title="sempervirt agent",
         version=sempervirt.__version__,
         description=(
             "Virtual machines of one host and their disks. Served on a unix socket that only "
-            "its owner may open."
+            "its owner may open, and to the hosts of its cluster over mutual TLS."
         ),
         docs_url=None,
         redoc_url=None,
         generate_unique_id_function=lambda route: route.name,
     )
     app.state.agent = agent
+    app.state.cluster = cluster
     app.include_router(router)
     failures.install(app)
     return app

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -15,6 +16,8 @@ from sempervirt.api.schemas import (
     DiskView,
     ErrorView,
     HostView,
+    JoinRequest,
+    JoinView,
     LogView,
     MapView,
     StopRequest,
@@ -25,6 +28,7 @@ from sempervirt.api.schemas import (
 from sempervirt.core.errors import (
     AgentUnavailable,
     InvalidRequest,
+    NotAllowed,
     OutcomeUnknown,
     SempervirtError,
     from_wire,
@@ -38,6 +42,8 @@ WORK_TIMEOUT_S = 150.0
 # Comparing all of a guest's memory with its disk.
 MAP_TIMEOUT_S = 660.0
 
+_START = "start one: semperd; or run a VM in the foreground: semper vm run FILE"
+
 View = TypeVar("View", bound=BaseModel)
 
 
@@ -46,9 +52,10 @@ class Client:
     AgentUnavailable when none answers; OutcomeUnknown when it stopped answering midway.
     """
 
-    def __init__(self, http: httpx.AsyncClient, socket: Path) -> None:
+    def __init__(self, http: httpx.AsyncClient, place: str, remedy: str) -> None:
         self._http = http
-        self._socket = socket
+        self._place = place
+        self._remedy = remedy
 
     @classmethod
     @asynccontextmanager
@@ -56,7 +63,30 @@ class Client:
         """A client for the agent at `socket`; whether it is there shows in the first call."""
         transport = httpx.AsyncHTTPTransport(uds=str(socket))
         async with httpx.AsyncClient(transport=transport, base_url="http://agent/v1") as http:
-            yield cls(http, socket)
+            yield cls(http, str(socket), _START)
+
+    @classmethod
+    @asynccontextmanager
+    async def connect_host(
+        cls, address: str, host: str, tls: ssl.SSLContext
+    ) -> AsyncIterator[Client]:
+        """A client for the agent of another host. It has to prove that it is `host`."""
+
+        async def expect(request: httpx.Request) -> None:
+            request.extensions["sni_hostname"] = host
+
+        async with httpx.AsyncClient(
+            verify=tls,
+            base_url=f"https://{address}/v1",
+            trust_env=False,
+            event_hooks={"request": [expect]},
+        ) as http:
+            yield cls(http, address, f"is semperd running on {host}, and is {address} right?")
+
+    async def join(self, request: str, address: str) -> JoinView:
+        """Asks for the certificate of a new host; the client shows an invitation."""
+        body = JoinRequest(request=request, address=address).model_dump()
+        return JoinView.model_validate(await self._call("POST", "/join", body=body))
 
     async def agent(self) -> AgentView:
         """The agent itself."""
@@ -183,15 +213,25 @@ class Client:
         try:
             yield
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-            raise AgentUnavailable(
-                f"no agent answers at {self._socket}",
-                remedy="start one: semperd; or run a VM in the foreground: semper vm run FILE",
-            ) from error
+            raise _unreachable(self._place, self._remedy, error) from error
         except httpx.HTTPError as error:
             raise OutcomeUnknown(
                 f"the agent did not answer {asked}: {error!r}",
                 remedy="ask again what the state is",
             ) from error
+
+
+def _unreachable(place: str, remedy: str, error: Exception) -> SempervirtError:
+    """Nothing was asked: nobody is there, or somebody else than expected."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, ssl.SSLCertVerificationError):
+        cause = cause.__cause__ or cause.__context__
+    if cause is not None:
+        return NotAllowed(
+            f"who answers at {place} is not to be trusted: {cause.verify_message}",
+            remedy="check the address; was the certificate replaced, or has it expired?",
+        )
+    return AgentUnavailable(f"no agent answers at {place}", remedy=remedy)
 
 
 def _disk_path(name: str) -> str:

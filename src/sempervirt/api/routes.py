@@ -9,12 +9,15 @@ from fastapi import APIRouter, Depends, Query, Request, status
 from fastapi.responses import StreamingResponse
 
 from sempervirt.agent.agent import Agent
+from sempervirt.agent.cluster import Cluster, check_address
 from sempervirt.agent.vm import Vm
 from sempervirt.api.schemas import (
     AgentView,
     DiskView,
     ErrorView,
     HostView,
+    JoinRequest,
+    JoinView,
     LogView,
     MapView,
     StopRequest,
@@ -23,11 +26,12 @@ from sempervirt.api.schemas import (
     VmView,
 )
 from sempervirt.api.views import agent_view, disk_view, host_view, own_disk_view, vm_view
-from sempervirt.core.errors import InvalidRequest
+from sempervirt.core.errors import InvalidRequest, NotAllowed
 from sempervirt.core.names import suggest
 from sempervirt.core.queue_map import Binding, spread
 from sempervirt.disk.running import DiskFiles
 from sempervirt.host import process
+from sempervirt.trust.identity import Peer
 from sempervirt.vm.spec import VmSpec
 
 router = APIRouter(prefix="/v1", responses={"default": {"model": ErrorView}})
@@ -59,6 +63,17 @@ async def get_agent(agent: AgentHere) -> AgentView:
 async def get_host(agent: AgentHere) -> HostView:
     """What the host offers to VMs."""
     return host_view(await agent.host())
+
+
+@router.post("/join", tags=["host"])
+async def join(request: Request, body: JoinRequest) -> JoinView:
+    """Gives a host its certificate. Only for the holder of an invitation, over TLS."""
+    cluster, peer = request.app.state.cluster, request.scope.get("peer")
+    if not isinstance(cluster, Cluster) or not isinstance(peer, Peer):
+        raise NotAllowed("hosts join over TLS, with an invitation")
+    issued = await cluster.admit(peer, body.request, check_address(body.address))
+    settings = cluster.settings
+    return JoinView(certificate=issued.pem, cluster=settings.cluster, store=list(settings.store))
 
 
 @router.get("/vms", tags=["vm"])

@@ -1,4 +1,4 @@
-"""Serves the API on a unix socket, in the event loop of the agent."""
+"""Serves the API on a unix socket, and over mutual TLS, in the event loop of the agent."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from pathlib import Path
 import uvicorn
 
 from sempervirt.agent.agent import Agent
+from sempervirt.agent.membership import Membership
 from sempervirt.api.app import build_app
-from sempervirt.host.sockets import listen_unix
+from sempervirt.api.peers import guarded_protocol
+from sempervirt.host.sockets import listen_tcp, listen_unix
 
 # Longer than any request but a stop with a long grace.
 CLOSE_DEADLINE_S = 5
@@ -48,6 +50,42 @@ async def serving(agent: Agent, socket_path: Path) -> AsyncIterator[None]:
         lifespan="off",
         timeout_graceful_shutdown=CLOSE_DEADLINE_S,
     )
+    try:
+        async with _running(config, listener):
+            yield
+    finally:
+        _unlink(socket_path)
+
+
+@asynccontextmanager
+async def serving_hosts(agent: Agent, membership: Membership) -> AsyncIterator[None]:
+    """Serves other hosts at this host's address, TLS 1.3 with certificates on both ends.
+
+    Waits until revocations are known. Raises Unavailable when the address cannot be bound.
+    """
+    cluster = membership.cluster
+    context = cluster.identity.server_context()
+    listener = listen_tcp(cluster.settings.address)
+    await membership.known.wait()
+    config = uvicorn.Config(
+        build_app(agent, cluster),
+        http=guarded_protocol(membership.is_revoked),
+        ws="none",
+        proxy_headers=False,
+        server_header=False,
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        timeout_graceful_shutdown=CLOSE_DEADLINE_S,
+    )
+    config.load()
+    config.ssl = context
+    async with _running(config, listener):
+        yield
+
+
+@asynccontextmanager
+async def _running(config: uvicorn.Config, listener: socket.socket) -> AsyncIterator[None]:
     server = _Server(config)
     task = asyncio.create_task(server.serve(sockets=[listener]), name="api")
     try:
@@ -56,7 +94,6 @@ async def serving(agent: Agent, socket_path: Path) -> AsyncIterator[None]:
     finally:
         server.should_exit = True
         await task
-        _unlink(socket_path)
 
 
 def _unlink(path: Path) -> None:

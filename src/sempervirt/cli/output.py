@@ -33,6 +33,9 @@ OutputOption = Annotated[
 
 _STYLES = {
     "running": "green",
+    "alive": "green",
+    "silent": "yellow",
+    "revoked": "red",
     "guarded": "green",
     "starting": "cyan",
     "recovering": "cyan",

@@ -3,6 +3,7 @@
     SempervirtError
     ├── InvalidRequest         the request is wrong: change it
     │   └── SpecError          … a key of a VM file: file, line and key are given
+    ├── NotAllowed             who asks may not do that: ask as somebody who may
     ├── NotFound               nothing has that name: list, then choose
     ├── StateConflict          a right request at the wrong moment: change the state first
     │   └── ImageLocked        … another program holds the image: the holder is named
@@ -12,7 +13,7 @@
     ├── OutcomeUnknown         perhaps done: ask again, or fence; never repeat blindly
     └── RollbackFailed         undoing failed too: the state that is left is described
 
-A caller that only looks at the five branches knows what it may do next. `KINDS` is the one
+A caller that only looks at the branches knows what it may do next. `KINDS` is the one
 table from an error to its name on the wire, its exit code and its HTTP status.
 """
 
@@ -54,6 +55,10 @@ class SpecError(InvalidRequest):
         self.file = file
         self.line = line
         self.key = key
+
+
+class NotAllowed(SempervirtError):
+    """Who asks may not do that. Nothing was done."""
 
 
 class NotFound(SempervirtError):
@@ -112,6 +117,7 @@ class Kind:
 KINDS: tuple[Kind, ...] = (
     Kind(SpecError, "spec", 2, 422),
     Kind(InvalidRequest, "invalid", 2, 422),
+    Kind(NotAllowed, "not-allowed", 9, 403),
     Kind(NotFound, "not-found", 4, 404),
     Kind(ImageLocked, "image-locked", 5, 423),
     Kind(StateConflict, "conflict", 5, 409),

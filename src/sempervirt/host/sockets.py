@@ -52,6 +52,20 @@ def listen_unix(path: Path, mode: int = 0o600) -> socket.socket:
     return listener
 
 
+def listen_tcp(address: str) -> socket.socket:
+    """A listening socket at "HOST:PORT". Raises Unavailable when it cannot be bound."""
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, int(port)), family=family, backlog=64)
+    except OSError as error:
+        raise Unavailable(
+            f"cannot listen on {address}: {error.strerror or error}",
+            remedy="is the address one of this host, and is no other program there?",
+        ) from error
+
+
 def borrow_listener(pid: int, fd: int, path: Path) -> socket.socket | None:
     """A duplicate of the listening socket that a process holds as `fd`.
 

@@ -1,0 +1,196 @@
+"""The certificate authority of a cluster: issues what hosts and invitations show to each other.
+
+Keys are ECDSA on P-256. What a certificate stands for is a URI among its alternative names:
+
+    urn:sempervirt:host:NAME         a host; also DNS:NAME, so that TLS checks whom it speaks to
+    urn:sempervirt:invitation:NAME   may ask for the certificate of host NAME, and nothing else
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from sempervirt.core.errors import InvalidRequest, StateConflict
+from sempervirt.trust.keyfiles import read_private, write_private, write_public
+
+KEY_FILE, CERTIFICATE_FILE = "authority.key", "authority.crt"
+AUTHORITY_DAYS = 3650
+HOST_DAYS = 365
+# Clocks of hosts differ.
+EARLY = timedelta(minutes=5)
+
+HOST_URI = "urn:sempervirt:host:"
+INVITATION_URI = "urn:sempervirt:invitation:"
+
+
+@dataclass(frozen=True)
+class Issued:
+    """A certificate. `serial` is hexadecimal, `not_after` in seconds since the epoch."""
+
+    certificate: x509.Certificate
+
+    @property
+    def pem(self) -> str:
+        """As text."""
+        return self.certificate.public_bytes(serialization.Encoding.PEM).decode()
+
+    @property
+    def serial(self) -> str:
+        """Its number, as the other end of a connection sees it."""
+        return serial_text(self.certificate.serial_number)
+
+    @property
+    def not_after(self) -> float:
+        """When it ends."""
+        return self.certificate.not_valid_after_utc.timestamp()
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the whole."""
+        return self.certificate.fingerprint(hashes.SHA256()).hex()
+
+
+class Authority:
+    """Made by `create`, or `load`."""
+
+    def __init__(self, key: ec.EllipticCurvePrivateKey, certificate: x509.Certificate) -> None:
+        self._key = key
+        self.certificate = certificate
+
+    @classmethod
+    def create(cls, directory: Path, cluster: str, now: datetime | None = None) -> Authority:
+        """A new one, in `directory`. Raises StateConflict when there is one."""
+        if (directory / KEY_FILE).exists():
+            raise StateConflict(f"there is an authority in {directory} already")
+        key = ec.generate_private_key(ec.SECP256R1())
+        name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"sempervirt {cluster}")])
+        now = now or datetime.now(UTC)
+        certificate = (
+            x509.CertificateBuilder()
+            .subject_name(name)
+            .issuer_name(name)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - EARLY)
+            .not_valid_after(now + timedelta(days=AUTHORITY_DAYS))
+            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+            .add_extension(_key_usage(authority=True), critical=True)
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), False)
+            .sign(key, hashes.SHA256())
+        )
+        write_public(directory / CERTIFICATE_FILE, Issued(certificate).pem)
+        write_private(directory / KEY_FILE, key)
+        return cls(key, certificate)
+
+    @classmethod
+    def load(cls, directory: Path) -> Authority:
+        """The one in `directory`. Raises StateConflict when it is on another host."""
+        key = read_private(directory / KEY_FILE)
+        if key is None:
+            raise StateConflict(
+                "the authority of this cluster is not on this host",
+                remedy="use the host on which semper host init was run",
+            )
+        pem = (directory / CERTIFICATE_FILE).read_bytes()
+        return cls(key, x509.load_pem_x509_certificate(pem))
+
+    def issue_host(
+        self, request: str, host: str, address: str, *, now: datetime | None = None
+    ) -> Issued:
+        """The certificate of a host. Of the request (PEM) nothing but its key counts.
+
+        Raises InvalidRequest for a request that its sender cannot have signed.
+        """
+        names: list[x509.GeneralName] = [
+            x509.UniformResourceIdentifier(HOST_URI + host),
+            x509.DNSName(host),
+        ]
+        if (place := address_name(address)) is not None:
+            names.append(place)
+        usage = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
+        return self._issue(requested_key(request), host, names, usage, timedelta(HOST_DAYS), now)
+
+    def issue_invitation(
+        self, key: ec.EllipticCurvePublicKey, host: str, valid: timedelta, now: datetime
+    ) -> Issued:
+        """What an invitation for `host` shows; see `invitation`."""
+        names = [x509.UniformResourceIdentifier(INVITATION_URI + host)]
+        return self._issue(key, host, names, [ExtendedKeyUsageOID.CLIENT_AUTH], valid, now)
+
+    def _issue(
+        self,
+        key: ec.EllipticCurvePublicKey,
+        name: str,
+        names: list[x509.GeneralName] | list[x509.UniformResourceIdentifier],
+        usage: list[x509.ObjectIdentifier],
+        valid: timedelta,
+        now: datetime | None,
+    ) -> Issued:
+        now = now or datetime.now(UTC)
+        authority_id = x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key())
+        return Issued(
+            x509.CertificateBuilder()
+            .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]))
+            .issuer_name(self.certificate.subject)
+            .public_key(key)
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - EARLY)
+            .not_valid_after(now + valid)
+            .add_extension(x509.SubjectAlternativeName(names), critical=False)
+            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+            .add_extension(_key_usage(authority=False), critical=True)
+            .add_extension(x509.ExtendedKeyUsage(usage), critical=False)
+            .add_extension(authority_id, critical=False)
+            .sign(self._key, hashes.SHA256())
+        )
+
+
+def serial_text(serial: int) -> str:
+    """A serial number as text."""
+    return f"{serial:x}"
+
+
+def requested_key(request: str) -> ec.EllipticCurvePublicKey:
+    """The key of a signing request. Raises InvalidRequest."""
+    try:
+        parsed = x509.load_pem_x509_csr(request.encode())
+        key = parsed.public_key()
+        valid = parsed.is_signature_valid
+    except ValueError as error:
+        raise InvalidRequest(f"not a certificate signing request: {error}") from error
+    if not valid or not isinstance(key, ec.EllipticCurvePublicKey):
+        raise InvalidRequest("the signing request is not signed by its own elliptic-curve key")
+    return key
+
+
+def address_name(address: str) -> x509.GeneralName | None:
+    """The host part of "HOST:PORT" as an alternative name: etcd and browsers look for it."""
+    host = address.rpartition(":")[0].strip("[]")
+    if not host:
+        return None
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        return x509.DNSName(host)
+
+
+def _key_usage(*, authority: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=not authority,
+        key_cert_sign=authority,
+        crl_sign=authority,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        encipher_only=False,
+        decipher_only=False,
+    )

@@ -1,0 +1,112 @@
+"""The identity of one host: its key, its certificate, and the TLS contexts made from them."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from sempervirt.core.errors import StateConflict
+from sempervirt.trust.authority import (
+    CERTIFICATE_FILE as AUTHORITY_FILE,
+)
+from sempervirt.trust.authority import HOST_URI, INVITATION_URI, Issued, serial_text
+from sempervirt.trust.keyfiles import read_private, write_private, write_public
+
+KEY_FILE, CERTIFICATE_FILE = "host.key", "host.crt"
+
+
+class Identity:
+    """The files of one host in `directory`."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def request(self, host: str) -> str:
+        """A signing request for this host's key, which is made if there is none."""
+        path = self.directory / KEY_FILE
+        key = read_private(path)
+        if key is None:
+            key = ec.generate_private_key(ec.SECP256R1())
+            write_private(path, key)
+        name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, host)])
+        signed = (
+            x509.CertificateSigningRequestBuilder().subject_name(name).sign(key, hashes.SHA256())
+        )
+        return signed.public_bytes(serialization.Encoding.PEM).decode()
+
+    def keep(self, certificate: str, authority: str) -> None:
+        """Puts the certificate in force, with that of the authority."""
+        write_public(self.directory / AUTHORITY_FILE, authority)
+        write_public(self.directory / CERTIFICATE_FILE, certificate)
+
+    @property
+    def certificate(self) -> Issued | None:
+        """This host's own."""
+        path = self.directory / CERTIFICATE_FILE
+        if not path.exists():
+            return None
+        return Issued(x509.load_pem_x509_certificate(path.read_bytes()))
+
+    def server_context(self) -> ssl.SSLContext:
+        """For serving: TLS 1.3, and nobody without a certificate of the authority."""
+        context = self._context(ssl.PROTOCOL_TLS_SERVER)
+        context.verify_mode = ssl.CERT_REQUIRED
+        return context
+
+    def client_context(self) -> ssl.SSLContext:
+        """For asking: the other end has to be the host whose name is given with the request."""
+        return self._context(ssl.PROTOCOL_TLS_CLIENT)
+
+    def _context(self, protocol: int) -> ssl.SSLContext:
+        key = self.directory / KEY_FILE
+        if read_private(key) is None or self.certificate is None:
+            raise StateConflict(
+                "this host has no certificate",
+                remedy="begin a cluster: semper host init; or join one: semper host join",
+            )
+        context = ssl.SSLContext(protocol)
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.load_cert_chain(self.directory / CERTIFICATE_FILE, key)
+        context.load_verify_locations(self.directory / AUTHORITY_FILE)
+        return context
+
+
+class Role(Enum):
+    """What a certificate stands for."""
+
+    HOST = "host"
+    INVITATION = "invitation"
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Who is at the other end of a connection."""
+
+    role: Role
+    host: str
+    serial: str
+    fingerprint: str
+
+
+def peer_of(connection: ssl.SSLObject | ssl.SSLSocket) -> Peer | None:
+    """The other end; None when it showed nothing that the authority gives out."""
+    raw = connection.getpeercert(binary_form=True)
+    described: Mapping[str, Any] | None = connection.getpeercert()
+    if not raw or not described:
+        return None
+    issued = Issued(x509.load_der_x509_certificate(raw))
+    for kind, name in described.get("subjectAltName", ()):
+        for role, prefix in ((Role.HOST, HOST_URI), (Role.INVITATION, INVITATION_URI)):
+            if kind == "URI" and name.startswith(prefix):
+                serial = serial_text(issued.certificate.serial_number)
+                return Peer(role, name.removeprefix(prefix), serial, issued.fingerprint)
+    return None

@@ -1,0 +1,70 @@
+"""Keys and certificates on disk: keys readable by their owner alone, written once and whole."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from sempervirt.core.errors import SempervirtError, Unavailable
+
+
+class KeyExposed(SempervirtError):
+    """A private key can be read by others than its owner: it is not used."""
+
+
+def write_private(path: Path, key: ec.EllipticCurvePrivateKey) -> None:
+    """Writes a key with mode 0600. Raises Unavailable."""
+    _write(path, private_pem(key), 0o600)
+
+
+def write_public(path: Path, text: str) -> None:
+    """Writes a certificate. Raises Unavailable."""
+    _write(path, text.encode(), 0o644)
+
+
+def read_private(path: Path) -> ec.EllipticCurvePrivateKey | None:
+    """The key at `path`, None when there is none. Raises KeyExposed, Unavailable."""
+    try:
+        mode = path.stat().st_mode
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise Unavailable(f"cannot read {path}: {error.strerror}") from error
+    if stat.S_IMODE(mode) & 0o077:
+        raise KeyExposed(
+            f"the key {path} can be read by others (mode {stat.S_IMODE(mode):04o})",
+            remedy="who may have read it? If nobody: chmod 600; otherwise make new certificates",
+        )
+    key = serialization.load_pem_private_key(content, None)
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise Unavailable(f"{path} holds a key of another kind")
+    return key
+
+
+def private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    """A key as PKCS #8."""
+    return key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
+
+
+def _write(path: Path, content: bytes, mode: int) -> None:
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        scratch.unlink(missing_ok=True)
+        descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    except OSError as error:
+        raise Unavailable(f"cannot write {path}: {error.strerror}") from error
