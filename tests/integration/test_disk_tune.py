@@ -437,7 +437,12 @@ async def started(
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
-        env={**os.environ, "SEMPERVIRT_STATE_DIR": str(config.state_dir), "TERM": "dumb"},
+        env={
+            **os.environ,
+            "SEMPERVIRT_STATE_DIR": str(config.state_dir),
+            "TMPDIR": str(config.state_dir.parent),
+            "TERM": "dumb",
+        },
     )
     try:
         yield process
@@ -540,3 +545,5 @@ async def test_however_it_ends_nothing_is_left_behind(
     assert names(memory) == []
     assert not (config.state_dir / "presets.json").exists()
     assert b"Traceback" not in err
+    if number is not signal.SIGKILL:  # which leaves the directory of the sockets
+        assert [name for name in names(config.state_dir.parent) if "semper-tune" in name] == []
