@@ -17,6 +17,7 @@ mod block_map;
 mod config;
 mod control;
 mod crash;
+mod crowd;
 mod device;
 mod dirty_log;
 mod eventfd;
