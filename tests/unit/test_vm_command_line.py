@@ -23,7 +23,6 @@ FEATURES = Features(
     disk_properties=frozenset({"num-queues", "queue-size"}),
     chardev_options=frozenset({"reconnect", "reconnect-ms"}),
     netdevs=frozenset({"user", "tap"}),
-    memfd=True,
     sandbox=True,
 )
 
@@ -40,7 +39,7 @@ qemu
 -cpu max
 -smp 2
 -m 512M
--object memory-backend-memfd,id=memory,size=512M,share=on
+-object memory-backend-file,id=memory,size=512M,share=on,mem-path=/proc/self/fd/9
 -action reboot=reset,panic=pause,shutdown=poweroff
 -chardev socket,id=monitor,path=/run/vm/web/qmp.sock,server=on,wait=off
 -mon chardev=monitor,mode=control
@@ -103,6 +102,7 @@ def command(
         files=files,
         disk_sockets=sockets,
         plans=usual | chosen,
+        memory_fd=9,
         block_devices={Path("/dev/sdz")},
     )
 
@@ -158,7 +158,6 @@ def test_what_is_optional_is_left_out_where_it_is_missing() -> None:
 @pytest.mark.parametrize(
     ("lacking", "message"),
     [
-        ({"memfd": False}, "memory-backend-memfd"),
         ({"disk_properties": frozenset()}, "vhost-user-blk-pci"),
         ({"chardev_options": frozenset({"path"})}, "cannot reconnect"),
         ({"netdevs": frozenset({"user"})}, "network of type tap"),
@@ -177,7 +176,9 @@ def test_a_machine_that_qemu_lacks() -> None:
 def test_commas_in_paths_are_doubled() -> None:
     files = VmFiles(Path("/run/a,b"))
     bare = spec(disks=[], nics=[])
-    argv = build(bare, FEATURES, qemu="q", accel="tcg", files=files, disk_sockets={}, plans={})
+    argv = build(
+        bare, FEATURES, qemu="q", accel="tcg", files=files, disk_sockets={}, plans={}, memory_fd=9
+    )
     assert any("path=/run/a,,b/qmp.sock," in arg for arg in argv)
 
 

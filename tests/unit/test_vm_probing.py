@@ -43,7 +43,6 @@ def test_answers_become_features() -> None:
             "machines": [{"name": "pc-q35-10.0", "alias": "q35"}, {"name": "none"}],
             "devices": [{"name": "pvpanic"}],
             "disk": [{"name": "num-queues", "type": "uint16"}],
-            "memfd": [{"name": "share"}],
             "blk": [{"name": "iothread-vq-mapping", "type": "any"}],
             "scsi": [{"name": "iothread"}],
             "schema": SCHEMA,
@@ -57,13 +56,11 @@ def test_answers_become_features() -> None:
     assert found.disk_properties == {"num-queues"}
     assert found.mapped_devices == {"virtio-blk"}
     assert found.aio == {"threads", "native"}
-    assert found.memfd
     assert found.sandbox
 
 
 def test_what_was_not_answered_is_not_there() -> None:
     found = judge({})
-    assert not found.memfd
     assert not found.sandbox
     assert found.disk_properties == found.netdevs == frozenset()
     assert found.version == "?.?.?"
@@ -74,7 +71,6 @@ async def test_the_installed_qemu_is_asked_once(tmp_path: Path) -> None:
     found = await features.probe(qemu, tmp_path)
     assert found.disk_properties >= {"num-queues", "queue-size", "chardev"}
     assert found.chardev_options & {"reconnect", "reconnect-ms"}
-    assert found.memfd
     assert "threads" in found.aio
     cache = only_file(tmp_path)
     before = cache.stat().st_mtime_ns

@@ -19,10 +19,12 @@ from sempervirt.vm.states import (
     QemuEvent,
     Refusal,
     Refuse,
+    Released,
     Request,
     Runstate,
     Silent,
     StatusTold,
+    SwitchProcess,
     Tick,
     VmEvent,
     VmState,
@@ -49,6 +51,8 @@ EVENTS: list[VmEvent] = [
     Ended(1, None),
     Ended(None, 9),
     Ended(None, None),
+    Released("running"),
+    Released("paused"),
     Tick(),
 ]
 
@@ -92,6 +96,11 @@ def checked(state: VmState, event: VmEvent, now: float) -> VmState:
     if state.run is Runstate.UNKNOWN and after.run in (Runstate.RUNNING, Runstate.PAUSED):
         told = isinstance(event, StatusTold | QemuEvent)
         assert told, "only QEMU itself leads out of unknown"
+    if SwitchProcess() in effects:
+        assert state.held is Request.RESTART, "who switches has prepared it"
+        assert not state.killed_because, "who is to end has no successor"
+    if state.held is not None and isinstance(event, Asked) and event.request is not Request.KILL:
+        assert after == state, "a held VM is changed by nobody else"
     if state.run is Runstate.UNKNOWN:
         assert not any(isinstance(effect, Execute) for effect in effects), "nothing blind"
     if after.run is Runstate.STOPPING:
@@ -175,3 +184,26 @@ def test_a_status_from_before_a_request_does_not_undo_it() -> None:
     state, _ = step(RUNNING, Asked(Request.PAUSE), 0)
     state, _ = step(state, StatusTold("running"), 0)
     assert step(state, Done(), 0)[0].run is Runstate.PAUSED
+
+
+def test_what_a_held_vm_tells_of_pauses_is_not_passed_on() -> None:
+    held = run((Asked(Request.RESTART), 0), (QemuEvent("STOP"), 0), (StatusTold("postmigrate"), 0))
+    assert (held.run, held.held) == (Runstate.RUNNING, Request.RESTART)
+    _, effects = step(held, Asked(Request.STOP, GRACE_S), 0)
+    assert effects == [
+        Refuse(Request.STOP, Refusal.CONFLICT, "the VM is busy with a restart of QEMU")
+    ]
+    assert run((Released("paused"), 0), state=held) == replace(RUNNING, run=Runstate.PAUSED)
+    assert run((Released("running"), 0), state=held) == RUNNING
+
+
+def test_only_a_vm_that_lives_is_switched() -> None:
+    held, _ = step(RUNNING, Asked(Request.RESTART), 0)
+    assert step(held, Asked(Request.SWITCH), 0)[1] == [SwitchProcess(), Accept(Request.SWITCH)]
+    killed, _ = step(held, Asked(Request.KILL), 0)
+    refused = step(killed, Asked(Request.SWITCH), 0)[1]
+    assert refused == [Refuse(Request.SWITCH, Refusal.CONFLICT, "killed on request")]
+    lost, _ = step(held, Silent("no answer"), 0)
+    assert isinstance(step(lost, Asked(Request.SWITCH), 0)[1][0], Refuse)
+    saving, _ = step(RUNNING, Asked(Request.SAVE), 0)
+    assert isinstance(step(saving, Asked(Request.SWITCH), 0)[1][0], Refuse)

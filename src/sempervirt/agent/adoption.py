@@ -9,6 +9,7 @@ backend, its guest stalls.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import re
 from dataclasses import replace
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from sempervirt.agent.config import AgentConfig
 from sempervirt.agent.record import VmRecord, read_vm_record
+from sempervirt.agent.resumption import settle_restart
 from sempervirt.agent.vm import Vm
 from sempervirt.agent.wiring import adopted_setups
 from sempervirt.core.errors import SempervirtError
@@ -55,6 +57,7 @@ async def _adopt(config: AgentConfig, record: VmRecord, path: Path) -> Vm:
     files = VmFiles(config.vm_run_dir(spec.name))
     if record.end is not None:
         return Vm(Machine.remember(spec, files, record.end), {}, record, path)
+    record = await settle_restart(config, record)
     identity = record.qemu or _find_qemu(files)
     record = replace(record, qemu=identity)
     runs = identity is not None and identity.is_alive()
@@ -65,6 +68,8 @@ async def _adopt(config: AgentConfig, record: VmRecord, path: Path) -> Vm:
         await _sweep_disks(config, record)
     machine = Machine.adopt(spec, files, identity, config.patience)
     machine.started = record.started
+    with contextlib.suppress(OSError):
+        record.write(path)
     log.info("adopt vm=%s pid=%s", spec.name, machine.pid)
     return Vm(machine, disks, record, path)
 

@@ -18,6 +18,7 @@ from sempervirt.agent.host import HostFacts, HostProbe
 from sempervirt.agent.lock import agent_lock
 from sempervirt.agent.planning import offer_of, plan_devices
 from sempervirt.agent.record import VmRecord
+from sempervirt.agent.restart import Program, Restarted, restart_qemu
 from sempervirt.agent.vm import Vm
 from sempervirt.agent.wiring import disk_setup, inspect_images, prepare_directories
 from sempervirt.core.errors import (
@@ -31,7 +32,7 @@ from sempervirt.core.errors import (
 from sempervirt.core.names import split_disk_name, suggest
 from sempervirt.disk.disk import Disk
 from sempervirt.disk.lifecycle import start_disk
-from sempervirt.vm import accel
+from sempervirt.vm import accel, features, memory
 from sempervirt.vm.command_line import build, disk_id
 from sempervirt.vm.files import VmFiles
 from sempervirt.vm.machine import Machine
@@ -140,6 +141,20 @@ class Agent:
         finally:
             self._starting.discard(spec.name)
 
+    async def restart_qemu(self, name: str, qemu: Path | None = None) -> Restarted:
+        """Moves a VM to a new QEMU process, by default of the installed program.
+
+        Raises as `restart.restart_qemu`; NotFound.
+        """
+        vm = self.vm(name)
+        if qemu is None:
+            facts = await self.host()
+            program = Program(facts.qemu, facts.features)
+        else:
+            cache = self.config.state_dir / "cache"
+            program = Program(str(qemu), await features.probe(str(qemu), cache))
+        return await restart_qemu(vm, program)
+
     async def forget_vm(self, name: str) -> None:
         """Drops a VM that has ended, with its logs. Raises NotFound, StateConflict."""
         vm = self.vm(name)
@@ -180,27 +195,29 @@ class Agent:
             for disk in spec.disks
             if disk.backend == "blkd"
         ]
-        argv = build(
-            spec,
-            facts.features,
-            qemu=facts.qemu,
-            accel=accelerator.kind,
-            files=files,
-            disk_sockets={setup.short_name: setup.files.socket for setup in setups},
-            plans=plans,
-            block_devices={volume.path for volume in volumes.values() if volume.block_device},
-        )
         record = VmRecord(spec, accelerator, time.time(), plans=plans)
-        self._write_first(record, record_path)
         disks: dict[str, Disk] = {}
-        try:
-            for setup in setups:
-                disks[setup.short_name] = await start_disk(setup)
-            machine = Machine.launch(spec, files, argv, self.config.patience)
-        except BaseException:
-            await asyncio.gather(*(disk.stop() for disk in disks.values()))
-            record_path.unlink(missing_ok=True)
-            raise
+        with memory.created(spec.memory) as memory_fd:
+            self._write_first(record, record_path)
+            try:
+                argv = build(
+                    spec,
+                    facts.features,
+                    qemu=facts.qemu,
+                    accel=accelerator.kind,
+                    files=files,
+                    disk_sockets={setup.short_name: setup.files.socket for setup in setups},
+                    plans=plans,
+                    memory_fd=memory_fd,
+                    block_devices={v.path for v in volumes.values() if v.block_device},
+                )
+                for setup in setups:
+                    disks[setup.short_name] = await start_disk(setup)
+                machine = Machine.launch(spec, files, argv, self.config.patience, memory_fd)
+            except BaseException:
+                await asyncio.gather(*(disk.stop() for disk in disks.values()))
+                record_path.unlink(missing_ok=True)
+                raise
         record = replace(record, qemu=machine.identity)
         # If this fails, the first record stands, and QEMU is found by its monitor's socket.
         with contextlib.suppress(OSError):

@@ -5,7 +5,12 @@
         "binding": {"map": [0, 0], "source": "…"}, "engine": {"value": "…", "source": "…"},
         "poll_us": 20 | null, "poll_source": "…"}, …},
      "qemu": {"pid": 4711, "start_ticks": 1, "boot_id": "…"} | null,
+     "restart": {"number": 2, "resume": true, "switched": false,
+                 "qemu": {"pid": 4712, …} | null} | null,
+     "number": 1,
      "end": {"run": "stopped", "reason": "…", "exit_code": 0, "signal": null} | null}
+
+`number` counts the QEMUs that this VM has had; `restart` is there while another one takes over.
 
 Neither `qemu` nor `end`: the agent ended between its intention and the start of QEMU.
 """
@@ -15,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -30,6 +36,19 @@ _PLANS = TypeAdapter(dict[str, DevicePlan])
 
 
 @dataclass(frozen=True)
+class RestartRecord:
+    """A QEMU that is to take over: its number, and whether the guest is to run on.
+
+    Once `switched` it is the VM, and the one before is to be dead before the guest runs on.
+    """
+
+    number: int
+    resume: bool
+    switched: bool = False
+    qemu: ProcessId | None = None
+
+
+@dataclass(frozen=True)
 class VmRecord:
     """The content of the record; `plans` is how the queues of each device were to be served."""
 
@@ -39,6 +58,8 @@ class VmRecord:
     qemu: ProcessId | None = None
     end: VmState | None = None
     plans: Mapping[str, DevicePlan] = field(default_factory=dict)
+    number: int = 1
+    restart: RestartRecord | None = None
 
     def write(self, path: Path) -> None:
         """Replaces the record at `path`."""
@@ -50,6 +71,8 @@ class VmRecord:
             "started": self.started,
             "plans": {name: asdict(plan) for name, plan in self.plans.items()},
             "qemu": asdict(self.qemu) if self.qemu else None,
+            "number": self.number,
+            "restart": asdict(self.restart) if self.restart else None,
             "end": end,
         }
         write_record(path, VERSION, content)
@@ -77,9 +100,18 @@ def read_vm_record(path: Path) -> VmRecord | None:
             qemu=content["qemu"] and ProcessId(**content["qemu"]),
             end=state,
             plans=_PLANS.validate_python(content.get("plans", {})),
+            number=int(content.get("number", 1)),
+            restart=_restart(content.get("restart")),
         )
     except (KeyError, TypeError, ValueError, ValidationError) as error:
         raise RecordDamaged(
             f"{path} is not the record of a VM: {error}",
             remedy="move the file away and end the VM's processes by hand",
         ) from error
+
+
+def _restart(content: dict[str, Any] | None) -> RestartRecord | None:
+    if content is None:
+        return None
+    qemu = content.pop("qemu")
+    return RestartRecord(**content, qemu=qemu and ProcessId(**qemu))

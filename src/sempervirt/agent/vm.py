@@ -133,6 +133,10 @@ class Vm:
                 await disk.detach()
         await self.machine.detach()
 
+    def write_record(self) -> None:
+        """Writes down what the next agent has to know. Raises OSError."""
+        self.record.write(self._record_path)
+
     async def _settle(self) -> None:
         """Frees the disks after QEMU's end, and writes the end down."""
         await self.machine.wait_ended()

@@ -40,8 +40,16 @@ class Features:
     aio: frozenset[str] = frozenset()
     chardev_options: frozenset[str] = frozenset()
     netdevs: frozenset[str] = frozenset()
-    memfd: bool = False
     sandbox: bool = False
+
+
+@dataclass(frozen=True)
+class Incoming:
+    """The state of another QEMU that this one is to take over: its machine, by its versioned
+    name.
+    """
+
+    machine: str
 
 
 def build(
@@ -53,25 +61,30 @@ def build(
     files: VmFiles,
     disk_sockets: Mapping[str, Path],
     plans: Mapping[str, DevicePlan],
+    memory_fd: int,
     block_devices: Collection[Path] = (),
+    incoming: Incoming | None = None,
 ) -> list[str]:
     """The argument vector. Raises Unavailable when this QEMU lacks something needed.
 
-    `plans` says how each device's queues are served, by QEMU's id: "disk-NAME", "net0", …;
+    `memory_fd` is the file with the guest's memory, inherited by QEMU; `plans` says how each
+    device's queues are served, by QEMU's id: "disk-NAME", "net0", …;
     `block_devices` are the images that are no files.
     """
-    _require(spec, features)
+    machine = incoming.machine if incoming else spec.machine
+    _require(spec, features, machine)
     size_mib = spec.memory >> 20
     argv = [qemu, "-name", f"guest={spec.name},debug-threads=on"]
     argv += ["-no-user-config", "-nodefaults", "-display", "none", "-msg", "timestamp=on"]
     if features.sandbox:
         argv += ["-sandbox", SANDBOX]
-    argv += ["-machine", f"{spec.machine},memory-backend=memory"]
+    argv += ["-machine", f"{machine},memory-backend=memory"]
     argv += ["-accel", "tcg,thread=multi" if accel == "tcg" else accel]
     argv += ["-cpu", spec.cpu or ("host" if accel == "kvm" else "max")]
     argv += ["-smp", str(spec.vcpus), "-m", f"{size_mib}M"]
     # Shared, because the backends read and write the guest's memory directly.
-    argv += ["-object", f"memory-backend-memfd,id=memory,size={size_mib}M,share=on"]
+    memory = f"memory-backend-file,id=memory,size={size_mib}M,share=on"
+    argv += ["-object", f"{memory},mem-path=/proc/self/fd/{memory_fd}"]
     panic = "pause" if spec.on_crash == "pause" else "shutdown"
     reboot = "reset" if spec.on_reboot == "reset" else "shutdown"
     argv += ["-action", f"reboot={reboot},panic={panic},shutdown=poweroff"]
@@ -93,22 +106,20 @@ def build(
         argv += ["-device", "virtio-rng-pci"]
     if "pvpanic" in features.devices:
         argv += ["-device", "pvpanic"]
+    if incoming is not None:
+        argv += ["-S", "-incoming", "defer"]
     return argv
 
 
-def _require(spec: VmSpec, features: Features) -> None:
+def _require(spec: VmSpec, features: Features, machine: str) -> None:
     remedy = "install a QEMU that has it"
-    if not features.memfd:
-        raise Unavailable("this QEMU has no memory-backend-memfd", remedy=remedy)
     served = any(disk.backend == "blkd" for disk in spec.disks)
     if served and not features.disk_properties:
         raise Unavailable("this QEMU has no device vhost-user-blk-pci", remedy=remedy)
     if served and not features.chardev_options & {"reconnect-ms", "reconnect"}:
         raise Unavailable("this QEMU cannot reconnect a socket", remedy=remedy)
-    if features.machines and spec.machine not in features.machines:
-        raise InvalidRequest(
-            f'this QEMU has no machine "{spec.machine}"', remedy='choose "q35" or "pc"'
-        )
+    if features.machines and machine not in features.machines:
+        raise InvalidRequest(f'this QEMU has no machine "{machine}"', remedy='choose "q35" or "pc"')
     for nic in spec.nics:
         if nic.type not in features.netdevs:
             raise Unavailable(f"this QEMU has no network of type {nic.type}", remedy=remedy)

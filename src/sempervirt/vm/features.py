@@ -23,7 +23,7 @@ from sempervirt.vm.qmp import Monitor
 
 DEADLINE_S = 20.0
 RETRY_S = 0.02
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 
 QUESTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "version": ("query-version", {}),
@@ -32,7 +32,6 @@ QUESTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "disk": ("device-list-properties", {"typename": "vhost-user-blk-pci"}),
     "blk": ("device-list-properties", {"typename": "virtio-blk-pci"}),
     "scsi": ("device-list-properties", {"typename": "virtio-scsi-pci"}),
-    "memfd": ("qom-list-properties", {"typename": "memory-backend-memfd"}),
     "schema": ("query-qmp-schema", {}),
 }
 
@@ -87,7 +86,6 @@ def judge(answers: Mapping[str, Any]) -> Features:
         aio=frozenset(_enumeration_with(schema, "threads", "native")),
         chardev_options=frozenset(_members_beside(schema, "logappend")),
         netdevs=frozenset(_netdev_types(schema)),
-        memfd="memfd" in answers,
         sandbox=bool(answers.get("sandbox")),
     )
 

@@ -48,6 +48,14 @@ class Link:
         timeout_s = self._patience.command_s
         return await self._monitor.execute(command, arguments, timeout_s=timeout_s)
 
+    async def wait_connected(self, timeout_s: float) -> None:
+        """Waits until commands can be sent. Raises Unavailable."""
+        await self._changes.wait_until(
+            lambda: self._monitor is not None,
+            timeout_s=timeout_s,
+            what=f"the monitor of {self._name}",
+        )
+
     async def wait_disconnected(self, timeout_s: float) -> None:
         """Waits until all that an ending QEMU told was passed on. Raises Unavailable."""
         await self._changes.wait_until(
@@ -61,6 +69,7 @@ class Link:
             self._monitor = await self._connect(patience_s)
             patience_s = 0.0
             if self._monitor is not None:
+                self._changes.notify()
                 await self._follow(self._monitor)
             await asyncio.sleep(RETRY_MAX_S)
 

@@ -12,7 +12,8 @@ import contextlib
 import logging
 import signal
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
 from typing import Any
 
 from sempervirt.core.errors import OutcomeUnknown, SempervirtError, StateConflict, Unavailable
@@ -35,14 +36,17 @@ from sempervirt.vm.states import (
     NotDone,
     Refusal,
     Refuse,
+    Released,
     Request,
     Runstate,
     Silent,
+    SwitchProcess,
     Tick,
     VmEffect,
     VmEvent,
     VmState,
 )
+from sempervirt.vm.successor import Successor
 
 log = logging.getLogger(__name__)
 
@@ -72,16 +76,35 @@ class Machine:
         self._pending: Reply | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._link = Link(files.monitor, spec.name, patience, self._post)
+        self._patience = patience
         self._tasks: set[asyncio.Task[None]] = set()
         self._linking: asyncio.Task[None] | None = None
+        self._successor: Successor | None = None
+        self._era = 0
 
     @classmethod
     def launch(
-        cls, spec: VmSpec, files: VmFiles, argv: Sequence[str], patience: Patience
+        cls, spec: VmSpec, files: VmFiles, argv: Sequence[str], patience: Patience, memory_fd: int
     ) -> Machine:
         """Starts QEMU. Raises CommandFailed when the program cannot be started."""
         machine = cls(spec, files, patience)
-        machine._watch(process.spawn(argv, log=files.log, on_exit=machine._exited))
+        started = process.spawn(
+            argv, log=files.log, on_exit=machine._exits(), pass_fds=(memory_fd,)
+        )
+        machine._watch(started)
+        return machine
+
+    @classmethod
+    def inherit(
+        cls, spec: VmSpec, files: VmFiles, successor: Successor, patience: Patience
+    ) -> Machine:
+        """Becomes the owner of a QEMU that holds a state and waits. It is `linked` later."""
+        machine = cls(spec, files, patience)
+        machine._state = VmState(run=Runstate.UNKNOWN, why="it takes over, and was not asked yet")
+        machine._process = successor.process
+        machine._keep(machine._own(), "owner")
+        machine._keep(machine._bound_logs(), "logs")
+        successor.bequeath(machine._exits())
         return machine
 
     @classmethod
@@ -91,7 +114,7 @@ class Machine:
         """Takes over a QEMU that an earlier agent started, also one that has ended since."""
         machine = cls(spec, files, patience)
         machine._state = VmState(run=Runstate.UNKNOWN, why="adopted, and not asked yet")
-        adopted = identity and process.adopt(identity, machine._exited)
+        adopted = identity and process.adopt(identity, machine._exits())
         if adopted:
             machine._watch(adopted)
         else:
@@ -173,6 +196,55 @@ class Machine:
         """A monitor command that does not change the runstate. Raises as `qmp.Monitor` does."""
         return await self._link.execute(command, arguments)
 
+    # Work that takes several steps
+
+    async def hold(self, request: Request) -> None:
+        """Keeps others from changing the VM until `release`. Raises StateConflict."""
+        await self._ask(Asked(request))
+
+    def release(self, status: str) -> None:
+        """Ends `hold`; `status` is what QEMU says that it does."""
+        self._post(Released(status))
+
+    @property
+    def held(self) -> bool:
+        """Whether the VM is still there for the work that it is held for."""
+        state = self._state
+        return state.held is not None and not state.killed_because and not state.run.is_end
+
+    async def switch(self, successor: Successor) -> Process:
+        """Kills QEMU; from now on `successor` is the VM. Gives the killed process.
+
+        Raises StateConflict when the VM has ended, or is to end: nothing was done then.
+        """
+        before = self._process
+        assert before is not None
+        self._successor = successor
+        try:
+            await self._ask(Asked(Request.SWITCH))
+        finally:
+            self._successor = None
+        return before
+
+    async def link(self) -> None:
+        """Connects to the monitor of the QEMU that took over. Raises Unavailable."""
+        if self.run.is_end:
+            return
+        self._link = Link(self.files.monitor, self.name, self._patience, self._post)
+        self._linking = self._keep(self._link.run(), "monitor")
+        await self._link.wait_connected(self._patience.connect_s)
+
+    def _switch(self) -> None:
+        before, successor = self._process, self._successor
+        assert before is not None
+        assert successor is not None
+        self._process = successor.process
+        successor.bequeath(self._exits())
+        before.send_signal(signal.SIGKILL)
+        if self._linking is not None:
+            self._linking.cancel()
+            self._linking = None
+
     async def detach(self) -> None:
         """Leaves QEMU running, for another agent to adopt; or ends the tasks after its end."""
         if self._timer is not None:
@@ -232,6 +304,8 @@ class Machine:
             case KillProcess():
                 if self._process is not None:
                     self._process.send_signal(signal.SIGKILL)
+            case SwitchProcess():
+                self._switch()
             case Accept():
                 self._answer(reply, None)
             case Refuse():
@@ -288,8 +362,14 @@ class Machine:
             loop = asyncio.get_running_loop()
             self._timer = loop.call_at(self._state.deadline, self._post, Tick())
 
-    def _exited(self, end: Exit) -> None:
-        self._keep(self._finish(end), "end")
+    def _exits(self) -> Callable[[Exit], None]:
+        """What is told of the end of this machine's QEMU, until another one has followed it."""
+        self._era += 1
+        return partial(self._exited, self._era)
+
+    def _exited(self, era: int, end: Exit) -> None:
+        if era == self._era:
+            self._keep(self._finish(end), "end")
 
     async def _finish(self, end: Exit) -> None:
         with contextlib.suppress(Unavailable):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,14 @@ class Monitor:
         except (QMPError, OSError, EOFError) as error:
             raise OutcomeUnknown(f"the monitor was lost during {command}: {error}") from error
 
+    def execute_within(self, timeout_s: float) -> Callable[..., Awaitable[Any]]:
+        """`execute` with a deadline for each command."""
+
+        async def execute(command: str, arguments: Mapping[str, Any] | None = None) -> Any:
+            return await self.execute(command, arguments, timeout_s=timeout_s)
+
+        return execute
+
     async def query_status(self, timeout_s: float) -> str:
         """QEMU's own runstate, for example "running" or "paused"."""
         answer = await self.execute("query-status", timeout_s=timeout_s)
@@ -77,16 +85,16 @@ class Monitor:
     async def follow(self, on_event: OnEvent) -> None:
         """Passes events on until the connection ends, then returns."""
         ended = asyncio.create_task(self._wait_ended())
+        event: asyncio.Future[Any] = ended
         try:
             while not ended.done():
                 event = asyncio.ensure_future(self._client.events.get())
                 await asyncio.wait((event, ended), return_when=asyncio.FIRST_COMPLETED)
                 if event.done():
                     message = event.result()
-                    on_event(str(message["event"]), message.get("data", {}))  # type: ignore[arg-type]
-                else:
-                    event.cancel()
+                    on_event(str(message["event"]), message.get("data", {}))
         finally:
+            event.cancel()
             ended.cancel()
 
     async def _wait_ended(self) -> None:

@@ -21,6 +21,10 @@
 - UNKNOWN: a command was sent and not answered, or the monitor ended while the process lives.
   QEMU may still write to the disks. Nothing but asking again (which goes on by itself) or
   `kill` leads out of it.
+- RUNNING and PAUSED can be *held*, by a restart of QEMU or a save: work of many steps, each of
+  which may pause the guest and let it go on. Meanwhile other requests are refused, and what QEMU
+  tells of pauses is not passed on. `switch` is the one step of it that cannot be undone: this
+  QEMU is killed, and another, which has taken over its state, is the VM from then on.
 - `kill` works in every state. It is the fence: once the process is seen to have ended, the
   VM's disks are free.
 """
@@ -41,11 +45,13 @@ from sempervirt.vm.states import (
     QemuEvent,
     Refusal,
     Refuse,
+    Released,
     Request,
     Runstate,
     Silent,
     StatusTold,
     Step,
+    SwitchProcess,
     Tick,
     VmEffect,
     VmEvent,
@@ -54,6 +60,8 @@ from sempervirt.vm.states import (
 
 QUIT_DEADLINE_S = 10.0
 ASKED = "asked to power off"
+
+_BUSY = {Request.RESTART: "a restart of QEMU", Request.SAVE: "a save"}
 
 # What QEMU's own runstates mean here; the others (migration, say) hold the guest still.
 _FROM_QEMU = {
@@ -78,16 +86,15 @@ def step(state: VmState, event: VmEvent, now: float) -> Step:
         case Done():
             return _done(state)
         case NotDone(reason):
-            if state.pending is None:
-                return state, []
-            refuse = Refuse(state.pending, Refusal.NOT_DONE, reason)
-            return replace(state, pending=None), [refuse]
+            return _not_done(state, reason)
         case Silent(reason):
             return _silent(state, reason)
         case StatusTold(status):
             return _status_told(state, status), []
         case QemuEvent(name, cause):
             return _qemu_event(state, name, cause, now), []
+        case Released(status):
+            return _released(state, status), []
         case Ended(exit_code, signal):
             return _ended(state, exit_code, signal)
         case Tick():
@@ -104,9 +111,13 @@ def _asked(state: VmState, request: Request, grace_s: float, now: float) -> Step
     if state.run is Runstate.UNKNOWN:
         reason = f"the VM's state is unknown ({state.why})"
         return state, [Refuse(request, Refusal.CONFLICT, reason)]
-    if state.pending is not None:
-        return state, [_conflict(request, f"the VM is busy with {state.pending.value}")]
+    if request is Request.SWITCH:
+        return _switch(state)
+    if (busy := state.pending or state.held) is not None:
+        return state, [_conflict(request, f"the VM is busy with {_BUSY.get(busy, busy.value)}")]
     match request, state.run:
+        case ((Request.RESTART | Request.SAVE), (Runstate.RUNNING | Runstate.PAUSED)):
+            return replace(state, held=request), [Accept(request)]
         case (Request.PAUSE, Runstate.PAUSED) | (Request.RESUME, Runstate.RUNNING):
             return state, [Accept(request)]
         case Request.PAUSE, Runstate.RUNNING:
@@ -122,6 +133,14 @@ def _asked(state: VmState, request: Request, grace_s: float, now: float) -> Step
             return state, [_conflict(request, f"the VM is {state.run.value}")]
 
 
+def _switch(state: VmState) -> Step:
+    live = state.run in (Runstate.RUNNING, Runstate.PAUSED)
+    if state.held is not Request.RESTART or not live or state.killed_because:
+        reason = state.killed_because or f"the VM is {state.run.value}"
+        return state, [_conflict(Request.SWITCH, reason)]
+    return state, [SwitchProcess(), Accept(Request.SWITCH)]
+
+
 def _done(state: VmState) -> Step:
     if state.pending is None:
         return state, []
@@ -132,17 +151,30 @@ def _done(state: VmState) -> Step:
     return replace(state, run=run, why="", pending=None), accept
 
 
+def _not_done(state: VmState, reason: str) -> Step:
+    if state.pending is None:
+        return state, []
+    return replace(state, pending=None), [Refuse(state.pending, Refusal.NOT_DONE, reason)]
+
+
+def _released(state: VmState, status: str) -> VmState:
+    if state.held is None:  # it became unknown meanwhile: only asking leads out of that
+        return state
+    return _status_told(replace(state, held=None), status)
+
+
 def _silent(state: VmState, reason: str) -> Step:
     effects: list[VmEffect] = []
     if state.pending is not None:
         effects.append(Refuse(state.pending, Refusal.UNKNOWN, reason))
     if state.run is Runstate.STOPPING:  # it may be on its way out; the deadline decides
         return replace(state, pending=None), effects
-    return replace(state, run=Runstate.UNKNOWN, why=reason, pending=None), effects
+    unknown = replace(state, run=Runstate.UNKNOWN, why=reason, pending=None, held=None)
+    return unknown, effects
 
 
 def _status_told(state: VmState, status: str) -> VmState:
-    if state.run is Runstate.STOPPING or state.pending is not None:
+    if state.run is Runstate.STOPPING or state.pending is not None or state.held is not None:
         return state
     run = _FROM_QEMU.get(status, Runstate.PAUSED)
     if run is state.run:
@@ -151,7 +183,7 @@ def _status_told(state: VmState, status: str) -> VmState:
 
 
 def _qemu_event(state: VmState, name: str, cause: str, now: float) -> VmState:
-    live = state.run in (Runstate.RUNNING, Runstate.PAUSED)
+    live = state.run in (Runstate.RUNNING, Runstate.PAUSED) and state.held is None
     match name:
         case "STOP" if live and state.pending is None:
             return replace(state, run=Runstate.PAUSED)
@@ -180,7 +212,8 @@ def _ended(state: VmState, exit_code: int | None, signal: int | None) -> Step:
     if state.pending is not None:
         effects.append(Refuse(state.pending, Refusal.NOT_DONE, f"the VM ended: {reason}"))
     end = End(reason, exit_code, signal)
-    return replace(state, run=run, why=reason, pending=None, deadline=None, end=end), effects
+    ended = replace(state, run=run, why=reason, pending=None, held=None, deadline=None, end=end)
+    return ended, effects
 
 
 def _judge_end(state: VmState, exit_code: int | None, signal: int | None) -> tuple[Runstate, str]:

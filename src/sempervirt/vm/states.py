@@ -34,6 +34,14 @@ class Request(Enum):
     RESUME = "resume"
     STOP = "stop"
     KILL = "kill"
+    RESTART = "restart QEMU of"
+    SAVE = "save"
+    SWITCH = "switch"
+
+    @property
+    def holds(self) -> bool:
+        """Whether it is work of several steps, during which nothing else is done to the VM."""
+        return self in (Request.RESTART, Request.SAVE)
 
 
 @dataclass(frozen=True)
@@ -47,11 +55,16 @@ class End:
 
 @dataclass(frozen=True)
 class VmState:
-    """Everything that a decision depends on."""
+    """Everything that a decision depends on.
+
+    `pending` waits for QEMU's answer; `held` is work on the whole VM that somebody else does
+    and ends with `Released`.
+    """
 
     run: Runstate = Runstate.STARTING
     why: str = ""
     pending: Request | None = None
+    held: Request | None = None
     deadline: float | None = None
     told_to_quit: bool = False
     killed_because: str = ""
@@ -114,11 +127,18 @@ class Ended:
 
 
 @dataclass(frozen=True)
+class Released:
+    """The work that held the VM is over, and QEMU told its runstate."""
+
+    status: str
+
+
+@dataclass(frozen=True)
 class Tick:
     """Time passed."""
 
 
-VmEvent = Asked | Done | NotDone | Silent | StatusTold | QemuEvent | Ended | Tick
+VmEvent = Asked | Done | NotDone | Silent | StatusTold | QemuEvent | Ended | Released | Tick
 
 # Effects
 
@@ -133,6 +153,11 @@ class Execute:
 @dataclass(frozen=True)
 class KillProcess:
     """SIGKILL to QEMU."""
+
+
+@dataclass(frozen=True)
+class SwitchProcess:
+    """SIGKILL to this QEMU; from now on the other one, which waits, is the VM."""
 
 
 @dataclass(frozen=True)
@@ -159,5 +184,5 @@ class Refuse:
     reason: str
 
 
-VmEffect = Execute | KillProcess | Accept | Refuse
+VmEffect = Execute | KillProcess | SwitchProcess | Accept | Refuse
 Step = tuple[VmState, list[VmEffect]]
