@@ -20,6 +20,8 @@ from sempervirt.api.schemas import (
     JoinView,
     LogView,
     MapView,
+    QemuRestartView,
+    RestartQemuRequest,
     StopRequest,
     ThreadsRequest,
     UpgradeRequest,
@@ -129,6 +131,13 @@ class Client:
         """Ends QEMU at once."""
         answer = await self._call("POST", f"/vms/{name}/kill", timeout_s=WORK_TIMEOUT_S)
         return VmView.model_validate(answer)
+
+    async def restart_qemu(self, name: str, qemu: Path | None) -> QemuRestartView:
+        """Moves a VM to a new QEMU process."""
+        body = RestartQemuRequest(qemu=qemu).model_dump(mode="json")
+        path = f"/vms/{name}/restart-qemu"
+        answer = await self._call("POST", path, body=body, timeout_s=WORK_TIMEOUT_S)
+        return QemuRestartView.model_validate(answer)
 
     async def forget_vm(self, name: str) -> None:
         """Drops a VM that has ended."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from dataclasses import asdict
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query, Request, status
@@ -20,6 +21,8 @@ from sempervirt.api.schemas import (
     JoinView,
     LogView,
     MapView,
+    QemuRestartView,
+    RestartQemuRequest,
     StopRequest,
     ThreadsRequest,
     UpgradeRequest,
@@ -126,6 +129,13 @@ async def kill_vm(vm: VmHere) -> VmView:
     """Ends QEMU at once; answers when the VM's disks are free."""
     await vm.kill()
     return vm_view(vm)
+
+
+@router.post("/vms/{name}/restart-qemu", tags=["vm"])
+async def restart_qemu(agent: AgentHere, name: str, request: RestartQemuRequest) -> QemuRestartView:
+    """Moves a running VM to a new QEMU process; answers when that one runs the guest."""
+    done = await agent.restart_qemu(name, request.qemu)
+    return QemuRestartView(vm=name, **asdict(done))
 
 
 @router.get("/vms/{name}/logs", tags=["vm"])

@@ -221,6 +221,24 @@ class StopRequest(BaseModel):
     grace_s: float = Field(default=60.0, ge=0, le=3600)
 
 
+class RestartQemuRequest(BaseModel):
+    """The QEMU to move to; by default the installed one."""
+
+    qemu: Path | None = None
+
+
+class QemuRestartView(BaseModel):
+    """A VM that has moved to another QEMU process."""
+
+    vm: str
+    qemu: Path
+    version: str
+    pid: int
+    machine: str = Field(description="the type of machine, which stays what it was")
+    blackout_ms: float = Field(description="how long the guest stood still")
+    total_ms: float
+
+
 class UpgradeRequest(BaseModel):
     """The binary to serve from; by default the installed one."""
 
