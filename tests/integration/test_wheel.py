@@ -18,6 +18,7 @@ VERSIONS = (
     ("semperd", "--version"),
     ("semper-blkd", "--version"),
     ("semper-load", "--version"),
+    ("semper-wired", "--version"),
     ("semper-probe", "--version"),
 )
 

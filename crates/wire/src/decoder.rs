@@ -235,10 +235,9 @@ impl<D: Disks> Decoder<D> {
         Some(Decoded { charge: charge(bytes.len()), bytes })
     }
 
-    /// The source was told that this much, in all, is no longer under way; the CREDIT for it.
-    pub fn grant(&mut self, total: u64) -> Vec<u8> {
+    /// The source is told (by a CREDIT) that this much, in all, is no longer under way.
+    pub fn grant(&mut self, total: u64) {
         self.granted = total.min(self.received);
-        format::number(Kind::Credit, self.granted)
     }
 
     /// The whole stream came out.

@@ -201,6 +201,11 @@ pub fn done(stream_len: u64) -> Vec<u8> {
     number(Kind::Done, stream_len)
 }
 
+/// CREDIT: QEMU has taken batches of this charge, in all.
+pub fn credit(total: u64) -> Vec<u8> {
+    number(Kind::Credit, total)
+}
+
 /// RETURN: at most [`MAX_RETURN`] bytes of the return path.
 pub fn return_path(bytes: &[u8]) -> Vec<u8> {
     debug_assert!(bytes.len() <= MAX_RETURN);

@@ -6,7 +6,7 @@ use std::rc::Rc;
 
 use crate::decoder::{Decoder, Disks, Judged};
 use crate::encoder::{Counters, Encoder, EncoderOptions};
-use crate::format::{FRAME_HEADER, Frame, Kind, end, first_frame, parse_number};
+use crate::format::{FRAME_HEADER, Frame, Kind, credit, end, first_frame, parse_number};
 use crate::index::{BlockRef, PageIndex};
 use crate::ledger::{Ledger, Window};
 use crate::{PAGE_SIZE, Page, WireError};
@@ -251,7 +251,8 @@ impl<I: PageIndex, D: Disks> Pair<I, D> {
             self.carried.bytes.extend_from_slice(&piece.bytes);
             self.credit += piece.charge;
         }
-        let credit = self.decoder.grant(self.credit);
+        self.decoder.grant(self.credit);
+        let credit = credit(self.credit);
         self.window.credit(parse_number(&credit[FRAME_HEADER..])?)?;
         Ok(true)
     }

@@ -1,0 +1,56 @@
+//! `semper-wired`: the two ends of a migration. The format and the state machines are in
+//! `semper_wire`; here are sockets, TLS, disks and threads.
+//!
+//! ```text
+//!   source QEMU ──unix──► semper-wired source ══TLS══► semper-wired destination ──unix──► QEMU
+//!               ◄────────────── return path ─────────────────────────────────────────────
+//! ```
+//!
+//! Each process carries one migration and ends. Exit status: 0 all of the stream was delivered, 1
+//! it was not, 2 usage. What a broken connection means to a migration stays QEMU's business: either
+//! end that fails closes its QEMU's socket, and that QEMU sees what it would see without us.
+//!
+//! The program is [`main`]; a library only so that tests reach its parts.
+
+mod args;
+mod channel;
+mod control;
+mod destination;
+mod disks;
+mod failure;
+mod indexing;
+mod progress;
+mod source;
+mod tls;
+
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use clap::Parser;
+
+use crate::args::{Args, Command};
+use crate::progress::Progress;
+
+/// The whole program, from its command line to its exit status.
+pub fn main() -> ExitCode {
+    let args = Args::parse();
+    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info"))
+        .format(|out, record| {
+            use std::io::Write;
+            let stamp = out.timestamp_millis();
+            writeln!(out, "{stamp} {} wired: {}", record.level(), record.args())
+        })
+        .init();
+    let progress = Arc::new(Progress::new(args.command.name()));
+    let result = match &args.command {
+        Command::Source(source) => source::run(source, &progress),
+        Command::Destination(destination) => destination::run(destination, &progress),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprintln!("semper-wired: error: {failure}");
+            ExitCode::from(failure.exit_code())
+        }
+    }
+}

@@ -1,0 +1,7 @@
+//! `semper-wired`: the program. Everything is in the library of the same name.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    semper_wired::main()
+}

@@ -1,0 +1,331 @@
+//! Both ends as processes, over TLS on the loopback, between two sockets that play QEMU.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::Shutdown;
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair};
+use semper_wire::synthetic::{Stream, noise, prose};
+use serde_json::Value;
+use tempfile::TempDir;
+
+const BLOCKS: u64 = 2048;
+const DEADLINE: Duration = Duration::from_secs(60);
+
+/// A directory with certificates, a disk and sockets.
+struct Place(TempDir);
+
+impl Place {
+    fn new() -> Self {
+        let place = Self(tempfile::Builder::new().prefix("sv-").tempdir_in("/tmp").unwrap());
+        place.authority("ca", &["src", "dst"]);
+        let disk: Vec<u8> = (0..BLOCKS).flat_map(noise).collect();
+        fs::write(place.path("disk"), disk).unwrap();
+        place
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.0.path().join(name).to_str().unwrap().to_owned()
+    }
+
+    fn authority(&self, name: &str, hosts: &[&str]) {
+        let mut params = CertificateParams::new(vec![]).unwrap();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let issuer_key = KeyPair::generate().unwrap();
+        let issuer = params.self_signed(&issuer_key).unwrap();
+        fs::write(self.path(&format!("{name}.pem")), issuer.pem()).unwrap();
+        for host in hosts {
+            let key = KeyPair::generate().unwrap();
+            let params = CertificateParams::new(vec![(*host).to_owned()]).unwrap();
+            let certificate = params.signed_by(&key, &issuer, &issuer_key).unwrap();
+            fs::write(self.path(&format!("{host}.pem")), certificate.pem()).unwrap();
+            fs::write(self.path(&format!("{host}.key")), key.serialize_pem()).unwrap();
+        }
+    }
+
+    fn end(&self, kind: &str, own: &str, peer: &str) -> Command {
+        self.end_of("m-1", kind, own, peer)
+    }
+
+    fn end_of(&self, migration: &str, kind: &str, own: &str, peer: &str) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_semper-wired"));
+        command.arg(kind);
+        command.args([format!("--migration={migration}"), format!("--peer-name={peer}")]);
+        command.args([
+            format!("--ca={}", self.path("ca.pem")),
+            format!("--cert={}", self.path(&format!("{own}.pem"))),
+            format!("--key={}", self.path(&format!("{own}.key"))),
+            format!("--control-socket={}", self.path(&format!("{kind}.control"))),
+            format!("--qemu-socket={}", self.path(&format!("{kind}.qemu"))),
+        ]);
+        command.stderr(Stdio::piped());
+        command
+    }
+
+    fn destination(&self, disk: &str) -> End {
+        let mut command = self.end("destination", "dst", "src");
+        command.args(["--listen=127.0.0.1:0", &format!("--disk=root={}", self.path(disk))]);
+        End::start(command, self.path("destination.control"))
+    }
+
+    fn source(&self, destination: &End) -> End {
+        let mut command = self.end("source", "src", "dst");
+        command.arg(format!("--connect={}", destination.address()));
+        command.arg(format!("--disk=root={}", self.path("disk")));
+        End::start(command, self.path("source.control"))
+    }
+
+    /// Both ends, and the sockets that QEMU would have.
+    fn pair(&self, disk: &str) -> (End, End, UnixStream, UnixStream) {
+        let incoming = UnixListener::bind(self.path("destination.qemu")).unwrap();
+        let destination = self.destination(disk);
+        let source = self.source(&destination);
+        source.wait_state("ready");
+        let outgoing = UnixStream::connect(self.path("source.qemu")).unwrap();
+        let (incoming, _) = incoming.accept().unwrap();
+        incoming.set_read_timeout(Some(DEADLINE)).unwrap();
+        (source, destination, outgoing, incoming)
+    }
+}
+
+/// A process; killed at the end.
+struct End {
+    process: Child,
+    control: String,
+}
+
+impl Drop for End {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+/// Waits for a condition.
+fn wait<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + DEADLINE;
+    loop {
+        if let Some(value) = condition() {
+            return value;
+        }
+        assert!(Instant::now() < deadline, "not in time: {what}");
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+impl End {
+    fn start(mut command: Command, control: String) -> Self {
+        Self { process: command.spawn().unwrap(), control }
+    }
+
+    fn status(&self) -> Option<Value> {
+        let mut socket = UnixStream::connect(Path::new(&self.control)).ok()?;
+        socket.write_all(b"{\"id\":1,\"cmd\":\"status\"}\n").ok()?;
+        let mut line = String::new();
+        BufReader::new(socket).read_line(&mut line).ok()?;
+        Some(serde_json::from_str::<Value>(&line).ok()?["ok"].take())
+    }
+
+    fn wait_state(&self, state: &str) -> Value {
+        wait(state, || self.status().filter(|status| status["state"] == state))
+    }
+
+    fn address(&self) -> String {
+        wait("address", || Some(self.status()?["address"].as_str()?.to_owned()))
+    }
+
+    fn wait_end(&mut self) -> (ExitStatus, String) {
+        let status = wait("exit", || self.process.try_wait().unwrap());
+        let mut said = String::new();
+        self.process.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+        (status, said)
+    }
+
+    /// The last line of status that it logged.
+    fn wait_success(&mut self) -> Value {
+        let (status, said) = self.wait_end();
+        assert!(status.success(), "{said}");
+        let line = said.lines().rev().find_map(|line| line.split_once("status="));
+        serde_json::from_str(line.unwrap().1).unwrap()
+    }
+}
+
+fn stream() -> Vec<u8> {
+    let mut stream = Stream::begin(1 << 16);
+    stream.part();
+    for round in 0..4 {
+        (0..2000).for_each(|number| stream.zero(number));
+        (0..1000).for_each(|number| stream.page(5000 + number, &noise(number + 100 * round)));
+        (0..200).for_each(|number| stream.page(9000 + number, &prose(number + 77 * round)));
+        stream.end_part();
+        stream.part();
+    }
+    stream.finish()
+}
+
+/// Sends a stream as QEMU would; what arrived, and the figures of both ends.
+fn carry(place: &Place, disk: &str) -> (Vec<u8>, Value, Value) {
+    let (mut source, mut destination, mut outgoing, mut incoming) = place.pair(disk);
+    let writer = thread::spawn(move || {
+        outgoing.write_all(&stream()).unwrap();
+        // The return path: what the destination's QEMU says arrives here.
+        let mut said = [0; 5];
+        outgoing.read_exact(&mut said).unwrap();
+        assert_eq!(&said, b"shut!");
+    });
+    let mut arrived = vec![0; stream().len()];
+    incoming.read_exact(&mut arrived).unwrap();
+    incoming.write_all(b"shut!").unwrap();
+    writer.join().unwrap();
+    assert_eq!(incoming.read(&mut [0]).unwrap(), 0, "more than was sent");
+    drop(incoming);
+    (arrived, source.wait_success(), destination.wait_success())
+}
+
+#[test]
+fn a_stream_arrives_as_it_was_sent() {
+    let place = Place::new();
+    let (arrived, source, destination) = carry(&place, "disk");
+    assert!(arrived == stream());
+    assert_eq!(source["stream_bytes"], arrived.len());
+    assert_eq!((&source["references"], &source["mismatches"]), (&4000.into(), &0.into()));
+    assert_eq!(destination["references"], 4000);
+    let wire = source["wire_bytes_sent"].as_u64().unwrap();
+    assert!(wire * 8 < arrived.len() as u64, "{wire} of {}", arrived.len());
+}
+
+#[test]
+fn another_disk_under_the_same_name_costs_time_and_nothing_else() {
+    let place = Place::new();
+    let other: Vec<u8> = (0..BLOCKS).flat_map(|n| noise(n + (n % 3) * 10_000)).collect();
+    fs::write(place.path("other"), other).unwrap();
+    let (arrived, source, destination) = carry(&place, "other");
+    assert!(arrived == stream());
+    let mismatches = source["mismatches"].as_u64().unwrap();
+    assert!(mismatches > 50, "{mismatches}");
+    assert_eq!(destination["repaired"], mismatches);
+}
+
+#[test]
+fn a_disk_that_is_written_meanwhile_costs_time_and_nothing_else() {
+    let place = Place::new();
+    let disk = fs::OpenOptions::new().write(true).open(place.path("disk")).unwrap();
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    let (arrived, source, _) = thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut number = 0;
+            while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                number += 1;
+                disk.write_all_at(&noise(50_000 + number), number * 31 % BLOCKS * 4096).unwrap();
+                thread::sleep(Duration::from_micros(50));
+            }
+        });
+        let carried = carry(&place, "disk");
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        carried
+    });
+    assert!(arrived == stream());
+    assert!(source["references"].as_u64().unwrap() > 0);
+}
+
+#[test]
+fn strangers_are_refused_and_keep_nobody_out() {
+    let place = Place::new();
+    let incoming = UnixListener::bind(place.path("destination.qemu")).unwrap();
+    let mut destination = place.destination("disk");
+    let address = destination.address();
+    // Of another authority; of the right one, but another host; of another migration; no TLS.
+    let strange = Place::new();
+    place.authority("other", &["thief"]);
+    let attempt = |mut command: Command, control: String, why: &str| {
+        command.arg(format!("--connect={address}"));
+        let (status, said) = End::start(command, control).wait_end();
+        assert_eq!(status.code(), Some(1), "{said}");
+        assert!(said.contains(why), "{said}");
+    };
+    let control = || place.path("source.control");
+    attempt(strange.end("source", "src", "dst"), strange.path("source.control"), "TLS");
+    attempt(place.end("source", "thief", "dst"), control(), "");
+    attempt(place.end("source", "dst", "dst"), control(), "certificate");
+    attempt(place.end_of("m-2", "source", "src", "dst"), control(), "migration");
+    let mut plain = std::net::TcpStream::connect(&address).unwrap();
+    plain.write_all(b"GET / HTTP/1.0\r\n\r\n").unwrap();
+    drop(plain);
+    // And now the one that was meant.
+    let mut source = place.source(&destination);
+    source.wait_state("ready");
+    let mut outgoing = UnixStream::connect(place.path("source.qemu")).unwrap();
+    let (mut incoming, _) = incoming.accept().unwrap();
+    outgoing.write_all(b"hello").unwrap();
+    outgoing.shutdown(Shutdown::Write).unwrap();
+    let mut arrived = Vec::new();
+    incoming.read_to_end(&mut arrived).unwrap();
+    drop(incoming);
+    assert_eq!(arrived, b"hello");
+    source.wait_success();
+    destination.wait_success();
+}
+
+#[test]
+fn an_end_that_dies_takes_the_other_with_it() {
+    for kill_source in [true, false] {
+        let place = Place::new();
+        let (mut source, mut destination, mut outgoing, mut incoming) = place.pair("disk");
+        outgoing.write_all(&stream()[..1 << 20]).unwrap();
+        incoming.read_exact(&mut [0; 1000]).unwrap();
+        let (dies, stays, qemu) = if kill_source {
+            (&mut source, &mut destination, &mut incoming)
+        } else {
+            (&mut destination, &mut source, &mut outgoing)
+        };
+        dies.process.kill().unwrap();
+        let (status, said) = stays.wait_end();
+        assert_eq!(status.code(), Some(1), "{said}");
+        // QEMU sees its connection end.
+        qemu.set_read_timeout(Some(DEADLINE)).unwrap();
+        let _ = qemu.read_to_end(&mut Vec::new());
+    }
+}
+
+#[test]
+fn a_qemu_that_gives_up_is_told_to_the_other_side() {
+    let place = Place::new();
+    let (mut source, mut destination, mut outgoing, incoming) = place.pair("disk");
+    drop(incoming);
+    let _ = outgoing.write_all(&stream());
+    let (status, said) = source.wait_end();
+    assert_eq!(status.code(), Some(1), "{said}");
+    assert_eq!(destination.wait_end().0.code(), Some(1));
+}
+
+#[test]
+fn what_waits_goes_out_when_qemu_is_silent() {
+    let place = Place::new();
+    let (_source, _destination, mut outgoing, mut incoming) = place.pair("disk");
+    let mut worst = Duration::ZERO;
+    outgoing.write_all(&Stream::begin(1 << 16).bytes).unwrap();
+    incoming.read_exact(&mut vec![0; Stream::begin(1 << 16).bytes.len()]).unwrap();
+    let mut delays = Vec::new();
+    for number in 0..50u64 {
+        let mut part = Stream::default();
+        part.part();
+        part.page(number, &noise(number));
+        part.end_part();
+        let began = Instant::now();
+        outgoing.write_all(&part.bytes).unwrap();
+        let mut arrived = vec![0; part.bytes.len()];
+        incoming.read_exact(&mut arrived).unwrap();
+        delays.push(began.elapsed());
+        worst = worst.max(began.elapsed());
+        assert!(arrived == part.bytes);
+    }
+    delays.sort();
+    println!("one page through both ends: median {:?}, worst {worst:?}", delays[25]);
+    assert!(delays[25] < Duration::from_millis(10), "{:?}", delays[25]);
+}
