@@ -39,6 +39,8 @@ pub struct Memory {
 pub(crate) struct View {
     pub key: RegionKey,
     pub host: usize,
+    /// Bytes, whole pages.
+    pub len: usize,
     pub table: Arc<PageTable>,
 }
 
@@ -171,7 +173,7 @@ impl BlockMap {
                 Some(table) => table,
                 None => Arc::new(PageTable::new((key.size >> PAGE_SHIFT) as usize)?),
             };
-            views.push(View { key, host, table });
+            views.push(View { key, host, len: table.pages() << PAGE_SHIFT, table });
         }
         tables.known = views.iter().map(|v| (v.key, Arc::clone(&v.table))).collect();
         tables.layout = Some(Arc::new(Layout { views, keep: memory.keep }));

@@ -8,15 +8,15 @@
 //! ```
 //!
 //! A read stamps with the versions that it saw at its start, a write with those that it made at its
-//! end: what is written later, or began meanwhile, makes another version, and the association is
-//! dead, perhaps before it was stored. What was in flight together with a write of the same block
-//! gets no stamp, for nobody knows which came last.
+//! end. A write that ends later makes another version, and the association is dead, perhaps before
+//! it was stored; until that write has ended nothing of the block is believed. Writes of a block
+//! that were in flight together get no stamp, for nobody knows which came last.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 
 use crate::map::{BlockMap, Layout, View};
-use crate::versions::{Flight, both};
+use crate::versions::both;
 use crate::{PAGE_SHIFT, PAGE_SIZE, SECTOR_SIZE, SECTORS_PER_BLOCK};
 
 /// No stamp: the page's association cannot be told.
@@ -37,12 +37,36 @@ pub enum Access {
 }
 
 /// Room for what the map has to know of one request; reused, so that nothing is allocated.
+///
+/// Small, because a queue has one for each of its requests in flight and they compete for the
+/// processor's cache with everything else.
 #[derive(Debug, Default)]
 pub struct Note {
+    kind: Kind,
+    /// A single page: where it is.
+    view: u16,
+    page: u32,
+    /// A single block.
+    block: u64,
+    seen: Seen,
+    any: Option<Box<Any>>,
+}
+
+/// What was begun.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Kind {
+    #[default]
+    Nothing,
+    /// The usual request: one aligned block of the disk, one aligned page of the guest.
+    Single { write: bool },
+    /// Any other; see [`Any`].
+    Any,
+}
+
+/// A request of any shape.
+#[derive(Debug, Default)]
+struct Any {
     access: Access,
-    /// The request is one block in one page: only `place` is used.
-    single: bool,
-    place: Place,
     offset: u64,
     len: u64,
     /// Guest buffers: address in this process, length.
@@ -53,29 +77,8 @@ pub struct Note {
     stamps: Vec<u64>,
 }
 
-/// The usual request: an aligned block of the disk, an aligned page of the guest.
-#[derive(Clone, Copy, Debug, Default)]
-struct Place {
-    view: u32,
-    page: u32,
-    block: u64,
-    seen: Seen,
-}
-
-/// What a block was like when the request began.
-#[derive(Clone, Copy, Debug)]
-enum Seen {
-    /// A read: its stamp, or `NONE`.
-    Stamp(u64),
-    /// A write.
-    Flight(Flight),
-}
-
-impl Default for Seen {
-    fn default() -> Self {
-        Self::Stamp(NONE)
-    }
-}
+/// What a block was like when the request began: its stamp (a read), or the flight (a write).
+type Seen = u64;
 
 /// Counts of one queue; one thread writes them.
 #[derive(Debug, Default)]
@@ -132,134 +135,127 @@ impl Recorder {
         (offset, len): (u64, u64),
         segments: &[libc::iovec],
     ) {
-        note.access = access;
-        note.single = false;
-        if access == Access::None {
-            return;
-        }
         if let [one] = segments
             && len == PAGE_SIZE as u64
             && offset % PAGE_SIZE as u64 == 0
             && one.iov_len == PAGE_SIZE
             && let Some((view, page)) = self.place(one.iov_base.addr())
         {
-            let block = offset >> PAGE_SHIFT;
-            let seen = self.enter(access, block);
-            note.single = true;
-            note.place = Place { view, page, block, seen };
-            // The versions move before the data does.
-            fence(Ordering::Release);
-            return;
+            let (block, write) = (offset >> PAGE_SHIFT, access == Access::Write);
+            note.kind = Kind::Single { write };
+            (note.view, note.page, note.block) = (view, page, block);
+            note.seen = self.enter(write, block);
+        } else if access != Access::None {
+            note.kind = Kind::Any;
+            self.start_any(note.any.get_or_insert_default(), access, (offset, len), segments);
         }
-        self.start_any(note, access, (offset, len), segments);
+        // A write is marked before its data moves.
+        fence(Ordering::Release);
     }
 
     /// The request begins to use the block.
     #[inline]
-    fn enter(&self, access: Access, block: u64) -> Seen {
+    fn enter(&self, write: bool, block: u64) -> Seen {
         self.map.touched.set(block);
-        if access == Access::Write {
-            return Seen::Flight(self.map.versions.begin_write(block));
-        }
-        Seen::Stamp(self.map.versions.quiet(block).unwrap_or(NONE))
+        if write { self.map.versions.begin_write(block) } else { self.map.versions.get(block) }
     }
 
-    /// It is done with the block; the block's stamp for this request, or `NONE`.
+    /// It is done with the block: the block's stamp for this request, or `NONE`.
     #[inline]
-    fn leave(&self, block: u64, seen: Seen) -> u64 {
-        match seen {
-            Seen::Stamp(stamp) => stamp,
-            Seen::Flight(begun) => self.map.versions.end_write(block, begun).unwrap_or(NONE),
-        }
+    fn leave(&self, write: bool, block: u64, seen: Seen) -> u64 {
+        if write { self.map.versions.end_write(block, seen).unwrap_or(NONE) } else { seen }
     }
 
     /// The page that begins at this address.
     #[inline]
-    fn place(&self, address: usize) -> Option<(u32, u32)> {
+    fn place(&self, address: usize) -> Option<(u16, u32)> {
         if address % PAGE_SIZE != 0 {
             return None;
         }
         let views = &self.layout.as_ref()?.views;
         let (view, at) = views.iter().enumerate().find_map(|(index, view)| {
-            let at = address.wrapping_sub(view.host) >> PAGE_SHIFT;
-            (at < view.table.pages()).then_some((index, at))
+            let at = address.wrapping_sub(view.host);
+            (at < view.len).then_some((index, at >> PAGE_SHIFT))
         })?;
-        Some((u32::try_from(view).ok()?, u32::try_from(at).ok()?))
+        Some((u16::try_from(view).ok()?, u32::try_from(at).ok()?))
     }
 
     fn start_any(
         &self,
-        note: &mut Note,
+        any: &mut Any,
         access: Access,
         (offset, len): (u64, u64),
         segments: &[libc::iovec],
     ) {
-        (note.offset, note.len) = (offset, len);
-        note.seen.clear();
-        note.segments.clear();
-        let (first, last) = first_and_last(offset, len);
+        (any.access, any.offset, any.len) = (access, offset, len);
+        any.seen.clear();
+        any.segments.clear();
         if access == Access::Trim {
             self.map.versions.begin_trim();
             return;
         }
-        note.segments.extend(segments.iter().map(|s| (s.iov_base.expose_provenance(), s.iov_len)));
-        note.seen.extend((first..=last).map(|block| self.enter(access, block)));
-        fence(Ordering::Release);
+        let (first, last) = first_and_last(offset, len);
+        any.segments.extend(segments.iter().map(|s| (s.iov_base.addr(), s.iov_len)));
+        let write = access == Access::Write;
+        any.seen.extend((first..=last).map(|block| self.enter(write, block)));
     }
 
     /// After the last byte of the request moved, or it failed.
     #[inline]
     pub fn finish(&self, note: &mut Note, ok: bool) {
-        if note.single {
-            self.finish_single(note, ok);
-        } else {
-            self.finish_any(note, ok);
+        match std::mem::take(&mut note.kind) {
+            Kind::Nothing => {}
+            Kind::Single { write } => self.finish_single(note, write, ok),
+            Kind::Any => {
+                if let Some(any) = &mut note.any {
+                    self.finish_any(any, ok);
+                }
+            }
         }
     }
 
     #[inline]
-    fn finish_single(&self, note: &mut Note, ok: bool) {
-        let Place { view, page, block, seen } = note.place;
-        let written = std::mem::take(&mut note.access) == Access::Write;
-        let stamp = self.leave(block, seen);
-        let view = self.layout.as_ref().and_then(|layout| layout.views.get(view as usize));
-        let Some(view) = view else { return };
+    fn finish_single(&self, note: &Note, write: bool, ok: bool) {
+        let stamp = self.leave(write, note.block, note.seen);
+        let views = self.layout.as_ref().map_or(&[][..], |layout| &layout.views);
+        let Some(view) = views.get(usize::from(note.view)) else { return };
         if ok && stamp != NONE {
-            view.table.store(page as usize, block * SECTORS_PER_BLOCK, stamp);
+            view.table.store(note.page as usize, note.block * SECTORS_PER_BLOCK, stamp);
             self.counters.add(1, 0);
-        } else if !written {
-            view.table.clear(page as usize);
+        } else if !write {
+            // A page may be half filled.
+            view.table.clear(note.page as usize);
             self.counters.add(0, 1);
         }
     }
 
-    fn finish_any(&self, note: &mut Note, ok: bool) {
-        let (first, last) = first_and_last(note.offset, note.len);
-        let access = std::mem::take(&mut note.access);
-        note.stamps.clear();
-        match access {
+    fn finish_any(&self, any: &mut Any, ok: bool) {
+        let (first, last) = first_and_last(any.offset, any.len);
+        match any.access {
             Access::None => {}
-            Access::Read | Access::Write => {
-                let left = (first..=last).zip(&note.seen);
-                note.stamps.extend(left.map(|(block, seen)| self.leave(block, *seen)));
+            Access::Trim => self.map.versions.end_trim(self.map.touched.iter(first, last)),
+            access => {
+                let write = access == Access::Write;
+                let left = (first..=last).zip(&any.seen);
+                any.stamps.clear();
+                any.stamps.extend(left.map(|(block, seen)| self.leave(write, block, *seen)));
                 if !ok {
                     // A page may be half filled, a block half written.
-                    note.stamps.fill(NONE);
+                    any.stamps.fill(NONE);
                 }
-                self.associate(note, access == Access::Read);
+                self.associate(any, !write);
             }
-            Access::Trim => self.map.versions.end_trim(self.map.touched.iter(first, last)),
         }
     }
 
     /// Stores the association of every whole page of the buffers. What the disk filled and cannot
     /// be told is dropped; what the guest wrote out is as it was.
     #[inline]
-    fn associate(&self, note: &Note, filled: bool) {
+    fn associate(&self, any: &Any, filled: bool) {
         let Some(layout) = &self.layout else { return };
         let (mut recorded, mut dropped) = (0, 0);
-        let mut at = note.offset;
-        for &(address, len) in &note.segments {
+        let mut at = any.offset;
+        for &(address, len) in &any.segments {
             if let Some(view) = view_at(layout, address) {
                 let start = address - view.host;
                 let end = start + len;
@@ -273,7 +269,7 @@ impl Recorder {
                 }
                 while (page + 1) << PAGE_SHIFT <= end {
                     let disk = at + ((page << PAGE_SHIFT) - start) as u64;
-                    match stamp_of(note, disk) {
+                    match stamp_of(any, disk) {
                         Some(stamp) => {
                             view.table.store(page, disk / SECTOR_SIZE, stamp);
                             recorded += 1;
@@ -299,20 +295,20 @@ impl Recorder {
 
 #[inline]
 fn view_at(layout: &Layout, address: usize) -> Option<&View> {
-    layout.views.iter().find(|v| address.wrapping_sub(v.host) < v.table.pages() << PAGE_SHIFT)
+    layout.views.iter().find(|v| address.wrapping_sub(v.host) < v.len)
 }
 
-/// The stamp of a page's worth of the disk from byte `disk`, which is inside the note's range.
+/// The stamp of a page's worth of the disk from byte `disk`, which is inside the request's range.
 #[inline]
-fn stamp_of(note: &Note, disk: u64) -> Option<u64> {
-    let index = ((disk >> PAGE_SHIFT) - (note.offset >> PAGE_SHIFT)) as usize;
-    let first = note.stamps.get(index).copied().filter(|stamp| *stamp != NONE)?;
+fn stamp_of(any: &Any, disk: u64) -> Option<u64> {
+    let index = ((disk >> PAGE_SHIFT) - (any.offset >> PAGE_SHIFT)) as usize;
+    let first = any.stamps.get(index).copied().filter(|stamp| *stamp != NONE)?;
     if disk % PAGE_SIZE as u64 == 0 {
         return Some(first);
     }
     if disk % SECTOR_SIZE != 0 {
         return None;
     }
-    let second = note.stamps.get(index + 1).copied().filter(|stamp| *stamp != NONE)?;
+    let second = any.stamps.get(index + 1).copied().filter(|stamp| *stamp != NONE)?;
     Some(both(first, second))
 }

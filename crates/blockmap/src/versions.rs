@@ -51,10 +51,6 @@ pub(crate) struct Versions {
     shared: AtomicBool,
 }
 
-/// A write in flight, as it was when it began.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Flight(u64);
-
 impl Versions {
     pub(crate) fn new(blocks: u64) -> io::Result<Self> {
         let slots = Lazy::new(blocks.clamp(1, SLOTS) as usize)?;
@@ -96,39 +92,47 @@ impl Versions {
         before
     }
 
-    /// Moves a version on. Not in one instruction: two threads that do it at the same time are both
-    /// in flight, so that nobody has a stamp from between, and it is not what it was in any case.
+    /// Moves a version on; no two writes may leave the same one.
     #[inline]
     fn move_on(&self, slot: usize) -> u32 {
-        let version = self.slots[slot].load(Ordering::Relaxed).wrapping_add(1);
-        self.slots[slot].store(version, Ordering::Release);
+        let word = &self.slots[slot];
+        if self.shared.load(Ordering::Relaxed) {
+            return word.fetch_add(1, Ordering::AcqRel).wrapping_add(1);
+        }
+        let version = word.load(Ordering::Relaxed).wrapping_add(1);
+        word.store(version, Ordering::Release);
         version
     }
 
-    /// The block's version, if no write of it is in flight.
+    /// The block's version, of which nobody knows whether it is about to change.
     #[inline]
-    pub(crate) fn quiet(&self, block: u64) -> Option<u64> {
+    pub(crate) fn get(&self, block: u64) -> u64 {
+        u64::from(self.slots[self.slot(block)].load(Ordering::Acquire))
+    }
+
+    /// The block's version, if no write of it is in flight.
+    fn quiet(&self, block: u64) -> Option<u64> {
         let slot = self.slot(block);
         let in_flight = self.flight(slot).load(Ordering::Acquire) & COUNT;
         let version = self.slots[slot].load(Ordering::Acquire);
         (in_flight == 0).then_some(u64::from(version))
     }
 
-    /// A write of the block begins.
+    /// A write of the block begins. Gives what its end wants.
     #[inline]
-    pub(crate) fn begin_write(&self, block: u64) -> Flight {
+    pub(crate) fn begin_write(&self, block: u64) -> u64 {
         let slot = self.slot(block);
         prefetch(&self.slots[slot]);
         let before = self.add(self.flight(slot), NUMBER + 1);
-        Flight(before.wrapping_add(NUMBER + 1))
+        before.wrapping_add(NUMBER + 1)
     }
 
     /// The write is over: the block's version, if it was the only one in flight all the time.
     #[inline]
-    pub(crate) fn end_write(&self, block: u64, begun: Flight) -> Option<u64> {
+    pub(crate) fn end_write(&self, block: u64, begun: u64) -> Option<u64> {
         let slot = self.slot(block);
         let version = self.move_on(slot);
-        let alone = self.add(self.flight(slot), u64::MAX) == begun.0 && begun.0 & COUNT == 1;
+        let alone = self.add(self.flight(slot), u64::MAX) == begun && begun & COUNT == 1;
         alone.then_some(u64::from(version))
     }
 
