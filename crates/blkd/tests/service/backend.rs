@@ -183,6 +183,12 @@ impl Backend {
         std::fs::read_to_string(&self.log).unwrap()
     }
 
+    /// Its control socket, once it is there.
+    pub fn control_path(&self) -> &Path {
+        wait_until("the control socket", || UnixStream::connect(&self.control).ok());
+        &self.control
+    }
+
     /// One request on its control socket, and the answer.
     pub fn control(&self, request: &Value) -> Value {
         let mut stream =

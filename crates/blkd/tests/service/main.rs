@@ -4,6 +4,7 @@
 //! `cargo test -p semper-blkd --features crash-points`.
 
 mod backend;
+mod block_map;
 #[cfg(feature = "crash-points")]
 mod crash_points;
 mod dirty_log;
