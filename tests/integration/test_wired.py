@@ -1,0 +1,288 @@
+"""A guest moves between two plain QEMUs through both ends of semper-wired, over TLS.
+
+Nothing of the agent is used. The memory is compared with both machines stopped; then the guest
+goes on at the destination, and is the same boot that it was before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import random
+import shlex
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sempervirt.core.errors import Unavailable
+from sempervirt.guest import ProbeClient
+from sempervirt.guest import image as guest_image
+from sempervirt.trust.authority import CERTIFICATE_FILE as AUTHORITY_FILE
+from sempervirt.trust.authority import Authority, Issued
+from sempervirt.trust.identity import CERTIFICATE_FILE, KEY_FILE, Identity
+from sempervirt.vm.qmp import Monitor
+
+pytestmark = [pytest.mark.guest, pytest.mark.timeout(180)]
+MIB = 1 << 20
+MEMORY = 256 * MIB
+DISK = 48 * MIB
+DEADLINE_S = 60.0
+QMP_S = 20.0
+
+
+@contextmanager
+def running(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process for as long as the block lasts."""
+    with log.open("ab") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+async def exit_of(process: subprocess.Popen[bytes]) -> int:
+    """Waits until a process ends; its exit status."""
+    return await asyncio.to_thread(process.wait, DEADLINE_S)
+
+
+async def ask(socket: Path, command: str, **arguments: Any) -> dict[str, Any]:
+    """One request to a control socket."""
+    reader, writer = await asyncio.open_unix_connection(str(socket), limit=MIB)
+    writer.write(json.dumps({"id": 1, "cmd": command, **arguments}).encode() + b"\n")
+    answer = json.loads(await reader.readline())
+    writer.close()
+    assert isinstance(answer["ok"], dict), answer
+    found: dict[str, Any] = answer["ok"]
+    return found
+
+
+@dataclass(frozen=True)
+class Host:
+    """One host: a directory with sockets, a certificate, and the shared image."""
+
+    name: str
+    directory: Path
+    image: Path
+    blkd: bool
+
+    def path(self, name: str) -> Path:
+        """A file of this host."""
+        return self.directory / name
+
+    def certify(self, authority: Authority) -> None:
+        """Makes key and certificate."""
+        identity = Identity(self.directory)
+        issued = authority.issue_host(identity.request(self.name), self.name, "127.0.0.1:1")
+        identity.keep(issued.pem, Issued(authority.certificate).pem)
+
+    @contextmanager
+    def machine(self, *options: str, incoming: bool = False) -> Iterator[None]:
+        """QEMU with the test guest, and its disk's backend."""
+        guest = guest_image()
+        disk = f"""-blockdev driver=file,node-name=disk,filename={self.image},locking=off
+                   -device virtio-blk-pci,drive=disk,share-rw=on"""
+        if self.blkd:
+            disk = f"""-chardev socket,id=disk,path={self.path("disk")},reconnect-ms=1
+                       -device vhost-user-blk-pci,chardev=disk"""
+        command = f"""
+            qemu-system-x86_64 -nodefaults -no-user-config -display none -cpu max
+            -accel tcg,thread=multi -m 256M -machine q35,memory-backend=memory
+            -object memory-backend-memfd,id=memory,size=256M,share=on
+            -kernel {guest.kernel} -initrd {guest.initrd} -append 'console=ttyS0 quiet'
+            -serial file:{self.path("console.log")}
+            -qmp unix:{self.path("qmp")},server=on,wait=off {disk}
+            -chardev socket,id=probe,path={self.path("probe")},server=on,wait=off
+            -device virtio-serial-pci
+            -device virtserialport,chardev=probe,name=org.sempervirt.probe
+        """
+        with ExitStack() as stack:
+            if self.blkd:
+                backend = [
+                    str(Path(sys.executable).with_name("semper-blkd")),
+                    f"--socket-path={self.path('disk')}",
+                    f"--control-socket={self.path('blkd.control')}",
+                    f"--blk-file={self.image}",
+                    *(["--incoming"] if incoming else []),
+                ]
+                stack.enter_context(running(backend, self.path("blkd.log")))
+            stack.enter_context(running([*shlex.split(command), *options], self.path("qemu.log")))
+            yield
+
+    @contextmanager
+    def end(self, kind: str, peer: Host, *options: str) -> Iterator[subprocess.Popen[bytes]]:
+        """One end of the wire."""
+        command = [
+            str(Path(sys.executable).with_name("semper-wired")),
+            kind,
+            "--migration=test",
+            f"--ca={self.path(AUTHORITY_FILE)}",
+            f"--cert={self.path(CERTIFICATE_FILE)}",
+            f"--key={self.path(KEY_FILE)}",
+            f"--peer-name={peer.name}",
+            f"--qemu-socket={self.path('stream')}",
+            f"--control-socket={self.path('wired.control')}",
+            *options,
+        ]
+        with running(command, self.path("wired.log")) as process:
+            yield process
+
+    async def _connect(self) -> Monitor | None:
+        try:
+            return await Monitor.connect(self.path("qmp"), self.name, QMP_S)
+        except Unavailable:  # not listening yet
+            return None
+
+    @asynccontextmanager
+    async def monitor(self) -> AsyncIterator[Monitor]:
+        """QEMU's monitor."""
+        async with asyncio.timeout(DEADLINE_S):
+            while True:
+                monitor = await self._connect()
+                if monitor is not None:
+                    break
+                await asyncio.sleep(0.02)  # poll interval
+        try:
+            yield monitor
+        finally:
+            await monitor.close()
+
+    async def wait_wired(self, key: str, value: object = None) -> Any:
+        """Waits until its end of the wire tells something (that value, if one is given)."""
+        async with asyncio.timeout(DEADLINE_S):
+            while True:
+                try:
+                    found = (await ask(self.path("wired.control"), "status"))[key]
+                except OSError:  # not listening yet
+                    found = None
+                if found is not None and value in {None, found}:
+                    return found
+                await asyncio.sleep(0.02)  # poll interval
+
+    def outcome(self) -> dict[str, Any]:
+        """The last word of its end of the wire."""
+        lines = self.path("wired.log").read_text().splitlines()
+        said = [line.partition("migration status=")[2] for line in lines]
+        outcome = json.loads(next(text for text in reversed(said) if text))
+        assert isinstance(outcome, dict)
+        return outcome
+
+
+@pytest.fixture
+def hosts(place: Path, request: pytest.FixtureRequest) -> tuple[Host, Host]:
+    """Two hosts with certificates, and a disk that both can read, full of data."""
+    image = place / "disk.raw"
+    image.write_bytes(random.Random(4).randbytes(DISK))
+    authority = Authority.create(place, "test")
+    blkd = request.param == "semper-blkd"
+    pair = Host("a.example", place / "a", image, blkd), Host("b.example", place / "b", image, blkd)
+    for host in pair:
+        host.directory.mkdir()
+        host.certify(authority)
+    return pair
+
+
+async def boot(host: Host) -> str:
+    """Waits for the guest, lets it read its disk into its page cache; gives its nonce."""
+    async with await ProbeClient.connect(host.path("probe"), deadline_s=DEADLINE_S) as client:
+        nonce = (await client.wait_hello(deadline_s=DEADLINE_S)).nonce
+        ran = await client.execute("dd", "if=/dev/vda", "of=/dev/null", "bs=1M")
+        assert ran.status == 0, ran
+        return nonce
+
+
+async def nonce_of(host: Host) -> str:
+    """The nonce that the guest tells now."""
+    async with await ProbeClient.connect(host.path("probe"), deadline_s=DEADLINE_S) as client:
+        return (await client.wait_hello(deadline_s=DEADLINE_S)).nonce
+
+
+@asynccontextmanager
+async def joined(here: Host, there: Host) -> AsyncIterator[list[subprocess.Popen[bytes]]]:
+    """Both ends of the wire, ready for the stream; the QEMU there listens already."""
+    disk = f"--disk=root={here.image}"
+    with there.end("destination", here, "--listen=127.0.0.1:0", disk) as receiver:
+        address = await there.wait_wired("address")
+        map_of = f",backend={here.path('blkd.control')}" if here.blkd else ""
+        with here.end("source", there, f"--connect={address}", disk + map_of) as sender:
+            await here.wait_wired("state", "ready")
+            yield [sender, receiver]
+
+
+async def wait_migration(monitor: Monitor, status: str) -> None:
+    """Waits for a state of the migration."""
+    async with asyncio.timeout(DEADLINE_S):
+        while True:
+            info = await monitor.execute("query-migrate", timeout_s=QMP_S)
+            assert info.get("status") != "failed", info
+            if info.get("status") == status:
+                return
+            await asyncio.sleep(0.02)  # poll interval
+
+
+async def memory_of(monitor: Monitor, file: Path) -> str:
+    """A hash of all memory of a machine that stands still."""
+    assert not (await monitor.execute("query-status", timeout_s=QMP_S))["running"]
+    arguments = {"val": 0, "size": MEMORY, "filename": str(file)}
+    await monitor.execute("pmemsave", arguments, timeout_s=QMP_S)
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+@pytest.mark.parametrize("hosts", ["semper-blkd", "QEMU's own disk"], indirect=True)
+async def test_the_memory_of_a_guest_is_the_same_on_the_other_side(
+    hosts: tuple[Host, Host],
+) -> None:
+    here, there = hosts
+    incoming = ["-incoming", f"unix:{there.path('stream')}", "-S"]
+    with here.machine(), there.machine(*incoming, incoming=True):
+        nonce = await boot(here)
+        async with here.monitor() as source, there.monitor() as target, joined(here, there) as ends:
+            if here.blkd:
+                await ask(here.path("blkd.control"), "handover", armed=True)
+            await source.execute("migrate", {"uri": f"unix:{here.path('stream')}"}, timeout_s=QMP_S)
+            await wait_migration(source, "completed")
+            assert [await exit_of(end) for end in ends] == [0, 0]
+            before = await memory_of(source, here.path("memory"))
+            assert await memory_of(target, there.path("memory")) == before
+            await target.execute("cont", timeout_s=QMP_S)
+        assert await nonce_of(there) == nonce
+        assert await boot(there) == nonce
+    sent, arrived = here.outcome(), there.outcome()
+    # The guest has read the whole disk, and some of it has had to make room.
+    assert sent["references"] > DISK / 4096 / 2
+    assert sent["stream_bytes"] == arrived["stream_bytes"]
+    assert sent["wire_bytes_sent"] < sent["stream_bytes"] / 2
+
+
+@pytest.mark.parametrize("hosts", ["QEMU's own disk"], indirect=True)
+async def test_postcopy_goes_through(hosts: tuple[Host, Host]) -> None:
+    here, there = hosts
+    capability = {"capabilities": [{"capability": "postcopy-ram", "state": True}]}
+    with here.machine(), there.machine("-incoming", "defer"):
+        nonce = await boot(here)
+        async with here.monitor() as source, there.monitor() as target:
+            for monitor in (source, target):
+                await monitor.execute("migrate-set-capabilities", capability, timeout_s=QMP_S)
+            uri = {"uri": f"unix:{there.path('stream')}"}
+            await target.execute("migrate-incoming", uri, timeout_s=QMP_S)
+            async with joined(here, there) as ends:
+                # Slow enough to be overtaken.
+                slow = {"max-bandwidth": 8 * MIB}
+                await source.execute("migrate-set-parameters", slow, timeout_s=QMP_S)
+                uri = {"uri": f"unix:{here.path('stream')}"}
+                await source.execute("migrate", uri, timeout_s=QMP_S)
+                await wait_migration(source, "active")
+                await source.execute("migrate-start-postcopy", timeout_s=QMP_S)
+                await wait_migration(source, "completed")
+                assert [await exit_of(end) for end in ends] == [0, 0]
+        assert await nonce_of(there) == nonce
+    assert here.outcome()["references"] > 1000
