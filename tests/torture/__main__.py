@@ -47,7 +47,8 @@ def judged(trial: Coroutine[Any, Any, Verdict]) -> Verdict:
     try:
         return asyncio.run(trial)
     except (SempervirtError, ProbeGone, ProbeSilent) as error:
-        return Verdict(problems=[f"not finished: {error}"])
+        notes = getattr(error, "__notes__", [])
+        return Verdict(problems=["; ".join([f"not finished: {error}", *notes])])
 
 
 def run_kills(total: int, seed: int) -> list[tuple[str, Verdict]]:

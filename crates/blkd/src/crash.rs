@@ -14,8 +14,11 @@ pub(crate) use armed::CrashHook;
 mod armed {
     use std::fs::OpenOptions;
     use std::io::Write;
+    use std::sync::atomic::{AtomicBool, Ordering};
 
     use semper_inflight::{Hook, Point};
+
+    static DYING: AtomicBool = AtomicBool::new(false);
 
     /// `SEMPER_DIE_AT=point[:nth[:deaths]],…` with `SEMPER_DIE_LOG=file`: SIGKILL at the nth
     /// passage of the first point in this process, until that many have died so (the log has a
@@ -61,6 +64,12 @@ mod armed {
             plan.passed += 1;
             if plan.passed != plan.nth {
                 return;
+            }
+            // One process, one line: a second thread that comes here meanwhile waits for the end.
+            if DYING.swap(true, Ordering::Relaxed) {
+                loop {
+                    std::thread::park();
+                }
             }
             let line = format!("{} {}\n", point.name(), std::process::id());
             if let Ok(mut log) = OpenOptions::new().append(true).create(true).open(&plan.log) {
