@@ -6,16 +6,12 @@ import asyncio
 import json
 import time
 from datetime import timedelta
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from pydantic import BaseModel
 
-from sempervirt.agent.cluster import Cluster, Member, begin_cluster
 from sempervirt.agent.config import AgentConfig
 from sempervirt.agent.host import HostProbe
-from sempervirt.agent.joining import join_cluster
-from sempervirt.agent.wiring import prepare_directories
 from sempervirt.api.client import Client
 from sempervirt.api.schemas import HostView
 from sempervirt.api.views import host_view
@@ -30,7 +26,9 @@ from sempervirt.cli.output import (
     styled,
 )
 from sempervirt.core.durations import format_duration
-from sempervirt.trust.invitation import Invitation, parse_invitation
+
+if TYPE_CHECKING:
+    from sempervirt.cli.cluster import MemberView
 
 app = typer.Typer(no_args_is_help=True, help="This host and its cluster.")
 
@@ -88,8 +86,10 @@ def init(
     Other hosts need a store that all of them reach: give etcd's addresses. An agent that runs
     takes part after its next start.
     """
-    config = _prepared()
-    issued = asyncio.run(begin_cluster(config, cluster, name, listen, store or ()))
+    from sempervirt.cli import cluster as work  # noqa: PLC0415 - certificates take long to import
+
+    config = work.prepared()
+    issued = asyncio.run(work.begin_cluster(config, cluster, name, listen, store or ()))
     out.print(f"{name} is the first host of the cluster {cluster}", highlight=False)
     out.print(f"its certificate is good until {_day(issued.not_after)}", highlight=False)
     out.print(f"keep this safe, it is the key to everything: {config.trust_dir}/authority.key")
@@ -108,7 +108,9 @@ def add(
     It is a secret until then. For a host that is a member already it renews the certificate;
     the old one counts no more.
     """
-    invitation = asyncio.run(_invite(name, timedelta(minutes=valid)))
+    from sempervirt.cli import cluster as work  # noqa: PLC0415 - certificates take long to import
+
+    invitation = asyncio.run(work.invite(name, timedelta(minutes=valid)))
     if output is Output.JSON:
         token = {"host": name, "expires": invitation.expires, "token": invitation.text()}
         typer.echo(json.dumps(token, indent=2))
@@ -131,8 +133,10 @@ def join(
     ],
 ) -> None:
     """Make this host a member of the cluster that gave the token out."""
-    invitation = parse_invitation(token.read())
-    settings = asyncio.run(join_cluster(_prepared(), invitation, listen))
+    from sempervirt.cli import cluster as work  # noqa: PLC0415 - certificates take long to import
+
+    invitation = work.parse_invitation(token.read())
+    settings = asyncio.run(work.join_cluster(work.prepared(), invitation, listen))
     out.print(f"this host is {settings.host} of the cluster {settings.cluster}", highlight=False)
     out.print("start its agent anew, and it serves the others: semperd")
 
@@ -143,13 +147,14 @@ def list_hosts(output: OutputOption = Output.TABLE) -> None:
 
     A silent host may still run its VMs: nothing is taken from it for being silent.
     """
-    members = asyncio.run(_members())
+    from sempervirt.cli import cluster as work  # noqa: PLC0415 - certificates take long to import
+
+    views = asyncio.run(work.members())
     if output is Output.JSON:
-        print_json([_member_view(member) for member in members])
+        print_json(views)
         return
     table = listing("host", "agent", "address", "certificate")
-    for member in members:
-        view = _member_view(member)
+    for view in views:
         table.add_row(view.name, styled(view.state), view.address, _expiry(view))
     out.print(table)
 
@@ -160,52 +165,10 @@ def revoke(
     reason: Annotated[str, typer.Option(help="Why; it is kept.")] = "",
 ) -> None:
     """Make a host a stranger: its certificate counts no more. Its VMs are not touched."""
-    asyncio.run(_revoke(name, reason))
+    from sempervirt.cli import cluster as work  # noqa: PLC0415 - certificates take long to import
+
+    asyncio.run(work.revoke(name, reason))
     out.print(f"{name} is revoked; to take it back: semper host add {name}", highlight=False)
-
-
-def _prepared() -> AgentConfig:
-    config = AgentConfig.default()
-    prepare_directories(config)
-    return config
-
-
-async def _invite(name: str, valid: timedelta) -> Invitation:
-    async with Cluster.opened(AgentConfig.default()) as cluster:
-        return await cluster.invite(name, valid)
-
-
-async def _members() -> list[Member]:
-    async with Cluster.opened(AgentConfig.default()) as cluster:
-        return await cluster.members()
-
-
-async def _revoke(name: str, reason: str) -> None:
-    async with Cluster.opened(AgentConfig.default()) as cluster:
-        await cluster.revoke(name, reason)
-
-
-class MemberView(BaseModel):
-    """A host as it is printed. `certificate_ends` is in seconds since the epoch."""
-
-    name: str
-    state: str
-    address: str
-    certificate_ends: float
-    boot_id: str | None
-    agent_pid: int | None
-
-
-def _member_view(member: Member) -> MemberView:
-    state = "revoked" if member.revoked else "alive" if member.presence else "silent"
-    return MemberView(
-        name=member.host.name,
-        state=state,
-        address=member.host.address,
-        certificate_ends=member.host.not_after,
-        boot_id=member.presence and member.presence.boot_id,
-        agent_pid=member.presence and member.presence.pid,
-    )
 
 
 def _expiry(view: MemberView) -> str:

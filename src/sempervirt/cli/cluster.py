@@ -1,0 +1,63 @@
+"""What `semper host` does in its cluster. Apart from it, since certificates take long to import."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from pydantic import BaseModel
+
+from sempervirt.agent.cluster import Cluster, Member, begin_cluster
+from sempervirt.agent.config import AgentConfig
+from sempervirt.agent.joining import join_cluster
+from sempervirt.agent.wiring import prepare_directories
+from sempervirt.trust.invitation import Invitation, parse_invitation
+
+__all__ = ["begin_cluster", "invite", "join_cluster", "members", "parse_invitation", "prepared"]
+
+
+class MemberView(BaseModel):
+    """A host as it is printed. `certificate_ends` is in seconds since the epoch."""
+
+    name: str
+    state: str
+    address: str
+    certificate_ends: float
+    boot_id: str | None
+    agent_pid: int | None
+
+
+def prepared() -> AgentConfig:
+    """This user's configuration; its directories are there."""
+    config = AgentConfig.default()
+    prepare_directories(config)
+    return config
+
+
+async def invite(name: str, valid: timedelta) -> Invitation:
+    """See `Cluster.invite`."""
+    async with Cluster.opened(AgentConfig.default()) as cluster:
+        return await cluster.invite(name, valid)
+
+
+async def members() -> list[MemberView]:
+    """See `Cluster.members`."""
+    async with Cluster.opened(AgentConfig.default()) as cluster:
+        return [_member_view(member) for member in await cluster.members()]
+
+
+async def revoke(name: str, reason: str) -> None:
+    """See `Cluster.revoke`."""
+    async with Cluster.opened(AgentConfig.default()) as cluster:
+        await cluster.revoke(name, reason)
+
+
+def _member_view(member: Member) -> MemberView:
+    state = "revoked" if member.revoked else "alive" if member.presence else "silent"
+    return MemberView(
+        name=member.host.name,
+        state=state,
+        address=member.host.address,
+        certificate_ends=member.host.not_after,
+        boot_id=member.presence and member.presence.boot_id,
+        agent_pid=member.presence and member.presence.pid,
+    )
