@@ -12,6 +12,9 @@
 //! | [`messages`] | a front end and its guest | `semper_blkd`: the vhost-user device with its threads |
 //! | [`control`] | a local client | `semper_blkd`: the lines of the control socket |
 //! | [`map`] | who gives a map | `semper_blockmap`: the export format |
+//! | [`stream`] | a QEMU and its guest | `semper_wire`: any migration stream comes out as it went in |
+//! | [`source`] | the host that a VM comes from | `semper_wire`: the destination's state machine |
+//! | [`destination`] | the host that it goes to | `semper_wire`: the source's state machine |
 
 mod bytes;
 mod control;
@@ -22,6 +25,7 @@ mod messages;
 mod region;
 mod request;
 mod ring;
+mod wire;
 
 pub use control::control;
 pub use map::map;
@@ -29,16 +33,20 @@ pub use messages::messages;
 pub use region::region;
 pub use request::request;
 pub use ring::ring;
+pub use wire::{destination, source, stream};
 
 /// An attack: it panics if it succeeds.
 pub type Attack = fn(&[u8]);
 
 /// All attacks, by the names that the fuzz targets have.
-pub const ALL: [(&str, Attack); 6] = [
+pub const ALL: [(&str, Attack); 9] = [
     ("ring", ring),
     ("region", region),
     ("request", request),
     ("messages", messages),
     ("control", control),
     ("map", map),
+    ("stream", stream),
+    ("source", source),
+    ("destination", destination),
 ];

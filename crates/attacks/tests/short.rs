@@ -50,6 +50,21 @@ fn random_maps() {
     random_inputs("map", 10_000);
 }
 
+#[test]
+fn random_streams() {
+    random_inputs("stream", 1_000);
+}
+
+#[test]
+fn random_sources() {
+    random_inputs("source", 3_000);
+}
+
+#[test]
+fn random_destinations() {
+    random_inputs("destination", 3_000);
+}
+
 /// `fuzz/found/<attack>/`: what once broke something never does again.
 #[test]
 fn everything_that_a_fuzzer_has_found() {
