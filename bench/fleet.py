@@ -16,6 +16,7 @@ from sempervirt.api.client import Client
 from sempervirt.api.schemas import DiskView, VmView
 from sempervirt.core.errors import AgentUnavailable
 from sempervirt.core.queue_map import counted
+from sempervirt.demo.trial import BOOT_ATTEMPTS, emulator_died
 from sempervirt.guest import ProbeClient, ProbeGone, ProbeSilent
 from sempervirt.guest import image as guest_image
 from sempervirt.vm.spec import VmSpec
@@ -99,8 +100,9 @@ async def running(shape: Shape, **disk_keys: Any) -> AsyncIterator[Fleet]:
         await _wait_guarded(client, shape)
         guarded_s = time.monotonic() - start
         for view in views:
-            await _wait_booted(view)
+            await _boot(client, view)
         booted_s = time.monotonic() - start
+        await _wait_guarded(client, shape)
         disks = [await client.disk(disk.name) for disk in await client.disks()]
         _demand_queues(shape, disks)
         yield Fleet(shape, agent.pid, disks, served_s, guarded_s, booted_s)
@@ -169,11 +171,16 @@ async def _wait_guarded(client: Client, shape: Shape) -> None:
         await asyncio.sleep(POLL_S)
 
 
-async def _wait_booted(vm: VmView) -> None:
+async def _boot(client: Client, vm: VmView, attempts: int = BOOT_ATTEMPTS) -> None:
     try:
         async with await ProbeClient.connect(vm.channels[PROBE], deadline_s=BOOT_S) as probe:
             await probe.wait_hello(deadline_s=BOOT_S)
     except (ProbeGone, ProbeSilent) as error:
+        vm = await client.vm(vm.name)
+        if attempts > 1 and emulator_died(vm.accelerator, vm.end.signal if vm.end else None):
+            await client.forget_vm(vm.name)
+            await _boot(client, await client.run_vm(vm.spec), attempts - 1)
+            return
         said = vm.console.with_suffix(".log").read_text(errors="replace")[-1000:]
         raise FleetError(f"{vm.name} ({vm.accelerator}) did not boot: {error}\n{said}") from error
 
