@@ -18,6 +18,7 @@ TARGET = f"{platform.machine()}-unknown-linux-gnu"
 PROGRAMS = [
     RustBin("semper-blkd", path="crates/blkd/Cargo.toml", args=["--locked"], debug=False),
     RustBin("semper-load", path="crates/load/Cargo.toml", args=["--locked"], debug=False),
+    RustBin("semper-saved", path="crates/saved/Cargo.toml", args=["--locked"], debug=False),
     RustBin("semper-wired", path="crates/wired/Cargo.toml", args=["--locked"], debug=False),
     RustBin(
         "semper-probe",

@@ -18,6 +18,7 @@ VERSIONS = (
     ("semperd", "--version"),
     ("semper-blkd", "--version"),
     ("semper-load", "--version"),
+    ("semper-saved", "--version"),
     ("semper-wired", "--version"),
     ("semper-probe", "--version"),
 )

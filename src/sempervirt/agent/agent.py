@@ -7,8 +7,8 @@ import contextlib
 import logging
 import shutil
 import time
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +19,15 @@ from sempervirt.agent.lock import agent_lock
 from sempervirt.agent.planning import offer_of, plan_devices
 from sempervirt.agent.record import VmRecord
 from sempervirt.agent.restart import Program, Restarted, restart_qemu
+from sempervirt.agent.saving import (
+    Origin,
+    Plan,
+    Saving,
+    check_accelerator,
+    copy_images,
+    plan_of,
+    save_vm,
+)
 from sempervirt.agent.vm import Vm
 from sempervirt.agent.wiring import disk_setup, inspect_images, prepare_directories
 from sempervirt.core.errors import (
@@ -32,8 +41,8 @@ from sempervirt.core.errors import (
 from sempervirt.core.names import split_disk_name, suggest
 from sempervirt.disk.disk import Disk
 from sempervirt.disk.lifecycle import start_disk
-from sempervirt.vm import accel, features, memory
-from sempervirt.vm.command_line import build, disk_id
+from sempervirt.vm import accel, features, memory, saved
+from sempervirt.vm.command_line import Incoming, build, disk_id
 from sempervirt.vm.files import VmFiles
 from sempervirt.vm.machine import Machine
 from sempervirt.vm.spec import DiskSpec, VmSpec
@@ -134,12 +143,65 @@ class Agent:
         or Unavailable as the cause may be (nothing is left running then), OutcomeUnknown when
         QEMU runs and its monitor does not answer (the VM is there, in the state unknown).
         """
-        self._require_free(spec.name)
-        self._starting.add(spec.name)
-        try:
+        with self._name_taken(spec.name):
             return await self._run(spec)
+
+    @contextmanager
+    def _name_taken(self, name: str) -> Iterator[None]:
+        self._require_free(name)
+        self._starting.add(name)
+        try:
+            yield
         finally:
-            self._starting.discard(spec.name)
+            self._starting.discard(name)
+
+    async def save_vm(self, name: str, output: Path) -> Saving:
+        """Saves a VM to a file and ends it. Raises as `saving.save_vm`; NotFound."""
+        return await save_vm(self.vm(name), output)
+
+    async def restore_vm(
+        self, file: Path, name: str | None = None, images: Mapping[str, Path] | None = None
+    ) -> Vm:
+        """Makes a VM from a saved state; it runs on, or is paused, as it was.
+
+        `images` stand in for those that it was saved with. Raises InvalidRequest for a file that
+        cannot be used, StateConflict for disks in another state; Unavailable. Nothing is left
+        running then.
+        """
+        return await self._restore(file, plan_of(await saved.show(file), name, images or {}))
+
+    async def clone_vm(self, file: Path, name: str, directory: Path) -> Vm:
+        """As `restore_vm`, with copies of the disks in `directory`."""
+        shown = await saved.show(file)
+        with self._name_taken(name):
+            images = await copy_images(shown, directory, name)
+        try:
+            return await self._restore(file, plan_of(shown, name, images))
+        except BaseException:
+            for image in images.values():
+                image.unlink(missing_ok=True)
+            raise
+
+    async def _restore(self, file: Path, plan: Plan) -> Vm:
+        with self._name_taken(plan.spec.name):
+            facts = await self.host()
+            check_accelerator(plan, accel.choose(plan.spec.accel, facts.accelerator).kind)
+            origin = Origin(file, plan)
+            try:
+                vm = await self._run(plan.spec, origin)
+            except BaseException:
+                origin.cancel()
+                raise
+            try:
+                await origin.load(vm)
+            except BaseException:
+                origin.cancel()
+                if not vm.settled:
+                    await vm.kill()
+                await self.forget_vm(vm.name)
+                raise
+            log.info("restore vm=%s file=%s", vm.name, file)
+            return vm
 
     async def restart_qemu(self, name: str, qemu: Path | None = None) -> Restarted:
         """Moves a VM to a new QEMU process, by default of the installed program.
@@ -180,7 +242,7 @@ class Agent:
                 remedy = f"its QEMU may still run; settle it: semper vm kill {name}"
             raise StateConflict(f"VM {name} is {present.run.value}", remedy=remedy)
 
-    async def _run(self, spec: VmSpec) -> Vm:
+    async def _run(self, spec: VmSpec, origin: Origin | None = None) -> Vm:
         facts = await self.host()
         accelerator = accel.choose(spec.accel, facts.accelerator)
         if (ended := self.vms.pop(spec.name, None)) is not None:
@@ -210,9 +272,12 @@ class Agent:
                     plans=plans,
                     memory_fd=memory_fd,
                     block_devices={v.path for v in volumes.values() if v.block_device},
+                    incoming=Incoming(origin.plan.machine) if origin else None,
                 )
                 for setup in setups:
                     disks[setup.short_name] = await start_disk(setup)
+                if origin is not None:  # while QEMU starts, and with the images locked
+                    origin.begin(files, memory_fd)
                 machine = Machine.launch(spec, files, argv, self.config.patience, memory_fd)
             except BaseException:
                 await asyncio.gather(*(disk.stop() for disk in disks.values()))

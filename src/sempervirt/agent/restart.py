@@ -193,19 +193,11 @@ class _Restart:
 
     async def _hand_over(self, successor: Successor, resume: bool) -> None:
         """Pauses the guest, and has its state loaded by the new QEMU."""
-        machine = self._machine
-        served = {disk: disk.generation for disk in self._vm.disks.values()}
         self._require_held()
-        if resume:
-            self._paused = True
-            await machine.execute("stop")
-        for disk, generation in served.items():
-            await disk.status()
-            if disk.generation != generation:
-                raise Unavailable(f"the backend of disk {disk.name} has just changed")
-        state = self._files.directory / "state"
         self._paused = True
-        await handover.give(machine.execute, state)
+        await wait_drained(self._vm, pause=resume)
+        state = self._files.directory / "state"
+        await handover.give(self._machine.execute, state)
         await successor.take(state)
         state.unlink(missing_ok=True)
         self._require_held()
@@ -296,6 +288,20 @@ class _Restart:
     def _note(self, text: str, level: int) -> None:
         self._machine.journal.note(time.time(), "restart", text)
         log.log(level, "restart-qemu vm=%s %s", self._vm.name, text)
+
+
+async def wait_drained(vm: Vm, *, pause: bool) -> None:
+    """Pauses the guest; afterwards no request of a disk is under way.
+
+    Raises Unavailable when a backend died meanwhile: then nobody knows.
+    """
+    served = {disk: disk.generation for disk in vm.disks.values()}
+    if pause:
+        await vm.machine.execute("stop")
+    for disk, generation in served.items():
+        await disk.status()
+        if disk.generation != generation:
+            raise Unavailable(f"the backend of disk {disk.name} has just changed")
 
 
 async def _wait_end(name: str, before: process.Process) -> None:

@@ -61,7 +61,11 @@ from sempervirt.vm.states import (
 QUIT_DEADLINE_S = 10.0
 ASKED = "asked to power off"
 
-_BUSY = {Request.RESTART: "a restart of QEMU", Request.SAVE: "a save"}
+_BUSY = {
+    Request.RESTART: "a restart of QEMU",
+    Request.SAVE: "a save",
+    Request.RESTORE: "its restoration",
+}
 
 # What QEMU's own runstates mean here; the others (migration, say) hold the guest still.
 _FROM_QEMU = {
@@ -116,7 +120,10 @@ def _asked(state: VmState, request: Request, grace_s: float, now: float) -> Step
     if (busy := state.pending or state.held) is not None:
         return state, [_conflict(request, f"the VM is busy with {_BUSY.get(busy, busy.value)}")]
     match request, state.run:
-        case ((Request.RESTART | Request.SAVE), (Runstate.RUNNING | Runstate.PAUSED)):
+        case (
+            (Request.RESTART | Request.SAVE | Request.RESTORE),
+            (Runstate.RUNNING | Runstate.PAUSED),
+        ):
             return replace(state, held=request), [Accept(request)]
         case (Request.PAUSE, Runstate.PAUSED) | (Request.RESUME, Runstate.RUNNING):
             return state, [Accept(request)]

@@ -36,12 +36,8 @@ class Request(Enum):
     KILL = "kill"
     RESTART = "restart QEMU of"
     SAVE = "save"
+    RESTORE = "restore"
     SWITCH = "switch"
-
-    @property
-    def holds(self) -> bool:
-        """Whether it is work of several steps, during which nothing else is done to the VM."""
-        return self in (Request.RESTART, Request.SAVE)
 
 
 @dataclass(frozen=True)

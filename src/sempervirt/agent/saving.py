@@ -1,0 +1,241 @@
+"""Saves a VM to a file, and makes a VM from such a file.
+
+Save: hold ─ pause ─ devices to a file ─ memory packed ─ all of it durable ─ QEMU is killed. Any
+failure before the last step lets the guest run on. The guest's disks are then in the state that
+the file names, and stay so until somebody writes to them.
+
+Restore: the disks' states are checked, the memory is unpacked and verified while backends and
+QEMU start, the devices are loaded, and only then the guest runs. Any failure leaves nothing
+running. The file is only read: it can be restored again as long as the disks are as it says.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from sempervirt.agent.restart import wait_drained
+from sempervirt.agent.vm import Vm
+from sempervirt.core.errors import InvalidRequest, SempervirtError, StateConflict
+from sempervirt.host import process
+from sempervirt.vm import handover, memory, saved
+from sempervirt.vm.files import VmFiles
+from sempervirt.vm.saved import Figures, Shown
+from sempervirt.vm.spec import VmSpec
+from sempervirt.vm.states import Request, Runstate
+
+log = logging.getLogger(__name__)
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Saving:
+    """What became of it; the guest had to stand still for `paused_ms` before it ended."""
+
+    figures: Figures
+    paused_ms: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A VM as a saved state describes it."""
+
+    spec: VmSpec
+    accelerator: str
+    machine: str
+    running: bool
+    images: Mapping[str, Path]
+
+
+class Origin:
+    """Where a VM comes from that is being restored."""
+
+    def __init__(self, file: Path, plan: Plan) -> None:
+        self.plan = plan
+        self._file = file
+        self._state = Path()
+        self._unpacking: asyncio.Task[None] | None = None
+
+    def begin(self, files: VmFiles, memory_fd: int) -> None:
+        """Unpacks the memory from now on; QEMU does not look at it before `load`."""
+        self._state = files.directory / "state.restore"
+        descriptor = os.dup(memory_fd)
+
+        async def unpack() -> None:
+            try:
+                await saved.restore(self._file, descriptor, self._state, self.plan.images)
+            finally:
+                os.close(descriptor)
+
+        self._unpacking = asyncio.create_task(unpack(), name=f"unpack {self._file}")
+
+    def cancel(self) -> None:
+        """Gives up, if nobody waits for it any more."""
+        if self._unpacking is not None:
+            self._unpacking.cancel()
+
+    async def load(self, vm: Vm) -> None:
+        """Waits for the memory, loads the devices, and lets the guest run on if it ran."""
+        assert self._unpacking is not None
+        machine = vm.machine
+        await machine.hold(Request.RESTORE)
+        status = "paused"
+        try:
+            await self._unpacking
+            await handover.take(machine.execute, self._state)
+            await handover.reset(machine.execute)
+            if self.plan.running:
+                await machine.execute("cont")
+                status = "running"
+        finally:
+            self._state.unlink(missing_ok=True)
+            machine.release(status)
+        machine.journal.note(time.time(), "restore", f"restored from {self._file}")
+        if self.plan.running:
+            await machine.wait_state(Runstate.RUNNING, timeout_s=10.0)
+
+
+async def save_vm(vm: Vm, output: Path) -> Saving:
+    """Saves `vm` to `output` and ends it.
+
+    Raises InvalidRequest, StateConflict or Unavailable when it was not saved: it is as it was.
+    """
+    if not output.parent.is_dir():
+        raise InvalidRequest(f"there is no directory {output.parent}", remedy="make it first")
+    return await asyncio.shield(asyncio.create_task(_save(vm, output)))
+
+
+async def _save(vm: Vm, output: Path) -> Saving:
+    machine = vm.machine
+    await machine.hold(Request.SAVE)
+    running = machine.run is Runstate.RUNNING
+    directory = machine.files.directory
+    state, about = directory / "state.save", directory / "about.save"
+    stopped = time.monotonic()
+    try:
+        await wait_drained(vm, pause=running)
+        await handover.give(machine.execute, state)
+        about.write_text(json.dumps(await _describe(vm, running=running)))
+        assert vm.pid is not None
+        descriptor = memory.open_of(vm.pid)
+        try:
+            images = {disk.name: disk.image for disk in vm.spec.disks}
+            figures = await saved.save(descriptor, state, about, images, output)
+        finally:
+            os.close(descriptor)
+    except BaseException:
+        await _go_on(vm, running=running)
+        raise
+    finally:
+        for path in (state, about):
+            path.unlink(missing_ok=True)
+    paused_ms = round((time.monotonic() - stopped) * 1e3, 1)
+    machine.journal.note(time.time(), "save", f"saved to {output}")
+    log.info("save vm=%s file=%s bytes=%d", vm.name, output, figures.file)
+    await vm.kill()
+    return Saving(figures, paused_ms)
+
+
+async def _go_on(vm: Vm, *, running: bool) -> None:
+    machine, status = vm.machine, "paused"
+    if machine.held:
+        try:
+            await handover.reset(machine.execute)
+            if running:
+                await machine.execute("cont")
+                status = "running"
+        except SempervirtError as error:
+            log.error("save vm=%s does not go on: %s", vm.name, error)  # noqa: TRY400
+    machine.release(status)
+
+
+async def _describe(vm: Vm, *, running: bool) -> dict[str, Any]:
+    spec = vm.spec
+    # The addresses stay, also if the VM is restored under another name.
+    nics = [nic.model_copy(update={"mac": spec.mac(index)}) for index, nic in enumerate(spec.nics)]
+    disks = [
+        disk.model_copy(update={"queues": vm.plans[f"disk-{disk.name}"].binding.queues})
+        for disk in spec.disks
+    ]
+    kept = spec.model_copy(update={"nics": tuple(nics), "disks": tuple(disks)})
+    return {
+        "version": VERSION,
+        "spec": kept.model_dump(mode="json"),
+        "accelerator": vm.record.accelerator.kind,
+        "machine": await handover.machine_type(vm.machine.execute),
+        "plans": {name: asdict(plan) for name, plan in vm.plans.items()},
+        "running": running,
+        "saved": time.time(),
+    }
+
+
+def plan_of(shown: Shown, name: str | None, images: Mapping[str, Path]) -> Plan:
+    """The VM to restore, under another name or with other images if they are given.
+
+    Raises InvalidRequest for a description that this release does not understand.
+    """
+    about = shown.vm
+    if about.get("version") != VERSION:
+        raise InvalidRequest(
+            f"the saved state describes its VM in version {about.get('version')!r}, this program "
+            f"knows {VERSION}",
+            remedy="use the release that wrote it",
+        )
+    try:
+        spec = VmSpec.model_validate(about["spec"])
+        accelerator, machine = str(about["accelerator"]), str(about["machine"])
+        running = bool(about["running"])
+        unknown = set(images) - {disk.name for disk in spec.disks}
+        if unknown:
+            raise InvalidRequest(f"the saved VM has no disk {min(unknown)}")
+        disks = [
+            disk.model_copy(update={"image": images.get(disk.name, disk.image)})
+            for disk in spec.disks
+        ]
+        changed = spec.model_dump(mode="json") | {"name": name or spec.name}
+        changed["disks"] = [disk.model_dump(mode="json") for disk in disks]
+        spec = VmSpec.model_validate(changed)
+    except (KeyError, TypeError, ValidationError) as error:
+        raise InvalidRequest(f"the saved state does not describe a VM: {error}") from error
+    return Plan(spec, accelerator, machine, running, {d.name: d.image for d in spec.disks})
+
+
+async def copy_images(shown: Shown, directory: Path, name: str) -> dict[str, Path]:
+    """Copies of a saved state's images, shared with the original where the storage can do that.
+
+    Raises InvalidRequest when a copy is there already, CommandFailed.
+    """
+    copies: dict[str, Path] = {}
+    try:
+        for disk, image in shown.images.items():
+            copy = directory / f"{name}-{disk}.raw"
+            if copy.exists():
+                raise InvalidRequest(f"{copy} exists", remedy="choose another name or directory")
+            copies[disk] = copy
+            argv = ["cp", "--reflink=auto", "--sparse=always", str(image), str(copy)]
+            await process.run(argv, timeout_s=3600)
+    except BaseException:
+        for copy in copies.values():
+            with contextlib.suppress(OSError):
+                copy.unlink(missing_ok=True)
+        raise
+    return copies
+
+
+def check_accelerator(plan: Plan, present: str) -> None:
+    """Raises StateConflict: a processor's state means nothing to another accelerator."""
+    if plan.accelerator != present:
+        raise StateConflict(
+            f"the VM was saved under {plan.accelerator}, this host would run it under {present}"
+        )

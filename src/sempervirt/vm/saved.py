@@ -1,0 +1,136 @@
+"""Saved states: the program semper-saved, which writes and reads the files.
+
+{"version": 1, "spec": {…}, "accelerator": "tcg", "machine": "pc-q35-10.0", "qemu": "10.0.2",
+ "plans": {…}, "running": true, "saved": 1795384877.9} is what the agent puts into one about its
+VM; the rest, with the states of the disks, is in docs/reference/saved-format.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sempervirt.core.errors import (
+    CommandFailed,
+    InvalidRequest,
+    SempervirtError,
+    StateConflict,
+    Unavailable,
+)
+from sempervirt.host import process
+
+SAVED_ENVIRONMENT = "SEMPERVIRT_SAVED"
+WORK_DEADLINE_S = 600.0
+# Exit codes of semper-saved.
+_DISK, _UNUSABLE = 3, 4
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a saved state came to: bytes, and pages by how they are kept."""
+
+    memory: int
+    file: int
+    zero_pages: int
+    block_pages: int
+    data_pages: int
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a saved state says about itself; `images` are the disks' images by name."""
+
+    memory: int
+    file: int
+    vm: dict[str, Any]
+    images: dict[str, Path]
+
+
+def find_program() -> str:
+    """$SEMPERVIRT_SAVED, beside the interpreter, or on the PATH. Raises Unavailable."""
+    beside = Path(sys.executable).with_name("semper-saved")
+    found = os.environ.get(SAVED_ENVIRONMENT) or (
+        str(beside) if beside.exists() else shutil.which("semper-saved")
+    )
+    if not found:
+        raise Unavailable(
+            "semper-saved is not installed", remedy=f"run make setup, or set {SAVED_ENVIRONMENT}"
+        )
+    return found
+
+
+async def save(
+    memory_fd: int, state: Path, vm: Path, images: Mapping[str, Path], output: Path
+) -> Figures:
+    """Writes the memory of a paused VM, its devices and its description to `output`.
+
+    Raises InvalidRequest or Unavailable; nothing was changed then.
+    """
+    answer = await _run(
+        "save",
+        f"--memory={_mine(memory_fd)}",
+        f"--state={state}",
+        f"--vm={vm}",
+        f"--output={output}",
+        *_images(images),
+    )
+    return Figures(**answer)
+
+
+async def restore(file: Path, memory_fd: int, state: Path, images: Mapping[str, Path]) -> None:
+    """Reads `file` into memory and a file for QEMU; `images` are used in place of its own.
+
+    Raises StateConflict when a disk is in another state, InvalidRequest when the file cannot be
+    used, Unavailable.
+    """
+    await _run(
+        "restore",
+        f"--file={file}",
+        f"--memory={_mine(memory_fd)}",
+        f"--state={state}",
+        *_images(images),
+    )
+
+
+async def show(file: Path) -> Shown:
+    """What a saved state says. Raises InvalidRequest when it cannot be used, Unavailable."""
+    answer = await _run("show", str(file))
+    images = {item["name"]: Path(item["path"]) for item in answer["images"]}
+    return Shown(answer["memory"], answer["file"], answer["vm"], images)
+
+
+def _mine(descriptor: int) -> str:
+    return f"/proc/{os.getpid()}/fd/{descriptor}"
+
+
+def _images(images: Mapping[str, Path]) -> list[str]:
+    return [f"--image={name}={path}" for name, path in images.items()]
+
+
+async def _run(*arguments: str) -> dict[str, Any]:
+    try:
+        done = await process.run([find_program(), *arguments], timeout_s=WORK_DEADLINE_S)
+    except CommandFailed as error:
+        raise _told(error) from error
+    answer = json.loads(done.stdout.splitlines()[-1])
+    assert isinstance(answer, dict)
+    return answer
+
+
+def _told(error: CommandFailed) -> SempervirtError:
+    """What the program said, with its remedy."""
+    last = error.tail[-1] if error.tail else ""
+    said = last.removeprefix("semper-saved: error: ")
+    if error.exit_code == _DISK:
+        return StateConflict(
+            said, remedy="put the image back that the VM was saved with, or a copy of it"
+        )
+    if error.exit_code == _UNUSABLE:
+        return InvalidRequest(said, remedy="use another saved state")
+    return Unavailable(said) if said != last else error

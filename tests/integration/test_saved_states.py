@@ -1,0 +1,150 @@
+"""A VM is saved and restored, also twice, and refused with disks that are not as they were."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sempervirt.agent import Agent
+from sempervirt.core.errors import InvalidRequest, SempervirtError, StateConflict, Unavailable
+from sempervirt.guest import ProbeClient
+from sempervirt.vm import handover, saved
+from sempervirt.vm.spec import VmSpec
+from sempervirt.vm.states import Runstate
+
+pytestmark = pytest.mark.timeout(180)
+Spec = Callable[..., VmSpec]
+MIB = 1 << 20
+# The target is 1 s for a guest of 1 GiB on a quiet machine.
+RESTORE_MAX_S = 10.0
+
+
+@pytest.mark.guest
+async def test_a_guest_goes_on_where_it_was_saved_and_once_more_as_a_clone(
+    agent: Agent, guest_spec: Spec, place: Path
+) -> None:
+    vm = await agent.run_vm(guest_spec())
+    file = place / "web.saved"
+    async with await ProbeClient.connect(vm.channel_path("probe")) as probe:
+        await probe.wait_hello()
+        nonce = probe.nonce
+        device = (await probe.list_devices())[0].name
+        # Noise, so that no page of it is packed small, and then into the guest's page cache.
+        filled = await probe.execute(
+            "sh", "-c", f"dd if=/dev/urandom of=/dev/{device} bs=1M count=24 && "
+            f"sync && dd if=/dev/{device} of=/dev/null bs=1M"
+        )  # fmt: skip
+        assert filled.status == 0, filled
+    done = await agent.save_vm("web", file)
+    assert vm.run is Runstate.STOPPED
+    cached = done.figures.block_pages * 4096
+    assert cached > 16 * MIB, f"{cached} bytes of the page cache were found on the disk"
+    assert done.figures.file < done.figures.data_pages * 4096
+
+    for name in ("twin", "web"):
+        began = time.monotonic()
+        twin = name == "twin"
+        vm = await (agent.clone_vm(file, name, place) if twin else agent.restore_vm(file))
+        async with await ProbeClient.connect(vm.channel_path("probe")) as probe:
+            await probe.wait_hello()
+            echo_s = time.monotonic() - began
+            assert probe.nonce == nonce, "the guest booted anew"
+            await probe.write_start(device, writers=2)
+            await probe.wait_stats(lambda stats: stats.writes > 50)
+            stats = await probe.write_stop(device=device)
+            assert not stats.io_errors
+            assert not stats.wrong_details
+        assert echo_s < RESTORE_MAX_S
+    assert sorted(agent.vms) == ["twin", "web"]
+    assert (place / "twin-root.raw").stat().st_size == 32 * MIB
+    # Both have written to their disks: this saved state has none left.
+    await agent.vm("web").kill()
+    with pytest.raises(StateConflict, match="disk root is not in the state"):
+        await agent.restore_vm(file)
+    assert sorted(agent.vms) == ["twin"]
+
+
+async def test_a_paused_vm_is_restored_paused_and_what_is_no_saved_state_is_refused(
+    agent: Agent, firmware_spec: Spec, place: Path
+) -> None:
+    vm = await agent.run_vm(firmware_spec())
+    file = place / "web.saved"
+    with pytest.raises(InvalidRequest, match="there is no directory"):
+        await agent.save_vm("web", place / "nowhere" / "web.saved")
+    await vm.pause()
+    await agent.save_vm("web", file)
+    with pytest.raises(InvalidRequest, match="no disk other"):
+        await agent.restore_vm(file, images={"other": place})
+    vm = await agent.restore_vm(file, name="again")
+    assert vm.run is Runstate.PAUSED
+    await vm.resume()
+    assert (await vm.machine.execute("query-status"))["status"] == "running"
+    await vm.kill()
+    whole = file.read_bytes()
+    for damaged, message in (
+        (b"something else", "not a saved state"),
+        (whole[:-9], "cut off"),
+        (whole[:100] + b"?" + whole[101:], "damaged"),
+    ):
+        file.write_bytes(damaged)
+        with pytest.raises(InvalidRequest, match=message):
+            await agent.restore_vm(file)
+    assert not agent.disks, "something of a refused restore runs"
+
+
+@pytest.mark.parametrize("victim", ["new state", "no room", "backend", "QEMU"])
+async def test_a_save_that_fails_leaves_the_guest_running(
+    agent: Agent, firmware_spec: Spec, place: Path, monkeypatch: pytest.MonkeyPatch, victim: str
+) -> None:
+    vm = await agent.run_vm(firmware_spec())
+    file = place / "web.saved"
+    real = handover.give
+
+    async def strike(*arguments: Any) -> None:
+        pids = {"backend": agent.disks["web/root"].active_pid, "QEMU": vm.pid}
+        if (pid := pids.get(victim)) is not None:
+            os.kill(pid, signal.SIGKILL)
+        if victim == "new state":
+            raise Unavailable("struck")
+        await real(*arguments)
+
+    monkeypatch.setattr(handover, "give", strike)
+    if victim == "no room":
+        monkeypatch.setenv(saved.SAVED_ENVIRONMENT, "/bin/false")
+    if victim == "backend":  # what it had done is done: nobody needs it for the save
+        await agent.save_vm("web", file)
+        assert vm.run is Runstate.STOPPED
+        return
+    with pytest.raises(SempervirtError):
+        await agent.save_vm("web", file)
+    assert not file.exists()
+    if victim == "QEMU":
+        await vm.wait_ended(10)
+        assert vm.run is Runstate.CRASHED
+        return
+    assert vm.run is Runstate.RUNNING
+    assert (await vm.machine.execute("query-status"))["status"] == "running"
+    await asyncio.wait_for(vm.pause(), 5)
+
+
+async def test_a_restore_that_fails_leaves_nothing(
+    agent: Agent, firmware_spec: Spec, place: Path
+) -> None:
+    await agent.run_vm(firmware_spec())
+    file = place / "web.saved"
+    await agent.save_vm("web", file)
+    await agent.forget_vm("web")
+    other = place / "other.raw"
+    other.write_bytes(b"x" * 32 * MIB)
+    with pytest.raises(StateConflict, match="disk root is not in the state"):
+        await agent.restore_vm(file, images={"root": other})
+    assert not agent.vms
+    assert not agent.disks
+    assert (await agent.restore_vm(file)).run is Runstate.RUNNING
