@@ -20,8 +20,12 @@ from sempervirt.api.schemas import (
     JoinView,
     LogView,
     MapView,
+    ObstacleView,
     QemuRestartView,
     RestartQemuRequest,
+    RestoreRequest,
+    SavedView,
+    SaveRequest,
     StopRequest,
     ThreadsRequest,
     UpgradeRequest,
@@ -36,6 +40,7 @@ from sempervirt.core.errors import (
     from_wire,
 )
 from sempervirt.core.names import split_disk_name
+from sempervirt.migration.obstacles import HostSide
 from sempervirt.vm.spec import VmSpec
 
 READ_TIMEOUT_S = 20.0
@@ -45,6 +50,8 @@ WORK_TIMEOUT_S = 150.0
 MAP_TIMEOUT_S = 660.0
 
 _START = "start one: semperd; or run a VM in the foreground: semper vm run FILE"
+# Packing all of a guest's memory, or copying its disks.
+SAVE_TIMEOUT_S = 3900.0
 
 View = TypeVar("View", bound=BaseModel)
 
@@ -139,9 +146,34 @@ class Client:
         answer = await self._call("POST", path, body=body, timeout_s=WORK_TIMEOUT_S)
         return QemuRestartView.model_validate(answer)
 
+    async def save_vm(self, name: str, file: Path) -> SavedView:
+        """Saves a VM and ends it."""
+        body = SaveRequest(file=file).model_dump(mode="json")
+        answer = await self._call("POST", f"/vms/{name}/save", body=body, timeout_s=SAVE_TIMEOUT_S)
+        return SavedView.model_validate(answer)
+
+    async def restore_vm(self, request: RestoreRequest) -> VmView:
+        """Makes a VM from a saved state."""
+        body = request.model_dump(mode="json")
+        answer = await self._call("POST", "/vms/restore", body=body, timeout_s=SAVE_TIMEOUT_S)
+        return VmView.model_validate(answer)
+
     async def forget_vm(self, name: str) -> None:
         """Drops a VM that has ended."""
         await self._call("DELETE", f"/vms/{name}")
+
+    async def migration_side(self, spec: VmSpec) -> HostSide:
+        """What this agent's host, as a destination, is, has and sees of a VM."""
+        body = spec.model_dump(mode="json")
+        answer = await self._call("POST", "/migration/side", body=body)
+        return TypeAdapter(HostSide).validate_python(answer)
+
+    async def migration_obstacles(self, name: str, host: str) -> list[ObstacleView]:
+        """Every reason that would stop a migration of a VM to another host."""
+        query = {"host": host}
+        path = f"/vms/{name}/migration/obstacles"
+        answer = await self._call("GET", path, query=query, timeout_s=WORK_TIMEOUT_S)
+        return TypeAdapter(list[ObstacleView]).validate_python(answer)
 
     async def vm_log(self, name: str, source: str, lines: int) -> LogView:
         """The end of a log."""

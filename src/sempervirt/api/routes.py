@@ -23,6 +23,9 @@ from sempervirt.api.schemas import (
     MapView,
     QemuRestartView,
     RestartQemuRequest,
+    RestoreRequest,
+    SavedView,
+    SaveRequest,
     StopRequest,
     ThreadsRequest,
     UpgradeRequest,
@@ -136,6 +139,25 @@ async def restart_qemu(agent: AgentHere, name: str, request: RestartQemuRequest)
     """Moves a running VM to a new QEMU process; answers when that one runs the guest."""
     done = await agent.restart_qemu(name, request.qemu)
     return QemuRestartView(vm=name, **asdict(done))
+
+
+@router.post("/vms/{name}/save", tags=["vm"])
+async def save_vm(agent: AgentHere, name: str, request: SaveRequest) -> SavedView:
+    """Saves a VM to a file and ends it; answers when all of it is durable."""
+    done = await agent.save_vm(name, request.file)
+    figures = asdict(done.figures)
+    size = figures.pop("file")
+    return SavedView(vm=name, file=request.file, size=size, paused_ms=done.paused_ms, **figures)
+
+
+@router.post("/vms/restore", tags=["vm"], status_code=status.HTTP_201_CREATED)
+async def restore_vm(agent: AgentHere, request: RestoreRequest) -> VmView:
+    """Makes a VM from a saved state; answers when it runs on, or is paused as it was."""
+    if request.copy_disks_to is not None and request.name is not None:
+        vm = await agent.clone_vm(request.file, request.name, request.copy_disks_to)
+    else:
+        vm = await agent.restore_vm(request.file, request.name, request.images)
+    return vm_view(vm)
 
 
 @router.get("/vms/{name}/logs", tags=["vm"])

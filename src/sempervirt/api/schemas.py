@@ -239,6 +239,40 @@ class QemuRestartView(BaseModel):
     total_ms: float
 
 
+class SaveRequest(BaseModel):
+    """The file to save to, on the agent's host."""
+
+    file: Path
+
+
+class SavedView(BaseModel):
+    """A VM that was saved, and has ended. Counts bytes, and pages of 4 KiB."""
+
+    vm: str
+    file: Path
+    memory: int
+    size: int = Field(description="of the file")
+    zero_pages: int
+    block_pages: int = Field(description="named as blocks of the VM's disks, and not held")
+    data_pages: int
+    paused_ms: float
+
+
+class RestoreRequest(BaseModel):
+    """The saved state; with `copy_disks_to` the VM gets copies of the disks there."""
+
+    file: Path
+    name: str | None = Field(default=None, description="by default the name that it had")
+    images: dict[str, Path] = Field(default={}, description="other images, by the disk's name")
+    copy_disks_to: Path | None = None
+
+    @model_validator(mode="after")
+    def _copies_have_a_name(self) -> Self:
+        if self.copy_disks_to is not None and (self.name is None or self.images):
+            raise ValueError("a clone needs a name, and has no other images than its copies")
+        return self
+
+
 class UpgradeRequest(BaseModel):
     """The binary to serve from; by default the installed one."""
 
@@ -271,3 +305,32 @@ class JoinView(BaseModel):
     certificate: str
     cluster: str
     store: list[str]
+
+
+class ObstacleView(BaseModel):
+    """A reason that would stop a migration, and what can be done about it."""
+
+    what: str
+    remedy: str
+
+
+class ImageSeenView(BaseModel):
+    """What a host sees where an image should be."""
+
+    id: str
+    block_device: bool
+    problem: str
+
+
+class HostSideView(BaseModel):
+    """What the destination of a migration is, has and sees of the VM."""
+
+    name: str
+    accelerator: str
+    qemu_version: str
+    cpu_model: str
+    cpu_flags: list[str]
+    memory_available: int
+    vm_state: str = Field(description='of a VM of that name there; "" if there is none')
+    images: dict[str, ImageSeenView]
+    missing: list[str]

@@ -1,0 +1,129 @@
+"""`semper vm save`, `restore` and `clone`: a VM as a file."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import typer
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from sempervirt.api.client import Client
+from sempervirt.api.schemas import RestoreRequest, SavedView, VmView
+from sempervirt.cli.completion import vm_names
+from sempervirt.cli.output import Output, OutputOption, err, facts, out, print_json
+from sempervirt.cli.session import ask_agent
+from sempervirt.core.errors import InvalidRequest
+from sempervirt.core.sizes import format_size
+
+PAGE_BYTES = 4096
+Answer = TypeVar("Answer")
+
+File = Annotated[Path, typer.Argument(metavar="FILE", help="The saved state.", show_default=False)]
+
+
+def save(
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="The VM's name.", autocompletion=vm_names)
+    ],
+    file: File,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Save a VM, with its memory and devices, to FILE, and end it.
+
+    Memory that is a copy of what stands on the VM's disks is not written again: the file names
+    the blocks. So it belongs to the disks as they are now, and can be restored as long as
+    nobody has written to them. If saving fails, the VM goes on.
+    """
+    path = file.absolute()
+    view = _work(f"saving {name}", lambda client: client.save_vm(name, path))
+    if output is Output.JSON:
+        print_json(view)
+        return
+    out.print(facts(_rows(view)))
+
+
+def restore(
+    file: File,
+    name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Another name than the one it had.")
+    ] = None,
+    image: Annotated[
+        list[str] | None,
+        typer.Option(metavar="DISK=PATH", help="Where a disk's image is now; may be repeated."),
+    ] = None,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Let a saved VM run on from the moment when it was saved.
+
+    Refused if a disk is not in the state in which the VM was saved. The file is only read.
+    """
+    images = dict(_image(text) for text in image or [])
+    request = RestoreRequest(file=file.absolute(), name=name, images=images)
+    view = _work(f"restoring {file.name}", lambda client: client.restore_vm(request))
+    _show(view, output)
+
+
+def clone(
+    file: File,
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="The new VM's name.", show_default=False)
+    ],
+    into: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where its disks go; by default beside FILE."),
+    ] = None,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Make one more VM from a saved state, with copies of the disks.
+
+    The copies share their blocks with the original where the file system can do that. A clone
+    believes that it is the VM that was saved: same addresses of its network cards, same
+    identities inside. Do not put both on one network.
+    """
+    directory = (into or file.parent).absolute()
+    request = RestoreRequest(file=file.absolute(), name=name, copy_disks_to=directory)
+    view = _work(f"cloning {file.name}", lambda client: client.restore_vm(request))
+    _show(view, output)
+
+
+def _image(text: str) -> tuple[str, Path]:
+    disk, equals, path = text.partition("=")
+    if not equals or not disk or not path:
+        raise InvalidRequest(f'"{text}" is not DISK=PATH', remedy="write root=/images/web.raw")
+    return disk, Path(path).absolute()
+
+
+def _work(text: str, request: Callable[[Client], Awaitable[Answer]]) -> Answer:
+    """A bar that moves while the agent works."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+
+    async def _with_bar(client: Client) -> Answer:
+        with Progress(*columns, console=err, transient=True) as bar:
+            bar.add_task(text, total=None)
+            return await asyncio.ensure_future(request(client))
+
+    return ask_agent(_with_bar)
+
+
+def _show(view: VmView, output: Output) -> None:
+    if output is Output.JSON:
+        print_json(view)
+    else:
+        out.print(f"{view.name} is {view.state.value}, pid {view.pid}", highlight=False)
+
+
+def _rows(view: SavedView) -> list[tuple[str, str | None]]:
+    def part(pages: int) -> str:
+        return format_size(pages * PAGE_BYTES)
+
+    return [
+        ("saved", f"{view.vm} to {view.file}"),
+        ("size", f"{format_size(view.size)} for {format_size(view.memory)} of memory"),
+        ("zeros", part(view.zero_pages)),
+        ("on its disks", part(view.block_pages)),
+        ("kept", f"{part(view.data_pages)}, packed"),
+        ("stood still", f"{view.paused_ms / 1000:.1f} s, and has ended"),
+    ]
