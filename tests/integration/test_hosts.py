@@ -26,6 +26,7 @@ from sempervirt.agent.cluster import Cluster, begin_cluster, read_settings
 from sempervirt.agent.config import AgentConfig
 from sempervirt.agent.joining import join_cluster
 from sempervirt.agent.membership import Membership
+from sempervirt.agent.moving import side_of
 from sempervirt.api.client import Client
 from sempervirt.api.server import serving_hosts
 from sempervirt.core.errors import (
@@ -36,11 +37,13 @@ from sempervirt.core.errors import (
     OutcomeUnknown,
     StateConflict,
 )
+from sempervirt.store import epoch
 from sempervirt.store.etcd import EtcdStore
 from sempervirt.trust.authority import Authority, Issued
 from sempervirt.trust.identity import Identity, Peer, Role
 from sempervirt.trust.invitation import PREFIX, Invitation, parse_invitation
 from sempervirt.trust.keyfiles import KeyExposed
+from sempervirt.vm.spec import VmSpec
 
 pytestmark = pytest.mark.timeout(120)
 DEADLINE_S = 30.0
@@ -68,6 +71,7 @@ class Served:
     """A host whose agent serves the others."""
 
     config: AgentConfig
+    agent: Agent
     cluster: Cluster
     membership: Membership
 
@@ -84,7 +88,7 @@ async def served(config: AgentConfig) -> AsyncIterator[Served]:
         Membership.kept(cluster, lease_s=1) as membership,
         serving_hosts(agent, membership),
     ):
-        yield Served(config, cluster, membership)
+        yield Served(config, agent, cluster, membership)
 
 
 Place = Callable[[str], AgentConfig]
@@ -423,6 +427,39 @@ async def test_an_agent_waits_for_its_store_and_recovers_from_its_loss(
             etcd.kill()
 
 
+# What would stop a migration
+
+
+async def test_what_would_stop_a_migration_is_all_listed(
+    first: Served, host_config: Place, firmware_spec: Callable[..., VmSpec]
+) -> None:
+    """Two agents on one machine: their storage is shared, and the VM's own network is not."""
+    spec = firmware_spec(nics=[{"type": "user"}])
+    await first.agent.run_vm(spec)
+    tls = first.cluster.identity.client_context()
+    async with Client.connect_host(first.address, "a", tls) as client:
+        with pytest.raises(NotFound, match="there is no host b"):
+            await client.migration_obstacles("web", "b")
+        with pytest.raises(StateConflict, match="a is this host"):
+            await client.migration_obstacles("web", "a")
+        config = await joined(first, host_config("b"))
+        (silent,) = await client.migration_obstacles("web", "b")
+        assert "the agent of b is silent" in silent.what
+        async with served(config) as second:
+            await wait_presence(first, "b", there=True)
+            (network,) = await client.migration_obstacles("web", "b")
+            assert "user-mode networking" in network.what
+            # A copy at the same path would have no id, or another one.
+            record = epoch.record_path(spec.disks[0].image)
+            assert (found := epoch.read_epoch(record)) is not None
+            assert found.epoch == 0  # looked at, not claimed
+            side = await side_of(second.agent, "b", spec, source=False)
+            assert side.images["root"].id == found.image
+            record.unlink()
+            assert (await side_of(second.agent, "b", spec, source=False)).images["root"].id == ""
+    await first.agent.vm("web").kill()
+
+
 # The programs
 
 
@@ -440,6 +477,10 @@ async def test_two_hosts_by_the_command_line(host_config: Place, etcd: Etcd) -> 
         assert "this host is b of the cluster sempervirt" in said
         async with semperd(b):
             await wait_states(b, {"a": "alive", "b": "alive"})
+            refused = await semper(a, "vm", "migrate", "web", "--to", "b", code=2)
+            assert "cannot move a VM yet" in refused
+            refused = await semper(a, "vm", "migrate", "web", "--to", "b", "--dry-run", code=4)
+            assert "there is no VM web" in refused
             listed = await semper(a, "host", "list")
             assert "until 20" in listed
             assert addresses[1] in listed
@@ -453,7 +494,7 @@ def environment(config: AgentConfig) -> dict[str, str]:
     return {**os.environ, **{key: str(value) for key, value in own.items()}, "COLUMNS": "160"}
 
 
-async def semper(config: AgentConfig, *arguments: str) -> str:
+async def semper(config: AgentConfig, *arguments: str, code: int = 0) -> str:
     program = str(Path(sys.executable).with_name("semper"))
     process = await asyncio.create_subprocess_exec(
         program,
@@ -464,8 +505,8 @@ async def semper(config: AgentConfig, *arguments: str) -> str:
     )
     async with asyncio.timeout(DEADLINE_S):
         out, err = await process.communicate()
-    assert process.returncode == 0, err.decode()
-    return out.decode()
+    assert process.returncode == code, err.decode()
+    return (err if code else out).decode()
 
 
 @asynccontextmanager

@@ -13,7 +13,7 @@ from fastapi import FastAPI
 import sempervirt
 from sempervirt.agent.agent import Agent
 from sempervirt.agent.cluster import Cluster
-from sempervirt.api import failures
+from sempervirt.api import failures, migration
 from sempervirt.api.routes import router
 
 
@@ -36,6 +36,7 @@ def build_app(agent: Agent | None = None, cluster: Cluster | None = None) -> Fas
     app.state.agent = agent
     app.state.cluster = cluster
     app.include_router(router)
+    app.include_router(migration.router)
     failures.install(app)
     return app
 

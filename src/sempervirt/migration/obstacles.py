@@ -1,0 +1,151 @@
+"""Every reason that would stop a migration: a pure function of what both hosts say.
+
+All of them are found, not the first one: whoever reads the list mends everything at once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from sempervirt.core.sizes import format_size
+from sempervirt.vm.spec import DiskSpec, VmSpec
+
+
+@dataclass(frozen=True)
+class Obstacle:
+    """What stands in the way, and what can be done about it."""
+
+    what: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class ImageSeen:
+    """What a host sees where an image should be; `problem` is "" when it could be used."""
+
+    id: str = ""
+    block_device: bool = False
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class HostSide:
+    """What a host is and has. `images` are by the disk's name, `missing` are paths and taps."""
+
+    name: str
+    accelerator: str
+    qemu_version: str
+    cpu_model: str = ""
+    cpu_flags: frozenset[str] = frozenset()
+    memory_available: int = 0
+    vm_state: str = ""
+    images: dict[str, ImageSeen] = field(default_factory=dict)
+    missing: tuple[str, ...] = ()
+
+
+def obstacles(
+    spec: VmSpec, accelerator: str, source: HostSide, destination: HostSide
+) -> list[Obstacle]:
+    """All of them; none: the move may begin. `accelerator` is what the VM runs with."""
+    return [
+        *_vm(spec, source, destination),
+        *_processor(spec, accelerator, source, destination),
+        *(
+            obstacle
+            for disk in spec.disks
+            for obstacle in _disk(
+                disk, source.images.get(disk.name), destination.images.get(disk.name), destination
+            )
+        ),
+        *_network(spec),
+        *(
+            Obstacle(f"{destination.name} has no {thing}", "it is needed there under the same name")
+            for thing in destination.missing
+        ),
+    ]
+
+
+def _vm(spec: VmSpec, source: HostSide, destination: HostSide) -> Iterator[Obstacle]:
+    if source.vm_state not in ("running", "paused"):
+        yield Obstacle(
+            f"VM {spec.name} is {source.vm_state or 'not there'}", "it has to run, or be paused"
+        )
+    if destination.vm_state not in ("", "stopped", "crashed"):
+        yield Obstacle(
+            f"{destination.name} has a VM {spec.name} of its own, which is {destination.vm_state}",
+            f"end it there: semper vm stop {spec.name}",
+        )
+    if destination.memory_available < spec.memory:
+        yield Obstacle(
+            f"{destination.name} has {format_size(destination.memory_available)} of memory "
+            f"available, and the VM has {format_size(spec.memory)}",
+            "make room there",
+        )
+
+
+def _processor(
+    spec: VmSpec, accelerator: str, source: HostSide, destination: HostSide
+) -> Iterator[Obstacle]:
+    if accelerator != destination.accelerator and accelerator == "kvm":
+        yield Obstacle(
+            f"the VM runs with kvm, and {destination.name} offers {destination.accelerator}",
+            f"see there: semper host show, on {destination.name}",
+        )
+    if accelerator == "kvm" and (spec.cpu or "host").startswith(("host", "max")):
+        lost = sorted(source.cpu_flags - destination.cpu_flags)
+        if lost:
+            some = ", ".join(lost[:6]) + (" …" if len(lost) > 6 else "")
+            yield Obstacle(
+                f"the processor of {destination.name} ({destination.cpu_model}) lacks {some}",
+                "give the VM a CPU model that both have, and start it again with it",
+            )
+    if _version(destination.qemu_version) < _version(source.qemu_version):
+        yield Obstacle(
+            f"{destination.name} has QEMU {destination.qemu_version}, older than "
+            f"{source.qemu_version} here",
+            "install the same QEMU there, or a newer one",
+        )
+
+
+def _disk(
+    disk: DiskSpec, here: ImageSeen | None, there: ImageSeen | None, destination: HostSide
+) -> Iterator[Obstacle]:
+    if disk.backend == "qemu":
+        yield Obstacle(
+            f"disk {disk.name} is served by QEMU itself, whose image cannot be handed over",
+            'backend = "blkd"',
+        )
+        return
+    for where, seen in (("here", here), (f"on {destination.name}", there)):
+        if seen is None or seen.problem:
+            yield Obstacle(
+                f"disk {disk.name}, {where}: {seen.problem if seen else 'nothing is known of it'}",
+                "both hosts have to see the image at the same path",
+            )
+            return
+    assert here is not None
+    assert there is not None
+    if here.block_device:
+        yield Obstacle(
+            f"disk {disk.name} is a block device: nothing keeps two hosts from writing to it",
+            "put it on a shared file system",
+        )
+    elif not disk.read_only and here.id != there.id:
+        yield Obstacle(
+            f"disk {disk.name}: {disk.image} on {destination.name} is another image",
+            "the hosts have to share the storage; a copy is not enough",
+        )
+
+
+def _network(spec: VmSpec) -> Iterator[Obstacle]:
+    if any(nic.type == "user" for nic in spec.nics):
+        yield Obstacle(
+            "user-mode networking ends with its QEMU: connections of the guest would break",
+            'type = "tap", on a bridge that both hosts have',
+        )
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", text)[:3])
