@@ -12,6 +12,8 @@ import time
 import urllib.request
 from pathlib import Path
 
+from sempervirt.trust.identity import Identity
+
 START_S = 20.0
 _CACHED = Path(__file__).parents[1] / ".cache/etcd/etcd"
 
@@ -19,14 +21,16 @@ _CACHED = Path(__file__).parents[1] / ".cache/etcd/etcd"
 class Etcd:
     """Starts at `start`; keeps its data until `remove`."""
 
-    def __init__(self) -> None:
+    def __init__(self, trust: Path | None = None) -> None:
+        """With `trust`, a host's certificates, it speaks to members of that cluster alone."""
+        self._trust = trust
         memory = Path("/dev/shm")
         self._place = Path(
             tempfile.mkdtemp(prefix="sv-etcd-", dir=memory if memory.is_dir() else None)
         )
         self._client, self._peer = _free_port(), _free_port()
         self._process: subprocess.Popen[bytes] | None = None
-        self.url = f"http://127.0.0.1:{self._client}"
+        self.url = f"{'https' if trust else 'http'}://127.0.0.1:{self._client}"
 
     @property
     def port(self) -> int:
@@ -50,6 +54,13 @@ class Etcd:
             "--election-timeout=200",
             "--log-level=warn",
         ]
+        if self._trust is not None:
+            argv += [
+                f"--cert-file={self._trust / 'host.crt'}",
+                f"--key-file={self._trust / 'host.key'}",
+                f"--trusted-ca-file={self._trust / 'authority.crt'}",
+                "--client-cert-auth",
+            ]
         log = self._place / "log"
         with log.open("ab") as output:
             self._process = subprocess.Popen(argv, stdout=output, stderr=output)
@@ -61,7 +72,8 @@ class Etcd:
 
     def _healthy(self) -> bool:
         try:
-            with urllib.request.urlopen(f"{self.url}/health", timeout=2) as answer:
+            tls = Identity(self._trust).client_context() if self._trust else None
+            with urllib.request.urlopen(f"{self.url}/health", timeout=2, context=tls) as answer:
                 return b'"true"' in answer.read()
         except OSError:
             return False

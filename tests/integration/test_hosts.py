@@ -36,6 +36,7 @@ from sempervirt.core.errors import (
     NotFound,
     OutcomeUnknown,
     StateConflict,
+    Unavailable,
 )
 from sempervirt.store import epoch
 from sempervirt.store.etcd import EtcdStore
@@ -425,6 +426,31 @@ async def test_an_agent_waits_for_its_store_and_recovers_from_its_loss(
                     if "alive/a" in state.entries:
                         break
             etcd.kill()
+
+
+async def test_etcd_can_be_reached_by_members_alone(host_config: Place) -> None:
+    """The certificates come first, etcd takes one of them, and the cluster goes on from there."""
+    config = host_config("a")
+    config.state_dir.mkdir(parents=True)
+    address = free_address()
+    etcd = Etcd(config.trust_dir)
+    try:
+        for _ in range(2):  # with the certificates made, and with them found
+            with pytest.raises(Unavailable, match="etcd does not answer"):
+                await begin_cluster(config, "lab", "a", address, [etcd.url])
+        await asyncio.to_thread(etcd.start)
+        await begin_cluster(config, "lab", "a", address, [etcd.url])
+        async with served(config) as first:
+            second = await joined(first, host_config("b"))
+            async with Cluster.opened(second) as cluster:
+                assert len(await cluster.members()) == 2
+        anybody = without_certificate(first)
+        stranger = EtcdStore([etcd.url], tls=anybody, timeout_s=2)
+        with pytest.raises(Unavailable):
+            await stranger.read()
+        await stranger.close()
+    finally:
+        etcd.remove()
 
 
 # What would stop a migration
