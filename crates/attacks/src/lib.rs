@@ -12,6 +12,7 @@
 //! | [`messages`] | a front end and its guest | `semper_blkd`: the vhost-user device with its threads |
 //! | [`control`] | a local client | `semper_blkd`: the lines of the control socket |
 //! | [`map`] | who gives a map | `semper_blockmap`: the export format |
+//! | [`saved`] | who gives a saved state | `semper_saved`: the format |
 //! | [`stream`] | a QEMU and its guest | `semper_wire`: any migration stream comes out as it went in |
 //! | [`source`] | the host that a VM comes from | `semper_wire`: the destination's state machine |
 //! | [`destination`] | the host that it goes to | `semper_wire`: the source's state machine |
@@ -25,6 +26,7 @@ mod messages;
 mod region;
 mod request;
 mod ring;
+mod saved;
 mod wire;
 
 pub use control::control;
@@ -33,19 +35,21 @@ pub use messages::messages;
 pub use region::region;
 pub use request::request;
 pub use ring::ring;
+pub use saved::saved;
 pub use wire::{destination, source, stream};
 
 /// An attack: it panics if it succeeds.
 pub type Attack = fn(&[u8]);
 
 /// All attacks, by the names that the fuzz targets have.
-pub const ALL: [(&str, Attack); 9] = [
+pub const ALL: [(&str, Attack); 10] = [
     ("ring", ring),
     ("region", region),
     ("request", request),
     ("messages", messages),
     ("control", control),
     ("map", map),
+    ("saved", saved),
     ("stream", stream),
     ("source", source),
     ("destination", destination),

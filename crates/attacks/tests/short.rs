@@ -65,6 +65,11 @@ fn random_destinations() {
     random_inputs("destination", 3_000);
 }
 
+#[test]
+fn random_saved_states() {
+    random_inputs("saved", 2_000);
+}
+
 /// `fuzz/found/<attack>/`: what once broke something never does again.
 #[test]
 fn everything_that_a_fuzzer_has_found() {
