@@ -1,6 +1,8 @@
 //! Three enemies on the wire between two hosts: a QEMU whose stream is anything, a source and a
 //! destination that say anything.
 
+use std::time::Duration;
+
 use semper_wire::format::{FRAME_HEADER, Kind, MAX_STREAM, WINDOWS, first_frame};
 use semper_wire::synthetic::{KEY, MemoryDisk, Pair, noise};
 use semper_wire::{
@@ -156,7 +158,7 @@ pub fn destination(data: &[u8]) {
     encoder.flush();
     while let Some(batch) = encoder.pop() {
         assert!(window.has_room(batch.charge));
-        window.send(batch.charge);
+        window.send(batch.charge, Duration::ZERO);
         batch.held.into_iter().for_each(|held| ledger.hold(held));
     }
     let held = ledger.held_bytes();
@@ -182,7 +184,7 @@ pub fn destination(data: &[u8]) {
             }
         };
         if let Ok(total) = semper_wire::format::parse_number(&payload) {
-            let _ = window.credit(total);
+            let _ = window.credit(total, Duration::from_millis(total % 1000));
         }
         let Ok(repairs) = ledger.verdict(&payload) else { return };
         for frame in &repairs.frames {

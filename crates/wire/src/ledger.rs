@@ -1,5 +1,4 @@
-//! What the source keeps until the destination has answered: pages that went out as references,
-//! and how much may be under way.
+//! What the source keeps until the destination has answered: pages that went out as references.
 
 use std::collections::VecDeque;
 
@@ -85,42 +84,5 @@ impl Held {
             frame.extend_from_slice(&self.pages[start..start + PAGE_SIZE]);
         }
         format::finish(frame)
-    }
-}
-
-/// How much of the stream may be under way: sent, and not yet taken by the other QEMU.
-#[derive(Clone, Copy, Debug)]
-pub struct Window {
-    limit: u64,
-    sent: u64,
-    credited: u64,
-}
-
-impl Window {
-    /// Of so many bytes.
-    pub fn new(limit: u64) -> Self {
-        Self { limit, sent: 0, credited: 0 }
-    }
-
-    /// Whether a batch of this charge may be sent now.
-    pub fn has_room(&self, charge: u64) -> bool {
-        self.sent - self.credited + charge <= self.limit
-    }
-
-    /// It was.
-    pub fn send(&mut self, charge: u64) {
-        self.sent += charge;
-    }
-
-    /// The number of a CREDIT.
-    ///
-    /// # Errors
-    /// Less than before, or more than was sent.
-    pub fn credit(&mut self, total: u64) -> Result<(), WireError> {
-        if total < self.credited || total > self.sent {
-            return Err(WireError::Protocol("credit for what was not sent"));
-        }
-        self.credited = total;
-        Ok(())
     }
 }

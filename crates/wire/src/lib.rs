@@ -29,14 +29,16 @@ mod stream;
 #[doc(hidden)]
 pub mod synthetic;
 mod varint;
+mod window;
 
 pub use decoder::{Decoded, Decoder, Disks, Judged};
 pub use encoder::{Batch, Counters, Encoder, EncoderOptions};
 pub use format::{Frame, Hello, Kind, Role, WireError};
 pub use handshake::{Agreement, OfferedDisk, Ready, Start, agree};
 pub use index::{BlockRef, ContentIndex, NoIndex, PageIndex};
-pub use ledger::{Held, Ledger, Repairs, Window};
+pub use ledger::{Held, Ledger, Repairs};
 pub use stream::{MAX_ITEM, Parser, Sink};
+pub use window::Window;
 
 /// Bytes of a page of the guest and of a block of a disk.
 pub const PAGE_SIZE: usize = 4096;

@@ -3,12 +3,14 @@
 
 use std::cell::RefCell;
 use std::rc::Rc;
+use std::time::Duration;
 
 use crate::decoder::{Decoder, Disks, Judged};
 use crate::encoder::{Counters, Encoder, EncoderOptions};
 use crate::format::{FRAME_HEADER, Frame, Kind, credit, end, first_frame, parse_number};
 use crate::index::{BlockRef, PageIndex};
-use crate::ledger::{Ledger, Window};
+use crate::ledger::Ledger;
+use crate::window::Window;
 use crate::{PAGE_SIZE, Page, WireError};
 
 /// Key of all hashes here.
@@ -225,7 +227,7 @@ impl<I: PageIndex, D: Disks> Pair<I, D> {
             while !self.window.has_room(batch.charge) {
                 assert!(self.deliver()?, "no room, and nothing under way");
             }
-            self.window.send(batch.charge);
+            self.window.send(batch.charge, Duration::ZERO);
             batch.held.into_iter().for_each(|held| self.ledger.hold(held));
             self.queue.push_back(batch.frame);
         }
@@ -253,7 +255,7 @@ impl<I: PageIndex, D: Disks> Pair<I, D> {
         }
         self.decoder.grant(self.credit);
         let credit = credit(self.credit);
-        self.window.credit(parse_number(&credit[FRAME_HEADER..])?)?;
+        self.window.credit(parse_number(&credit[FRAME_HEADER..])?, Duration::ZERO)?;
         Ok(true)
     }
 

@@ -13,7 +13,7 @@ use std::net::{Shutdown, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use semper_wire::format::{self, FEATURE_REFERENCES, FEATURE_ZSTD, Hello, Kind, Role};
@@ -43,6 +43,7 @@ struct Shared {
     ledger: Mutex<Ledger>,
     flow: Mutex<Flow>,
     changed: Condvar,
+    began: Instant,
 }
 
 struct Flow {
@@ -90,6 +91,7 @@ pub(crate) fn run(args: &SourceArgs, progress: &Arc<Progress>) -> Result<(), Fai
         ledger: Mutex::default(),
         flow: Mutex::new(flow),
         changed: Condvar::new(),
+        began: Instant::now(),
     });
     let result = carry(&shared, inbox, Encoder::new(index, options), progress);
     progress.wire(shared.channel.bytes());
@@ -237,7 +239,7 @@ impl Shared {
             if flow.failure.is_some() {
                 return Err(Failure::Lost(ErrorKind::ConnectionAborted.into()));
             }
-            flow.window.send(batch.charge);
+            flow.window.send(batch.charge, self.began.elapsed());
             drop(flow);
             if let Some(held) = batch.held {
                 locked(&self.ledger).hold(held);
@@ -269,7 +271,8 @@ impl Shared {
                 locked(&self.flow).mismatched.extend(repairs.blocks);
             }
             Some(Kind::Credit) => {
-                locked(&self.flow).window.credit(format::parse_number(frame.payload)?)?;
+                let total = format::parse_number(frame.payload)?;
+                locked(&self.flow).window.credit(total, self.began.elapsed())?;
                 self.changed.notify_all();
             }
             // A QEMU that has closed its socket does not care for what still comes.
