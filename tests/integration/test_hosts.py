@@ -86,7 +86,7 @@ async def served(config: AgentConfig) -> AsyncIterator[Served]:
     async with (
         Agent.open(config) as agent,
         Cluster.opened(config) as cluster,
-        Membership.kept(cluster, lease_s=1) as membership,
+        Membership.kept(cluster, lease_s=5) as membership,
         serving_hosts(agent, membership),
     ):
         yield Served(config, agent, cluster, membership)

@@ -34,6 +34,8 @@ from sempervirt.store.sqlite import SqliteStore
 pytestmark = pytest.mark.timeout(60)
 Open = Callable[[], Store]
 DEADLINE_S = 15.0
+# Short for the tests' sake, and longer than a busy machine stands still.
+LEASE_S = 2
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +205,7 @@ async def wait_gone(store: Store, key: str) -> float:
 
 async def test_a_lease_ends_with_its_entries_and_never_before_its_deadline(connect: Open) -> None:
     store, other = connect(), connect()
-    lease = await store.grant(1)
+    lease = await store.grant(LEASE_S)
     await store.commit(
         [Put("alive/a", "", lease), Put("kept", "")], expect={"alive/a": 0, "kept": 0}
     )
@@ -218,14 +220,13 @@ async def test_a_lease_ends_with_its_entries_and_never_before_its_deadline(conne
 
 
 async def test_a_lease_goes_on_while_it_is_renewed(store: Store) -> None:
-    lease = await store.grant(1)
+    lease = await store.grant(LEASE_S)
     await store.commit([Put("alive/a", "", lease)], expect={"alive/a": 0})
     first = lease
-    while lease.deadline < first.deadline + 1.5:
+    while boot_clock_s() < first.deadline + 0.2:
         assert "alive/a" in (await store.read()).entries
         lease = await store.renew(lease)
         await asyncio.sleep(0.05)  # poll interval
-    assert boot_clock_s() > first.deadline
     assert await wait_gone(store, "alive/a") >= lease.deadline
 
 
@@ -241,7 +242,7 @@ async def test_a_lease_can_be_given_back(store: Store) -> None:
 
 async def test_a_watch_sees_a_lease_end(connect: Open) -> None:
     store, other = connect(), connect()
-    lease = await store.grant(1)
+    lease = await store.grant(LEASE_S)
     await store.commit([Put("alive/a", "", lease)], expect={"alive/a": 0})
     async with asyncio.timeout(DEADLINE_S), aclosing(other.watch("alive/")) as states:
         assert list((await anext(states)).entries) == ["alive/a"]

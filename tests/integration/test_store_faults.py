@@ -188,7 +188,7 @@ async def test_a_partition_is_noticed_and_changes_nothing(etcd: Etcd, relay: Rel
     free = EtcdStore([etcd.url])
     registry = Registry(cut)
     claim = await registry.claim("web", "a", ["i1"])
-    lease = await cut.grant(1)
+    lease = await cut.grant(2)
     await cut.commit([Put("alive/a", "", lease)], expect={"alive/a": 0})
     async with aclosing(cut.watch()) as states:
         await anext(states)

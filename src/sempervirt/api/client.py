@@ -255,7 +255,7 @@ class Client:
             yield
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
             raise _unreachable(self._place, self._remedy, error) from error
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, ssl.SSLError) as error:  # httpx lets late alerts of TLS pass
             raise OutcomeUnknown(
                 f"the agent did not answer {asked}: {error!r}",
                 remedy="ask again what the state is",

@@ -55,6 +55,9 @@ _NOT_DONE = {3, 5, 7, 8, 9, 11, 16}
 _NOT_FOUND = 5
 _EXHAUSTED = 8
 
+# An alert of TLS that comes after the handshake is not translated by httpx.
+BROKEN = (httpx.HTTPError, ssl.SSLError)
+
 
 class EtcdStore:
     """A `Store` in etcd. Entries stand below `root`."""
@@ -202,7 +205,7 @@ class EtcdStore:
                         return
                     if result.get("events"):
                         yield result["events"], int(result["header"]["revision"])
-        except httpx.HTTPError:
+        except BROKEN:
             return  # the read that follows tells silence from loss
 
     async def _ask(self, call: str, body: Mapping[str, Any], *, repeatable: bool) -> Any:
@@ -213,7 +216,7 @@ class EtcdStore:
                 response = await self._http.post(f"{endpoint}/v3/{call}", json=body)
             except (httpx.ConnectError, httpx.ConnectTimeout) as error:
                 failure = error
-            except httpx.HTTPError as error:
+            except BROKEN as error:
                 if not repeatable:
                     raise _unknown(endpoint, repr(error)) from error
                 failure = error
