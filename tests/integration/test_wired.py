@@ -199,6 +199,24 @@ async def boot(host: Host) -> str:
         return nonce
 
 
+async def start_writers(host: Host) -> None:
+    """Blocks that were referred to are overwritten from now on."""
+    async with await ProbeClient.connect(host.path("probe"), deadline_s=DEADLINE_S) as client:
+        await client.wait_hello(deadline_s=DEADLINE_S)
+        await client.write_start("vda", writers=8, span_bytes=8 * MIB)
+        await client.wait_stats(lambda stats: stats.completions > 300)
+
+
+async def stop_writers(host: Host) -> None:
+    """Whatever was written is there."""
+    async with await ProbeClient.connect(host.path("probe"), deadline_s=DEADLINE_S) as client:
+        await client.wait_hello(deadline_s=DEADLINE_S)
+        before = (await client.stats()).completions
+        await client.wait_stats(lambda stats: stats.completions > before + 300)
+        stats = await client.write_stop()
+    assert stats.is_clean, stats
+
+
 async def nonce_of(host: Host) -> str:
     """The nonce that the guest tells now."""
     async with await ProbeClient.connect(host.path("probe"), deadline_s=DEADLINE_S) as client:
@@ -248,6 +266,7 @@ async def test_the_memory_of_a_guest_is_the_same_on_the_other_side(
         async with here.monitor() as source, there.monitor() as target, joined(here, there) as ends:
             if here.blkd:
                 await ask(here.path("blkd.control"), "handover", armed=True)
+                await start_writers(here)
             await source.execute("migrate", {"uri": f"unix:{here.path('stream')}"}, timeout_s=QMP_S)
             await wait_migration(source, "completed")
             assert [await exit_of(end) for end in ends] == [0, 0]
@@ -255,6 +274,8 @@ async def test_the_memory_of_a_guest_is_the_same_on_the_other_side(
             assert await memory_of(target, there.path("memory")) == before
             await target.execute("cont", timeout_s=QMP_S)
         assert await nonce_of(there) == nonce
+        if here.blkd:
+            await stop_writers(there)
         assert await boot(there) == nonce
     sent, arrived = here.outcome(), there.outcome()
     # The guest has read the whole disk, and some of it has had to make room.

@@ -13,8 +13,8 @@ use crate::{PAGE_SIZE, Page, hash_page};
 
 /// Mismatches of a disk that are taken for bad luck.
 const LUCK: u64 = 64;
-/// A disk is given up when more than one reference in so many did not match.
-const TRUST: u64 = 8;
+/// A disk is given up when more than one reference in so many does not match.
+const TRUST: u64 = 2;
 
 /// What an encoder works with.
 #[derive(Clone, Debug)]
