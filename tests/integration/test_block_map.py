@@ -59,12 +59,15 @@ async def exported(disk: Disk) -> Exported:
     return Exported.parse(b"".join([piece async for piece in disk.export_block_map(verify=True)]))
 
 
-def memory_pages(qemu_pid: int) -> dict[int, bytes]:
-    """Every page of the guest's memory that was ever used, by its offset in the memory's file."""
+def memory_pages(qemu_pid: int, identity: tuple[int, int]) -> dict[int, bytes]:
+    """Every page of the guest's memory that was ever used, by its offset in the memory's file, of
+    which device and inode are given.
+    """
     directory = Path(f"/proc/{qemu_pid}/fd")
-    memfds = [fd for fd in directory.iterdir() if "memfd:memory-back" in str(fd.readlink())]
+    stats = {fd: os.stat(fd) for fd in directory.iterdir()}  # noqa: PTH116
+    held = [fd for fd, stat in stats.items() if (stat.st_dev, stat.st_ino) == identity]
     found = {}
-    file = os.open(memfds[0], os.O_RDONLY)
+    file = os.open(held[0], os.O_RDONLY)
     try:
         size = os.fstat(file).st_size
         start = 0
@@ -82,12 +85,13 @@ def memory_pages(qemu_pid: int) -> dict[int, bytes]:
     return found
 
 
-def equal_pages(vm: Vm, image: Path) -> dict[int, bytes]:
+def equal_pages(vm: Vm, image: Path, export: Exported) -> dict[int, bytes]:
     """Pages that equal some block of the disk, by brute force."""
     data = image.read_bytes()
     blocks = {data[at : at + PAGE] for at in range(0, len(data), PAGE)}
     assert vm.pid is not None
-    return {at: page for at, page in memory_pages(vm.pid).items() if page in blocks}
+    (identity,) = {(region[3], region[4]) for region in export.regions}
+    return {at: page for at, page in memory_pages(vm.pid, identity).items() if page in blocks}
 
 
 async def shell(client: ProbeClient, command: str) -> Ran:
@@ -115,8 +119,9 @@ async def test_every_page_that_equals_a_block_is_found(
         # Read, then changed in the cache only: an association that its content tells wrong.
         await shell(client, "dd if=/dev/urandom of=/dev/vda bs=4k seek=64 count=32 conv=notrunc")
         await vm.pause()
-    found = (await exported(disk)).by_offset()
-    expected = equal_pages(vm, disk_image)
+    export = await exported(disk)
+    found = export.by_offset()
+    expected = equal_pages(vm, disk_image, export)
     image = disk_image.read_bytes()  # noqa: ASYNC240
     for offset, (at, _) in found.items():
         assert expected[offset] == image[at : at + PAGE], f"a wrong pair: {offset:#x} and {at:#x}"
@@ -134,8 +139,9 @@ async def test_every_page_that_equals_a_block_is_found(
     await vm.resume()
     await disk.wait_standby_ready(READY_S)
     await vm.pause()
-    again = (await exported(disk)).by_offset()
-    assert again.keys() == equal_pages(vm, disk_image).keys()
+    export = await exported(disk)
+    again = export.by_offset()
+    assert again.keys() == equal_pages(vm, disk_image, export).keys()
     assert sum(state == CONTENT for _, state in again.values()) >= 2400
 
 
