@@ -190,7 +190,7 @@ pub fn destination(data: &[u8]) {
         for frame in &repairs.frames {
             repaired += frame.len() - FRAME_HEADER;
         }
-        encoder.mismatched(&repairs.blocks);
+        encoder.mismatched(&repairs.mismatched);
         assert!(repaired as u64 <= held + 1024, "more bytes than were referred to");
     }
 }

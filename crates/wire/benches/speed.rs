@@ -30,8 +30,8 @@ impl PageIndex for Lent<'_> {
         self.0.find(page)
     }
 
-    fn forget(&mut self, block: BlockRef) {
-        self.0.forget(block);
+    fn forget(&mut self, block: BlockRef, page: &Page) {
+        self.0.forget(block, page);
     }
 }
 

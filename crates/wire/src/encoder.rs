@@ -127,7 +127,7 @@ impl<I: PageIndex> Encoder<I> {
     }
 
     /// The destination found other contents in these blocks.
-    pub fn mismatched(&mut self, blocks: &[BlockRef]) {
+    pub fn mismatched(&mut self, blocks: &[(BlockRef, Page)]) {
         self.work.mismatched(blocks);
     }
 
@@ -177,10 +177,10 @@ impl<I: PageIndex> Work<I> {
         Some(block)
     }
 
-    fn mismatched(&mut self, blocks: &[BlockRef]) {
-        for &block in blocks {
+    fn mismatched(&mut self, blocks: &[(BlockRef, Page)]) {
+        for (block, page) in blocks {
             self.counters.mismatches += 1;
-            self.index.forget(block);
+            self.index.forget(*block, page);
             let Some(trust) = self.trust.get_mut(usize::from(block.disk)) else { continue };
             trust.mismatched += 1;
             trust.lost |= trust.mismatched > LUCK + trust.referred / TRUST;

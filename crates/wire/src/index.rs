@@ -20,8 +20,8 @@ pub struct BlockRef {
 pub trait PageIndex {
     /// A block that should have this content.
     fn find(&mut self, page: &Page) -> Option<BlockRef>;
-    /// The block has another content by now.
-    fn forget(&mut self, block: BlockRef);
+    /// The block has another content than this by now.
+    fn forget(&mut self, block: BlockRef, page: &Page);
 }
 
 /// Knows nothing.
@@ -33,7 +33,7 @@ impl PageIndex for NoIndex {
         None
     }
 
-    fn forget(&mut self, _: BlockRef) {}
+    fn forget(&mut self, _: BlockRef, _: &Page) {}
 }
 
 const EMPTY: u64 = 0;
@@ -148,13 +148,15 @@ impl PageIndex for ContentIndex {
         }
     }
 
-    fn forget(&mut self, block: BlockRef) {
-        // Rare, and a scan of the table is a few milliseconds at most.
+    fn forget(&mut self, block: BlockRef, page: &Page) {
         let place = (u64::from(block.disk) << DISK_SHIFT) + block.block + 1;
-        for slot in &mut self.slots {
-            if slot.place == place {
-                slot.place = GONE;
+        let mut at = start(&self.slots, self.fingerprint(page));
+        while self.slots[at].place != EMPTY {
+            if self.slots[at].place == place {
+                self.slots[at].place = GONE;
+                return;
             }
+            at = (at + 1) & (self.slots.len() - 1);
         }
     }
 }
@@ -165,7 +167,7 @@ impl PageIndex for HashMap<Vec<u8>, BlockRef> {
         self.get(&page[..]).copied()
     }
 
-    fn forget(&mut self, block: BlockRef) {
+    fn forget(&mut self, block: BlockRef, _: &Page) {
         self.retain(|_, known| *known != block);
     }
 }
@@ -191,7 +193,7 @@ mod tests {
         assert_eq!(index.find(&page(77)), expected);
         assert!(index.insert(BlockRef { disk: 4, block: 1 }, &page(77)));
         assert_eq!(index.find(&page(77)), expected);
-        index.forget(BlockRef { disk: 3, block: 77 });
+        index.forget(BlockRef { disk: 3, block: 77 }, &page(77));
         assert_eq!(index.find(&page(77)), None);
         assert_eq!(index.find(&page(78)), Some(BlockRef { disk: 3, block: 78 }));
         assert_eq!(index.find(&page(5001)), None);

@@ -2,9 +2,9 @@
 
 use std::collections::VecDeque;
 
-use crate::PAGE_SIZE;
 use crate::format::{self, Kind, MAX_REPAIRS, MIN_CHARGE, Reader, WireError};
 use crate::index::BlockRef;
+use crate::{PAGE_SIZE, Page};
 
 /// What a batch of a piece of the stream is charged, in bytes.
 pub(crate) fn charge(stream_len: usize) -> u64 {
@@ -28,8 +28,8 @@ pub struct Ledger(VecDeque<Held>);
 pub struct Repairs {
     /// REPAIR frames, to be sent at once.
     pub frames: Vec<Vec<u8>>,
-    /// Blocks that had another content.
-    pub blocks: Vec<BlockRef>,
+    /// Blocks that had another content, and the one that they should have had.
+    pub mismatched: Vec<(BlockRef, Page)>,
 }
 
 impl Ledger {
@@ -69,7 +69,11 @@ impl Ledger {
             bad.push(at);
         }
         let frames = bad.chunks(MAX_REPAIRS).map(|bad| held.repair(bad)).collect();
-        Ok(Repairs { frames, blocks: bad.iter().map(|&at| held.refs[at as usize]).collect() })
+        let mismatch = |&at: &u32| {
+            let page = &held.pages[at as usize * PAGE_SIZE..][..PAGE_SIZE];
+            (held.refs[at as usize], page.try_into().expect("a page"))
+        };
+        Ok(Repairs { frames, mismatched: bad.iter().map(mismatch).collect() })
     }
 }
 

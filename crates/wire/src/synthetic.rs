@@ -246,7 +246,7 @@ impl<I: PageIndex, D: Disks> Pair<I, D> {
         if let Some(answer) = self.decoder.frame(&frame)? {
             self.carried.wire.1 += answer.len() as u64;
             let repairs = self.ledger.verdict(&answer[FRAME_HEADER..])?;
-            self.encoder.mismatched(&repairs.blocks);
+            self.encoder.mismatched(&repairs.mismatched);
             self.queue.extend(repairs.frames);
         }
         while let Some(piece) = self.decoder.pop() {

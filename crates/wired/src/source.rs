@@ -18,8 +18,8 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use semper_wire::format::{self, FEATURE_REFERENCES, FEATURE_ZSTD, Hello, Kind, Role};
 use semper_wire::{
-    BlockRef, ContentIndex, Encoder, EncoderOptions, Frame, Ledger, MAX_ITEM, OfferedDisk, Ready,
-    Start, Window, WireError, agree,
+    BlockRef, ContentIndex, Encoder, EncoderOptions, Frame, Ledger, MAX_ITEM, OfferedDisk, Page,
+    Ready, Start, Window, WireError, agree,
 };
 
 use crate::args::SourceArgs;
@@ -48,7 +48,7 @@ struct Shared {
 
 struct Flow {
     window: Window,
-    mismatched: Vec<BlockRef>,
+    mismatched: Vec<(BlockRef, Page)>,
     failure: Option<Failure>,
 }
 
@@ -268,7 +268,7 @@ impl Shared {
                 for repair in &repairs.frames {
                     self.channel.send(repair)?;
                 }
-                locked(&self.flow).mismatched.extend(repairs.blocks);
+                locked(&self.flow).mismatched.extend(repairs.mismatched);
             }
             Some(Kind::Credit) => {
                 let total = format::parse_number(frame.payload)?;
