@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from sempervirt.agent import Agent
+from sempervirt.agent import Agent, AgentConfig
 from sempervirt.core.errors import InvalidRequest, SempervirtError, StateConflict, Unavailable
 from sempervirt.guest import ProbeClient
 from sempervirt.vm import handover, saved
@@ -148,3 +149,46 @@ async def test_a_restore_that_fails_leaves_nothing(
     assert not agent.vms
     assert not agent.disks
     assert (await agent.restore_vm(file)).run is Runstate.RUNNING
+
+
+@pytest.mark.parametrize("work", ["save", "restore"])
+async def test_an_agent_that_dies_meanwhile_is_followed_by_one_that_settles_it(
+    config: AgentConfig, firmware_spec: Spec, place: Path, work: str
+) -> None:
+    """The agent is a process of its own, which kills itself when the memory is being worked on."""
+    script = f"""
+import asyncio, os, signal, sys
+from pathlib import Path
+from sempervirt.agent import Agent, AgentConfig
+from sempervirt.vm import saved
+from sempervirt.vm.spec import VmSpec
+async def die(*arguments):
+    await asyncio.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGKILL)
+async def main():
+    config = AgentConfig(Path(sys.argv[1]), Path(sys.argv[2]), keep_vms=True)
+    async with Agent.open(config) as agent:
+        await agent.run_vm(VmSpec.model_validate_json(sys.argv[3]))
+        if {work!r} == "restore":
+            await agent.save_vm("web", Path(sys.argv[4]))
+        saved.{work} = die
+        if {work!r} == "restore":
+            await agent.restore_vm(Path(sys.argv[4]))
+        await agent.save_vm("web", Path(sys.argv[4]))
+asyncio.run(main())
+"""
+    file = place / "web.saved"
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", script, str(config.state_dir), str(config.run_dir),
+        firmware_spec().model_dump_json(), str(file),
+    )  # fmt: skip
+    assert await process.wait() == -signal.SIGKILL
+    async with Agent.open(config) as agent:
+        vm = agent.vm("web")
+        if work == "save":
+            await vm.wait_state(Runstate.RUNNING, timeout_s=20)
+            assert (await vm.machine.execute("query-status"))["status"] == "running"
+            await agent.save_vm("web", file)
+        else:
+            await vm.wait_ended(20)
+        assert (await agent.restore_vm(file)).run is Runstate.RUNNING

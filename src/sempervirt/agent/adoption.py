@@ -17,7 +17,7 @@ from pathlib import Path
 
 from sempervirt.agent.config import AgentConfig
 from sempervirt.agent.record import VmRecord, read_vm_record
-from sempervirt.agent.resumption import settle_restart
+from sempervirt.agent.resumption import end_unfinished, settle_restart
 from sempervirt.agent.vm import Vm
 from sempervirt.agent.wiring import adopted_setups
 from sempervirt.core.errors import SempervirtError
@@ -59,6 +59,7 @@ async def _adopt(config: AgentConfig, record: VmRecord, path: Path) -> Vm:
         return Vm(Machine.remember(spec, files, record.end), {}, record, path)
     record = await settle_restart(config, record)
     identity = record.qemu or _find_qemu(files)
+    await end_unfinished(record, identity)
     record = replace(record, qemu=identity)
     runs = identity is not None and identity.is_alive()
     disks: dict[str, Disk] = {}

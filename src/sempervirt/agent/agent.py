@@ -257,7 +257,8 @@ class Agent:
             for disk in spec.disks
             if disk.backend == "blkd"
         ]
-        record = VmRecord(spec, accelerator, time.time(), plans=plans)
+        restoring = origin is not None
+        record = VmRecord(spec, accelerator, time.time(), plans=plans, restoring=restoring)
         disks: dict[str, Disk] = {}
         with memory.created(spec.memory) as memory_fd:
             self._write_first(record, record_path)

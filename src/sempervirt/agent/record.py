@@ -7,10 +7,11 @@
      "qemu": {"pid": 4711, "start_ticks": 1, "boot_id": "…"} | null,
      "restart": {"number": 2, "resume": true, "switched": false,
                  "qemu": {"pid": 4712, …} | null} | null,
-     "number": 1,
+     "number": 1, "restoring": false,
      "end": {"run": "stopped", "reason": "…", "exit_code": 0, "signal": null} | null}
 
-`number` counts the QEMUs that this VM has had; `restart` is there while another one takes over.
+`number` counts the QEMUs that this VM has had; `restart` is there while another one takes over,
+or while the VM is paused for a save. `restoring`: its memory is not there yet.
 
 Neither `qemu` nor `end`: the agent ended between its intention and the start of QEMU.
 """
@@ -60,6 +61,7 @@ class VmRecord:
     plans: Mapping[str, DevicePlan] = field(default_factory=dict)
     number: int = 1
     restart: RestartRecord | None = None
+    restoring: bool = False
 
     def write(self, path: Path) -> None:
         """Replaces the record at `path`."""
@@ -72,6 +74,7 @@ class VmRecord:
             "plans": {name: asdict(plan) for name, plan in self.plans.items()},
             "qemu": asdict(self.qemu) if self.qemu else None,
             "number": self.number,
+            "restoring": self.restoring,
             "restart": asdict(self.restart) if self.restart else None,
             "end": end,
         }
@@ -101,6 +104,7 @@ def read_vm_record(path: Path) -> VmRecord | None:
             end=state,
             plans=_PLANS.validate_python(content.get("plans", {})),
             number=int(content.get("number", 1)),
+            restoring=bool(content.get("restoring", False)),
             restart=_restart(content.get("restart")),
         )
     except (KeyError, TypeError, ValueError, ValidationError) as error:

@@ -8,6 +8,9 @@ before anything else: only then the guest may run on.
     no          ended     any             the VM has ended, as without a restart
     yes         any       runs            the new one goes on
     yes         any       ended           the VM has ended with it
+
+A save that was under way is the first case: the guest goes on. A VM whose memory was still being
+restored has nothing to go on with, and is ended.
 """
 
 from __future__ import annotations
@@ -61,8 +64,21 @@ async def settle_restart(config: AgentConfig, record: VmRecord) -> VmRecord:
     if restart.resume and record.qemu is not None and record.qemu.is_alive():
         await _go(files, spec.name)
     which = "new" if restart.switched else "old"
-    log.warning("adopt vm=%s an agent ended while QEMU was restarted; the %s one", spec.name, which)
+    log.warning(
+        "adopt vm=%s an agent ended while it was moved or saved; the %s QEMU has it",
+        spec.name,
+        which,
+    )
     return replace(record, restart=None)
+
+
+async def end_unfinished(record: VmRecord, identity: ProcessId | None) -> None:
+    """Kills a QEMU that waits for a memory which nobody restores any more.
+
+    Raises OutcomeUnknown when it does not end.
+    """
+    if record.restoring and record.end is None:
+        await _kill(record.spec.name, identity)
 
 
 async def _go(files: VmFiles, name: str) -> None:

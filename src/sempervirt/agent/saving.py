@@ -18,15 +18,16 @@ import logging
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from sempervirt.agent.record import RestartRecord
 from sempervirt.agent.restart import wait_drained
 from sempervirt.agent.vm import Vm
-from sempervirt.core.errors import InvalidRequest, SempervirtError, StateConflict
+from sempervirt.core.errors import InvalidRequest, SempervirtError, StateConflict, Unavailable
 from sempervirt.host import process
 from sempervirt.vm import handover, memory, saved
 from sempervirt.vm.files import VmFiles
@@ -95,6 +96,8 @@ class Origin:
             await self._unpacking
             await handover.take(machine.execute, self._state)
             await handover.reset(machine.execute)
+            vm.record = replace(vm.record, restoring=False)
+            _write(vm)
             if self.plan.running:
                 await machine.execute("cont")
                 status = "running"
@@ -123,7 +126,9 @@ async def _save(vm: Vm, output: Path) -> Saving:
     directory = machine.files.directory
     state, about = directory / "state.save", directory / "about.save"
     stopped = time.monotonic()
+    vm.record = replace(vm.record, restart=RestartRecord(vm.record.number + 1, resume=running))
     try:
+        _write(vm)
         await wait_drained(vm, pause=running)
         await handover.give(machine.execute, state)
         about.write_text(json.dumps(await _describe(vm, running=running)))
@@ -158,6 +163,20 @@ async def _go_on(vm: Vm, *, running: bool) -> None:
         except SempervirtError as error:
             log.error("save vm=%s does not go on: %s", vm.name, error)  # noqa: TRY400
     machine.release(status)
+    vm.record = replace(vm.record, restart=None)
+    with contextlib.suppress(Unavailable):
+        _write(vm)
+
+
+def _write(vm: Vm) -> None:
+    """Tells the next agent. Raises Unavailable."""
+    try:
+        vm.write_record()
+    except OSError as error:
+        raise Unavailable(
+            f"the record of VM {vm.name} cannot be written: {error.strerror}",
+            remedy="make room in the state directory",
+        ) from error
 
 
 async def _describe(vm: Vm, *, running: bool) -> dict[str, Any]:
