@@ -26,7 +26,7 @@ from pydantic import ValidationError
 
 from sempervirt.agent.record import RestartRecord
 from sempervirt.agent.restart import wait_drained
-from sempervirt.agent.vm import Vm
+from sempervirt.agent.vm import Vm, Work
 from sempervirt.core.errors import InvalidRequest, SempervirtError, StateConflict, Unavailable
 from sempervirt.host import process
 from sempervirt.vm import handover, memory, saved
@@ -67,6 +67,7 @@ class Origin:
         self._file = file
         self._state = Path()
         self._unpacking: asyncio.Task[None] | None = None
+        self._vm: Vm | None = None
 
     def begin(self, files: VmFiles, memory_fd: int) -> None:
         """Unpacks the memory from now on; QEMU does not look at it before `load`."""
@@ -75,11 +76,17 @@ class Origin:
 
         async def unpack() -> None:
             try:
-                await saved.restore(self._file, descriptor, self._state, self.plan.images)
+                await saved.restore(
+                    self._file, descriptor, self._state, self.plan.images, self._progress
+                )
             finally:
                 os.close(descriptor)
 
         self._unpacking = asyncio.create_task(unpack(), name=f"unpack {self._file}")
+
+    def _progress(self, done: int, of: int) -> None:
+        if self._vm is not None:
+            self._vm.progress = Work("restoring", done, of)
 
     def cancel(self) -> None:
         """Gives up, if nobody waits for it any more."""
@@ -90,6 +97,7 @@ class Origin:
         """Waits for the memory, loads the devices, and lets the guest run on if it ran."""
         assert self._unpacking is not None
         machine = vm.machine
+        self._vm = vm
         await machine.hold(Request.RESTORE)
         status = "paused"
         try:
@@ -103,6 +111,7 @@ class Origin:
                 status = "running"
         finally:
             self._state.unlink(missing_ok=True)
+            self._vm = vm.progress = None
             machine.release(status)
         machine.journal.note(time.time(), "restore", f"restored from {self._file}")
         if self.plan.running:
@@ -136,13 +145,21 @@ async def _save(vm: Vm, output: Path) -> Saving:
         descriptor = memory.open_of(vm.pid)
         try:
             images = {disk.name: disk.image for disk in vm.spec.disks}
-            figures = await saved.save(descriptor, state, about, images, output)
+            figures = await saved.save(
+                descriptor,
+                state,
+                about,
+                images,
+                output,
+                lambda done, of: setattr(vm, "progress", Work("saving", done, of)),
+            )
         finally:
             os.close(descriptor)
     except BaseException:
         await _go_on(vm, running=running)
         raise
     finally:
+        vm.progress = None
         for path in (state, about):
             path.unlink(missing_ok=True)
     paused_ms = round((time.monotonic() - stopped) * 1e3, 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 
 from sempervirt.agent.planning import plans_of_record
@@ -21,6 +22,15 @@ from sempervirt.vm.states import End, Runstate, VmState
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Work:
+    """Work on the whole VM that takes long: bytes that are done, of how many."""
+
+    what: str
+    done: int
+    total: int
+
+
 class Vm:
     """Made by `Agent.run_vm` or adoption. Its disks end with QEMU, and never before."""
 
@@ -31,6 +41,7 @@ class Vm:
         self.disks = disks
         self.record = record
         self._record_path = record_path
+        self.progress: Work | None = None
         self._unsettled: SempervirtError | None = None
         self._settling = background.start(self._settle(), f"{self.name}: settle")
 

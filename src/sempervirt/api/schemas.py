@@ -88,6 +88,14 @@ class EndView(BaseModel):
     log: list[str] = Field(description="the last lines that QEMU wrote")
 
 
+class WorkView(BaseModel):
+    """Work on the whole VM that takes long: bytes of memory that are done, of how many."""
+
+    what: str
+    done: int
+    total: int
+
+
 class VmView(BaseModel):
     """A VM."""
 
@@ -105,6 +113,7 @@ class VmView(BaseModel):
     channels: dict[str, Path]
     console: Path
     end: EndView | None
+    work: WorkView | None = Field(default=None, description="a save or a restore under way")
     events: list[EventView]
     spec: VmSpec
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 
 import sempervirt
 from sempervirt.agent.agent import Agent
@@ -17,6 +18,7 @@ from sempervirt.api.schemas import (
     QueuesView,
     RestartView,
     VmView,
+    WorkView,
 )
 from sempervirt.core.errors import InvalidRequest, SempervirtError
 from sempervirt.core.events import Journal
@@ -74,6 +76,7 @@ def vm_view(vm: Vm) -> VmView:
         channels={channel.name: files.channel(channel) for channel in vm.spec.channels},
         console=files.console,
         end=_end_view(vm),
+        work=WorkView(**asdict(vm.progress)) if vm.progress else None,
         events=_events(vm.machine.journal),
         spec=vm.spec,
     )

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Annotated, TypeVar
 
 import typer
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from sempervirt.api.client import Client
 from sempervirt.api.schemas import RestoreRequest, SavedView, VmView
 from sempervirt.cli.completion import vm_names
 from sempervirt.cli.output import Output, OutputOption, err, facts, out, print_json
 from sempervirt.cli.session import ask_agent
-from sempervirt.core.errors import InvalidRequest
+from sempervirt.core.errors import InvalidRequest, SempervirtError
 from sempervirt.core.sizes import format_size
 
 PAGE_BYTES = 4096
+POLL_S = 0.2
 Answer = TypeVar("Answer")
 
 File = Annotated[Path, typer.Argument(metavar="FILE", help="The saved state.", show_default=False)]
@@ -38,7 +40,7 @@ def save(
     nobody has written to them. If saving fails, the VM goes on.
     """
     path = file.absolute()
-    view = _work(f"saving {name}", lambda client: client.save_vm(name, path))
+    view = _work(f"saving {name}", name, lambda client: client.save_vm(name, path))
     if output is Output.JSON:
         print_json(view)
         return
@@ -62,7 +64,7 @@ def restore(
     """
     images = dict(_image(text) for text in image or [])
     request = RestoreRequest(file=file.absolute(), name=name, images=images)
-    view = _work(f"restoring {file.name}", lambda client: client.restore_vm(request))
+    view = _work(f"restoring {file.name}", name, lambda client: client.restore_vm(request))
     _show(view, output)
 
 
@@ -85,7 +87,7 @@ def clone(
     """
     directory = (into or file.parent).absolute()
     request = RestoreRequest(file=file.absolute(), name=name, copy_disks_to=directory)
-    view = _work(f"cloning {file.name}", lambda client: client.restore_vm(request))
+    view = _work(f"cloning {file.name}", name, lambda client: client.restore_vm(request))
     _show(view, output)
 
 
@@ -96,16 +98,29 @@ def _image(text: str) -> tuple[str, Path]:
     return disk, Path(path).absolute()
 
 
-def _work(text: str, request: Callable[[Client], Awaitable[Answer]]) -> Answer:
-    """A bar that moves while the agent works."""
+def _work(text: str, name: str | None, request: Callable[[Client], Awaitable[Answer]]) -> Answer:
+    """A bar that tells how far the agent is with the VM `name`, if that is known."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
 
     async def _with_bar(client: Client) -> Answer:
         with Progress(*columns, console=err, transient=True) as bar:
-            bar.add_task(text, total=None)
-            return await asyncio.ensure_future(request(client))
+            task = bar.add_task(text, total=None)
+            following = asyncio.ensure_future(_follow(client, name, bar, task))
+            try:
+                return await request(client)
+            finally:
+                following.cancel()
 
     return ask_agent(_with_bar)
+
+
+async def _follow(client: Client, name: str | None, bar: Progress, task: TaskID) -> None:
+    while name is not None:
+        with contextlib.suppress(SempervirtError):  # it is not there yet, or not any more
+            work = (await client.vm(name)).work
+            if work is not None:
+                bar.update(task, completed=work.done, total=work.total)
+        await asyncio.sleep(POLL_S)
 
 
 def _show(view: VmView, output: Output) -> None:

@@ -187,8 +187,9 @@ async def run(
     timeout_s: float,
     accept: Sequence[int] = (0,),
     hopeless: str | None = None,
+    on_line: Callable[[str], None] | None = None,
 ) -> Completed:
-    """Runs a command to its end.
+    """Runs a command to its end; `on_line` gets each line of stdout at once.
 
     Raises CommandFailed for an exit code that is not accepted, at the deadline, and as soon
     as a line of stderr contains `hopeless`. The command has ended when this returns.
@@ -208,7 +209,8 @@ async def run(
     try:
         async with asyncio.timeout(timeout_s):
             await asyncio.gather(
-                _read(child.stdout, output[0], None), _read(child.stderr, output[1], hopeless)
+                _read(child.stdout, output[0], None, on_line),
+                _read(child.stderr, output[1], hopeless),
             )
             await child.wait()
     except (TimeoutError, _HopelessError) as error:
@@ -229,12 +231,17 @@ class _HopelessError(Exception):
 
 
 async def _read(
-    stream: asyncio.StreamReader | None, lines: list[str], hopeless: str | None
+    stream: asyncio.StreamReader | None,
+    lines: list[str],
+    hopeless: str | None,
+    on_line: Callable[[str], None] | None = None,
 ) -> None:
     assert stream is not None
     async for raw in stream:
         line = raw.decode(errors="replace").rstrip("\n")
         lines.append(line)
+        if on_line is not None:
+            on_line(line)
         if hopeless is not None and hopeless in line:
             raise _HopelessError
 

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,9 @@ SAVED_ENVIRONMENT = "SEMPERVIRT_SAVED"
 WORK_DEADLINE_S = 600.0
 # Exit codes of semper-saved.
 _DISK, _UNUSABLE = 3, 4
+
+
+OnProgress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -66,11 +69,17 @@ def find_program() -> str:
 
 
 async def save(
-    memory_fd: int, state: Path, vm: Path, images: Mapping[str, Path], output: Path
+    memory_fd: int,
+    state: Path,
+    vm: Path,
+    images: Mapping[str, Path],
+    output: Path,
+    progress: OnProgress,
 ) -> Figures:
     """Writes the memory of a paused VM, its devices and its description to `output`.
 
-    Raises InvalidRequest or Unavailable; nothing was changed then.
+    `progress` is told the bytes that are done, and of how many. Raises InvalidRequest or
+    Unavailable; nothing was changed then.
     """
     answer = await _run(
         "save",
@@ -79,11 +88,18 @@ async def save(
         f"--vm={vm}",
         f"--output={output}",
         *_images(images),
+        progress=progress,
     )
     return Figures(**answer)
 
 
-async def restore(file: Path, memory_fd: int, state: Path, images: Mapping[str, Path]) -> None:
+async def restore(
+    file: Path,
+    memory_fd: int,
+    state: Path,
+    images: Mapping[str, Path],
+    progress: OnProgress,
+) -> None:
     """Reads `file` into memory and a file for QEMU; `images` are used in place of its own.
 
     Raises StateConflict when a disk is in another state, InvalidRequest when the file cannot be
@@ -95,6 +111,7 @@ async def restore(file: Path, memory_fd: int, state: Path, images: Mapping[str, 
         f"--memory={_mine(memory_fd)}",
         f"--state={state}",
         *_images(images),
+        progress=progress,
     )
 
 
@@ -113,9 +130,16 @@ def _images(images: Mapping[str, Path]) -> list[str]:
     return [f"--image={name}={path}" for name, path in images.items()]
 
 
-async def _run(*arguments: str) -> dict[str, Any]:
+async def _run(*arguments: str, progress: OnProgress | None = None) -> dict[str, Any]:
+    def tell(line: str) -> None:
+        said = json.loads(line)
+        if progress is not None and "done" in said:
+            progress(int(said["done"]), int(said["of"]))
+
     try:
-        done = await process.run([find_program(), *arguments], timeout_s=WORK_DEADLINE_S)
+        done = await process.run(
+            [find_program(), *arguments], timeout_s=WORK_DEADLINE_S, on_line=tell
+        )
     except CommandFailed as error:
         raise _told(error) from error
     answer = json.loads(done.stdout.splitlines()[-1])
