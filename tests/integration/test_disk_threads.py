@@ -173,13 +173,6 @@ async def test_rebinding_waits_for_the_successor_of_a_dead_backend(disk: Disk) -
     await eventually("the successor", lambda: is_on(map_of_active(disk), (0, 1, 2, 3)))
 
 
-def leave_one_descriptor(pid: int) -> None:
-    """A process can open one more file, and no other."""
-    used = {int(entry.name) for entry in Path(f"/proc/{pid}/fd").iterdir()}
-    free = next(number for number in range(len(used) + 1) if number not in used)
-    resource.prlimit(pid, resource.RLIMIT_NOFILE, (free + 1, free + 1))
-
-
 async def test_a_backend_that_cannot_start_a_moved_queue_gives_up_its_place(
     agent: Agent, firmware_spec: Spec, disk_image: Path
 ) -> None:
@@ -194,10 +187,22 @@ async def test_a_backend_that_cannot_start_a_moved_queue_gives_up_its_place(
     await disk.wait_standby_ready(READY_S)
     before = disk.active_pid
     assert before is not None
-    leave_one_descriptor(before)  # for the command's connection; the queue needs more
-    await disk.rebind(Binding((1, 0), "test"))
+    member = disk.crew.get(disk.generation)
+    assert member is not None
+    reader, writer = await asyncio.open_unix_connection(str(member.control))
+    writer.write(b'{"id":1,"cmd":"status"}\n')
+    await reader.readline()  # the connection is accepted
+    # It can open nothing more, and a queue that starts needs descriptors of its own.
+    resource.prlimit(before, resource.RLIMIT_NOFILE, (3, 3))
+    writer.write(b'{"id":2,"cmd":"threads","map":[1,0]}\n')
+    assert await reader.readline() == b"", "it answered, and went on"
+    writer.close()
+    async with asyncio.timeout(READY_S):
+        await disk.changes.wait_until(
+            lambda: disk.active_pid not in (None, before), timeout_s=READY_S, what="the successor"
+        )
     await disk.wait_standby_ready(READY_S)
-    assert disk.active_pid != before
+    await disk.rebind(Binding((1, 0), "test"))
     assert disk.restart_count == 1
     status = await disk.status()
     assert takeover.thread_map(status) == (1, 0)
