@@ -49,8 +49,13 @@ pub(crate) fn engage() -> io::Result<()> {
         libc::pthread_sigmask(libc::SIG_SETMASK, &all, &mut before);
         let top = stack.cast::<u8>().add(STACK).cast();
         // Its end is nobody's business (no signal), and init's to reap.
+        // It inherits the name, so that nobody takes it for a backend at any instant.
+        let mut name = [0u8; 16];
+        libc::prctl(libc::PR_GET_NAME, name.as_mut_ptr());
+        libc::prctl(libc::PR_SET_NAME, c"blkd-undertaker".as_ptr());
         let child = libc::clone(wait_for_the_end, top, libc::CLONE_VM, end as usize as *mut _);
         let cloned = if child < 0 { Err(io::Error::last_os_error()) } else { Ok(()) };
+        libc::prctl(libc::PR_SET_NAME, name.as_ptr());
         libc::pthread_sigmask(libc::SIG_SETMASK, &before, std::ptr::null_mut());
         libc::close(end);
         cloned
@@ -63,7 +68,6 @@ extern "C" fn wait_for_the_end(end: *mut libc::c_void) -> libc::c_int {
     let end = end.addr() as libc::c_int;
     // SAFETY: system calls on descriptors of this process' own table, and on a local variable.
     unsafe {
-        libc::prctl(libc::PR_SET_NAME, c"blkd-undertaker".as_ptr());
         // Whoever waits for the other end of a pipe or socket must not wait for us.
         libc::syscall(libc::SYS_close_range, 0, end - 1, 0);
         libc::syscall(libc::SYS_close_range, end + 1, libc::c_uint::MAX, 0);
