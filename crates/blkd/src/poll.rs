@@ -43,8 +43,8 @@ impl Poller {
         Self { limit, gap: limit / 4, credit: 0, pause: 0, next_pause: 1 }
     }
 
-    /// How long to look now; 0: sleep at once.
-    pub(crate) fn window(&mut self) -> u64 {
+    /// How long to look now, at most `most`; 0: sleep at once.
+    pub(crate) fn window(&mut self, most: u64) -> u64 {
         if self.limit == 0 {
             return 0;
         }
@@ -52,7 +52,7 @@ impl Poller {
             self.pause -= 1;
             return 0;
         }
-        (4 * self.gap).max(SHORTEST).min(self.limit)
+        (4 * self.gap).max(SHORTEST).min(self.limit).min(most)
     }
 
     /// Whether looks pay at present, which also tells that driver and device have a processor each.
@@ -106,7 +106,7 @@ mod tests {
     fn run(poller: &mut Poller, gap: u64, times: u32) -> (u64, u32) {
         let (mut looked, mut hits) = (0, 0);
         for _ in 0..times {
-            let window = poller.window();
+            let window = poller.window(u64::MAX);
             if window > gap {
                 poller.hit(gap);
                 looked += gap;
@@ -123,7 +123,7 @@ mod tests {
     fn requests_that_come_at_once_are_always_found() {
         let mut poller = Poller::new(LIMIT);
         assert_eq!(run(&mut poller, 3_000, 1000).1, 1000);
-        assert!(poller.pays() && poller.window() < 13_000);
+        assert!(poller.pays() && poller.window(u64::MAX) < 13_000);
     }
 
     #[test]
@@ -148,8 +148,8 @@ mod tests {
         run(&mut poller, 3_000, 1000);
         poller.preempted();
         assert!(!poller.pays());
-        assert_eq!(poller.window(), 0);
-        let looks = (0..1000).filter(|_| poller.window() > 0).inspect(|_| ()).count();
+        assert_eq!(poller.window(u64::MAX), 0);
+        let looks = (0..1000).filter(|_| poller.window(u64::MAX) > 0).inspect(|_| ()).count();
         assert!(looks > 0, "it must try again");
     }
 
