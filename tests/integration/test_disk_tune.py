@@ -443,6 +443,8 @@ async def started(
             "TMPDIR": str(config.state_dir.parent),
             "TERM": "dumb",
         },
+        # Tests that run in the background have it ignored, and so would their children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         yield process
@@ -542,6 +544,9 @@ async def test_however_it_ends_nothing_is_left_behind(
             _, err = await process.communicate()
         assert process.returncode == code, err
         await wait_until(lambda: not children_of_tune(process.pid))
+        # The load ends when it notices that its backend has.
+        sockets = re.compile(rf".*{re.escape(str(config.state_dir.parent))}/.*")
+        await wait_until(lambda: not find_by_argument(sockets))
     assert names(memory) == []
     assert not (config.state_dir / "presets.json").exists()
     assert b"Traceback" not in err
