@@ -273,8 +273,9 @@ def test_those_that_bounds_are_measured_by_stay(field: Field, keep: int) -> None
     for load in LOADS:
         least = min(each[load].p99_us for each in field.values())
         most = max(each[load].iops for each in field.values())
-        assert least == min(field[c][load].p99_us for c in present)
-        assert most == max(field[c][load].iops for c in present)
+        # Figures that differ in their last bit are the same to whoever compares ratios.
+        assert least == pytest.approx(min(field[c][load].p99_us for c in present), rel=1e-9)
+        assert most == pytest.approx(max(field[c][load].iops for c in present), rel=1e-9)
 
 
 @unhurried
