@@ -607,7 +607,7 @@ impl VhostUserBackendReqHandlerMut for Device {
 
     fn set_log_base(&mut self, log: &VhostUserLog, file: File) -> Result<()> {
         let bitmap = DirtyBitmap::map(&file, log.mmap_offset, log.mmap_size);
-        self.dirty = Some(Arc::new(bitmap.map_err(Error::ReqHandlerError)?));
+        self.dirty = Some(Arc::new(bitmap.map_err(failed)?));
         self.update_logs(0..self.vrings.len());
         Ok(())
     }

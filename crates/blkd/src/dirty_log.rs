@@ -9,86 +9,34 @@
 //! which is not, is logged whole when a queue starts.
 
 use std::fs::File;
-use std::io;
-use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use semper_ring::GuestMemory;
+use semper_ring::{GuestMemory, MemoryError, RegionSpec};
 
 const PAGE_SHIFT: u32 = 12;
-/// More than any guest has: 2^51 bytes of memory.
-const LARGEST: u64 = 1 << 36;
 
-/// The front end's bitmap, mapped.
-pub(crate) struct DirtyBitmap {
-    base: *mut u8,
-    mapped: usize,
-    bits: *const AtomicU8,
-    len: usize,
-}
-
-// SAFETY: an address range, used as atomics only.
-unsafe impl Send for DirtyBitmap {}
-// SAFETY: as above.
-unsafe impl Sync for DirtyBitmap {}
+/// The front end's bitmap, mapped: memory that somebody shares, like the guest's.
+pub(crate) struct DirtyBitmap(GuestMemory);
 
 impl DirtyBitmap {
     /// Maps `size` bytes from `offset` in `file`.
     ///
     /// # Errors
-    /// A file that is shorter than that, and the kernel's.
-    pub(crate) fn map(file: &File, offset: u64, size: u64) -> io::Result<Self> {
-        let invalid = |what: String| io::Error::new(io::ErrorKind::InvalidInput, what);
-        let end = offset.checked_add(size).filter(|_| (1..=LARGEST).contains(&size));
-        let end = end.ok_or_else(|| invalid(format!("a dirty log of {size} bytes")))?;
-        let length = file.metadata()?.len();
-        if length < end {
-            return Err(invalid(format!("the dirty log needs {end} bytes, its file has {length}")));
-        }
-        // SAFETY: sysconf has no preconditions.
-        let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) }.max(4096) as u64;
-        let lead = offset % page;
-        let mapped = (size + lead) as usize;
-        // SAFETY: a new mapping at an address of the kernel's choice touches no memory of ours.
-        let base = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                mapped,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED,
-                file.as_raw_fd(),
-                (offset - lead) as libc::off_t,
-            )
-        };
-        if base == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
-        let base = base.cast::<u8>();
-        // SAFETY: lead < mapped.
-        let bits = unsafe { base.add(lead as usize) }.cast_const().cast();
-        Ok(Self { base, mapped, bits, len: size as usize })
+    /// A file that is shorter than that, an empty range, and the kernel's.
+    pub(crate) fn map(file: &File, offset: u64, size: u64) -> Result<Self, MemoryError> {
+        let spec = RegionSpec { guest_addr: 0, size, user_addr: 0, file_offset: offset };
+        GuestMemory::empty().with_region(spec, file).map(Self)
     }
 
     fn set(&self, page: u64) {
-        let Ok(byte) = usize::try_from(page / 8) else { return };
         // Memory that the log does not cover is not migrated.
-        if byte < self.len {
-            // SAFETY: inside the mapping, which lives as long as `self`.
-            let bits = unsafe { &*self.bits.add(byte) };
-            let bit = 1 << (page % 8);
-            if bits.load(Ordering::Relaxed) & bit == 0 {
-                // Release: whoever takes the bit sees what was written before it.
-                bits.fetch_or(bit, Ordering::Release);
-            }
-        }
-    }
-}
-
-impl Drop for DirtyBitmap {
-    fn drop(&mut self) {
-        // SAFETY: what mmap returned; nobody keeps a pointer into it.
-        unsafe { libc::munmap(self.base.cast(), self.mapped) };
+        let Some(byte) = self.0.translate(page / 8, 1) else { return };
+        // SAFETY: inside the mapping, which lives as long as `self`; a byte is always aligned.
+        let bits = unsafe { AtomicU8::from_ptr(byte) };
+        // Never "unless it is set": what was just written may become visible after such a look, and
+        // the front end takes the bit and reads the page in between.
+        bits.fetch_or(1 << (page % 8), Ordering::SeqCst);
     }
 }
 
