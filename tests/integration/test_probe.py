@@ -320,8 +320,8 @@ async def test_the_network_echoes(tmp_path: Path) -> None:
         port = free.getsockname()[1]
     nic = f"user,id=net,hostfwd=tcp:127.0.0.1:{port}-10.0.2.15:7"
     async with boot(tmp_path, "-netdev", nic, "-device", "virtio-net-pci,netdev=net") as guest:
-        await guest.client.call("net_up", device="eth0", address="10.0.2.15/24", gateway="10.0.2.2")
-        await guest.client.call("tcp_echo_start", port=7)
+        await guest.client.network_up("eth0", "10.0.2.15/24", gateway="10.0.2.2")
+        await guest.client.echo_start(7)
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(b"hear me\n")
         assert await asyncio.wait_for(reader.readline(), 30) == b"hear me\n"

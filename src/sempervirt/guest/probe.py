@@ -148,6 +148,14 @@ class ProbeClient(ProbeConnection):
         """Runs a program in the guest; a name without a slash is an applet of busybox."""
         return Ran.model_validate(await self.call("exec", deadline_s=deadline_s, argv=argv))
 
+    async def network_up(self, device: str, address: str, *, gateway: str | None = None) -> None:
+        """Gives an interface its address, with prefix ("10.0.2.15/24"), and brings it up."""
+        await self.call("net_up", device=device, address=address, gateway=gateway)
+
+    async def echo_start(self, port: int) -> None:
+        """From now on the guest echoes TCP at that port of every address."""
+        await self.call("tcp_echo_start", port=port)
+
     async def reboot(self, *, deadline_s: float = 60.0) -> Hello:
         """Reboots the guest at once, without sync, and waits for its next greeting."""
         nonce = self.nonce
