@@ -23,7 +23,7 @@ from sempervirt.core.errors import (
 )
 from sempervirt.core.queue_map import Binding
 from sempervirt.disk import takeover
-from sempervirt.disk.backend import BLKD_ENVIRONMENT, Blkd, DiskOptions, Launch
+from sempervirt.disk.backend import BLKD_ENVIRONMENT, Blkd, DiskOptions, ImageTitle, Launch
 from sempervirt.disk.control import ask
 from sempervirt.disk.record import DiskRecord, RecordedProcess, read_disk_record
 from sempervirt.disk.running import LOGS_KEPT, DiskFiles, describe_end, refusal
@@ -105,6 +105,21 @@ def test_the_command_line_of_a_backend(tmp_path: Path) -> None:
     assert {"--read-only", "--block-size=4096"} <= set(argv)
     assert "--standby" not in argv
     assert not any("thread" in argument or "poll" in argument for argument in argv)
+
+
+def test_the_title_of_a_backend(tmp_path: Path) -> None:
+    def argv(title: ImageTitle | None, **options: Any) -> set[str]:
+        launch = Launch("b", DiskOptions(Path("i"), **options), 3, Path("c"),
+                        wait_for_lock=False, title=title)  # fmt: skip
+        return set(Blkd().argv(launch))
+
+    record = {f"--epoch-file={tmp_path}/i.epoch", "--holder=a"}
+    plain = argv(None)
+    awaiting = ImageTitle(tmp_path / "i.epoch", "a")
+    assert argv(awaiting) - plain == record | {"--incoming", "--await-claim"}
+    claimed = replace(awaiting, epoch=7, claim="11" * 16)
+    assert argv(claimed) - plain == record | {"--epoch=7", f"--claim={'11' * 16}"}
+    assert argv(claimed, read_only=True) - plain == {"--read-only"}
 
 
 def test_where_the_backend_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:

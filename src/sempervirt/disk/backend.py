@@ -33,10 +33,32 @@ class DiskOptions:
 
 
 @dataclass(frozen=True)
+class ImageTitle:
+    """By what right a backend writes its image (docs/design/ownership.md): `holder` is the name
+    of this host, `claim` the id of its claim, 32 hexadecimal digits.
+
+    Without an epoch the claim is still to come, by the control command "claim": the process
+    prepares and takes front ends, and takes the image only then.
+    """
+
+    epoch_file: Path
+    holder: str
+    epoch: int | None = None
+    claim: str | None = None
+
+    def argv(self) -> list[str]:
+        """The options of semper-blkd. One that awaits its claim is the end of a migration."""
+        record = [f"--epoch-file={self.epoch_file}", f"--holder={self.holder}"]
+        if self.epoch is None:
+            return [*record, "--incoming", "--await-claim"]
+        return [*record, f"--epoch={self.epoch}", f"--claim={self.claim}"]
+
+
+@dataclass(frozen=True)
 class Launch:
     """One process to start. `listen_fd` is the inherited listening socket, `thread_map` the
     thread of each queue, if it is not left to the program; `touched` a file in which it notes
-    which blocks were used.
+    which blocks were used. Without a `title` it serves what nobody has claimed.
     """
 
     binary: str
@@ -46,6 +68,7 @@ class Launch:
     wait_for_lock: bool
     thread_map: ThreadMap | None = None
     touched: Path | None = None
+    title: ImageTitle | None = None
 
 
 class BackendCommand(Protocol):
@@ -119,6 +142,9 @@ class Blkd:
             argv.append("--read-only")
         if options.direct:
             argv.append("--direct")
+        # A read-only disk has no holder.
+        if launch.title is not None and not options.read_only:
+            argv += launch.title.argv()
         if launch.wait_for_lock:
             argv.append("--standby")
         return [*argv, *self.extra]

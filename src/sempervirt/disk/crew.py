@@ -63,6 +63,7 @@ class Crew:
             wait_for_lock=order.wait_for_lock,
             thread_map=binding.map if binding else None,
             touched=setup.files.touched,
+            title=setup.title,
         )
         try:
             member = processes.start(

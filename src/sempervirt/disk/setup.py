@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sempervirt.core.queue_map import Binding, DevicePlan
-from sempervirt.disk.backend import BackendCommand, DiskOptions
+from sempervirt.disk.backend import BackendCommand, DiskOptions, ImageTitle
 from sempervirt.disk.running import DiskFiles
 from sempervirt.disk.supervised import Policy
 from sempervirt.disk.volume import Volume
@@ -17,7 +17,8 @@ class DiskSetup:
     """`name` is VM/DISK; `record` is the file that the next agent adopts the disk from.
 
     `volume` is None for an adopted disk whose image cannot be looked at any more. `plan` is how
-    its queues are served at first; None leaves that to the program.
+    its queues are served at first; None leaves that to the program. `title` is by what right this
+    host writes the image; None where nobody claims it.
     """
 
     name: str
@@ -28,6 +29,7 @@ class DiskSetup:
     files: DiskFiles
     record: Path
     plan: DevicePlan | None = None
+    title: ImageTitle | None = None
 
     @property
     def short_name(self) -> str:
