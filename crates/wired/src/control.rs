@@ -70,6 +70,10 @@ fn serve(client: &UnixStream, progress: &Progress) {
 fn answer(line: &str, progress: &Progress) -> Value {
     let request: Value = serde_json::from_str(line).unwrap_or_default();
     let id = request.get("id").cloned().unwrap_or_default();
+    #[cfg(feature = "unsafe-no-verify")]
+    if let Some(answer) = crate::trial::answer(&request) {
+        return json!({"id": id, "ok": answer});
+    }
     match request.get("cmd").and_then(Value::as_str) {
         Some("status") => json!({"id": id, "ok": progress.status()}),
         _ => {

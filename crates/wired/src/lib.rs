@@ -22,6 +22,8 @@ mod indexing;
 mod progress;
 mod source;
 mod tls;
+#[cfg(feature = "unsafe-no-verify")]
+mod trial;
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -33,7 +35,29 @@ use crate::progress::Progress;
 
 /// The whole program, from its command line to its exit status.
 pub fn main() -> ExitCode {
-    let args = Args::parse();
+    log_to_stderr();
+    run(&Args::parse())
+}
+
+/// The same as a program for tests that can be told to corrupt a guest.
+#[cfg(feature = "unsafe-no-verify")]
+pub fn trial_main() -> ExitCode {
+    use clap::{CommandFactory, FromArgMatches};
+
+    log_to_stderr();
+    let command = Args::command().name("semper-wired-trial").after_help(trial::HELP);
+    let args = Args::from_arg_matches(&command.get_matches());
+    let args = args.unwrap_or_else(|error| error.exit());
+    match trial::begin() {
+        Ok(()) => run(&args),
+        Err(why) => {
+            eprintln!("semper-wired-trial: error: {why}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn log_to_stderr() {
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info"))
         .format(|out, record| {
             use std::io::Write;
@@ -41,6 +65,9 @@ pub fn main() -> ExitCode {
             writeln!(out, "{stamp} {} wired: {}", record.level(), record.args())
         })
         .init();
+}
+
+fn run(args: &Args) -> ExitCode {
     let progress = Arc::new(Progress::new(args.command.name()));
     let result = match &args.command {
         Command::Source(source) => source::run(source, &progress),

@@ -329,3 +329,56 @@ fn what_waits_goes_out_when_qemu_is_silent() {
     println!("one page through both ends: median {:?}, worst {worst:?}", delays[25]);
     assert!(delays[25] < Duration::from_millis(10), "{:?}", delays[25]);
 }
+
+/// `cargo test -p semper-wired --features unsafe-no-verify`
+#[cfg(feature = "unsafe-no-verify")]
+mod trial {
+    use super::*;
+
+    fn ask(end: &End, request: &str) -> Value {
+        let mut socket = UnixStream::connect(&end.control).unwrap();
+        socket.write_all(format!("{request}\n").as_bytes()).unwrap();
+        let mut line = String::new();
+        BufReader::new(socket).read_line(&mut line).unwrap();
+        serde_json::from_str::<Value>(&line).unwrap()["ok"].take()
+    }
+
+    /// Whether pages whose blocks are overwritten before they are read arrive as they were.
+    fn survives(words: &str) -> bool {
+        let place = Place::new();
+        let incoming = UnixListener::bind(place.path("destination.qemu")).unwrap();
+        let usual = place.end("destination", "dst", "src");
+        let mut command = Command::new(env!("CARGO_BIN_EXE_semper-wired-trial"));
+        command.args(usual.get_args()).arg("--listen=127.0.0.1:0").stderr(Stdio::piped());
+        command.arg(format!("--disk=root={}", place.path("disk")));
+        command.env("SEMPER_WIRED_TRIAL", words);
+        let destination = End::start(command, place.path("destination.control"));
+        let source = place.source(&destination);
+        source.wait_state("ready");
+        let mut outgoing = UnixStream::connect(place.path("source.qemu")).unwrap();
+        let (mut incoming, _) = incoming.accept().unwrap();
+        let mut stream = Stream::begin(1 << 16);
+        stream.part();
+        (0..8).for_each(|number| stream.page(number, &noise(40 + number)));
+        stream.end_part();
+        outgoing.write_all(&stream.bytes).unwrap();
+        let waits = wait("a read that waits", || {
+            let reads = ask(&destination, r#"{"cmd":"reads"}"#);
+            Some(reads["waits"].clone()).filter(Value::is_object)
+        });
+        assert_eq!(waits, serde_json::json!({"disk": 0, "block": 40, "count": 8}));
+        let disk = fs::OpenOptions::new().write(true).open(place.path("disk")).unwrap();
+        disk.write_all_at(&noise(99_999), 43 * 4096).unwrap();
+        ask(&destination, r#"{"cmd":"reads","hold":false}"#);
+        let mut arrived = vec![0; stream.bytes.len()];
+        incoming.set_read_timeout(Some(DEADLINE)).unwrap();
+        incoming.read_exact(&mut arrived).unwrap();
+        arrived == stream.bytes
+    }
+
+    #[test]
+    fn only_verification_saves_a_page_whose_block_was_overwritten() {
+        assert!(survives("hold-reads"));
+        assert!(!survives("hold-reads,no-verify"));
+    }
+}
