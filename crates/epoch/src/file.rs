@@ -1,0 +1,250 @@
+//! The file beside the image. Who reads, decides and writes has it locked meanwhile.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use crate::record::{Admission, Claim, FILE_BYTES, Holder, Id, Record, SLOT_BYTES, newest};
+
+/// Why an image must not be written by this process. Each message names the file; nothing was
+/// written, unless it is an [`Denied::Io`].
+#[derive(Debug, thiserror::Error)]
+pub enum Denied {
+    /// The image was given away.
+    #[error(
+        "{path} is held by {} under epoch {}; the claim of {holder} has epoch {}{}; stop what still \
+         runs of it here, it must not write",
+        .record.holder, .record.epoch, .claim.epoch,
+        if .claim.epoch == .record.epoch { " and another id" } else { "" }
+    )]
+    Stale {
+        /// The record's file.
+        path: PathBuf,
+        /// What is on record.
+        record: Box<Record>,
+        /// What was refused.
+        claim: Claim,
+        /// Whose that is.
+        holder: Holder,
+    },
+    /// Somebody has claimed the image, and this process has no claim.
+    #[error(
+        "{path} is held by {} under epoch {}, and no claim was given; start the VM through the \
+         agent, or claim the image (--epoch-file, --epoch, --claim, --holder)",
+        .record.holder, .record.epoch
+    )]
+    Claimed {
+        /// The record's file.
+        path: PathBuf,
+        /// What is on record.
+        record: Box<Record>,
+    },
+    /// Neither empty nor a record.
+    #[error(
+        "{0} is damaged: it cannot tell who may write the image; make sure that no host uses the \
+         image, then remove the file"
+    )]
+    Damaged(PathBuf),
+    /// Of a later release.
+    #[error(
+        "{path} has version {version}, which this program does not know; use the release that \
+         wrote it"
+    )]
+    Newer {
+        /// The record's file.
+        path: PathBuf,
+        /// The version that it has.
+        version: u32,
+    },
+    /// The system's.
+    #[error(
+        "cannot use {path}: {source}; check the directory of the image, its permissions and the \
+         space in it"
+    )]
+    Io {
+        /// The record's file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+}
+
+/// Where the record of an image stands; links are followed first, so it stands once.
+///
+/// # Errors
+/// The system's, when the image is not there.
+pub fn record_path(image: &Path) -> io::Result<PathBuf> {
+    let mut path = image.canonicalize()?.into_os_string();
+    path.push(".epoch");
+    Ok(path.into())
+}
+
+/// Lets a claim write the image, or not. What has to be written is on the medium at its return.
+///
+/// # Errors
+/// [`Denied`].
+pub fn admit(path: &Path, claim: Claim, holder: &Holder) -> Result<Admission, Denied> {
+    let file = EpochFile::create(path)?;
+    let record = match file.read()? {
+        Some(record) => record,
+        None => Record { image: new_id().map_err(|e| file.failed(e))?, ..Record::default() },
+    };
+    let said = record.admit(claim);
+    match said {
+        Admission::Stale => {
+            let (path, record) = (path.to_owned(), Box::new(record));
+            return Err(Denied::Stale { path, record, claim, holder: holder.clone() });
+        }
+        Admission::Renewed if !record.released => {}
+        _ => {
+            let (holder, Claim { epoch, id }) = (holder.clone(), claim);
+            file.write(Record { epoch, claim: id, holder, released: false, ..record })?;
+        }
+    }
+    Ok(said)
+}
+
+/// Notes that the holder of a claim ended in order; false if the image was given to another.
+///
+/// # Errors
+/// [`Denied`], but not [`Denied::Stale`].
+pub fn release(path: &Path, claim: Claim) -> Result<bool, Denied> {
+    let file = EpochFile::create(path)?;
+    let held = file.read()?.filter(|record| record.admit(claim) == Admission::Renewed);
+    let Some(record) = held else { return Ok(false) };
+    file.write(Record { released: true, ..record })?;
+    Ok(true)
+}
+
+/// The record of an image, without making one.
+///
+/// # Errors
+/// [`Denied`].
+pub fn read(path: &Path) -> Result<Option<Record>, Denied> {
+    let opened = options().read(true).open(path);
+    if opened.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::NotFound) {
+        return Ok(None);
+    }
+    EpochFile::locked(path, opened, libc::F_RDLCK)?.read()
+}
+
+/// Refuses an image that somebody has claimed and not released, to one who has no claim.
+///
+/// # Errors
+/// [`Denied`].
+pub fn check_unclaimed(image: &Path) -> Result<(), Denied> {
+    let path =
+        record_path(image).map_err(|source| Denied::Io { path: image.to_owned(), source })?;
+    match read(&path)? {
+        Some(record) if record.epoch > 0 && !record.released => {
+            Err(Denied::Claimed { path, record: Box::new(record) })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Open and locked until it is dropped.
+struct EpochFile<'a> {
+    path: &'a Path,
+    file: File,
+}
+
+fn options() -> OpenOptions {
+    let mut options = OpenOptions::new();
+    options.custom_flags(libc::O_CLOEXEC | libc::O_NOFOLLOW).mode(0o600);
+    options
+}
+
+impl<'a> EpochFile<'a> {
+    fn create(path: &'a Path) -> Result<Self, Denied> {
+        let mut options = options();
+        options.read(true).write(true);
+        let opened = options.open(path);
+        let new = opened.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::NotFound);
+        let opened = if new { options.create(true).open(path) } else { opened };
+        let file = Self::locked(path, opened, libc::F_WRLCK)?;
+        if let (true, Some(directory)) = (new, path.parent()) {
+            // A relative path without a directory has an empty one.
+            let here = if directory.as_os_str().is_empty() { Path::new(".") } else { directory };
+            File::open(here).and_then(|d| d.sync_all()).map_err(|e| file.failed(e))?;
+        }
+        Ok(file)
+    }
+
+    fn locked(path: &'a Path, opened: io::Result<File>, kind: i32) -> Result<Self, Denied> {
+        let file = opened.and_then(|file| lock(&file, kind).map(|()| file));
+        match file {
+            Ok(file) => Ok(Self { path, file }),
+            Err(source) => Err(Denied::Io { path: path.to_owned(), source }),
+        }
+    }
+
+    fn read(&self) -> Result<Option<Record>, Denied> {
+        let mut content = [0; FILE_BYTES];
+        let mut length = 0;
+        while length < FILE_BYTES {
+            match self.file.read_at(&mut content[length..], length as u64) {
+                Ok(0) => break,
+                Ok(n) => length += n,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(self.failed(error)),
+            }
+        }
+        let content = &content[..length];
+        match newest(content) {
+            Ok(None) if content.iter().any(|&byte| byte != 0) => {
+                Err(Denied::Damaged(self.path.to_owned()))
+            }
+            Ok(found) => Ok(found),
+            Err(newer) => Err(Denied::Newer { path: self.path.to_owned(), version: newer.version }),
+        }
+    }
+
+    /// Into the slot that is not in force: a write that is cut off leaves the record before it.
+    fn write(&self, record: Record) -> Result<(), Denied> {
+        let sequence = record.sequence.checked_add(1);
+        // No writer gets there; and one more would be a zero, which is never valid.
+        let sequence = sequence.ok_or_else(|| Denied::Damaged(self.path.to_owned()))?;
+        let slot = Record { sequence, ..record }.encode();
+        self.file
+            .write_all_at(&slot, sequence % 2 * SLOT_BYTES as u64)
+            .and_then(|()| self.file.sync_data())
+            .map_err(|error| self.failed(error))
+    }
+
+    fn failed(&self, source: io::Error) -> Denied {
+        Denied::Io { path: self.path.to_owned(), source }
+    }
+}
+
+/// Waits for a lock on the whole file; it ends with the open file.
+fn lock(file: &File, kind: i32) -> io::Result<()> {
+    let everything = libc::flock {
+        l_type: kind as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: 0,
+        l_len: 0,
+        l_pid: 0,
+    };
+    loop {
+        // SAFETY: fcntl reads the structure, which lives across the call.
+        let status =
+            unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLKW, &raw const everything) };
+        match status {
+            0 => return Ok(()),
+            _ => match io::Error::last_os_error() {
+                error if error.kind() == io::ErrorKind::Interrupted => {}
+                error => return Err(error),
+            },
+        }
+    }
+}
+
+fn new_id() -> io::Result<Id> {
+    let mut id = Id::default();
+    // SAFETY: the kernel writes at most as many bytes as it is told.
+    let got = unsafe { libc::getrandom(id.0.as_mut_ptr().cast(), id.0.len(), 0) };
+    if got == id.0.len() as isize { Ok(id) } else { Err(io::Error::last_os_error()) }
+}

@@ -1,0 +1,11 @@
+//! The epoch record: what an image itself knows about who may write it.
+//!
+//! `src/sempervirt/store/epoch.py` draws the layout and says why there is one;
+//! `docs/design/ownership.md` says when a backend looks at it. [`record`] is pure, [`file`] reads
+//! and writes.
+
+pub mod file;
+pub mod record;
+
+pub use crate::file::{Denied, admit, check_unclaimed, read, record_path, release};
+pub use crate::record::{Admission, Claim, Holder, Id, Record};
