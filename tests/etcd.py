@@ -1,4 +1,4 @@
-"""A real etcd of one member on loopback, and a relay that stops forwarding: a partition."""
+"""A real etcd of one member, on loopback or in a namespace, and a relay that stops: a partition."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import time
 import urllib.request
 from pathlib import Path
 
+from tests.namespaces import inside, within
+
 from sempervirt.trust.identity import Identity
 
 START_S = 20.0
@@ -21,16 +23,19 @@ _CACHED = Path(__file__).parents[1] / ".cache/etcd/etcd"
 class Etcd:
     """Starts at `start`; keeps its data until `remove`."""
 
-    def __init__(self, trust: Path | None = None) -> None:
+    def __init__(
+        self, trust: Path | None = None, *, namespace: str = "", address: str = "127.0.0.1"
+    ) -> None:
         """With `trust`, a host's certificates, it speaks to members of that cluster alone."""
         self._trust = trust
+        self._namespace = namespace
         memory = Path("/dev/shm")
         self._place = Path(
             tempfile.mkdtemp(prefix="sv-etcd-", dir=memory if memory.is_dir() else None)
         )
         self._client, self._peer = _free_port(), _free_port()
         self._process: subprocess.Popen[bytes] | None = None
-        self.url = f"{'https' if trust else 'http'}://127.0.0.1:{self._client}"
+        self.url = f"{'https' if trust else 'http'}://{address}:{self._client}"
 
     @property
     def port(self) -> int:
@@ -63,9 +68,10 @@ class Etcd:
             ]
         log = self._place / "log"
         with log.open("ab") as output:
-            self._process = subprocess.Popen(argv, stdout=output, stderr=output)
+            command = within(self._namespace, *argv)
+            self._process = subprocess.Popen(command, stdout=output, stderr=output)
         deadline = time.monotonic() + START_S
-        while not self._healthy():
+        while not inside(self._namespace, self._healthy):
             assert self._process.poll() is None, log.read_text()[-2000:]
             assert time.monotonic() < deadline, log.read_text()[-2000:]
             time.sleep(0.02)  # poll interval
