@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Parser, ValueEnum};
+use semper_epoch::{Holder, Id};
 
 /// What does the I/O.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -107,6 +108,40 @@ pub(crate) struct Args {
     #[arg(long, conflicts_with_all = ["read_only", "standby"])]
     pub incoming: bool,
 
+    /// What the image itself knows about who may write it: the file beside it, IMAGE.epoch.
+    #[arg(
+        long,
+        value_name = "PATH",
+        requires = "right",
+        requires = "holder",
+        conflicts_with = "read_only"
+    )]
+    pub epoch_file: Option<PathBuf>,
+
+    /// Write the image under this epoch; refused if the image was given away under a later one.
+    #[arg(long, value_name = "E", requires = "claim", requires = "epoch_file", group = "right",
+          value_parser = clap::value_parser!(u64).range(1..))]
+    pub epoch: Option<u64>,
+
+    /// The id of the claim that has this epoch: 32 hexadecimal digits.
+    #[arg(long, value_name = "ID", requires = "epoch", value_parser = claim_id)]
+    pub claim: Option<Id>,
+
+    /// Whose claim it is: the name of this host.
+    #[arg(long, value_name = "NAME", requires = "epoch_file", value_parser = host_name)]
+    pub holder: Option<Holder>,
+
+    /// The claim comes later, by the control socket ("claim"); queues that are started before wait
+    /// for it, and the front end does not.
+    #[arg(
+        long,
+        requires = "incoming",
+        requires = "epoch_file",
+        requires = "control_socket",
+        group = "right"
+    )]
+    pub await_claim: bool,
+
     /// Do not track requests in flight. They are lost when this process dies: only for
     /// demonstrating just that.
     #[arg(long)]
@@ -120,4 +155,12 @@ pub(crate) struct Args {
     /// process finds pages by their content; best on tmpfs.
     #[arg(long, value_name = "PATH", conflicts_with = "no_map")]
     pub map_file: Option<PathBuf>,
+}
+
+fn claim_id(text: &str) -> Result<Id, &'static str> {
+    Id::from_hex(text).ok_or("it has to be 32 hexadecimal digits")
+}
+
+fn host_name(text: &str) -> Result<Holder, &'static str> {
+    Holder::new(text).ok_or("it has to be of 1 to 40 bytes")
 }

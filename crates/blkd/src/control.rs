@@ -10,6 +10,8 @@
 //!   {"id":7,"cmd":"map-export","verify":true} -> {"id":7,"ok":{"bytes":N}}   and N bytes of it
 //!   {"id":8,"cmd":"handover","armed":true} -> {"id":8,"ok":{"armed":true,"owns_image":…}}
 //!                                           give the image away as soon as no queue runs
+//!   {"id":9,"cmd":"claim","epoch":7,"claim":"32 digits"} -> {"id":9,"ok":{"claim":{…}}}
+//!                                           what --await-claim waits for; starts queues that wait
 //!   anything else                        -> {"id":…,"error":{"kind":"invalid","message":"…"}}
 //! ```
 
@@ -20,6 +22,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use semper_block::{FaultRule, FaultSwitch};
+use semper_epoch::{Claim, Id};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -48,6 +51,10 @@ struct Request {
     rule: Option<Rule>,
     #[serde(default)]
     armed: Option<bool>,
+    #[serde(default)]
+    epoch: Option<u64>,
+    #[serde(default)]
+    claim: Option<String>,
     #[serde(default)]
     map: Option<Vec<u16>>,
     #[serde(flatten)]
@@ -159,6 +166,12 @@ impl Control {
                 }
                 None => invalid(request.id, "say whether it is armed: true or false".to_owned()),
             },
+            "claim" => match self.claim(request.epoch, request.claim.as_deref()) {
+                Ok(()) => json!({"id": request.id, "ok": {"claim": self.disk.title.status()}}),
+                Err((kind, message)) => {
+                    json!({"id": request.id, "error": {"kind": kind, "message": message}})
+                }
+            },
             "threads" => match self.rebind(request.map) {
                 Ok(map) => json!({"id": request.id, "ok": {"map": map.as_slice()}}),
                 Err((kind, message)) => {
@@ -169,7 +182,8 @@ impl Control {
                 request.id,
                 format!(
                     "unknown command {other:?}; known are \"status\", \"fault\", \"threads\", \
-                     \"map\", \"map-verify\", \"map-find\", \"map-export\" and \"handover\""
+                     \"map\", \"map-verify\", \"map-find\", \"map-export\", \"handover\" and \
+                     \"claim\""
                 ),
             ),
         };
@@ -218,12 +232,23 @@ impl Control {
         Ok(map)
     }
 
+    fn claim(&self, epoch: Option<u64>, id: Option<&str>) -> Result<(), (&'static str, String)> {
+        let epoch = epoch.filter(|&epoch| epoch > 0);
+        let claim = epoch.zip(id.and_then(Id::from_hex)).map(|(epoch, id)| Claim { epoch, id });
+        let claim = claim.ok_or_else(|| {
+            ("invalid", "name the epoch, from 1, and the claim, 32 hexadecimal digits".to_owned())
+        })?;
+        self.disk.title.give(claim).map_err(|message| ("invalid", message))?;
+        let mut device = self.device.lock().unwrap_or_else(PoisonError::into_inner);
+        device.start_waiting().map_err(|error| ("in-use", error.to_string()))
+    }
+
     fn owns_image(&self) -> bool {
         self.disk.shared.owns_image.load(Ordering::Relaxed)
     }
 
     fn status(&self) -> Value {
-        let Disk { image, serial, shared, map, poll } = &*self.disk;
+        let Disk { image, serial, shared, map, poll, title } = &*self.disk;
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let when = |milestone: &AtomicU64| match get(milestone) {
             0 => Value::Null,
@@ -265,6 +290,7 @@ impl Control {
             "engine": self.engine,
             "direct": image.direct(),
             "owns_image": self.owns_image(),
+            "claim": title.status(),
             "read_only": image.read_only(),
             "image": image.path().to_string_lossy(),
             "size_bytes": image.capacity(),

@@ -28,6 +28,7 @@ use crate::config;
 use crate::crash::CrashHook;
 use crate::dirty_log::{DirtyBitmap, DirtyLog};
 use crate::eventfd::EventFd;
+use crate::failure::Failure;
 use crate::inflight_map::{self, InflightMap, Shape};
 use crate::queue::{Disk, QueueSetup};
 use crate::state::{Phase, mark};
@@ -112,12 +113,14 @@ impl Device {
         let owns = &self.disk.shared.owns_image;
         let idle = self.vrings.iter().all(|vring| !vring.running);
         if self.hand_over && idle && owns.swap(false, Ordering::Relaxed) {
+            self.disk.title.lapse();
             self.disk.image.unlock();
             log::info!("gave the image away image={}", self.disk.image.path().display());
         }
     }
 
-    /// Takes the image unless this process has it.
+    /// Takes the image unless this process has it. If it was given away meanwhile, or its record
+    /// cannot be read, the process ends: it has nothing to serve.
     fn own_image(&self) -> Result<()> {
         let shared = &self.disk.shared;
         if shared.owns_image.load(Ordering::Relaxed) {
@@ -130,12 +133,41 @@ impl Device {
             }
             std::thread::sleep(Duration::from_millis(1));
         }
+        if let Err(denied) = self.disk.title.admit(&self.disk.image) {
+            std::process::exit(Failure::Denied(denied).report().into());
+        }
         // Whoever had it may have written on another host.
         self.disk.image.drop_cache();
         mark(&shared.timeline.lock_acquired);
         shared.owns_image.store(true, Ordering::Relaxed);
         log::info!("took the image image={}", self.disk.image.path().display());
         Ok(())
+    }
+
+    /// The claim has come: takes the image if there are queues that waited for it, and starts
+    /// them. When one cannot be started the process ends, for the next one to serve it.
+    ///
+    /// # Errors
+    /// Another process has the image; the queues wait on, and this can be called again.
+    pub(crate) fn start_waiting(&mut self) -> Result<()> {
+        if !(0..self.vrings.len()).any(|index| self.is_due(index)) {
+            return Ok(());
+        }
+        self.own_image()?;
+        for index in 0..self.vrings.len() {
+            self.start_or_end(index);
+        }
+        Ok(())
+    }
+
+    fn start_or_end(&mut self, queue: usize) {
+        if let Err(error) = self.try_start(queue) {
+            log::error!(
+                "a queue cannot go on, ending for the next process to take over queue={queue} \
+                 error=\"{error}\""
+            );
+            std::process::exit(1);
+        }
     }
 
     /// Finishes what is in flight in all queues and shows it to the driver.
@@ -209,12 +241,8 @@ impl Device {
             let ran = reply.is_some();
             self.await_stop(queue, reply);
             self.threads.assign(queue, thread);
-            if ran && let Err(error) = self.try_start(queue) {
-                log::error!(
-                    "a queue cannot go on, ending for the next process to take over queue={queue} \
-                     error=\"{error}\""
-                );
-                std::process::exit(1);
+            if ran {
+                self.start_or_end(queue);
             }
         }
         self.threads.shrink();
@@ -247,12 +275,25 @@ impl Device {
         Ok(())
     }
 
-    fn prepare(&self, index: usize) -> Result<Option<(QueueSetup, usize)>> {
+    /// Whether the front end has said everything that it takes to run a queue that does not run.
+    fn is_due(&self, index: usize) -> bool {
         let vring = &self.vrings[index];
         let negotiated = self.features & config::F_PROTOCOL_FEATURES != 0;
         let enabled = vring.enabled || !negotiated;
+        let complete = vring.addresses.is_some() && vring.kick.is_some() && vring.size > 0;
+        complete && enabled && !vring.running
+    }
+
+    fn prepare(&self, index: usize) -> Result<Option<(QueueSetup, usize)>> {
+        let vring = &self.vrings[index];
         let (Some(addresses), Some(kick)) = (vring.addresses, &vring.kick) else { return Ok(None) };
-        if vring.running || !enabled || vring.size == 0 {
+        if !self.is_due(index) {
+            return Ok(None);
+        }
+        // The front end goes on: QEMU waits for most answers with its monitor and all its devices.
+        // What the driver puts into the ring waits there.
+        if self.disk.title.is_awaited() {
+            log::info!("a queue waits for the claim on the image queue={index}");
             return Ok(None);
         }
         self.own_image()?;

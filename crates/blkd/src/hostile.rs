@@ -21,6 +21,7 @@ use crate::queue::Disk;
 use crate::request::{ID_SIZE, Parsed, Rules, Slot, parse};
 use crate::state::Shared;
 use crate::threads::{Spawn, ThreadMap, Threads};
+use crate::title::Title;
 use crate::worker::Worker;
 
 /// A disk for as many attacks as you like.
@@ -63,7 +64,8 @@ impl Target {
         let (image, poll) = (Arc::new(image), Duration::from_micros(20));
         let map = DiskMap::new(&image, num_queues.into(), None).expect("the target's map");
         let map = Some(Arc::new(map));
-        let disk = Disk { image, serial: [b's'; ID_SIZE], shared, map, poll };
+        let title = Title::none();
+        let disk = Disk { image, serial: [b's'; ID_SIZE], shared, map, poll, title };
         Self { disk: Arc::new(disk), device: OnceLock::new() }
     }
 

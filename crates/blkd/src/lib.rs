@@ -7,8 +7,8 @@
 //!   signal thread    SIGTERM, SIGINT: drain, show everything to the guest, exit 0
 //! ```
 //!
-//! Exit status: 0 ended as asked, 1 failed while running, 2 usage, 3 the image is locked, 4 the
-//! image cannot be used.
+//! Exit status: 0 ended as asked, 1 failed while running, 2 usage, 3 the image is another's (locked,
+//! or given away: see `title`), 4 the image or its epoch record cannot be used.
 //!
 //! The program is [`main`]; a library only so that fuzzers and tests reach its parsers.
 
@@ -21,6 +21,7 @@ mod crowd;
 mod device;
 mod dirty_log;
 mod eventfd;
+mod failure;
 #[doc(hidden)]
 pub mod hostile;
 mod inflight_map;
@@ -31,6 +32,7 @@ mod request;
 mod serve;
 mod state;
 mod threads;
+mod title;
 mod undertaker;
 mod worker;
 
@@ -59,9 +61,6 @@ pub fn main() -> ExitCode {
     mark(&shared.timeline.process_start);
     match serve::run(args, shared) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(failure) => {
-            eprintln!("semper-blkd: error: {failure}");
-            ExitCode::from(failure.exit_code())
-        }
+        Err(failure) => ExitCode::from(failure.report()),
     }
 }

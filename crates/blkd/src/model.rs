@@ -28,6 +28,7 @@ use super::{Engine, EventFd, Mailbox, Order, Thread};
 use crate::queue::{Disk, QueueSetup};
 use crate::request::ID_SIZE;
 use crate::state::Shared;
+use crate::title::Title;
 
 /// Blocks 0 and 1 are in different 4 KiB granules, so that a request can lie in both.
 const FORMAT: Format = Format { block_bytes: 512, sectors: [7, 8, 9, 10] };
@@ -237,6 +238,7 @@ impl Explorer {
             shared,
             map: None,
             poll: Duration::ZERO,
+            title: Title::none(),
         });
         let world = Rc::new(RefCell::new(World::new(&setup)));
         WORLD.set(Some(Rc::clone(&world)));

@@ -25,6 +25,7 @@ use crate::request::{
     ID_SIZE, Parsed, Rules, STATUS_IOERR, STATUS_OK, STATUS_UNSUPPORTED, Slot, parse,
 };
 use crate::state::{LastError, QueueCounters, Shared, add, mark};
+use crate::title::Title;
 
 /// Requests taken from one queue before the others get their turn.
 const TURN: usize = 64;
@@ -42,6 +43,8 @@ pub(crate) struct Disk {
     pub map: Option<Arc<DiskMap>>,
     /// How long a thread may look for requests before it sleeps.
     pub poll: Duration,
+    /// By what right the image is written.
+    pub title: Title,
 }
 
 /// Everything that is needed to start a queue.

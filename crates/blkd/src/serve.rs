@@ -1,17 +1,16 @@
 //! From the command line to a served disk.
 
-use std::fmt;
 use std::io;
 use std::os::fd::FromRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use semper_block::{
-    Engine, FaultEngine, FaultSwitch, Image, ImageError, LockError, NowaitEngine, NullEngine,
-    OpenOptions, SyncEngine, UringEngine,
+    Engine, FaultEngine, FaultSwitch, Image, NowaitEngine, NullEngine, OpenOptions, SyncEngine,
+    UringEngine,
 };
 #[cfg(target_arch = "x86_64")]
 use semper_block::{MappedEngine, Mapping};
@@ -21,54 +20,14 @@ use crate::args::{Args, EngineKind};
 use crate::block_map::DiskMap;
 use crate::control::{self, Control};
 use crate::device::Device;
+use crate::failure::{Failure, system};
 use crate::queue::Disk;
 use crate::request::ID_SIZE;
 use crate::state::{Phase, Shared, mark};
 use crate::threads::{Spawn, ThreadMap, Threads};
+use crate::title::Title;
 use crate::undertaker;
 use crate::worker::Worker;
-
-/// Why the backend ends.
-#[derive(Debug)]
-pub(crate) enum Failure {
-    Usage(String),
-    Lock(LockError),
-    Image(ImageError),
-    Socket { path: PathBuf, error: io::Error },
-    System { what: &'static str, error: io::Error },
-}
-
-impl Failure {
-    pub(crate) fn exit_code(&self) -> u8 {
-        match self {
-            Failure::Usage(_) => 2,
-            Failure::Lock(LockError::Held { .. }) => 3,
-            Failure::Lock(_) | Failure::Image(_) => 4,
-            Failure::Socket { .. } | Failure::System { .. } => 1,
-        }
-    }
-}
-
-impl fmt::Display for Failure {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Failure::Usage(what) => f.write_str(what),
-            Failure::Lock(error) => error.fmt(f),
-            Failure::Image(error) => error.fmt(f),
-            Failure::Socket { path, error } => write!(
-                f,
-                "cannot listen on {}: {error}; choose a path in a directory that you may write, \
-                 of at most 107 bytes, that no other program uses",
-                path.display()
-            ),
-            Failure::System { what, error } => write!(f, "cannot {what}: {error}"),
-        }
-    }
-}
-
-fn system(what: &'static str) -> impl FnOnce(io::Error) -> Failure {
-    move |error| Failure::System { what, error }
-}
 
 /// Serves the disk until a signal ends the process.
 pub(crate) fn run(args: Args, shared: Shared) -> Result<(), Failure> {
@@ -85,11 +44,13 @@ pub(crate) fn run(args: Args, shared: Shared) -> Result<(), Failure> {
     let mut image = Image::open(blk_file, options).map_err(Failure::Image)?;
     // A standby has no business with the socket's name; it inherits the socket itself.
     let listener = listen(&args)?;
+    let title = Title::new(&args);
     let control_listener = args.control_socket.as_deref().map(bind).transpose()?;
     if args.standby {
         shared.set_phase(Phase::Standby);
     } else if !args.incoming {
         image.try_lock().map_err(Failure::Lock)?;
+        title.admit(&image).map_err(Failure::Denied)?;
         image.refresh_size().map_err(Failure::Image)?;
         if args.direct {
             image.drop_cache();
@@ -101,7 +62,7 @@ pub(crate) fn run(args: Args, shared: Shared) -> Result<(), Failure> {
     let poll = Duration::from_micros(args.poll_us.into());
     let (image, shared) = (Arc::new(image), Arc::new(shared));
     let map = disk_map(&args, &image)?;
-    let disk = Arc::new(Disk { image, serial, shared, map, poll });
+    let disk = Arc::new(Disk { image, serial, shared, map, poll, title });
     let faults = FaultSwitch::default();
     let (threads, engine) = start_threads(&args, &disk, &faults)?;
     let device = Arc::new(Mutex::new(Device::new(Arc::clone(&disk), threads, !args.no_inflight)));
@@ -114,6 +75,7 @@ pub(crate) fn run(args: Args, shared: Shared) -> Result<(), Failure> {
     if args.standby {
         mark(&disk.shared.timeline.standby_ready);
         disk.image.wait_lock().map_err(Failure::Lock)?;
+        disk.title.admit(&disk.image).map_err(Failure::Denied)?;
         mark(&disk.shared.timeline.lock_acquired);
         disk.shared.owns_image.store(true, Ordering::Relaxed);
         disk.shared.set_phase(Phase::Listening);
@@ -365,6 +327,7 @@ fn watch_signals(disk: &Arc<Disk>, device: &Arc<Mutex<Device>>) -> io::Result<()
         // Held until the end: no further message can start a queue.
         let mut device = device.lock().unwrap_or_else(PoisonError::into_inner);
         device.stop_all();
+        disk.title.release();
         log::info!("ended; everything in flight was finished");
         std::process::exit(0);
     };

@@ -5,6 +5,7 @@
 
 mod backend;
 mod block_map;
+mod claims;
 #[cfg(feature = "crash-points")]
 mod crash_points;
 mod dirty_log;

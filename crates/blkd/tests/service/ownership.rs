@@ -229,8 +229,10 @@ fn the_lock_is_free_before_the_memory_of_the_dead_process_is() {
         // So that the image and the guest's memory are in the page tables.
         assert_eq!(machine.ask(&active, &Ask::write(0, [1; 4096])).status, 0);
         let keeper = undertaker(&active);
-        let files = std::fs::read_dir(format!("/proc/{keeper}/fd")).unwrap().count();
-        assert_eq!(files, 1, "nothing but what tells it of the end");
+        wait_until("a keeper with nothing but what tells it of the end", || {
+            let files = std::fs::read_dir(format!("/proc/{keeper}/fd")).unwrap().count();
+            (files == 1).then_some(())
+        });
         let standby = site.start(&[engine, "--standby"]);
         standby.wait_status("/state", &json!("standby"));
         // SAFETY: signals to a process of ours.

@@ -1,0 +1,127 @@
+//! By what right this process writes its image: its claim, held against the image's own record.
+//!
+//! ```text
+//!   none                                no options: only an image that nobody has claimed
+//!   awaited ──"claim"──► given ──admit──► admitted ──the image is given away──► given
+//!                          ▲ --epoch, --claim
+//! ```
+//!
+//! The record is looked at whenever the image's lock was taken, and at no other time: while the
+//! lock is held, nobody else writes. `docs/design/ownership.md` has the rules, point by point.
+
+use std::path::PathBuf;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use semper_block::Image;
+use semper_epoch::{Claim, Denied, Holder, admit, check_unclaimed, release};
+use serde_json::{Value, json};
+
+use crate::args::Args;
+
+/// The claim of this process, if it has one.
+pub(crate) struct Title {
+    record: Option<(PathBuf, Holder)>,
+    state: Mutex<State>,
+}
+
+#[derive(Clone, Copy, Default)]
+struct State {
+    claim: Option<Claim>,
+    /// It stands in the record, and the image is locked.
+    admitted: bool,
+}
+
+impl Title {
+    pub(crate) fn new(args: &Args) -> Self {
+        let record = args.epoch_file.clone().zip(args.holder.clone());
+        let claim = args.epoch.zip(args.claim).map(|(epoch, id)| Claim { epoch, id });
+        Self { record, state: Mutex::new(State { claim, admitted: false }) }
+    }
+
+    /// That of a process without options.
+    pub(crate) fn none() -> Self {
+        Self { record: None, state: Mutex::default() }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether the claim is still to come. The image must not be locked before.
+    pub(crate) fn is_awaited(&self) -> bool {
+        self.record.is_some() && self.state().claim.is_none()
+    }
+
+    /// Takes the claim that was awaited; the same one again is no error.
+    ///
+    /// # Errors
+    /// A sentence, when this process has another, or none to wait for.
+    pub(crate) fn give(&self, claim: Claim) -> Result<(), String> {
+        let mut state = self.state();
+        match state.claim {
+            _ if self.record.is_none() => {
+                Err("this process awaits no claim; start one with --await-claim".to_owned())
+            }
+            Some(mine) if mine != claim => Err(format!(
+                "this process has the claim {} of epoch {}; another claim is another process",
+                mine.id, mine.epoch
+            )),
+            _ => {
+                state.claim = Some(claim);
+                Ok(())
+            }
+        }
+    }
+
+    /// Holds the claim against the record. To be called with the image locked, before anything is
+    /// served.
+    ///
+    /// # Errors
+    /// [`Denied`]: this process must not serve.
+    pub(crate) fn admit(&self, image: &Image) -> Result<(), Denied> {
+        if image.read_only() {
+            return Ok(());
+        }
+        let Some((path, holder)) = &self.record else { return check_unclaimed(image.path()) };
+        // Not locked meanwhile: the status is asked for at any time.
+        let claim = self.state().claim.expect("no image is locked while its claim is awaited");
+        let said = admit(path, claim, holder)?;
+        self.state().admitted = true;
+        let (epoch, path) = (claim.epoch, path.display());
+        log::info!("the claim is admitted epoch={epoch} holder={holder} said={said:?} file={path}");
+        Ok(())
+    }
+
+    /// The image's lock was let go: before it is taken again the record counts again.
+    pub(crate) fn lapse(&self) {
+        self.state().admitted = false;
+    }
+
+    /// Notes an orderly end in the record. To be called with the image still locked.
+    pub(crate) fn release(&self) {
+        let State { claim, admitted } = *self.state();
+        let (Some((path, _)), Some(claim), true) = (&self.record, claim, admitted) else { return };
+        match release(path, claim) {
+            Ok(true) => {}
+            Ok(false) => log::warn!("the image has another holder file={}", path.display()),
+            // As if this process had been killed: the same claim will do, and no other.
+            Err(error) => log::error!("not released error=\"{error}\""),
+        }
+    }
+
+    pub(crate) fn status(&self) -> Value {
+        let State { claim, admitted } = *self.state();
+        let name = match (&self.record, claim, admitted) {
+            (None, ..) => "none",
+            (_, None, _) => "awaited",
+            (_, _, false) => "given",
+            (_, _, true) => "admitted",
+        };
+        json!({
+            "state": name,
+            "epoch": claim.map(|claim| claim.epoch),
+            "id": claim.map(|claim| claim.id.to_string()),
+            "holder": self.record.as_ref().map(|(_, holder)| holder.to_string()),
+        })
+    }
+}
