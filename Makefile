@@ -5,7 +5,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo setup system-packages venv binaries guest test lint format wheel \
+.PHONY: help demo setup system-packages venv binaries guest debian-guest test lint format wheel \
 	lock fuzz torture bench scale fresh clean
 
 help: ## this list
@@ -26,6 +26,9 @@ setup: ## system packages, Python environment and Rust programs; leaves semper i
 
 guest: setup ## the small Linux guest of the demo and the tests: Debian's own kernel, our first process
 	@scripts/guest
+
+debian-guest: guest ## the second guest: a lean Debian with systemd on a disk (needs root or sudo the first time)
+	@scripts/debian-guest
 
 system-packages: ## the Debian packages only (this part needs root)
 	@scripts/system-packages

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import gzip
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from sempervirt.core.errors import NotFound
-from sempervirt.guest import image
+from sempervirt.guest import debian, image
 from sempervirt.guest.__main__ import main
 from sempervirt.guest.initramfs import Recipe, build
 
 RELEASE = "6.1.0-99-cloud-amd64"
+
+
+SCRIPT = b"#!/bin/busybox sh\n"
 
 
 @pytest.fixture
@@ -64,7 +68,7 @@ def test_a_missing_ingredient_is_named(
     (recipe.kernel_tree / "vmlinuz").unlink()
     with pytest.raises(NotFound, match="vmlinuz is missing; run `make guest`"):
         build(recipe, tmp_path / "out")
-    arguments = ["build", "--kernel-tree", str(recipe.kernel_tree), "--probe", str(recipe.probe)]
+    arguments = ["build", "--kernel-tree", str(recipe.kernel_tree), "--init", str(recipe.init)]
     assert main([*arguments, "--output", str(tmp_path / "out")]) == 4
     assert "sempervirt.guest: error: " in capsys.readouterr().err
 
@@ -89,3 +93,33 @@ def test_an_installed_package_looks_in_the_home(
     monkeypatch.chdir(tmp_path)
     made, _ = build(recipe, tmp_path / "share/sempervirt/guest")
     assert image() == made
+
+
+def test_a_script_may_be_the_first_process_and_have_more_drivers(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    script = tmp_path / "script"
+    script.write_bytes(SCRIPT)
+    ext4 = recipe.kernel_tree / "modules/kernel/drivers/ext4.ko"
+    ext4.write_bytes(b"\0depends=\0")
+    plain, _ = build(replace(recipe, init=script), tmp_path / "out")
+    without = gzip.decompress(plain.initrd.read_bytes())
+    more = replace(recipe, init=script, modules=("ext4", "absent"))
+    made, built = build(more, tmp_path / "out")
+    assert built
+    archive = gzip.decompress(made.initrd.read_bytes())
+    assert SCRIPT in archive
+    assert b"ext4.ko\0" in archive
+    assert b"ext4.ko\0" not in without
+
+
+def test_the_debian_guest_stands_beside_the_small_one(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SEMPERVIRT_GUEST_DIR", str(tmp_path / "guest"))
+    build(recipe, tmp_path / "debian")
+    with pytest.raises(NotFound, match="run `make debian-guest`"):
+        debian()
+    (tmp_path / "debian/root.raw").write_bytes(b"disk")
+    assert debian().root == tmp_path / "debian/root.raw"
+    assert debian().kernel.read_bytes() == b"kernel"

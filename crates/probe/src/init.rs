@@ -8,6 +8,9 @@
 //!
 //! It never returns: if it cannot go on, it says why on the console and powers the machine off, for a
 //! kernel whose PID 1 ends only panics.
+//!
+//! In a guest with a PID 1 of its own (`serve`) mounts, modules and shell are that one's business, and
+//! an end is an end.
 
 use std::convert::Infallible;
 use std::ffi::CStr;
@@ -132,17 +135,22 @@ fn draw_nonce() -> io::Result<u128> {
     Ok(u128::from_ne_bytes(bytes))
 }
 
-fn live() -> io::Result<Infallible> {
-    mount_all()?;
+/// Serves the port for as long as the machine lives.
+pub fn serve() -> io::Result<Infallible> {
     set_timeouts();
-    if wants_shell() {
-        start_shell();
-    }
     let mut control = Control::new(Role::Guest, draw_nonce()?, housekeeping)?;
     let mut link = wait_for_port()?;
     loop {
         control.serve(&mut link)?;
     }
+}
+
+fn live() -> io::Result<Infallible> {
+    mount_all()?;
+    if wants_shell() {
+        start_shell();
+    }
+    serve()
 }
 
 fn power_off(cause: &str) -> ! {

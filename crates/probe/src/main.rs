@@ -1,4 +1,4 @@
-//! The program: PID 1 of a guest, or one of the subcommands on a host.
+//! The program: PID 1 of a guest, a service of one, or one of the subcommands on a host.
 
 use std::process::ExitCode;
 
@@ -8,6 +8,7 @@ mod host;
 
 const USAGE: &str = "\
 usage: semper-probe init                     (as PID 1 of a guest; /init in its image)
+       semper-probe service                  (in a guest that has another PID 1)
        semper-probe serve --socket PATH      (the guest's commands, on a host, for tests)
        semper-probe write --device FILE [--seconds N] [--writers N] [--depth N] [--block-size N]
                           [--span-bytes N] [--mode write|mixed|read] [--flush-every N] [--seed N]
@@ -28,6 +29,7 @@ fn main() -> ExitCode {
             println!("{USAGE}");
             Ok(true)
         }
+        ["service"] => init::serve().map(|never| match never {}),
         ["serve", "--socket", path] => host::serve(path),
         ["write", options @ ..] => host::write(options),
         _ => {

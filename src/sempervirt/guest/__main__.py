@@ -1,4 +1,4 @@
-"""`python -m sempervirt.guest build`: makes the guest image (see `make guest`)."""
+"""`python -m sempervirt.guest build`: makes a guest image (`make guest`, `make debian-guest`)."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ def main(arguments: list[str] | None = None) -> int:
     builder = commands.add_parser("build", help="make vmlinuz, initrd.img and release")
     builder.add_argument("--kernel-tree", type=Path, required=True, metavar="DIR",
                          help="holds vmlinuz, release and modules/")  # fmt: skip
-    builder.add_argument("--probe", type=Path, required=True, metavar="PATH")
+    builder.add_argument("--init", type=Path, required=True, metavar="PATH",
+                         help="the first process: the probe, or a script")  # fmt: skip
+    builder.add_argument("--module", action="append", default=[], metavar="NAME", dest="modules",
+                         help="one more driver, if the kernel has it")  # fmt: skip
     builder.add_argument("--busybox", type=Path, default=BUSYBOX, metavar="PATH")
     builder.add_argument("--output", type=Path, required=True, metavar="DIR")
     options = parser.parse_args(arguments)
     try:
-        recipe = Recipe(options.kernel_tree, options.probe, options.busybox)
+        recipe = Recipe(options.kernel_tree, options.init, options.busybox, tuple(options.modules))
         image, built = build(recipe, options.output)
     except SempervirtError as error:
         print(f"sempervirt.guest: error: {error}", file=sys.stderr)

@@ -1,4 +1,8 @@
-"""Building the guest image: a kernel's tree and the probe in, three files out."""
+"""Building a guest image: a kernel's tree and a first process in, three files out.
+
+The first process of the small guest is the probe; that of the Debian guest is a script which mounts
+a disk and hands over to what is there.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +24,9 @@ BUSYBOX = Path("/bin/busybox")
 STAMP = ".initrd-stamp"
 FOLDERS = ("bin", "dev", "etc", "lib", "lib/modules-sv", "proc", "root", "sys", "tmp")
 APPLETS = (
-    "cat", "dd", "df", "dmesg", "echo", "free", "grep", "head", "hexdump", "ip", "kill", "less",
-    "ls", "lsmod", "mount", "ping", "poweroff", "ps", "reboot", "sh", "sleep", "tail", "top",
-    "umount", "uname", "vi", "wget",
+    "cat", "dd", "df", "dmesg", "echo", "free", "grep", "head", "hexdump", "insmod", "ip", "kill",
+    "less", "ls", "lsmod", "mount", "ping", "poweroff", "ps", "reboot", "sh", "sleep",
+    "switch_root", "tail", "top", "umount", "uname", "vi", "wget",
 )  # fmt: skip
 
 
@@ -30,12 +34,15 @@ APPLETS = (
 class Recipe:
     """What the image is made of.
 
-    `kernel_tree` holds `vmlinuz`, `release` and `modules/` (the content of /lib/modules/RELEASE).
+    `kernel_tree` holds `vmlinuz`, `release` and `modules/` (the content of /lib/modules/RELEASE);
+    `init` is the first process, a static program or a script of busybox; `modules` are wanted
+    beside the usual ones, if the kernel has them.
     """
 
     kernel_tree: Path
-    probe: Path
+    init: Path
     busybox: Path = BUSYBOX
+    modules: tuple[str, ...] = ()
 
     def check(self) -> None:
         """Raises NotFound for the first ingredient that is missing."""
@@ -43,7 +50,7 @@ class Recipe:
             (self.kernel_tree / "vmlinuz", "run `make guest`"),
             (self.kernel_tree / "release", "run `make guest`"),
             (self.kernel_tree / "modules/modules.builtin", "run `make guest`"),
-            (self.probe, "run `make setup`"),
+            (self.init, "run `make setup`"),
             (self.busybox, "install the package busybox-static"),
         ]:
             if not path.is_file():
@@ -54,16 +61,18 @@ class Recipe:
         digest = hashlib.sha256()
         sources = sorted(Path(__file__).parent.glob("*.py"))
         kernel = self.kernel_tree / "vmlinuz"
-        for path in [*sources, self.probe, self.busybox, self.kernel_tree / "release", kernel]:
+        for path in [*sources, self.init, self.busybox, self.kernel_tree / "release", kernel]:
             digest.update(path.name.encode())
             digest.update(path.read_bytes())
+        digest.update(" ".join(self.modules).encode())
         return digest.hexdigest()
 
 
 def _stripped(program: Path) -> bytes:
     """A program without its symbols, where `strip` is installed: a quarter of the size to load."""
-    if shutil.which("strip") is None:
-        return program.read_bytes()
+    contents = program.read_bytes()
+    if shutil.which("strip") is None or not contents.startswith(b"\x7fELF"):
+        return contents
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / program.name
         command = ["strip", "--strip-all", "-o", str(target), str(program)]
@@ -82,11 +91,11 @@ def make_initramfs(recipe: Recipe) -> bytes:
     # The kernel opens the console for /init before /dev is mounted.
     archive.character_device("dev/console", 5, 1)
     archive.character_device("dev/null", 1, 3)
-    archive.file("init", _stripped(recipe.probe), executable=True)
+    archive.file("init", _stripped(recipe.init), executable=True)
     archive.file("bin/busybox", recipe.busybox.read_bytes(), executable=True)
     for applet in APPLETS:
         archive.symlink(f"bin/{applet}", "busybox")
-    modules = choose_modules(recipe.kernel_tree / "modules")
+    modules = choose_modules(recipe.kernel_tree / "modules", recipe.modules)
     for module in modules:
         archive.file(f"lib/modules-sv/{module.name}.ko", module.contents)
     archive.file("lib/modules-sv/list", module_list(modules).encode())

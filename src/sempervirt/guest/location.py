@@ -1,4 +1,4 @@
-"""Where the guest image is."""
+"""Where the guest images are."""
 
 from __future__ import annotations
 
@@ -30,6 +30,16 @@ class GuestImage:
     cmdline: str = CMDLINE
 
 
+ROOT = "root.raw"
+
+
+@dataclass(frozen=True)
+class DebianImage(GuestImage):
+    """A guest with systemd. `root` is the disk to copy: its first disk, which it writes to."""
+
+    root: Path = Path()
+
+
 def places() -> list[Path]:
     """Directories that may hold the image, best first.
 
@@ -49,17 +59,33 @@ def places() -> list[Path]:
     return [Path(".cache/guest"), *installed]
 
 
+def _complete(folders: list[Path], names: tuple[str, ...], what: str, target: str) -> list[Path]:
+    for folder in folders:
+        files = [folder / name for name in names]
+        if all(file.is_file() for file in files):
+            return files
+    looked = ", ".join(str(folder) for folder in folders)
+    raise NotFound(
+        f"no {what} (looked in {looked})",
+        remedy=f"run `make {target}`, or set SEMPERVIRT_GUEST_DIR",
+    )
+
+
 def image() -> GuestImage:
     """The first complete image of `places()`.
 
     Raises NotFound, with the remedy, when there is none.
     """
-    for folder in places():
-        files = [folder / name for name in (KERNEL, INITRD, RELEASE)]
-        if all(file.is_file() for file in files):
-            return GuestImage(files[0], files[1], files[2].read_text().strip())
-    looked = ", ".join(str(folder) for folder in places())
-    raise NotFound(
-        f"no guest image (looked in {looked})",
-        remedy="run `make guest`, or set SEMPERVIRT_GUEST_DIR",
-    )
+    files = _complete(places(), (KERNEL, INITRD, RELEASE), "guest image", "guest")
+    return GuestImage(files[0], files[1], files[2].read_text().strip())
+
+
+def debian() -> DebianImage:
+    """The first complete image of a Debian guest, in `debian` beside one of `places()`.
+
+    Raises NotFound, with the remedy, when there is none.
+    """
+    folders = [place.parent / "debian" for place in places()]
+    names = (KERNEL, INITRD, RELEASE, ROOT)
+    files = _complete(folders, names, "Debian guest", "debian-guest")
+    return DebianImage(files[0], files[1], files[2].read_text().strip(), root=files[3])

@@ -83,11 +83,12 @@ def _in_order(name: str, found: dict[str, Module], order: list[str]) -> None:
     order.append(name)
 
 
-def choose_modules(tree: Path) -> list[Module]:
+def choose_modules(tree: Path, more: tuple[str, ...] = ()) -> list[Module]:
     """The wanted modules of a kernel's module tree and all that they need, in order of loading.
 
-    Built-in drivers are left out, and so are soft dependencies that this kernel lacks. Raises
-    NotFound when the kernel lacks a driver that the guest cannot do without.
+    `more` are wanted beside WANTED. Built-in drivers are left out, and so are soft dependencies
+    that this kernel lacks. Raises NotFound when the kernel lacks a driver that the guest cannot do
+    without.
     """
     built_in = {_name_of(line) for line in (tree / "modules.builtin").read_text().splitlines()}
     files = {_name_of(path.name): path for path in sorted(tree.rglob("*.ko*"))}
@@ -98,13 +99,14 @@ def choose_modules(tree: Path) -> list[Module]:
                 remedy="choose a kernel made for virtual machines",
             )
     found: dict[str, Module] = {}
-    queue = [name for name in WANTED if name in files]
+    wanted = (*WANTED, *more)
+    queue = [name for name in wanted if name in files]
     while queue:
         name = queue.pop()
         found[name] = read_module(files[name])
         queue += [need for need in found[name].needs if need in files and need not in found]
     order: list[str] = []
-    for name in WANTED:
+    for name in wanted:
         _in_order(name, found, order)
     return [found[name] for name in order]
 

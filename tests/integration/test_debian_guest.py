@@ -1,0 +1,132 @@
+"""A Debian with systemd, its root and another disk served by blkd, through the death of both."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import subprocess
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from sempervirt.agent import Agent, Vm
+from sempervirt.guest import ProbeClient, ProbeGone, ProbeSilent, debian
+from sempervirt.guest.reports import Ran
+from sempervirt.vm.spec import VmSpec
+from sempervirt.vm.states import Runstate
+
+pytestmark = [pytest.mark.guest, pytest.mark.timeout(180)]
+MIB = 1 << 20
+BOOT_S = 90.0
+OFF_S = 60.0
+READY_S = 20.0
+ADDRESS = "10.0.2.77"
+# What systemd is given of the network: the first card by hand, the second by DHCP.
+STATIC = f"ip={ADDRESS}::10.0.2.2:255.255.255.0::eth0:none"
+# Writes through the file system, and reads back what the disk has.
+COPY = "cp -r /usr/sbin /var/tmp/copy && sync && echo 3 >/proc/sys/vm/drop_caches"
+COMPARE = "diff -r /usr/sbin /var/tmp/copy"
+
+
+@pytest.fixture
+def spec(place: Path, disk_image: Path) -> VmSpec:
+    """A VM with a Debian of its own, a data disk and two network cards."""
+    guest = debian()
+    root = place / "root.raw"
+    subprocess.run(["cp", "--sparse=always", str(guest.root), str(root)], check=True)
+    return VmSpec.model_validate(
+        {
+            "name": "debian",
+            "memory": "512M",
+            "kernel": str(guest.kernel),
+            "initrd": str(guest.initrd),
+            "cmdline": f"{guest.cmdline} {STATIC}",
+            "disks": [
+                {"name": "root", "image": str(root)},
+                {"name": "data", "image": str(disk_image), "serial": "data"},
+            ],
+            "nics": [{}, {}],
+            "channels": [{"name": "org.sempervirt.probe"}],
+        }
+    )
+
+
+async def run(client: ProbeClient, *argv: str) -> Ran:
+    """A program of the guest that has to succeed."""
+    ran = await client.execute(*argv)
+    assert ran.status == 0, ran
+    return ran
+
+
+async def kill_backend(agent: Agent, name: str) -> None:
+    """SIGKILL to the backend of a disk; returns when another one serves."""
+    disk = agent.disks[f"debian/{name}"]
+    await disk.wait_standby_ready(READY_S)
+    pid, count = disk.active_pid, disk.restart_count
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    await disk.changes.wait_until(
+        lambda: disk.restart_count > count and disk.crew.connected,
+        timeout_s=READY_S,
+        what="the take-over",
+    )
+
+
+async def wait_address(client: ProbeClient, card: str, expected: str) -> None:
+    """Waits until a network card has an address."""
+    async with asyncio.timeout(READY_S):
+        while True:
+            if expected in (await run(client, "ip", "-4", "addr", "show", card)).stdout:
+                return
+            await asyncio.sleep(0.1)  # poll interval
+
+
+async def assert_is_up(client: ProbeClient) -> None:
+    """Systemd has nothing to complain of, and the network is as it was told."""
+    state = await client.execute("/usr/bin/systemctl", "is-system-running", "--wait")
+    failed = await client.execute("/usr/bin/systemctl", "--failed", "--no-legend")
+    assert (state.stdout.strip(), failed.stdout) == ("running", "")
+    for card, expected in [("eth0", f"inet {ADDRESS}/24"), ("eth1", "inet 10.0.2.15/24")]:
+        await wait_address(client, card, expected)
+
+
+async def wait_off(vm: Vm) -> None:
+    await vm.machine.changes.wait_until(
+        lambda: vm.run is Runstate.STOPPED, timeout_s=OFF_S, what="the end of the guest"
+    )
+
+
+async def test_debian_boots_and_lives_through_the_death_of_its_disks(
+    agent: Agent, spec: VmSpec, place: Path
+) -> None:
+    vm = await agent.run_vm(spec)
+    channel = vm.channel_path("probe")
+    async with await ProbeClient.connect(channel, deadline_s=BOOT_S) as client:
+        nonce = (await client.wait_hello(deadline_s=BOOT_S)).nonce
+        await assert_is_up(client)
+        await client.write_start("serial:data", writers=8, span_bytes=8 * MIB)
+        await client.wait_stats(lambda stats: stats.completions > 200)
+        await run(client, "sh", "-c", COPY)
+        for name in ("root", "data"):
+            await kill_backend(agent, name)
+        seen = (await client.stats()).completions
+        await client.wait_stats(lambda stats: stats.completions > seen + 200)
+        await run(client, "sh", "-c", COMPARE)
+        stats = await client.write_stop()
+        assert stats.is_clean, stats
+        assert client.nonce == nonce
+        with suppress(ProbeGone, ProbeSilent):  # it ends with all the others
+            await client.execute("/usr/bin/systemctl", "poweroff", "--no-block", deadline_s=5)
+        await wait_off(vm)
+    # Unmounted, and as whole as the guest left it.
+    checker = shutil.which("e2fsck", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+    assert checker is not None
+    root = str(place / "root.raw")
+    checked = subprocess.run(  # noqa: ASYNC221
+        [checker, "-fn", root], check=False, capture_output=True, text=True
+    )
+    assert checked.returncode == 0, checked.stdout
+    assert "recovering journal" not in checked.stdout
