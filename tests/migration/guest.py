@@ -114,6 +114,11 @@ class Guest:
                 del self._probes[host.name]
             await probe.close()
 
+    @property
+    def image(self) -> Path:
+        """Its disk."""
+        return self.spec.disks[0].image
+
     def outside(self) -> AbstractAsyncContextManager[EchoClient]:
         """A TCP client of the guest that is on no host."""
         return EchoClient.connected(self.world.network.net, GUEST)

@@ -14,11 +14,14 @@ from pathlib import Path
 
 from tests.etcd import Etcd
 from tests.migration.network import STORE, Link, Network
-from tests.namespaces import within
+from tests.namespaces import inside, within
 
 from sempervirt.agent import AgentConfig
 from sempervirt.api.client import Client
 from sempervirt.host.procfs import command_name
+from sempervirt.store.etcd import EtcdStore
+from sempervirt.store.records import Ownership
+from sempervirt.store.registry import Registry
 
 DEADLINE_S = 60.0
 PORT = 7443
@@ -55,7 +58,7 @@ class Host:
     async def semper(self, *arguments: str, code: int = 0) -> str:
         """What the command line says on this host; its complaint, if `code` is not 0."""
         process = await asyncio.create_subprocess_exec(
-            *within(self.namespace, _program("semper"), *arguments),
+            *within(self.namespace, program("semper"), *arguments),
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
             env=self._environment,
@@ -80,7 +83,7 @@ class Host:
                 await asyncio.sleep(POLL_S)  # poll interval
 
     def _launch(self) -> subprocess.Popen[bytes]:
-        argv = within(self.namespace, _program("semperd"))
+        argv = within(self.namespace, program("semperd"))
         with self.log.open("ab") as output:
             return subprocess.Popen(argv, stderr=output, env=self._environment)
 
@@ -118,6 +121,23 @@ class World:
     def hosts(self) -> tuple[Host, Host]:
         """Both."""
         return self.a, self.b
+
+    @property
+    def namespaces(self) -> dict[str, str]:
+        """By host."""
+        return {host.name: host.namespace for host in self.hosts}
+
+    async def ownership(self, vm: str) -> Ownership:
+        """What the store says of a VM. Raises NotFound, Unavailable."""
+
+        async def find() -> Ownership:
+            store = EtcdStore([self.etcd.url])
+            try:
+                return await Registry(store).find(vm)
+            finally:
+                await store.close()
+
+        return await asyncio.to_thread(inside, self.network.net, lambda: asyncio.run(find()))
 
     def other(self, host: Host) -> Host:
         """The one that it is not."""
@@ -164,5 +184,6 @@ class World:
         self.etcd.remove()
 
 
-def _program(name: str) -> str:
+def program(name: str) -> str:
+    """The path of an installed program."""
     return str(Path(sys.executable).with_name(name))
