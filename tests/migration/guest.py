@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import bisect
 import itertools
 import os
 import time
@@ -57,7 +58,7 @@ class Guest:
         self.nonce = ""
         self._probes: dict[str, ProbeClient] = {}
         self._beats: list[float] = []
-        self._last: dict[str, float] = {}
+        self._heard: dict[str, list[float]] = {host.name: [] for host in world.hosts}
 
     @classmethod
     @asynccontextmanager
@@ -109,7 +110,7 @@ class Guest:
             async for event in probe.events():
                 if event.name == "beat":
                     self._beats.append(event.received_ns / 1e9)
-                    self._last[host.name] = self._beats[-1]
+                    self._heard[host.name].append(self._beats[-1])
             if self._probes.get(host.name) is probe:
                 del self._probes[host.name]
             await probe.close()
@@ -135,7 +136,16 @@ class Guest:
 
     def beats_on(self, host: Host, since: float) -> bool:
         """Whether its heart was heard there after that instant (monotonic seconds)."""
-        return self._last.get(host.name, 0.0) > since
+        heard = self._heard[host.name]
+        return bool(heard) and heard[-1] > since
+
+    def heard_about(self, host: Host, instant: float, within_s: float) -> bool:
+        """Whether its heart was heard there that close to an instant, or it is too early to say."""
+        heard = self._heard[host.name]
+        index = bisect.bisect_left(heard, instant - within_s)
+        if index < len(heard) and heard[index] <= instant + within_s:
+            return True
+        return time.monotonic() < instant + within_s
 
     async def wait_beat(self, *hosts: Host, deadline_s: float = DEADLINE_S) -> Host:
         """The first of these hosts where its heart is heard from now on. Raises ProbeSilent."""

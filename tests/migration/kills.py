@@ -1,0 +1,294 @@
+"""The campaign: moves, each struck once, and a judge after each.
+
+A move is asked for, the strike falls at its phase (and a random moment later), what was cut is
+healed and who was killed is started again; then both hosts have to come to one truth by
+themselves, and the judge holds it against the evidence. `make migration-kills` runs it at length.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.migration import faults
+from tests.migration.guest import VM, Guest
+from tests.migration.journal import Journal
+from tests.migration.judge import ABSENT, QUIET, Judge
+from tests.migration.network import GIGABIT, Link
+from tests.migration.phases import ORDER, Phases
+from tests.migration.world import POLL_S, Host, World
+
+from sempervirt.core.errors import SempervirtError
+from sempervirt.guest import ProbeGone, ProbeSilent
+from sempervirt.store.records import Custody, Ownership
+
+# Seconds after the beginning of a phase within which a strike falls.
+WITHIN_S = {"prepare": 0.3, "precopy": 1.0, "switchover": 0.03, "commit": 0.02, "done": 0.3}
+# The phases in which there is time to look for a process.
+EARLY = ("prepare", "precopy")
+PHASE_S = 30.0
+SETTLE_S = 60.0
+# A host may say "running" of a guest that was heard, or will be, this close to it.
+HEARD_WITHIN_S = 4.0
+LOOK_S = 0.1
+
+
+@dataclass(frozen=True)
+class Strike:
+    """One cell of the campaign."""
+
+    phase: str
+    victim: str
+
+    def __str__(self) -> str:
+        return f"{self.victim} at {self.phase}"
+
+
+CELLS = tuple(Strike(phase, victim) for phase in ORDER for victim in faults.VICTIMS)
+
+
+def chosen(count: int, seed: int) -> list[Strike]:
+    """`count` strikes, spread evenly over all cells, in a random order."""
+    chance = random.Random(seed)
+    whole, rest = divmod(count, len(CELLS))
+    strikes = [*CELLS] * whole + chance.sample(CELLS, rest)
+    chance.shuffle(strikes)
+    return strikes
+
+
+@dataclass
+class Outcome:
+    """What came of one strike."""
+
+    strike: Strike
+    hit: str = ""
+    at: str = ""
+    home: str = ""
+    lost: bool = False
+    settled_s: float = 0.0
+    said: set[str] = field(default_factory=set)
+    problems: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Statement:
+    """What a host said of the VM, when."""
+
+    time: float
+    host: Host
+    state: str
+
+
+class Stage:
+    """A world with a guest in it, which is made anew when it was lost. Made by `set`."""
+
+    def __init__(self, stack: AsyncExitStack, world: World, seed: int) -> None:
+        self._stack = stack
+        self.world = world
+        self.chance = random.Random(seed)
+        self._scene = AsyncExitStack()
+        self._judge: Judge | None = None
+
+    @classmethod
+    @asynccontextmanager
+    async def set(cls, link: Link, seed: int) -> AsyncIterator[Stage]:
+        """A world of its own, for as long as the block lasts."""
+        async with AsyncExitStack() as stack:
+            world = await stack.enter_async_context(World.opened(link))
+            stage = cls(stack, world, seed)
+            try:
+                yield stage
+            finally:
+                await stage._scene.aclose()
+
+    @property
+    def judge(self) -> Judge:
+        """Of the guest that is there."""
+        assert self._judge is not None
+        return self._judge
+
+    async def fill(self, host: Host) -> None:
+        """Boots a guest there."""
+        await self.clear()
+        guest = await self._scene.enter_async_context(Guest.booted(self.world, host))
+        journal = self._scene.enter_context(Journal.kept(guest.image, self.world.namespaces))
+        client = await self._scene.enter_async_context(guest.outside())
+        self._judge = Judge(guest, journal, client)
+
+    async def clear(self) -> None:
+        """Ends the guest."""
+        await self._scene.aclose()
+        self._scene = AsyncExitStack()
+        self._judge = None
+
+    async def strike(self, strike: Strike) -> Outcome:
+        """One move, struck once, and judged."""
+        outcome = Outcome(strike)
+        judge = self.judge
+        source = await judge.guest.wait_beat(*self.world.hosts)
+        sides = faults.Sides(self.world, source, self.world.other(source))
+        judge.since = time.monotonic()
+        statements: list[Statement] = []
+        listening = asyncio.create_task(self._listen(statements))
+        try:
+            await self._move_and_strike(sides, outcome)
+            await self._settle(sides, outcome)
+        finally:
+            listening.cancel()
+            await asyncio.gather(listening, return_exceptions=True)
+        outcome.said = {statement.state for statement in statements}
+        outcome.problems += self._untruths(statements)
+        return outcome
+
+    async def _move_and_strike(self, sides: faults.Sides, outcome: Outcome) -> None:
+        strike = outcome.strike
+        phases = Phases(sides.source)
+        asked = asyncio.create_task(self._ask(sides))
+        try:
+            aimed: list[int] = []
+            if strike.phase not in EARLY:
+                await phases.wait("precopy", PHASE_S)
+                aimed = await asyncio.to_thread(faults.aim, sides, strike.victim)
+            outcome.at = await phases.wait(strike.phase, PHASE_S)
+            await asyncio.sleep(self.chance.uniform(0.0, WITHIN_S[strike.phase]))
+            outcome.at = phases.look() or outcome.at
+            outcome.hit = await faults.strike(sides, strike.victim, aimed, self.chance)
+            await asyncio.sleep(self.chance.uniform(*faults.HELD_S))
+            await faults.mend(sides, strike.victim)
+        finally:
+            asked.cancel()
+            await asyncio.gather(asked, return_exceptions=True)
+            phases.close()
+
+    async def _ask(self, sides: faults.Sides) -> str:
+        return await sides.source.semper("vm", "migrate", VM, "--to", sides.destination.name)
+
+    async def _settle(self, sides: faults.Sides, outcome: Outcome) -> None:
+        """Waits until both hosts and the store say the same, and asks the judge."""
+        started = time.monotonic()
+        home = await self._wait_truth(sides, outcome)
+        outcome.settled_s = time.monotonic() - started
+        if home is None:
+            return
+        outcome.home = home.name
+        if outcome.lost:
+            killed = outcome.strike.victim.endswith("qemu") and bool(outcome.hit)
+            if not (killed and sides.host(outcome.strike.victim) is home):
+                outcome.problems.append(f"lost: on {home}, whose QEMU was not killed")
+            outcome.problems += self.judge.writers(sides.source, sides.destination)
+            return
+        outcome.problems += await self.judge.survived(sides.source, sides.destination, home)
+
+    async def _wait_truth(self, sides: faults.Sides, outcome: Outcome) -> Host | None:
+        """The host where the VM is, when everybody agrees on it."""
+        give_up = time.monotonic() + SETTLE_S
+        while True:
+            found = await self._look(outcome)
+            if isinstance(found, Host):
+                return found
+            if time.monotonic() > give_up:
+                outcome.problems.append(f"not settled within {SETTLE_S:g} s: {found}")
+                return None
+            await asyncio.sleep(POLL_S)  # poll interval
+
+    async def _look(self, outcome: Outcome) -> Host | str:
+        """The host where the VM is, or why that cannot be said yet."""
+        since = time.monotonic()
+        try:
+            owned = await self.world.ownership(VM)
+            said = {host.name: await self.judge.said(host) for host in self.world.hosts}
+        except SempervirtError as error:
+            return str(error)
+        words = f"{_words(owned)}; they say {said}"
+        if owned.custody is Custody.FREE and set(said.values()) <= set(QUIET):
+            ended = next(iter(h for h in self.world.hosts if said[h.name] != ABSENT), self.world.a)
+            outcome.lost = True
+            return ended
+        if owned.custody is not Custody.OWNED:
+            return words
+        home = next(host for host in self.world.hosts if host.name == owned.owner)
+        if said[self.world.other(home).name] not in QUIET:
+            return words
+        if said[home.name] in ("crashed", "stopped"):
+            outcome.lost = True
+            return home
+        if said[home.name] != "running":
+            return words
+        try:
+            await self.judge.guest.wait_beat(home, deadline_s=HEARD_WITHIN_S)
+        except (ProbeSilent, ProbeGone):
+            return f"{words}, and no heart was heard since {time.monotonic() - since:.1f} s"
+        return home
+
+    async def _listen(self, statements: list[Statement]) -> None:
+        """Writes down what the hosts say meanwhile."""
+        while True:
+            for host in self.world.hosts:
+                try:
+                    state = await self.judge.said(host)
+                except SempervirtError:
+                    continue
+                statements.append(Statement(time.monotonic(), host, state))
+            await asyncio.sleep(LOOK_S)  # poll interval
+
+    def _untruths(self, statements: Sequence[Statement]) -> list[str]:
+        """ "running" that was not so: no heart was heard there about that time."""
+        heard = self.judge.guest.heard_about
+        false = [
+            statement
+            for statement in statements
+            if statement.state == "running"
+            and not heard(statement.host, statement.time, HEARD_WITHIN_S)
+        ]
+        if not false:
+            return []
+        first = false[0]
+        after_s = first.time - self.judge.since
+        said = f"{first.host} said running {after_s:.1f} s after the beginning"
+        return [f"untrue: {said}, and {len(false) - 1} times more"]
+
+
+def _words(owned: Ownership) -> str:
+    return f"the store says {owned.custody.value}, {owned.owner or 'nobody'}, epoch {owned.epoch}"
+
+
+async def campaign(
+    strikes: Sequence[Strike],
+    seed: int,
+    done: Callable[[Outcome], None],
+    *,
+    link: Link = GIGABIT,
+    keep: Path | None = None,
+) -> list[Outcome]:
+    """All strikes, one after the other. After a problem everything is made anew.
+
+    `keep` is a directory for the logs of the agents after a problem.
+    """
+    outcomes: list[Outcome] = []
+    left = list(strikes)
+    while left:
+        async with Stage.set(link, seed + len(outcomes)) as stage:
+            await stage.fill(stage.world.a)
+            while left:
+                outcome = await stage.strike(left.pop(0))
+                outcomes.append(outcome)
+                done(outcome)
+                if outcome.problems:
+                    if keep is not None:
+                        _keep_logs(stage.world, keep / f"{len(outcomes):03}", outcome)
+                    break
+                if outcome.lost and left:
+                    await stage.fill(stage.chance.choice(stage.world.hosts))
+    return outcomes
+
+
+def _keep_logs(world: World, directory: Path, outcome: Outcome) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "outcome").write_text(f"{outcome}\n")
+    for host in world.hosts:
+        (directory / f"{host}.log").write_bytes(host.log.read_bytes())

@@ -1,0 +1,162 @@
+"""There and back: moves of a live guest, one after the other, with their figures.
+
+`python -m tests.migration.moves` (`make moves`) makes 50 on each link and prints a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from tests.migration.client import EchoClient
+from tests.migration.guest import VM, Guest
+from tests.migration.judge import faults_of
+from tests.migration.network import FAR, GIGABIT, UNLIMITED, Link
+from tests.migration.world import POLL_S, QEMU, Host, World
+
+LINKS = (UNLIMITED, GIGABIT, FAR)
+PROGRAMS = (QEMU, "semper-blkd", "semper-wired")
+END_S = 10.0
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Move:
+    """One of them. `link_bytes` went over the link in both directions, with all headers."""
+
+    total_s: float
+    inside_ms: float
+    outside_ms: float
+    link_bytes: int
+
+
+@dataclass
+class Report:
+    """All moves on a link, and what was wrong."""
+
+    link: Link
+    moves: list[Move] = field(default_factory=list)
+    writes: int = 0
+    problems: list[str] = field(default_factory=list)
+
+
+async def there_and_back(link: Link, count: int, done: Callable[[], None]) -> Report:
+    """Moves a guest `count` times, alternately, with verified I/O and a TCP client attached."""
+    report = Report(link)
+    async with (
+        World.opened(link) as world,
+        Guest.booted(world, world.a) as guest,
+        guest.outside() as client,
+    ):
+        here, there = world.hosts
+        for _ in range(count):
+            report.moves.append(await _move(guest, client, here, there))
+            report.problems += await _problems(guest, client, here, there)
+            here, there = there, here
+            done()
+        stats = await guest.judged(here)
+        report.writes = stats.writes
+        report.problems += faults_of(stats)
+    return report
+
+
+async def _move(guest: Guest, client: EchoClient, here: Host, there: Host) -> Move:
+    network = guest.world.network
+    since, sent = time.monotonic(), network.sent()
+    await here.semper("vm", "migrate", VM, "--to", there.name)
+    total_s = time.monotonic() - since
+    sent = network.sent() - sent
+    await guest.wait_beat(there)
+    await client.wait_heard()
+    return Move(total_s, guest.silence_ms(since), client.silence_ms(since), sent)
+
+
+async def _problems(guest: Guest, client: EchoClient, here: Host, there: Host) -> list[str]:
+    problems = []
+    probe = await guest.probe_on(there)
+    if probe.nonce != guest.nonce:
+        problems.append("the guest booted anew")
+    if not client.alive:
+        problems.append(f"the client outside: {client.problem}")
+    problems += [f"{what} is left on {here}" for what in await _left(here, PROGRAMS)]
+    problems += [f"{what} is left on {there}" for what in await _left(there, PROGRAMS[-1:])]
+    return problems + faults_of(await probe.stats())
+
+
+async def _left(host: Host, programs: Sequence[str]) -> list[str]:
+    """Those of the programs that do not end on a host."""
+    give_up = time.monotonic() + END_S
+    while True:
+        left = [program for program in programs if host.processes(program)]
+        if not left or time.monotonic() > give_up:
+            return left
+        await asyncio.sleep(POLL_S)  # poll interval
+
+
+def table(reports: Sequence[Report]) -> Table:
+    """One line for each link."""
+    drawn = Table(title="Moves there and back", title_justify="left")
+    drawn.add_column("link")
+    columns = ("moves", "errors", "writes verified", "MiB on the link", "seconds")
+    for name in (*columns, "stands still, ms", "its client waits, ms"):
+        drawn.add_column(name, justify="right")
+    for report in reports:
+        moves = report.moves
+        drawn.add_row(
+            report.link.name,
+            str(len(moves)),
+            str(len(report.problems)),
+            f"{report.writes:,}",
+            _spread([move.link_bytes / MIB for move in moves]),
+            _spread([move.total_s for move in moves], digits=1),
+            _spread([move.inside_ms for move in moves]),
+            _spread([move.outside_ms for move in moves]),
+        )
+    return drawn
+
+
+def _spread(values: Sequence[float], digits: int = 0) -> str:
+    """Median and, in brackets, the least and the most."""
+    if not values:
+        return "-"
+    middle = statistics.median(values)
+    return f"{middle:.{digits}f} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
+
+
+def main() -> int:
+    """The program."""
+    parser = argparse.ArgumentParser(prog="make moves", description=__doc__)
+    parser.add_argument("--count", type=int, default=50, help="moves on each link")
+    parser.add_argument("--link", choices=[link.name for link in LINKS], action="append")
+    parser.add_argument("--results", type=Path, default=Path("results"))
+    options = parser.parse_args()
+    links = [link for link in LINKS if not options.link or link.name in options.link]
+    reports = []
+    with Progress(console=Console(stderr=True)) as bar:
+        for link in links:
+            advance = partial(bar.advance, bar.add_task(link.name, total=options.count))
+            reports.append(asyncio.run(there_and_back(link, options.count, advance)))
+    out = Console() if sys.stdout.isatty() else Console(width=150)
+    out.print(table(reports))
+    problems = [(report.link.name, problem) for report in reports for problem in report.problems]
+    for name, problem in problems:
+        out.print(f"{name}: {problem}", style="red", markup=False)
+    options.results.mkdir(parents=True, exist_ok=True)
+    document = [asdict(report) for report in reports]
+    (options.results / "moves.json").write_text(json.dumps(document, indent=1) + "\n")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
