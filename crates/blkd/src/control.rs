@@ -1,4 +1,4 @@
-//! The control socket: JSON lines, one request and one answer each.
+//! What the control socket answers; see `semper_control` for how.
 //!
 //! ```text
 //!   {"id":1,"cmd":"status"}              -> {"id":1,"ok":{…}}
@@ -15,13 +15,12 @@
 //!   anything else                        -> {"id":…,"error":{"kind":"invalid","message":"…"}}
 //! ```
 
-use std::io::{self, BufRead, BufReader, Read, Write};
-use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use semper_block::{FaultRule, FaultSwitch};
+use semper_control::Answer;
 use semper_epoch::{Claim, Id};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -31,8 +30,11 @@ use crate::device::Device;
 use crate::queue::Disk;
 use crate::threads::ThreadMap;
 
-/// Longest request line, in bytes.
-const MAX_LINE: u64 = 64 << 10;
+/// The kind of a refusal that the same request will always get.
+const INVALID: &str = "invalid";
+
+/// Kind and message.
+type Refusal = (&'static str, String);
 
 /// What the control socket shows and switches.
 pub(crate) struct Control {
@@ -71,18 +73,6 @@ struct MapRequest {
     index_bytes: Option<u64>,
 }
 
-/// One answer: a line, and what follows it.
-pub(crate) struct Answer {
-    pub line: Value,
-    pub bytes: Vec<u8>,
-}
-
-impl From<Value> for Answer {
-    fn from(line: Value) -> Self {
-        Self { line, bytes: Vec::new() }
-    }
-}
-
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Rule {
@@ -96,108 +86,60 @@ struct Rule {
     delay_ms: u64,
 }
 
-/// Serves clients until the process ends, each in a thread of its own.
-///
-/// # Errors
-/// The system's, when it has no thread left.
-pub(crate) fn spawn(listener: UnixListener, control: Control) -> io::Result<()> {
-    let control = Arc::new(control);
-    let accept = move || {
-        for client in listener.incoming() {
-            let Ok(client) = client else {
-                // Out of descriptors, most likely: try again when some may be free.
-                std::thread::sleep(Duration::from_millis(100));
-                continue;
-            };
-            let control = Arc::clone(&control);
-            let serve = move || control.serve(&client);
-            if let Err(error) = std::thread::Builder::new().name("control".into()).spawn(serve) {
-                log::warn!("cannot serve a control client error=\"{error}\"");
-            }
-        }
-    };
-    std::thread::Builder::new().name("control".into()).spawn(accept).map(drop)
-}
-
 impl Control {
-    fn serve(&self, client: &UnixStream) {
-        let mut reader = BufReader::new(client);
-        let mut line = String::new();
-        loop {
-            line.clear();
-            match reader.by_ref().take(MAX_LINE).read_line(&mut line) {
-                Ok(n) if n > 0 => {}
-                _ => return,
-            }
-            let answer = self.answer(&line);
-            let mut text = answer.line.to_string();
-            text.push('\n');
-            let mut out = client;
-            let sent = out.write_all(text.as_bytes()).and_then(|()| out.write_all(&answer.bytes));
-            if !line.ends_with('\n') || sent.is_err() {
-                return;
-            }
-        }
-    }
-
+    /// Answers one line.
     pub(crate) fn answer(&self, line: &str) -> Answer {
-        let invalid = |id: Value, message: String| json!({"id": id, "error": {"kind": "invalid", "message": message}});
         let request: Request = match serde_json::from_str(line) {
             Ok(request) => request,
-            Err(error) => return invalid(Value::Null, format!("not a request: {error}")).into(),
+            Err(error) => {
+                return Answer::refused(&Value::Null, INVALID, format!("not a request: {error}"));
+            }
         };
         if request.cmd.starts_with("map") {
             return self.about_map(&request);
         }
-        let answer = match request.cmd.as_str() {
-            "status" => json!({"id": request.id, "ok": self.status()}),
-            "fault" => match request.rule.map(fault_rule).transpose() {
-                Ok(rule) => {
-                    log::warn!("fault injection rule={rule:?}");
-                    self.faults.set(rule);
-                    json!({"id": request.id, "ok": {}})
-                }
-                Err(message) => invalid(request.id, message),
-            },
-            "handover" => match request.armed {
-                Some(armed) => {
-                    self.device.lock().unwrap_or_else(PoisonError::into_inner).set_hand_over(armed);
-                    json!({"id": request.id, "ok": {"armed": armed, "owns_image": self.owns_image()}})
-                }
-                None => invalid(request.id, "say whether it is armed: true or false".to_owned()),
-            },
-            "claim" => match self.claim(request.epoch, request.claim.as_deref()) {
-                Ok(()) => json!({"id": request.id, "ok": {"claim": self.disk.title.status()}}),
-                Err((kind, message)) => {
-                    json!({"id": request.id, "error": {"kind": kind, "message": message}})
-                }
-            },
-            "threads" => match self.rebind(request.map) {
-                Ok(map) => json!({"id": request.id, "ok": {"map": map.as_slice()}}),
-                Err((kind, message)) => {
-                    json!({"id": request.id, "error": {"kind": kind, "message": message}})
-                }
-            },
-            other => invalid(
-                request.id,
-                format!(
-                    "unknown command {other:?}; known are \"status\", \"fault\", \"threads\", \
-                     \"map\", \"map-verify\", \"map-find\", \"map-export\", \"handover\" and \
-                     \"claim\""
-                ),
-            ),
-        };
-        answer.into()
+        let id = request.id.clone();
+        match self.carry_out(request) {
+            Ok(ok) => Answer::ok(&id, ok),
+            Err((kind, message)) => Answer::refused(&id, kind, message),
+        }
+    }
+
+    fn carry_out(&self, request: Request) -> Result<Value, Refusal> {
+        match request.cmd.as_str() {
+            "status" => Ok(self.status()),
+            "fault" => {
+                let rule = request.rule.map(fault_rule).transpose().map_err(|m| (INVALID, m))?;
+                log::warn!("fault injection rule={rule:?}");
+                self.faults.set(rule);
+                Ok(json!({}))
+            }
+            "handover" => {
+                let armed = request.armed;
+                let armed =
+                    armed.ok_or((INVALID, "say whether it is armed: true or false".into()))?;
+                self.device.lock().unwrap_or_else(PoisonError::into_inner).set_hand_over(armed);
+                Ok(json!({"armed": armed, "owns_image": self.owns_image()}))
+            }
+            "claim" => {
+                self.claim(request.epoch, request.claim.as_deref())?;
+                Ok(json!({"claim": self.disk.title.status()}))
+            }
+            "threads" => Ok(json!({"map": self.rebind(request.map)?.as_slice()})),
+            other => {
+                let known = "\"status\", \"fault\", \"threads\", \"map\", \"map-verify\", \
+                             \"map-find\", \"map-export\", \"handover\" and \"claim\"";
+                Err((INVALID, format!("unknown command {other:?}; known are {known}")))
+            }
+        }
     }
 
     fn about_map(&self, request: &Request) -> Answer {
-        let refuse = |kind: &str, message: String| {
-            json!({"id": request.id, "error": {"kind": kind, "message": message}}).into()
-        };
-        let ok = |ok: Value| json!({"id": request.id, "ok": ok}).into();
+        let refuse = |kind: &str, message: String| Answer::refused(&request.id, kind, message);
+        let ok = |ok: Value| Answer::ok(&request.id, ok);
         let Some(map) = &self.disk.map else {
             let cause = "this backend was started with --no-map; start it without";
-            return refuse("invalid", cause.to_owned());
+            return refuse(INVALID, cause.to_owned());
         };
         let MapRequest { address, sector, verify, index_bytes } = request.about;
         let index_bytes = index_bytes.unwrap_or(block_map::DEFAULT_INDEX_BYTES);
@@ -205,40 +147,37 @@ impl Control {
             "map" => ok(map.stats()),
             "map-find" => match map.find(address, sector) {
                 Ok(found) => ok(found),
-                Err(message) => refuse("invalid", message),
+                Err(message) => refuse(INVALID, message),
             },
             "map-verify" => match map.start_verification(index_bytes) {
                 Ok(started) => ok(json!({"started": started})),
                 Err(error) => refuse("failed", format!("cannot start a thread: {error}")),
             },
             "map-export" => match map.export(verify.unwrap_or(true), index_bytes) {
-                Ok(bytes) => {
-                    let line = json!({"id": request.id, "ok": {"bytes": bytes.len()}});
-                    Answer { line, bytes }
-                }
+                Ok(bytes) => Answer { line: ok(json!({"bytes": bytes.len()})).line, bytes },
                 Err(message) => refuse("busy", message),
             },
-            other => refuse("invalid", format!("unknown command {other:?} of the map")),
+            other => refuse(INVALID, format!("unknown command {other:?} of the map")),
         }
     }
 
-    fn rebind(&self, map: Option<Vec<u16>>) -> Result<ThreadMap, (&'static str, String)> {
+    fn rebind(&self, map: Option<Vec<u16>>) -> Result<ThreadMap, Refusal> {
         let map = map.ok_or_else(|| "no map was given; name a thread for each queue".to_owned());
         let queues = self.disk.shared.queues.len();
-        let map = map.and_then(|map| ThreadMap::new(map, queues)).map_err(|m| ("invalid", m))?;
+        let map = map.and_then(|map| ThreadMap::new(map, queues)).map_err(|m| (INVALID, m))?;
         let mut device = self.device.lock().unwrap_or_else(PoisonError::into_inner);
         device.rebind(&map).map_err(|error| ("failed", error.to_string()))?;
         log::info!("queues moved to other threads map={:?}", map.as_slice());
         Ok(map)
     }
 
-    fn claim(&self, epoch: Option<u64>, id: Option<&str>) -> Result<(), (&'static str, String)> {
+    fn claim(&self, epoch: Option<u64>, id: Option<&str>) -> Result<(), Refusal> {
         let epoch = epoch.filter(|&epoch| epoch > 0);
         let claim = epoch.zip(id.and_then(Id::from_hex)).map(|(epoch, id)| Claim { epoch, id });
         let claim = claim.ok_or_else(|| {
-            ("invalid", "name the epoch, from 1, and the claim, 32 hexadecimal digits".to_owned())
+            (INVALID, "name the epoch, from 1, and the claim, 32 hexadecimal digits".to_owned())
         })?;
-        self.disk.title.give(claim).map_err(|message| ("invalid", message))?;
+        self.disk.title.give(claim).map_err(|message| (INVALID, message))?;
         let mut device = self.device.lock().unwrap_or_else(PoisonError::into_inner);
         device.start_waiting().map_err(|error| ("in-use", error.to_string()))
     }

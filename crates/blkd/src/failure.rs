@@ -2,9 +2,9 @@
 
 use std::fmt;
 use std::io;
-use std::path::PathBuf;
 
 use semper_block::{ImageError, LockError};
+use semper_control::BindError;
 use semper_epoch::Denied;
 
 /// Why the backend ends.
@@ -14,7 +14,7 @@ pub(crate) enum Failure {
     Lock(LockError),
     Denied(Denied),
     Image(ImageError),
-    Socket { path: PathBuf, error: io::Error },
+    Listen(BindError),
     System { what: &'static str, error: io::Error },
 }
 
@@ -25,7 +25,7 @@ impl Failure {
             Failure::Denied(Denied::Io { .. }) => 4,
             Failure::Lock(LockError::Held { .. }) | Failure::Denied(_) => 3,
             Failure::Lock(_) | Failure::Image(_) => 4,
-            Failure::Socket { .. } | Failure::System { .. } => 1,
+            Failure::Listen(_) | Failure::System { .. } => 1,
         }
     }
 
@@ -43,12 +43,7 @@ impl fmt::Display for Failure {
             Failure::Lock(error) => error.fmt(f),
             Failure::Denied(error) => error.fmt(f),
             Failure::Image(error) => error.fmt(f),
-            Failure::Socket { path, error } => write!(
-                f,
-                "cannot listen on {}: {error}; choose a path in a directory that you may write, \
-                 of at most 107 bytes, that no other program uses",
-                path.display()
-            ),
+            Failure::Listen(error) => error.fmt(f),
             Failure::System { what, error } => write!(f, "cannot {what}: {error}"),
         }
     }

@@ -3,7 +3,6 @@
 use std::io;
 use std::os::fd::FromRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -14,11 +13,12 @@ use semper_block::{
 };
 #[cfg(target_arch = "x86_64")]
 use semper_block::{MappedEngine, Mapping};
+use semper_control::bind;
 use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
 
 use crate::args::{Args, EngineKind};
 use crate::block_map::DiskMap;
-use crate::control::{self, Control};
+use crate::control::Control;
 use crate::device::Device;
 use crate::failure::{Failure, system};
 use crate::queue::Disk;
@@ -45,7 +45,8 @@ pub(crate) fn run(args: Args, shared: Shared) -> Result<(), Failure> {
     // A standby has no business with the socket's name; it inherits the socket itself.
     let listener = listen(&args)?;
     let title = Title::new(&args);
-    let control_listener = args.control_socket.as_deref().map(bind).transpose()?;
+    let control_listener =
+        args.control_socket.as_deref().map(bind).transpose().map_err(Failure::Listen)?;
     if args.standby {
         shared.set_phase(Phase::Standby);
     } else if !args.incoming {
@@ -69,7 +70,8 @@ pub(crate) fn run(args: Args, shared: Shared) -> Result<(), Failure> {
     if let Some(listener) = control_listener {
         let device = Arc::clone(&device);
         let control = Control { disk: Arc::clone(&disk), device, faults, engine };
-        control::spawn(listener, control).map_err(system("start the control thread"))?;
+        semper_control::serve(listener, move |line| control.answer(line))
+            .map_err(system("start the control thread"))?;
     }
     watch_signals(&disk, &device).map_err(system("start the signal thread"))?;
     if args.standby {
@@ -106,7 +108,7 @@ fn serial_number(text: &str) -> Result<[u8; ID_SIZE], Failure> {
 fn listen(args: &Args) -> Result<UnixListener, Failure> {
     match (args.fd, &args.socket_path) {
         (Some(fd), _) => inherited(fd),
-        (None, Some(path)) => bind(path),
+        (None, Some(path)) => bind(path).map_err(Failure::Listen),
         (None, None) => Err(Failure::Usage(
             "no socket was given; name one with --socket-path=PATH or --fd=N".to_owned(),
         )),
@@ -139,20 +141,6 @@ fn inherited(fd: i32) -> Result<UnixListener, Failure> {
     // A parent that runs an event loop hands over a non-blocking one.
     listener.set_nonblocking(false).map_err(system("use the inherited socket"))?;
     Ok(listener)
-}
-
-/// Binds a unix socket; one that a dead process has left behind is replaced.
-fn bind(path: &Path) -> Result<UnixListener, Failure> {
-    let failed = |error| Failure::Socket { path: path.to_owned(), error };
-    match UnixListener::bind(path) {
-        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
-            if UnixStream::connect(path).is_ok() {
-                return Err(failed(error));
-            }
-            std::fs::remove_file(path).and_then(|()| UnixListener::bind(path)).map_err(failed)
-        }
-        bound => bound.map_err(failed),
-    }
 }
 
 fn disk_map(args: &Args, image: &Arc<Image>) -> Result<Option<Arc<DiskMap>>, Failure> {

@@ -12,6 +12,8 @@ pub(crate) enum Failure {
     Usage(String),
     #[error("cannot {what} {}: {error}", path.display())]
     File { what: &'static str, path: PathBuf, error: io::Error },
+    #[error("{0}")]
+    Listen(#[from] semper_control::BindError),
     #[error("cannot {what}: {error}")]
     System { what: &'static str, error: io::Error },
     #[error("TLS: {0}; both hosts need certificates of one authority, and the right names in them")]
@@ -27,7 +29,7 @@ pub(crate) enum Failure {
 impl Failure {
     pub(crate) fn exit_code(&self) -> u8 {
         match self {
-            Failure::Usage(_) | Failure::File { .. } => 2,
+            Failure::Usage(_) | Failure::File { .. } | Failure::Listen(_) => 2,
             _ => 1,
         }
     }

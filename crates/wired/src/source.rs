@@ -71,7 +71,7 @@ pub(crate) fn run(args: &SourceArgs, progress: &Arc<Progress>) -> Result<(), Fai
     }
     let identity = Identity::load(&args.end)?;
     let disks = args.end.disks.iter().map(Disk::open).collect::<Result<Vec<_>, _>>()?;
-    let listener = control::bind(&args.qemu_socket)?;
+    let listener = semper_control::bind(&args.qemu_socket)?;
     let socket = TcpStream::connect_timeout(&args.connect, CONNECT).map_err(Failure::Lost)?;
     let channel = Channel::new(socket, identity.client()?)?;
     let mut inbox = Inbox::new();
