@@ -104,8 +104,10 @@ class Relay:
     does; `deaf` forwards requests and swallows the answers.
     """
 
-    def __init__(self, target: int) -> None:
-        self._target = target
+    def __init__(self, target: int, *, namespace: str = "", address: str = "127.0.0.1") -> None:
+        self._namespace = namespace
+        self._address = address
+        self._target = (address, target)
         self._flowing = {"there": asyncio.Event(), "back": asyncio.Event()}
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
@@ -114,13 +116,14 @@ class Relay:
 
     async def start(self) -> None:
         """Listens at `port`."""
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        listener = inside(self._namespace, lambda: socket.create_server((self._address, 0)))
+        self._server = await asyncio.start_server(self._serve, sock=listener)
         self.port = self._server.sockets[0].getsockname()[1]
 
     @property
     def url(self) -> str:
         """The address of what is behind it."""
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self._address}:{self.port}"
 
     def freeze(self) -> None:
         """Nothing passes from now on."""
@@ -137,7 +140,8 @@ class Relay:
             flowing.set()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._target)
+        far = inside(self._namespace, lambda: socket.create_connection(self._target))
+        far_reader, far_writer = await asyncio.open_connection(sock=far)
         there = asyncio.create_task(self._pump(reader, far_writer, "there"))
         back = asyncio.create_task(self._pump(far_reader, writer, "back"))
         for task in (there, back):

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 
-from tests.etcd import Etcd
+from tests.etcd import Etcd, Relay
 from tests.migration.network import STORE, Link, Network
 from tests.namespaces import inside, within
 
@@ -115,6 +115,7 @@ class World:
         self.images = place / "images"
         self.images.mkdir()
         self.etcd = Etcd(namespace=network.net, address=STORE)
+        self.relay = Relay(self.etcd.port, namespace=network.net, address=STORE)
         self.a, self.b = (Host(network, name, place) for name in "ab")
 
     @property
@@ -145,24 +146,28 @@ class World:
 
     @classmethod
     @asynccontextmanager
-    async def opened(cls, link: Link) -> AsyncIterator[World]:
-        """Two hosts of one cluster, whose agents see each other."""
+    async def opened(cls, link: Link, *, relayed: bool = False) -> AsyncIterator[World]:
+        """Two hosts of one cluster, whose agents see each other.
+
+        If it is `relayed`, they reach etcd through `relay`, which can swallow its answers.
+        """
         place = Path(tempfile.mkdtemp(prefix="sv-", dir="/tmp"))
         network = await asyncio.to_thread(Network, link, place)
         try:
             world = cls(network, place)
             try:
-                await world._begin()
+                await world.relay.start()
+                await world._begin(world.relay.url if relayed else world.etcd.url)
                 yield world
             finally:
-                await asyncio.to_thread(world._end)
+                await world._end()
         finally:
             await asyncio.to_thread(network.close)
 
-    async def _begin(self) -> None:
+    async def _begin(self, store: str) -> None:
         await asyncio.to_thread(self.etcd.start)
         listen = ("--listen", self.a.address)
-        await self.a.semper("host", "init", "a", *listen, "--store", self.etcd.url)
+        await self.a.semper("host", "init", "a", *listen, "--store", store)
         await self.a.start_agent()
         token = self.b.log.with_name("token")
         token.write_text(await self.a.semper("host", "add", "b"))
@@ -178,10 +183,11 @@ class World:
                 if [member["state"] for member in members] == ["alive", "alive"]:
                     return
 
-    def _end(self) -> None:
+    async def _end(self) -> None:
         for host in self.hosts:
             host.kill_agent()
-        self.etcd.remove()
+        await self.relay.close()
+        await asyncio.to_thread(self.etcd.remove)
 
 
 def program(name: str) -> str:
