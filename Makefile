@@ -6,7 +6,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help demo setup system-packages venv binaries guest debian-guest test lint format wheel \
-	lock fuzz torture bench scale fresh clean
+	lock fuzz torture moves migration-kills bench scale fresh clean
 
 help: ## this list
 	@echo "sempervirt: keeps QEMU/KVM virtual machines running through the death of their storage backend"
@@ -56,6 +56,15 @@ format: setup ## put Python and Rust into their standard form
 
 torture: setup guest ## 1,000 kills over engines, queues, loads and file systems; must lose nothing
 	@scripts/torture $(ARGS)
+
+moves: setup guest ## a live guest moves between two hosts 50 times, on links of three kinds (root)
+	@scripts/moves $(ARGS)
+
+migration-kills: setup guest ## 300 deaths and cuts at every phase of a move; one writer, one guest (root)
+	@scripts/migration-kills $(ARGS)
+
+restarts: setup guest ## 100 times another QEMU under a running guest with disk and network (root)
+	@scripts/restarts $(ARGS)
 
 fuzz: setup ## hostile rings, regions and messages, guided by coverage
 	@scripts/fuzz $(ARGS)

@@ -87,7 +87,11 @@ def plan(*thread_map: int, engine: str = "threads", poll_us: int | None = None) 
 
 
 def command(
-    vm: VmSpec, features: Features = FEATURES, accel: str = "tcg", **plans: DevicePlan
+    vm: VmSpec,
+    features: Features = FEATURES,
+    accel: str = "tcg",
+    tap_files: dict[int, list[int]] | None = None,
+    **plans: DevicePlan,
 ) -> list[str]:
     files = VmFiles(Path("/run/vm/web"))
     sockets = {disk.name: files.directory / f"disk-{disk.name}.sock" for disk in vm.disks}
@@ -104,6 +108,7 @@ def command(
         plans=usual | chosen,
         memory_fd=9,
         block_devices={Path("/dev/sdz")},
+        tap_files=tap_files,
     )
 
 
@@ -250,3 +255,17 @@ def test_a_card_with_several_queues_and_kernel_threads() -> None:
     assert netdev == "tap,id=net0,ifname=tap0,script=no,downscript=no,vhost=on,queues=4"
     device = next(text for text in argv if text.startswith("virtio-net"))
     assert device.endswith(",romfile=,mq=on,vectors=10")
+
+
+def test_a_card_whose_tap_was_opened_for_it() -> None:
+    nic = {"type": "tap", "tap": "tap0"}
+    for queues, files, expected in (
+        (1, [7], "tap,id=net0,fd=7,vhost=on"),
+        (3, [7, 8, 9], "tap,id=net0,fds=7:8:9,vhost=on"),
+    ):
+        argv = command(
+            spec(nics=[{**nic, "queues": queues}]),
+            net0=plan(*range(queues), engine="vhost"),
+            tap_files={0: files},
+        )
+        assert argv[argv.index("-netdev") + 1] == expected

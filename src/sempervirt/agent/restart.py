@@ -42,6 +42,7 @@ from sempervirt.vm.files import VmFiles
 from sempervirt.vm.spec import VmSpec
 from sempervirt.vm.states import Request, Runstate
 from sempervirt.vm.successor import Successor, discard_quietly
+from sempervirt.vm.tap import TapStandIn
 
 log = logging.getLogger(__name__)
 
@@ -80,14 +81,7 @@ async def restart_qemu(vm: Vm, program: Program) -> Restarted:
 
 
 def refuse(vm: Vm) -> None:
-    """Raises InvalidRequest for a VM whose devices cannot be opened by two processes."""
-    for index, nic in enumerate(vm.spec.nics):
-        if nic.type == "tap":
-            raise InvalidRequest(
-                f"network {index} of VM {vm.name} is the tap {nic.tap}, which only one QEMU can "
-                "have open",
-                remedy="this release restarts QEMU only for VMs without a tap",
-            )
+    """Raises InvalidRequest for a VM of whose disks nobody can tell whether they are at rest."""
     for disk in vm.disks.values():
         if not disk.setup.command.has_control:
             raise InvalidRequest(
@@ -107,6 +101,7 @@ class _Restart:
         self._files = vm.machine.files.successor(self._number)
         self._successor: Successor | None = None
         self._stand_ins: list[StandIn] = []
+        self._taps: dict[int, TapStandIn] = {}
         self._paused = False
 
     async def run(self) -> Restarted:
@@ -162,6 +157,9 @@ class _Restart:
             self._stand_ins.append(stand_in)
             stand_in.start()
             sockets[name] = stand_in.path
+        for index, nic in enumerate(vm.spec.nics):
+            if nic.tap is not None:
+                self._taps[index] = TapStandIn.open(nic.tap, vm.pid)
         memory_fd = memory.open_of(vm.pid)
         try:
             argv = build(
@@ -175,6 +173,7 @@ class _Restart:
                 block_devices={d.image for d in vm.spec.disks if d.image.is_block_device()},
                 memory_fd=memory_fd,
                 incoming=Incoming(machine),
+                tap_files={index: tap.files for index, tap in self._taps.items()},
             )
             self._successor = await self._start(argv, memory_fd)
         finally:
@@ -184,8 +183,9 @@ class _Restart:
 
     async def _start(self, argv: list[str], memory_fd: int) -> Successor:
         files = self._files
+        inherited = [memory_fd, *(file for tap in self._taps.values() for file in tap.files)]
         try:
-            return await Successor.start(self._vm.name, files.monitor, argv, files.log, memory_fd)
+            return await Successor.start(self._vm.name, files.monitor, argv, files.log, inherited)
         except Unavailable:
             for stand_in in self._stand_ins:
                 stand_in.check()
@@ -195,6 +195,8 @@ class _Restart:
         """Pauses the guest, and has its state loaded by the new QEMU."""
         self._require_held()
         self._paused = True
+        for tap in self._taps.values():
+            tap.keep_packets()
         await wait_drained(self._vm, pause=resume)
         state = self._files.directory / "state"
         await handover.give(self._machine.execute, state)
@@ -210,6 +212,7 @@ class _Restart:
     async def _go_back(self, resume: bool) -> None:
         """The old QEMU goes on; nothing is left of the new one."""
         machine = self._machine
+        self._close_taps()
         failure = await discard_quietly(self._successor)
         for stand_in in self._stand_ins:
             with contextlib.suppress(OutcomeUnknown):
@@ -237,10 +240,15 @@ class _Restart:
         """The new QEMU runs the guest; gives the time from which on it does."""
         machine, status = self._machine, "paused"
         try:
-            await _wait_end(self._vm.name, before)
+            await asyncio.gather(
+                _wait_end(self._vm.name, before),
+                *(stand_in.end() for stand_in in self._stand_ins),
+                *(tap.lead_to_tap() for tap in self._taps.values()),
+            )
             for stand_in in self._stand_ins:
-                await stand_in.end()
                 stand_in.point_to_disk()
+            for tap in self._taps.values():
+                tap.send_again()
             if resume:
                 await successor.go()
                 status = "running"
@@ -251,6 +259,7 @@ class _Restart:
                 remedy=f"look at it: semper vm show {self._vm.name}",
             ) from error
         finally:
+            self._close_taps()
             with contextlib.suppress(SempervirtError):
                 await successor.settle()
             move_sockets(self._files, machine.files, self._vm.spec)
@@ -266,6 +275,10 @@ class _Restart:
                 await machine.link()
             machine.files.remove_successors(keep=self._number)
         return went
+
+    def _close_taps(self) -> None:
+        for tap in self._taps.values():
+            tap.close()
 
     def _record(self, *, switched: bool, resume: bool) -> None:
         identity = self._successor.process.identity if self._successor else None

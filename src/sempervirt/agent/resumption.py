@@ -27,9 +27,11 @@ from sempervirt.disk.running import DiskFiles
 from sempervirt.disk.stand_in import lead_to_disk
 from sempervirt.host import process
 from sempervirt.host.procfs import ProcessId, find_by_argument, identify
-from sempervirt.vm import handover
+from sempervirt.vm import handover, tap
+from sempervirt.vm.command_line import nic_id
 from sempervirt.vm.files import VmFiles
 from sempervirt.vm.qmp import Monitor
+from sempervirt.vm.spec import VmSpec
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +61,7 @@ async def settle_restart(config: AgentConfig, record: VmRecord) -> VmRecord:
             if disk.backend == "blkd":
                 lead_to_disk(late.directory, DiskFiles(files.directory, disk.name).socket)
         move_sockets(late, files, spec)
+        await _settle_taps(spec, new)
         record = replace(record, qemu=new, number=restart.number)
     files.remove_successors(keep=record.number)
     if restart.resume and record.qemu is not None and record.qemu.is_alive():
@@ -93,6 +96,15 @@ async def _go(files: VmFiles, name: str) -> None:
             await monitor.close()
     except SempervirtError as error:
         log.error("adopt vm=%s does not go on: %s", name, error)  # noqa: TRY400
+
+
+async def _settle_taps(spec: VmSpec, identity: ProcessId | None) -> None:
+    for index, nic in enumerate(spec.nics):
+        if nic.tap is not None and identity is not None and identity.is_alive():
+            try:
+                await tap.settle(identity.pid, nic_id(index), nic.tap)
+            except SempervirtError as error:
+                log.error("adopt vm=%s: %s", spec.name, error)  # noqa: TRY400
 
 
 def _find(argument: str) -> ProcessId | None:

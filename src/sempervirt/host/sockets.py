@@ -8,19 +8,15 @@ leads to.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import socket
 from pathlib import Path
 
 from sempervirt.core.errors import InvalidRequest, Unavailable
+from sempervirt.host import descriptors
 
 # struct sockaddr_un holds 108 bytes, the last one a NUL.
 PATH_MAX_BYTES = 107
-# The same number on every architecture (include/uapi/asm-generic/unistd.h).
-_SYS_PIDFD_GETFD = 438
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def check_socket_path(path: Path) -> Path:
@@ -72,12 +68,8 @@ def borrow_listener(pid: int, fd: int, path: Path) -> socket.socket | None:
     None when the kernel does not allow it, or `fd` is no socket that listens at `path`.
     """
     try:
-        pidfd = os.pidfd_open(pid)
+        duplicate = descriptors.take(pid, fd)
     except OSError:
-        return None
-    duplicate = _libc.syscall(_SYS_PIDFD_GETFD, pidfd, fd, 0)
-    os.close(pidfd)
-    if duplicate < 0:
         return None
     try:
         listener = socket.socket(fileno=duplicate)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,12 +64,15 @@ def build(
     memory_fd: int,
     block_devices: Collection[Path] = (),
     incoming: Incoming | None = None,
+    tap_files: Mapping[int, Sequence[int]] | None = None,
 ) -> list[str]:
     """The argument vector. Raises Unavailable when this QEMU lacks something needed.
 
     `memory_fd` is the file with the guest's memory, inherited by QEMU; `plans` says how each
     device's queues are served, by QEMU's id: "disk-NAME", "net0", …;
-    `block_devices` are the images that are no files.
+    `block_devices` are the images that are no files; `tap_files` are open files of
+    /dev/net/tun, one for each pair of queues, for the networks (by position) whose taps QEMU is
+    not to open by itself.
     """
     machine = incoming.machine if incoming else spec.machine
     _require(spec, features, machine)
@@ -100,7 +103,8 @@ def build(
         else:
             argv += _disk(disk, plan, features, disk_sockets[disk.name], boot)
     for index, nic in enumerate(spec.nics):
-        argv += _nic(index, nic, spec.mac(index), plans[nic_id(index)])
+        files_of_tap = (tap_files or {}).get(index, ())
+        argv += _nic(index, nic, spec.mac(index), plans[nic_id(index)], files_of_tap)
     argv += _channels(spec, files)
     if "virtio-rng-pci" in features.devices:
         argv += ["-device", "virtio-rng-pci"]
@@ -254,18 +258,23 @@ def _thread_id(name: str, thread: int) -> str:
     return f"{name}-thread-{thread}"
 
 
-def _nic(index: int, nic: NicSpec, mac: str, plan: DevicePlan) -> list[str]:
+def _nic(
+    index: int, nic: NicSpec, mac: str, plan: DevicePlan, tap_files: Sequence[int]
+) -> list[str]:
     name = nic_id(index)
     netdev = f"user,id={name}"
     # An empty romfile: nothing boots from the network, and the ROM may not be installed.
     device = f"virtio-net-pci,netdev={name},mac={mac},romfile="
+    pairs = plan.binding.queues
     if nic.tap is not None:
         netdev = f"tap,id={name},ifname={_quote(nic.tap)},script=no,downscript=no"
+        if tap_files:
+            option = "fds" if pairs > 1 else "fd"
+            netdev = f"tap,id={name},{option}={':'.join(map(str, tap_files))}"
         if plan.engine.value == "vhost":
             netdev += ",vhost=on"
-    pairs = plan.binding.queues
     if pairs > 1:
-        netdev += f",queues={pairs}"
+        netdev += "" if tap_files else f",queues={pairs}"
         # An interrupt for each queue, one for control and one for changes of configuration.
         device += f",mq=on,vectors={2 * pairs + 2}"
     return ["-netdev", netdev, "-device", device]

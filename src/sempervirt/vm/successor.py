@@ -39,9 +39,9 @@ class Successor:
 
     @classmethod
     async def start(
-        cls, name: str, monitor: Path, argv: Sequence[str], log: Path, memory_fd: int
+        cls, name: str, monitor: Path, argv: Sequence[str], log: Path, inherited: Sequence[int]
     ) -> Successor:
-        """Starts it and returns when its monitor answers.
+        """Starts it with descriptors of ours, and returns when its monitor answers.
 
         Raises Unavailable with QEMU's own words if it does not; nothing is left then.
         """
@@ -49,7 +49,7 @@ class Successor:
         try:
             before = _size(log)
             successor._process = process.spawn(
-                argv, log=log, on_exit=successor._ended, pass_fds=(memory_fd,)
+                argv, log=log, on_exit=successor._ended, pass_fds=inherited
             )
             try:
                 await successor._connect()
