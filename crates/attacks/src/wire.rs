@@ -127,7 +127,9 @@ pub fn source(data: &[u8]) {
 
 /// Batches of a few pages, as frames.
 fn honest(index: ContentIndex, bytes: &mut Bytes<'_>) -> Vec<u8> {
-    let mut encoder = Encoder::new(index, EncoderOptions::new(KEY, vec![true]));
+    let options = EncoderOptions::new(KEY, vec![true]);
+    let mut packer = options.packer().expect("memory");
+    let mut encoder = Encoder::new(index, options);
     let mut stream = semper_wire::synthetic::Stream::begin(64);
     stream.part();
     for number in 0..u64::from(bytes.u8() % 8) {
@@ -137,13 +139,16 @@ fn honest(index: ContentIndex, bytes: &mut Bytes<'_>) -> Vec<u8> {
     let stream = stream.bytes;
     let taken = encoder.feed(&stream);
     encoder.finish(&stream[taken..]);
-    std::iter::from_fn(|| encoder.pop()).flat_map(|batch| batch.frame).collect()
+    let drafts = std::iter::from_fn(|| encoder.pop());
+    drafts.flat_map(|draft| packer.pack(draft).frame().to_vec()).collect()
 }
 
 /// Frames to the source: verdicts on what it holds, credit for what it sent.
 pub fn destination(data: &[u8]) {
     let mut bytes = Bytes(data);
-    let mut encoder = Encoder::new(disk().1, EncoderOptions::new(KEY, vec![true]));
+    let options = EncoderOptions::new(KEY, vec![true]);
+    let mut packer = options.packer().expect("memory");
+    let mut encoder = Encoder::new(disk().1, options);
     let (mut ledger, mut window) = (Ledger::default(), Window::new(WINDOW));
     let mut stream = semper_wire::synthetic::Stream::begin(64);
     stream.part();
@@ -156,10 +161,10 @@ pub fn destination(data: &[u8]) {
         encoder.feed(&part.bytes[part.bytes.len() - 4104..]);
     }
     encoder.flush();
-    while let Some(batch) = encoder.pop() {
-        assert!(window.has_room(batch.charge));
-        window.send(batch.charge, Duration::ZERO);
-        batch.held.into_iter().for_each(|held| ledger.hold(held));
+    while let Some(draft) = encoder.pop() {
+        assert!(window.has_room(draft.charge()));
+        window.send(draft.charge(), Duration::ZERO);
+        packer.pack(draft).held.into_iter().for_each(|held| ledger.hold(held));
     }
     let held = ledger.held_bytes();
     let ours = Hello::new(semper_wire::Role::Source, WINDOW, "m");

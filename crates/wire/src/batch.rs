@@ -20,9 +20,10 @@
 //!
 //! Numbers are of seven bits a byte (`varint`).
 
-use zstd::bulk::{Compressor, Decompressor};
+use zstd::bulk::Decompressor;
 
-use crate::format::{self, Kind, MAX_REFERENCES, MAX_STREAM, Reader, WireError};
+use crate::draft::Draft;
+use crate::format::{FRAME_HEADER, MAX_REFERENCES, MAX_STREAM, Reader, WireError};
 use crate::index::BlockRef;
 use crate::stream::{NEXT_PAGE, NEXT_ZERO};
 use crate::varint;
@@ -36,7 +37,11 @@ const BARE_PAGES: u8 = 5;
 const BARE_BLOCKS: u8 = 6;
 const SEEK: u8 = 7;
 
-const FLAG_PACKED: u32 = 1;
+pub(crate) const FLAG_PACKED: u32 = 1;
+/// Bytes before the hashes: a frame's header and the eight numbers of a batch.
+pub(crate) const FIXED_HEAD: usize = FRAME_HEADER + 32;
+/// Bytes before the body, at most.
+pub(crate) const HEAD_ROOM: usize = FIXED_HEAD + MAX_REFERENCES * size_of::<Hash>();
 /// Longest body: no op takes more bytes than twice what it stands for.
 const MAX_BODY: usize = 2 * MAX_STREAM;
 /// Pages of zeros that are given as one piece take no more than this of the stream.
@@ -46,15 +51,14 @@ const PAGE_ITEM: usize = 8 + PAGE_SIZE;
 /// Collects a piece of the stream.
 #[derive(Default)]
 pub(crate) struct Builder {
-    /// Pages; at the end the other columns go behind them.
+    /// Room for the head, then pages; at the end the other columns go behind them.
     body: Vec<u8>,
     ops: Vec<u8>,
     blocks: Vec<u8>,
     raw: Vec<u8>,
-    hashes: Vec<u8>,
-    /// What `hashes` are of, and where it stands.
-    pub held: Vec<u8>,
-    pub refs: Vec<BlockRef>,
+    /// The pages that are referred to, and where they stand.
+    held: Vec<u8>,
+    refs: Vec<BlockRef>,
     pub stream_len: usize,
     run: (u8, u64),
     next: u64,
@@ -66,9 +70,9 @@ impl Builder {
         self.stream_len == 0
     }
 
-    /// Bytes of pages as they are.
-    pub(crate) fn page_bytes(&self) -> usize {
-        self.body.len()
+    /// Bytes of pages as they are, and of those that are referred to.
+    pub(crate) fn page_bytes(&self) -> (usize, usize) {
+        (self.body.len().saturating_sub(HEAD_ROOM), self.held.len())
     }
 
     /// Whether a page, or a short piece of something else, still fits.
@@ -126,6 +130,9 @@ impl Builder {
 
     pub(crate) fn page(&mut self, address: u64, header: Option<&[u8]>, page: &Page) {
         self.header(address, header, (PAGES, BARE_PAGES));
+        if self.body.is_empty() {
+            self.body.resize(HEAD_ROOM, 0);
+        }
         self.body.extend_from_slice(page);
     }
 
@@ -134,7 +141,7 @@ impl Builder {
         address: u64,
         header: Option<&[u8]>,
         page: &Page,
-        (block, hash): (BlockRef, &Hash),
+        block: BlockRef,
     ) {
         self.header(address, header, (BLOCKS, BARE_BLOCKS));
         let (disk, expected) = self.last;
@@ -144,20 +151,21 @@ impl Builder {
             varint::put(&mut self.blocks, block.disk.into());
         }
         self.last = (block.disk, block.block + 1);
-        self.hashes.extend_from_slice(hash);
         self.held.extend_from_slice(page);
         self.refs.push(block);
     }
 
-    /// The frame of what was collected; the builder is empty then, but for `held` and `refs`.
-    pub(crate) fn finish(&mut self, id: u32, packer: Option<&mut Compressor<'_>>) -> Vec<u8> {
+    /// What was collected; the builder is empty then.
+    pub(crate) fn take(&mut self, id: u32) -> Draft {
         self.end_run();
-        let pages = self.body.len() / PAGE_SIZE;
+        if self.body.is_empty() {
+            self.body.resize(HEAD_ROOM, 0);
+        }
         let counts = [
             id,
             self.stream_len as u32,
             0,
-            pages as u32,
+            ((self.body.len() - HEAD_ROOM) / PAGE_SIZE) as u32,
             self.refs.len() as u32,
             self.ops.len() as u32,
             self.blocks.len() as u32,
@@ -166,29 +174,14 @@ impl Builder {
         self.body.append(&mut self.ops);
         self.body.append(&mut self.blocks);
         self.body.append(&mut self.raw);
-        let mut frame = format::begin(Kind::Batch);
-        for count in counts {
-            frame.extend_from_slice(&count.to_le_bytes());
+        (self.next, self.last) = (0, (0, 0));
+        Draft {
+            counts,
+            stream_len: std::mem::take(&mut self.stream_len),
+            body: std::mem::take(&mut self.body),
+            refs: std::mem::take(&mut self.refs),
+            held: std::mem::take(&mut self.held),
         }
-        frame.append(&mut self.hashes);
-        let head = frame.len();
-        let packed = packer.and_then(|packer| {
-            frame.resize(head + self.body.len().saturating_sub(1), 0);
-            packer.compress_to_buffer(&self.body, &mut frame[head..]).ok()
-        });
-        match packed {
-            Some(len) => {
-                frame.truncate(head + len);
-                frame[format::FRAME_HEADER + 8] = FLAG_PACKED as u8;
-            }
-            None => {
-                frame.truncate(head);
-                frame.extend_from_slice(&self.body);
-            }
-        }
-        self.body.clear();
-        (self.stream_len, self.next, self.last) = (0, 0, (0, 0));
-        format::finish(frame)
     }
 }
 

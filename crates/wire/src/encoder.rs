@@ -1,15 +1,14 @@
-//! The source's end: the stream in, batches out.
+//! The source's end: the stream in, drafts of batches out.
 
 use std::collections::VecDeque;
-
-use zstd::bulk::Compressor;
+use std::io;
 
 use crate::batch::Builder;
+use crate::draft::{Draft, Packer};
 use crate::format::MAX_STREAM;
 use crate::index::{BlockRef, PageIndex};
-use crate::ledger::{Held, charge};
 use crate::stream::{Parser, Sink};
-use crate::{PAGE_SIZE, Page, hash_page};
+use crate::{PAGE_SIZE, Page};
 
 /// Mismatches of a disk that are taken for bad luck.
 const LUCK: u64 = 64;
@@ -25,7 +24,7 @@ pub struct EncoderOptions {
     pub level: Option<i32>,
     /// By disk: whether the destination can read it.
     pub readable: Vec<bool>,
-    /// Pages, sent as they are, that fill a batch.
+    /// Pages, sent as they are, that fill a batch; or so many that are referred to.
     pub batch_pages: usize,
 }
 
@@ -34,6 +33,14 @@ impl EncoderOptions {
     pub fn new(key: [u8; 32], readable: Vec<bool>) -> Self {
         Self { key, level: Some(1), readable, batch_pages: 128 }
     }
+
+    /// What makes batches of the drafts; every thread that does so has its own.
+    ///
+    /// # Errors
+    /// As [`Packer::new`].
+    pub fn packer(&self) -> io::Result<Packer> {
+        Packer::new(self.key, self.level)
+    }
 }
 
 /// What went through an encoder.
@@ -41,8 +48,6 @@ impl EncoderOptions {
 pub struct Counters {
     /// Bytes of QEMU's stream.
     pub stream_bytes: u64,
-    /// Bytes of the batches for it.
-    pub wire_bytes: u64,
     /// Pages that QEMU found to be zero.
     pub zero_pages: u64,
     /// Pages that became references.
@@ -55,17 +60,6 @@ pub struct Counters {
     pub mismatches: u64,
 }
 
-/// One BATCH, to be sent when the window has room for its charge.
-#[derive(Debug)]
-pub struct Batch {
-    /// The frame.
-    pub frame: Vec<u8>,
-    /// What it takes of the window.
-    pub charge: u64,
-    /// What to keep until its verdict comes; none if there will be none.
-    pub held: Option<Held>,
-}
-
 #[derive(Clone, Copy, Debug, Default)]
 struct Trust {
     referred: u64,
@@ -73,7 +67,7 @@ struct Trust {
     lost: bool,
 }
 
-/// Turns the stream into batches. The caller takes them ([`Encoder::pop`]) after each piece.
+/// Turns the stream into drafts of batches. The caller takes them ([`Encoder::pop`]) after each piece.
 pub struct Encoder<I> {
     parser: Parser,
     work: Work<I>,
@@ -82,25 +76,20 @@ pub struct Encoder<I> {
 struct Work<I> {
     index: I,
     options: EncoderOptions,
-    packer: Option<Compressor<'static>>,
     builder: Builder,
     next_id: u32,
-    ready: VecDeque<Batch>,
+    ready: VecDeque<Draft>,
     trust: Vec<Trust>,
     counters: Counters,
 }
 
 impl<I: PageIndex> Encoder<I> {
     /// At the beginning of a stream.
-    ///
-    /// # Panics
-    /// When zstd has no memory.
     pub fn new(index: I, options: EncoderOptions) -> Self {
-        let packer = options.level.map(|level| Compressor::new(level).expect("memory for zstd"));
         let trust = vec![Trust::default(); options.readable.len()];
         let (builder, ready) = (Builder::default(), VecDeque::new());
         let counters = Counters::default();
-        let work = Work { index, options, packer, builder, next_id: 0, ready, trust, counters };
+        let work = Work { index, options, builder, next_id: 0, ready, trust, counters };
         Self { parser: Parser::default(), work }
     }
 
@@ -121,14 +110,19 @@ impl<I: PageIndex> Encoder<I> {
         self.work.close();
     }
 
-    /// The next batch.
-    pub fn pop(&mut self) -> Option<Batch> {
+    /// The next draft: to be packed, and sent when the window has room for its charge.
+    pub fn pop(&mut self) -> Option<Draft> {
         self.work.ready.pop_front()
     }
 
     /// The destination found other contents in these blocks.
     pub fn mismatched(&mut self, blocks: &[(BlockRef, Page)]) {
         self.work.mismatched(blocks);
+    }
+
+    /// The index, which may change at any time.
+    pub fn index(&mut self) -> &mut I {
+        &mut self.work.index
     }
 
     /// What went through so far.
@@ -147,20 +141,15 @@ impl<I: PageIndex> Work<I> {
         if self.builder.is_empty() {
             return;
         }
-        let charge = charge(self.builder.stream_len);
         self.counters.stream_bytes += self.builder.stream_len as u64;
-        let frame = self.builder.finish(self.next_id, self.packer.as_mut());
-        self.counters.wire_bytes += frame.len() as u64;
-        let refs = std::mem::take(&mut self.builder.refs);
-        let pages = std::mem::take(&mut self.builder.held);
-        let held = (!refs.is_empty()).then_some(Held { batch: self.next_id, refs, pages });
+        self.ready.push_back(self.builder.take(self.next_id));
         self.next_id = self.next_id.wrapping_add(1);
-        self.ready.push_back(Batch { frame, charge, held });
     }
 
     fn make_room(&mut self) {
-        let full = self.builder.page_bytes() >= self.options.batch_pages * PAGE_SIZE;
-        if full || !self.builder.has_room() {
+        let (pages, referred) = self.builder.page_bytes();
+        let full = self.options.batch_pages * PAGE_SIZE;
+        if pages.max(referred) >= full || !self.builder.has_room() {
             self.close();
         }
     }
@@ -210,8 +199,7 @@ impl<I: PageIndex> Sink for Work<I> {
         self.make_room();
         if let Some(block) = self.find(page) {
             self.counters.references += 1;
-            let hash = hash_page(&self.options.key, page);
-            self.builder.reference(address, header, page, (block, &hash));
+            self.builder.reference(address, header, page, block);
         } else {
             self.counters.pages += 1;
             self.builder.page(address, header, page);

@@ -47,11 +47,40 @@ struct Slot {
     place: u64,
 }
 
-/// A table of fingerprints: 64-bit XXH3 with a seed that the guest does not know. A guest that found
-/// two pages with one fingerprint would only slow its own migration down.
+/// What a page's content is found by: 64-bit XXH3 with a seed that the guest does not know. A guest
+/// that found two pages with one fingerprint would only slow its own migration down.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fingerprint(u64);
+
+/// Makes fingerprints, in any thread.
+#[derive(Clone, Copy, Debug)]
+pub struct Fingerprinter {
+    seed: u64,
+}
+
+impl Fingerprinter {
+    /// With a seed that the guest does not know.
+    pub fn new(seed: u64) -> Self {
+        Self { seed }
+    }
+
+    /// Of a page; none of one of zeros, which QEMU finds itself.
+    pub fn of(&self, page: &Page) -> Option<Fingerprint> {
+        if page[..16] == [0; 16] && page.iter().all(|&byte| byte == 0) {
+            return None;
+        }
+        Some(self.of_any(page))
+    }
+
+    fn of_any(&self, page: &Page) -> Fingerprint {
+        Fingerprint(XxHash3_64::oneshot_with_seed(self.seed, page))
+    }
+}
+
+/// A table of fingerprints.
 #[derive(Clone, Debug)]
 pub struct ContentIndex {
-    seed: u64,
+    fingerprints: Fingerprinter,
     slots: Vec<Slot>,
     len: usize,
     limit: usize,
@@ -64,7 +93,26 @@ impl ContentIndex {
     /// An empty index of at most so many bytes.
     pub fn new(seed: u64, limit_bytes: usize) -> Self {
         let limit = (limit_bytes / BYTES_PER_BLOCK).max(1);
-        Self { seed, slots: vec![Slot::default(); 1024], len: 0, limit }
+        let fingerprints = Fingerprinter::new(seed);
+        Self { fingerprints, slots: vec![Slot::default(); 1024], len: 0, limit }
+    }
+
+    /// What its fingerprints are made by.
+    pub fn fingerprints(&self) -> Fingerprinter {
+        self.fingerprints
+    }
+
+    /// Most blocks that it takes.
+    pub fn limit(&self) -> usize {
+        self.limit
+    }
+
+    /// Makes room for so many more, so that it need not be made later.
+    pub fn reserve(&mut self, blocks: usize) {
+        let wanted = (self.len + blocks).min(self.limit);
+        while wanted * 2 > self.slots.len() {
+            self.grow();
+        }
     }
 
     /// Blocks in it.
@@ -78,21 +126,38 @@ impl ContentIndex {
     }
 
     /// Adds a block; of several with the same content the first stays. Not added are pages of
-    /// zeros, which QEMU finds itself, and whatever goes beyond the limit: then false.
+    /// zeros, and whatever goes beyond the limit: then false.
     pub fn insert(&mut self, block: BlockRef, content: &Page) -> bool {
+        match self.fingerprints.of(content) {
+            Some(fingerprint) => self.add(block, fingerprint),
+            None => true,
+        }
+    }
+
+    /// The same with a fingerprint.
+    pub fn add(&mut self, block: BlockRef, Fingerprint(fingerprint): Fingerprint) -> bool {
         if self.len >= self.limit || block.block >= (1 << DISK_SHIFT) - 2 {
             return false;
-        }
-        if content[..16] == [0; 16] && content.iter().all(|&byte| byte == 0) {
-            return true;
         }
         if self.len * 2 >= self.slots.len() {
             self.grow();
         }
         let place = (u64::from(block.disk) << DISK_SHIFT) + block.block + 1;
-        let slot = Slot { fingerprint: self.fingerprint(content), place };
-        self.len += usize::from(put(&mut self.slots, slot));
+        self.len += usize::from(put(&mut self.slots, Slot { fingerprint, place }));
         true
+    }
+
+    /// The block has another content than this by now.
+    pub fn remove(&mut self, block: BlockRef, Fingerprint(fingerprint): Fingerprint) {
+        let place = (u64::from(block.disk) << DISK_SHIFT) + block.block + 1;
+        let mut at = start(&self.slots, fingerprint);
+        while self.slots[at].place != EMPTY {
+            if self.slots[at].place == place {
+                self.slots[at].place = GONE;
+                return;
+            }
+            at = (at + 1) & (self.slots.len() - 1);
+        }
     }
 
     fn grow(&mut self) {
@@ -102,10 +167,6 @@ impl ContentIndex {
         for slot in old.into_iter().filter(|slot| slot.place != EMPTY && slot.place != GONE) {
             self.len += usize::from(put(&mut self.slots, slot));
         }
-    }
-
-    fn fingerprint(&self, page: &Page) -> u64 {
-        XxHash3_64::oneshot_with_seed(self.seed, page)
     }
 }
 
@@ -133,7 +194,7 @@ impl PageIndex for ContentIndex {
         if self.len == 0 {
             return None;
         }
-        let fingerprint = self.fingerprint(page);
+        let Fingerprint(fingerprint) = self.fingerprints.of_any(page);
         let mut at = start(&self.slots, fingerprint);
         loop {
             let slot = &self.slots[at];
@@ -149,15 +210,7 @@ impl PageIndex for ContentIndex {
     }
 
     fn forget(&mut self, block: BlockRef, page: &Page) {
-        let place = (u64::from(block.disk) << DISK_SHIFT) + block.block + 1;
-        let mut at = start(&self.slots, self.fingerprint(page));
-        while self.slots[at].place != EMPTY {
-            if self.slots[at].place == place {
-                self.slots[at].place = GONE;
-                return;
-            }
-            at = (at + 1) & (self.slots.len() - 1);
-        }
+        self.remove(block, self.fingerprints.of_any(page));
     }
 }
 
@@ -199,6 +252,20 @@ mod tests {
         assert_eq!(index.find(&page(5001)), None);
         assert!(index.insert(BlockRef { disk: 0, block: 0 }, &page(0)));
         assert_eq!(index.find(&page(0)), None);
+    }
+
+    #[test]
+    fn a_block_with_a_new_content_is_found_by_that_alone() {
+        let mut index = ContentIndex::new(7, 1 << 20);
+        let block = BlockRef { disk: 0, block: 12 };
+        let of = |number| index.fingerprints().of(&page(number));
+        let (old, new) = (of(1).unwrap(), of(2).unwrap());
+        assert_eq!(of(0), None);
+        index.reserve(1000);
+        assert!(index.add(block, old));
+        index.remove(block, old);
+        assert!(index.add(block, new));
+        assert_eq!((index.find(&page(1)), index.find(&page(2))), (None, Some(block)));
     }
 
     #[test]

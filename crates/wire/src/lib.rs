@@ -2,11 +2,11 @@
 //! equals a block of a shared disk replaced by a reference of some twenty bytes.
 //!
 //! ```text
-//!   source QEMU ─bytes─► Parser ─items─► Encoder ─BATCH─►  …TLS…  ─► Decoder ─bytes─► destination QEMU
-//!                                   │ PageIndex: content -> block     │ Disks: reads the block
-//!                                   ▼                                 ▼
-//!                                 Ledger ◄──────── VERDICT ─────── verified, or named
-//!                                   └───────────── REPAIR ───────► the bytes themselves
+//!   QEMU ─bytes─► Parser ─items─► Encoder ─drafts─► Packer ─BATCH─► …TLS… ─► Decoder ─bytes─► QEMU
+//!                           │ PageIndex: content -> block               │ Disks: reads the block
+//!                           ▼                                           ▼
+//!                         Ledger ◄────────────── VERDICT ─────────── verified, or named
+//!                           └─────────────────── REPAIR ───────────► the bytes themselves
 //! ```
 //!
 //! Method: US20200371827A1, the half that uses the association of pages and blocks. What comes out
@@ -20,11 +20,13 @@
 
 mod batch;
 mod decoder;
+mod draft;
 mod encoder;
 pub mod format;
 mod handshake;
 mod index;
 mod ledger;
+mod link;
 mod stream;
 #[doc(hidden)]
 pub mod synthetic;
@@ -32,11 +34,13 @@ mod varint;
 mod window;
 
 pub use decoder::{Decoded, Decoder, Disks, Judged};
-pub use encoder::{Batch, Counters, Encoder, EncoderOptions};
+pub use draft::{Batch, Draft, Packer};
+pub use encoder::{Counters, Encoder, EncoderOptions};
 pub use format::{Frame, Hello, Kind, Role, WireError};
 pub use handshake::{Agreement, OfferedDisk, Ready, Start, agree};
-pub use index::{BlockRef, ContentIndex, NoIndex, PageIndex};
+pub use index::{BlockRef, ContentIndex, Fingerprint, Fingerprinter, NoIndex, PageIndex};
 pub use ledger::{Held, Ledger, Repairs};
+pub use link::LinkRate;
 pub use stream::{MAX_ITEM, Parser, Sink};
 pub use window::Window;
 

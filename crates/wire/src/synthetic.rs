@@ -6,6 +6,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use crate::decoder::{Decoder, Disks, Judged};
+use crate::draft::Packer;
 use crate::encoder::{Counters, Encoder, EncoderOptions};
 use crate::format::{FRAME_HEADER, Frame, Kind, credit, end, first_frame, parse_number};
 use crate::index::{BlockRef, PageIndex};
@@ -176,6 +177,7 @@ pub struct Pair<I, D> {
     pub encoder: Encoder<I>,
     /// The destination.
     pub decoder: Decoder<D>,
+    packer: Packer,
     ledger: Ledger,
     window: Window,
     queue: std::collections::VecDeque<Vec<u8>>,
@@ -190,6 +192,7 @@ impl<I: PageIndex, D: Disks> Pair<I, D> {
         const WINDOW: u64 = *crate::format::WINDOWS.start();
         let options = EncoderOptions { batch_pages: 8, ..EncoderOptions::new(KEY, vec![true]) };
         Self {
+            packer: options.packer().expect("memory"),
             encoder: Encoder::new(index, options),
             decoder: Decoder::new(disks, vec![blocks], KEY, WINDOW),
             ledger: Ledger::default(),
@@ -223,13 +226,14 @@ impl<I: PageIndex, D: Disks> Pair<I, D> {
     }
 
     fn send(&mut self) -> Result<(), WireError> {
-        while let Some(batch) = self.encoder.pop() {
-            while !self.window.has_room(batch.charge) {
+        while let Some(draft) = self.encoder.pop() {
+            while !self.window.has_room(draft.charge()) {
                 assert!(self.deliver()?, "no room, and nothing under way");
             }
-            self.window.send(batch.charge, Duration::ZERO);
+            self.window.send(draft.charge(), Duration::ZERO);
+            let batch = self.packer.pack(draft);
+            self.queue.push_back(batch.frame().to_vec());
             batch.held.into_iter().for_each(|held| self.ledger.hold(held));
-            self.queue.push_back(batch.frame);
         }
         Ok(())
     }

@@ -56,6 +56,11 @@ impl Window {
         }
     }
 
+    /// Bytes that were sent and not yet taken.
+    pub fn under_way(&self) -> u64 {
+        self.sent - self.credited
+    }
+
     /// Whether a batch of this charge may be sent now. With nothing under way one always may.
     pub fn has_room(&self, charge: u64) -> bool {
         self.sent == self.credited || self.sent - self.credited + charge <= self.limit

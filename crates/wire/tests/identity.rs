@@ -210,19 +210,19 @@ fn a_disk_that_never_matches_is_given_up() {
 #[test]
 fn a_source_may_not_exceed_the_window() {
     use semper_wire::format::{MAX_STREAM, WINDOWS, first_frame};
-    let mut encoder = semper_wire::Encoder::new(
-        NoIndex,
-        semper_wire::EncoderOptions::new(semper_wire::synthetic::KEY, vec![]),
-    );
+    let options = semper_wire::EncoderOptions::new(semper_wire::synthetic::KEY, vec![]);
+    let mut packer = options.packer().unwrap();
+    let mut encoder = semper_wire::Encoder::new(NoIndex, options);
     let key = semper_wire::synthetic::KEY;
     let mut decoder = Decoder::new(MemoryDisk::default(), vec![], key, *WINDOWS.start());
     let (mut sent, mut refused) = (0, false);
     for _ in 0..10 {
         encoder.feed(&[7; MAX_STREAM]);
         encoder.flush();
-        while let Some(batch) = encoder.pop() {
-            sent += batch.charge;
-            let (frame, _) = first_frame(&batch.frame).unwrap().unwrap();
+        while let Some(draft) = encoder.pop() {
+            sent += draft.charge();
+            let batch = packer.pack(draft);
+            let (frame, _) = first_frame(batch.frame()).unwrap().unwrap();
             refused |= decoder.frame(&frame).is_err();
             assert_eq!(refused, sent > *WINDOWS.start());
         }

@@ -93,6 +93,15 @@ pub(crate) struct SourceArgs {
     #[arg(long, value_name = "N", default_value_t = 512,
           value_parser = clap::value_parser!(u64).range(1..=65536))]
     pub index_mib: u64,
+
+    /// Longest wait for the index, in seconds: then QEMU may begin, and the index goes on growing.
+    #[arg(long, value_name = "N", default_value_t = 10)]
+    pub index_wait_s: u64,
+
+    /// Threads that hash and pack; 0: as many as there are processors, but four at most.
+    #[arg(long, value_name = "N", default_value_t = 0,
+          value_parser = clap::value_parser!(u16).range(0..=64))]
+    pub pack_threads: u16,
 }
 
 #[derive(Debug, clap::Args)]

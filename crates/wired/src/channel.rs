@@ -5,7 +5,7 @@
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -18,6 +18,8 @@ use crate::failure::Failure;
 const PIECE: usize = 64 << 10;
 /// For everything before the stream.
 const SETUP: Duration = Duration::from_secs(10);
+/// So long a write waits before it looks whether it still has to.
+const WRITE: Duration = Duration::from_secs(1);
 /// A peer that does not acknowledge for so long is gone, in milliseconds.
 const SILENCE_MS: u32 = 30_000;
 
@@ -26,6 +28,8 @@ pub(crate) struct Channel {
     tls: Mutex<Connection>,
     /// Encrypted bytes; held while they are written, which keeps them in order.
     outgoing: Mutex<Vec<u8>>,
+    /// The peer may take as long as it likes: between setting up and closing.
+    patient: AtomicBool,
     sent: AtomicU64,
     received: AtomicU64,
 }
@@ -63,6 +67,7 @@ impl Channel {
             socket,
             tls: Mutex::new(tls),
             outgoing: Mutex::default(),
+            patient: AtomicBool::new(false),
             sent: AtomicU64::new(0),
             received: AtomicU64::new(0),
         })
@@ -72,8 +77,9 @@ impl Channel {
     pub(crate) fn established(&self) -> Result<(), Failure> {
         let timeouts = || {
             self.socket.set_read_timeout(None)?;
-            self.socket.set_write_timeout(None)
+            self.socket.set_write_timeout(Some(WRITE))
         };
+        self.patient.store(true, Ordering::Relaxed);
         timeouts().map_err(Failure::Lost)
     }
 
@@ -101,10 +107,28 @@ impl Channel {
                     tls.write_tls(&mut *outgoing).map_err(Failure::Lost)?;
                 }
             }
-            (&self.socket).write_all(&outgoing).map_err(Failure::Lost)?;
+            self.write(&outgoing).map_err(Failure::Lost)?;
             self.sent.fetch_add(outgoing.len() as u64, Ordering::Relaxed);
         }
         Ok(())
+    }
+
+    /// A peer that is slow is waited for, until this end gives up.
+    fn write(&self, mut bytes: &[u8]) -> io::Result<()> {
+        while !bytes.is_empty() {
+            match (&self.socket).write(bytes) {
+                Ok(0) => return Err(ErrorKind::WriteZero.into()),
+                Ok(written) => bytes = &bytes[written..],
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock && self.may_wait() => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    fn may_wait(&self) -> bool {
+        self.patient.load(Ordering::Relaxed)
     }
 
     /// Waits for the next frame and lends it to `take`; false when the peer has closed the
@@ -155,11 +179,12 @@ impl Channel {
 
     /// Says farewell, as well as it still goes, and closes.
     pub(crate) fn close(&self, why: Option<&Failure>) {
+        self.patient.store(false, Ordering::Relaxed);
         if let Some(why) = why {
             // What the peer said need not be told to the peer.
             if !matches!(why, Failure::Lost(_) | Failure::Peer(semper_wire::WireError::Aborted(_)))
             {
-                let _ = self.socket.set_write_timeout(Some(Duration::from_secs(1)));
+                let _ = self.socket.set_write_timeout(Some(WRITE));
                 let _ = self.send(&format::abort(&why.to_string()));
             }
         }

@@ -13,12 +13,14 @@
 //! The program is [`main`]; a library only so that tests reach its parts.
 
 mod args;
+mod carrier;
 mod channel;
 mod control;
 mod destination;
 mod disks;
 mod failure;
 mod indexing;
+mod pipeline;
 mod progress;
 mod source;
 mod tls;

@@ -58,6 +58,9 @@ pub(crate) struct Progress {
     told: Mutex<Told>,
     indexed: AtomicU64,
     wire: (AtomicU64, AtomicU64),
+    backlog: AtomicU64,
+    /// 0 as long as it is not known.
+    link: AtomicU64,
 }
 
 impl Progress {
@@ -77,6 +80,8 @@ impl Progress {
             told: Mutex::new(told),
             indexed: AtomicU64::new(0),
             wire: (AtomicU64::new(0), AtomicU64::new(0)),
+            backlog: AtomicU64::new(0),
+            link: AtomicU64::new(0),
         }
     }
 
@@ -115,6 +120,12 @@ impl Progress {
         self.wire.1.store(received, Ordering::Relaxed);
     }
 
+    /// Bytes of the stream under way, and what the link carries.
+    pub(crate) fn flow(&self, backlog: u64, link: Option<u64>) {
+        self.backlog.store(backlog, Ordering::Relaxed);
+        self.link.store(link.unwrap_or(0), Ordering::Relaxed);
+    }
+
     pub(crate) fn failed(&self, why: &str) {
         let mut told = self.told();
         told.phase = Phase::Failed;
@@ -138,6 +149,8 @@ impl Progress {
             "stream_bytes": source.stream_bytes.max(destination.stream_bytes),
             "wire_bytes_sent": get(&self.wire.0),
             "wire_bytes_received": get(&self.wire.1),
+            "backlog_bytes": get(&self.backlog),
+            "switchover_bandwidth": Some(get(&self.link)).filter(|&rate| rate > 0),
             "zero_pages": source.zero_pages,
             "pages": source.pages,
             "references": source.references.max(destination.references),
