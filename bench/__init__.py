@@ -16,4 +16,5 @@ the median of the rounds is reported with its spread.
     sections                    where it stands in SPECIFICATION.md
     fleet, processes            many disks in one agent, and what the kernel says of them
     scale, idle                 programs of their own: what those disks hold, and use without I/O
+    migration                   another: guests that move, in three ways
 """

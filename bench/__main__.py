@@ -23,6 +23,7 @@ from bench.backends import (
     contrib,
 )
 from bench.cases import BY_NAME
+from bench.migration.program import main as migrate
 from bench.options import parse
 from bench.results import Results, ResultsError, Sample
 from bench.sections import MarkersError
@@ -38,6 +39,10 @@ class MissingError(Exception):
 
 def main() -> int:
     """Do what the command line says; the exit status."""
+    match sys.argv[1:]:
+        # Nothing of it is like the others: hosts and guests, not backends and loads.
+        case ["--suite", "migrate", *rest] | ["--suite=migrate", *rest]:
+            return migrate(rest)
     options = parse()
     console = Console()
     if not console.is_terminal:

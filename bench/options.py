@@ -13,6 +13,8 @@ order; ratios to qemu-storage-daemon with aio=io_uring in the same round.
 
 Exit status: 0 all was measured (and, with --check, semper-blkd is not slower); 1 it is slower, or a
 measurement failed; 2 wrong usage, or something that is needed is missing.
+
+`python -m bench --suite migrate --help` is about moving guests; it is a program of its own.
 """
 
 

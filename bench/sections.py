@@ -41,5 +41,6 @@ class Section:
 
 BENCH = Section("bench", "python -m bench")
 COST = Section("cost", "python -m bench")
+MIGRATE = Section("migrate", "python -m bench --suite migrate")
 IDLE = Section("idle", "python -m bench.idle")
 SCALE = Section("scale", "python -m bench.scale")

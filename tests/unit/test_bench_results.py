@@ -19,7 +19,7 @@ from bench.cases import BY_NAME, PARITY
 from bench.driver import pinned
 from bench.load import Figures, LoadError, arguments, figures
 from bench.results import Results, ResultsError, Row, Sample
-from bench.sections import BENCH, COST, IDLE, SCALE, MarkersError
+from bench.sections import BENCH, COST, IDLE, MIGRATE, SCALE, MarkersError
 from bench.storages import Storage, StorageError, file_system, prepared
 from bench.suites import SUITES
 
@@ -225,7 +225,7 @@ def test_each_suite_knows_its_backends_and_cases() -> None:
 
 def test_the_specification_has_a_place_for_every_section() -> None:
     text = (Path(__file__).parents[2] / "SPECIFICATION.md").read_text()
-    for section in (BENCH, COST, IDLE, SCALE):
+    for section in (BENCH, COST, MIGRATE, IDLE, SCALE):
         assert text.count(section.begin) == text.count(section.end) == 1
 
 

@@ -1,0 +1,87 @@
+"""The guest's heartbeat, as both hosts hear it: how long it stood still.
+
+Two measures. The *gap* is between the last beat that the one host heard and the first of the
+other. The *jump* is by how much the guest's own clock lags behind afterwards: exactly the
+time for which its processor was stopped, as the guest could see it if it had another clock to look
+at. The gap is longer: an emulator that has just begun to run a guest translates its code anew.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bench.migration.waiting import until
+from sempervirt.core.errors import Unavailable
+from sempervirt.guest import ProbeClient
+
+BEAT_MS = 5
+LISTEN_S = 600.0
+
+
+@dataclass(frozen=True, order=True)
+class Beat:
+    """One, in nanoseconds of the host's and of the guest's monotonic clock."""
+
+    host_ns: int
+    guest_ns: int
+
+    @property
+    def lag_ns(self) -> int:
+        """How far the guest's clock is behind, and how long the beat was on its way."""
+        return self.host_ns - self.guest_ns
+
+
+def gap_ms(before: Iterable[Beat], after: Iterable[Beat]) -> float:
+    """From the last beat on the one host to the first on the other."""
+    return (min(after).host_ns - max(before).host_ns) / 1e6
+
+
+def jump_ms(before: Iterable[Beat], after: Iterable[Beat]) -> float:
+    """By how much the clock lags more; the quickest beat of each side counts."""
+    earlier, later = (min(beat.lag_ns for beat in beats) for beats in (before, after))
+    return (later - earlier) / 1e6
+
+
+@dataclass
+class Pulse:
+    """The beats that one host has heard."""
+
+    beats: list[Beat] = field(default_factory=list)
+    probe: ProbeClient | None = None
+
+    @classmethod
+    @asynccontextmanager
+    async def felt(cls, path: Path) -> AsyncIterator["Pulse"]:
+        """Listen at the host's end of a channel from when it appears, until the block is left."""
+        pulse = cls()
+        task = asyncio.create_task(pulse._listen(path))
+        try:
+            yield pulse
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            if pulse.probe is not None:
+                await pulse.probe.close()
+
+    async def _listen(self, path: Path) -> None:
+        try:
+            self.probe = await ProbeClient.connect(path, deadline_s=LISTEN_S)
+        except Unavailable:
+            return
+        async for event in self.probe.events():
+            if event.name == "beat":
+                self.beats.append(Beat(event.received_ns, int(event.members["monotonic_ns"])))
+
+    async def beating(self, count: int, deadline_s: float) -> ProbeClient:
+        """The probe, once so many beats more were heard. Raises MoveError."""
+        wanted = len(self.beats) + count
+        await until(lambda: len(self.beats) >= wanted, f"{count} heartbeats", deadline_s)
+        return await self.connected(deadline_s)
+
+    async def connected(self, deadline_s: float) -> ProbeClient:
+        """The probe, once its channel is there. Raises MoveError."""
+        await until(lambda: self.probe is not None, "the probe's channel", deadline_s)
+        assert self.probe is not None
+        return self.probe

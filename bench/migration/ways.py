@@ -1,0 +1,154 @@
+"""The ways to move a guest that are compared. Each takes it from one host to the other.
+
+Everything is the same but how memory travels: the same QEMU, the same limit to the downtime (QEMU's
+300 ms), the same backends that hand the disks over, no limit on bandwidth but the link's own. Only
+semper-wired encrypts.
+"""
+
+import itertools
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from bench.migration.ends import QMP_S, End, ask, program
+from bench.migration.waiting import MoveError, until
+from sempervirt.trust.authority import CERTIFICATE_FILE as AUTHORITY_FILE
+from sempervirt.trust.authority import Authority, Issued
+from sempervirt.trust.identity import CERTIFICATE_FILE, KEY_FILE, Identity
+from sempervirt.vm.qmp import Monitor
+
+MOVE_S = 240.0
+WIRED_S = 60.0
+CHANNELS = 2
+UNLIMITED_BYTES_S = 10 << 30
+_ports = itertools.count(41000)
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way. `wired`: QEMU speaks to semper-wired on its own host, and not to the other QEMU."""
+
+    name: str
+    label: str
+    capabilities: tuple[str, ...] = ()
+    parameters: tuple[tuple[str, Any], ...] = ()
+    wired: bool = False
+
+    async def move(self, here: End, there: End, source: Monitor, target: Monitor) -> dict[str, Any]:
+        """Moves the guest; returns when QEMU says that it is done, with what was told of it."""
+        for monitor in (source, target):
+            await self._prepare(monitor)
+        to = f"tcp:{there.address}:{next(_ports)}"
+        source_uri, target_uri = to, to
+        if self.wired:
+            source_uri, target_uri = (f"unix:{end.path('stream')}" for end in (here, there))
+        await target.execute("migrate-incoming", {"uri": target_uri}, timeout_s=QMP_S)
+        if self.wired:
+            await lay_wire(here, there)
+        for disk in here.hardware.disks:
+            await ask(here.control(disk), "handover", armed=True)
+        await source.execute("migrate", {"uri": source_uri}, timeout_s=QMP_S)
+        told = await wait_completed(source, target)
+        if self.wired:
+            for end in (here, there):
+                await end.ended("wired", WIRED_S)
+            told["wired"] = outcome(here)
+        return told
+
+    async def _prepare(self, monitor: Monitor) -> None:
+        wanted = [{"capability": name, "state": True} for name in self.capabilities]
+        if wanted:
+            given = {"capabilities": wanted}
+            await monitor.execute("migrate-set-capabilities", given, timeout_s=QMP_S)
+        parameters = {"max-bandwidth": UNLIMITED_BYTES_S, **dict(self.parameters)}
+        await monitor.execute("migrate-set-parameters", parameters, timeout_s=QMP_S)
+
+
+async def wait_completed(source: Monitor, target: Monitor) -> dict[str, Any]:
+    """Wait until the migration is complete and the guest runs there. Raises MoveError."""
+    info: dict[str, Any] = {}
+
+    async def complete() -> bool:
+        info.update(await source.execute("query-migrate", timeout_s=QMP_S))
+        if info.get("status") in {"failed", "cancelled"}:
+            raise MoveError(f"QEMU could not migrate: {info.get('error-desc', info)}")
+        return info.get("status") == "completed"
+
+    async def runs() -> bool:
+        return await target.query_status(QMP_S) == "running"
+
+    await until(complete, "the migration", MOVE_S)
+    await until(runs, "the guest at its destination", MOVE_S)
+    return {"qemu": info}
+
+
+async def lay_wire(here: End, there: End) -> None:
+    """Both ends of semper-wired, joined over TLS, with the index of the disks made."""
+    authority = Authority.create(here.directory, "bench")
+    for end in (here, there):
+        identity = Identity(end.directory)
+        issued = authority.issue_host(identity.request(end.name), end.name, "127.0.0.1:1")
+        identity.keep(issued.pem, Issued(authority.certificate).pem)
+    disks = here.hardware.disks.items()
+    listen = [f"--disk={name}={image}" for name, image in disks]
+    there.start("wired", _end("destination", there, here, f"--listen={there.address}:0", *listen))
+    address = await _told(there, "address")
+    known = [f"--disk={name}={image},backend={here.control(name)}" for name, image in disks]
+    here.start("wired", _end("source", here, there, f"--connect={address}", *known))
+    await _told(here, "state", "ready")
+
+
+def _end(kind: str, end: End, peer: End, *options: str) -> list[str]:
+    return [
+        program("semper-wired"),
+        kind,
+        "--migration=bench",
+        f"--ca={end.path(AUTHORITY_FILE)}",
+        f"--cert={end.path(CERTIFICATE_FILE)}",
+        f"--key={end.path(KEY_FILE)}",
+        f"--peer-name={peer.name}",
+        f"--qemu-socket={end.path('stream')}",
+        f"--control-socket={end.path('wired.control')}",
+        *options,
+    ]
+
+
+async def _told(end: End, key: str, value: object = None) -> Any:
+    """Wait until an end of the wire tells something (that value, if one is given)."""
+    found: list[Any] = []
+
+    async def told() -> bool:
+        try:
+            status = await ask(end.path("wired.control"), "status")
+        except OSError:  # not listening yet
+            return False
+        if status["error"]:
+            raise MoveError(f"semper-wired on {end.name}: {status['error']}")
+        found.append(status[key])
+        return found[-1] is not None and value in {None, found[-1]}
+
+    await until(told, f"{key} of semper-wired on {end.name}", WIRED_S)
+    return found[-1]
+
+
+def outcome(end: End) -> dict[str, Any]:
+    """The last word of an end of the wire. Raises MoveError if there is none."""
+    said = [
+        line.partition("migration status=")[2]
+        for line in end.path("wired.log").read_text().splitlines()
+    ]
+    for text in reversed(said):
+        if text:
+            return dict(json.loads(text))
+    raise MoveError(f"semper-wired on {end.name} tells nothing: {end.said('wired')}")
+
+
+STOCK = Way("stock", "stock QEMU")
+MULTIFD = Way(
+    "multifd-zstd",
+    f"multifd, {CHANNELS} channels, zstd",
+    capabilities=("multifd",),
+    parameters=(("multifd-channels", CHANNELS), ("multifd-compression", "zstd")),
+)
+WIRED = Way("wired", "semper-wired", wired=True)
+WAYS = {way.name: way for way in (STOCK, MULTIFD, WIRED)}

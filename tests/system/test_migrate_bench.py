@@ -1,0 +1,43 @@
+"""The migration bench in short: one guest, one round, no limit on the link."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from bench.__main__ import main
+from bench.migration.figures import Results
+
+pytestmark = [pytest.mark.guest, pytest.mark.root, pytest.mark.timeout(240)]
+MEMORY_MIB = 256
+
+
+def test_a_guest_moves_in_three_ways_and_the_bytes_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    choice = ["--link=unlimited", "--guest=cached", "--rounds=1", f"--memory={MEMORY_MIB}"]
+    argv = ["bench", "--suite", "migrate", *choice, f"--output={tmp_path}"]
+    monkeypatch.setattr("sys.argv", argv)
+    assert main() == 0, capsys.readouterr()
+    files = {path.suffix: path for path in tmp_path.iterdir()}
+    assert sorted(files) == [".json", ".md", ".svg"]
+    results = Results.read(files[".json"])
+    figures = {sample.way: sample.figures for sample in results.samples}
+    assert sorted(figures) == ["multifd-zstd", "stock", "wired"]
+    for way, seen in figures.items():
+        assert seen is not None
+        # It was another boot's clock, or another guest's, if these were not in order.
+        assert 0 < seen.stopped_ms < seen.blackout_ms + 20, way
+        assert 0 < seen.migrate_s <= seen.total_s, way
+        assert seen.echo_ms > 0, way
+        assert seen.cpu_s > 0, way
+    stock, multifd, wired = (figures[way] for way in ("stock", "multifd-zstd", "wired"))
+    assert stock is not None
+    assert multifd is not None
+    assert wired is not None
+    # The guest's programs alone, without the package tree, are most of what it holds.
+    assert wired.wire_mb < multifd.wire_mb < stock.wire_mb
+    told = next(sample.told for sample in results.samples if sample.way == "wired")["wired"]
+    assert told["references"] > 10_000
+    assert stock.wire_mb * 1e6 > told["stream_bytes"] * 0.8
+    assert "| page cache full of packages | semper-wired |" in files[".md"].read_text()
