@@ -11,9 +11,11 @@ use std::time::Duration;
 use crate::format::WireError;
 
 /// How long what is under way may wait, beyond the time that the way itself takes.
-const SLACK: Duration = Duration::from_millis(10);
-/// How long the fastest rate counts.
-const MEMORY: Duration = Duration::from_millis(500);
+const SLACK: Duration = Duration::from_millis(4);
+/// How long the fastest rate counts: several times of the way, within these bounds. A stream's next
+/// pages may be of a kind that takes ten times as long, and the queue should not be ten times as
+/// long then.
+const MEMORY: (Duration, Duration) = (Duration::from_millis(20), Duration::from_millis(500));
 /// In force at the beginning, and at least.
 const FIRST: u64 = 4 << 20;
 const LEAST: u64 = 1 << 20;
@@ -101,7 +103,8 @@ impl Window {
             self.rates.pop_back();
         }
         self.rates.push_back((rate, now));
-        while self.rates.len() > 1 && self.rates[0].1 + MEMORY < now {
+        let memory = (4 * self.shortest).clamp(MEMORY.0, MEMORY.1);
+        while self.rates.len() > 1 && self.rates[0].1 + memory < now {
             self.rates.pop_front();
         }
         let time = (self.shortest + self.shortest / 4 + SLACK).as_micros() as u64;
