@@ -107,7 +107,7 @@ pub fn source(data: &[u8]) {
         }
     }
     wire.extend_from_slice(bytes.take(1 << 12));
-    let mut decoder = Decoder::new(disk, vec![BLOCKS], KEY, WINDOW);
+    let mut decoder = Decoder::new(disk, vec![BLOCKS], KEY, WINDOW).expect("memory");
     let (mut rest, mut waiting, mut granted) = (&wire[..], 0, 0);
     while let Ok(Some((frame, length))) = first_frame(rest) {
         rest = &rest[length..];

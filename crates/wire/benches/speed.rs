@@ -92,7 +92,7 @@ fn encode(bytes: &[u8], index: &mut ContentIndex, mut take: impl FnMut(Batch)) -
 
 fn decode(frames: &[Batch], disk: &[u8]) -> (Duration, u64) {
     let began = clock();
-    let mut decoder = Decoder::new(Flat(disk), vec![BLOCKS], KEY, 1 << 30);
+    let mut decoder = Decoder::new(Flat(disk), vec![BLOCKS], KEY, 1 << 30).expect("memory");
     let (mut length, mut credit) = (0, 0);
     for batch in frames {
         let (frame, _): (Frame<'_>, _) = first_frame(batch.frame()).expect("valid").expect("whole");

@@ -225,7 +225,7 @@ pub(crate) fn rebuild(
     }
     let body_len = body_len as usize;
     let hashes = reader.take(references * size_of::<Hash>())?.chunks_exact(size_of::<Hash>());
-    let hashes = hashes.map(|hash| hash.try_into().expect("16 bytes")).collect();
+    let hashes = hashes.filter_map(|hash| hash.first_chunk().copied()).collect();
     let body = match flags as u32 & FLAG_PACKED {
         0 => reader.0,
         _ => {

@@ -12,6 +12,7 @@
 //! the window, which a source may not exceed.
 
 use std::collections::VecDeque;
+use std::io;
 
 use zstd::bulk::Decompressor;
 
@@ -19,7 +20,7 @@ use crate::batch::{Rebuilt, rebuild};
 use crate::format::{self, Frame, Kind, MAX_REPAIRS, Reader, WireError};
 use crate::index::BlockRef;
 use crate::ledger::charge;
-use crate::{Hash, PAGE_SIZE, hash_page};
+use crate::{Hash, PAGE_SIZE, Page, hash_page};
 
 /// Blocks that are read in one piece.
 const RUN: usize = 64;
@@ -87,15 +88,15 @@ pub struct Decoder<D> {
 impl<D: Disks> Decoder<D> {
     /// For disks of these sizes in blocks, 0 where there is none; `window` is what was agreed upon.
     ///
-    /// # Panics
-    /// When zstd has no memory.
-    pub fn new(disks: D, sizes: Vec<u64>, key: [u8; 32], window: u64) -> Self {
-        Self {
+    /// # Errors
+    /// No memory.
+    pub fn new(disks: D, sizes: Vec<u64>, key: [u8; 32], window: u64) -> io::Result<Self> {
+        Ok(Self {
             disks,
             sizes,
             key,
             verify: true,
-            unpacker: Decompressor::new().expect("memory for zstd"),
+            unpacker: Decompressor::new()?,
             unpacked: Vec::new(),
             window,
             received: 0,
@@ -105,7 +106,7 @@ impl<D: Disks> Decoder<D> {
             end: None,
             taken: 0,
             judged: Judged::default(),
-        }
+        })
     }
 
     /// Believes every block, to show what the verification is for.
@@ -154,11 +155,11 @@ impl<D: Disks> Decoder<D> {
         if !rebuilt.refs.iter().all(has) {
             return Err(WireError::Protocol("a reference to a block that there is not"));
         }
-        Ok(self.judge(rebuilt))
+        self.judge(rebuilt)
     }
 
     /// Reads and compares every block that the batch refers to.
-    fn judge(&mut self, rebuilt: Rebuilt) -> Option<Vec<u8>> {
+    fn judge(&mut self, rebuilt: Rebuilt) -> Result<Option<Vec<u8>>, WireError> {
         let Rebuilt { id, mut bytes, places, refs, hashes } = rebuilt;
         let mut missing = Vec::new();
         let mut at = 0;
@@ -174,8 +175,8 @@ impl<D: Disks> Decoder<D> {
                 let (place, hash) = (places[reference] as usize, hashes[reference]);
                 let page = blocks.as_mut().and_then(Iterator::next);
                 // What is hashed is the copy that QEMU gets, not the disk's changing one.
-                let copy: &mut [u8; PAGE_SIZE] =
-                    bytes[place..].first_chunk_mut().expect("a page has room where it belongs");
+                let copy = bytes.get_mut(place..).and_then(<[u8]>::first_chunk_mut);
+                let copy: &mut Page = copy.ok_or(WireError::Protocol("a page without its room"))?;
                 if let Some(page) = page {
                     copy.copy_from_slice(page);
                 }
@@ -193,7 +194,7 @@ impl<D: Disks> Decoder<D> {
         self.judged.mismatches += missing.len() as u64;
         let verdict = (!refs.is_empty()).then(|| verdict(id, &missing));
         self.pending.push_back(Pending { id, bytes, missing });
-        verdict
+        Ok(verdict)
     }
 
     fn repair(&mut self, payload: &[u8]) -> Result<(), WireError> {

@@ -70,10 +70,10 @@ impl Ledger {
         }
         let frames = bad.chunks(MAX_REPAIRS).map(|bad| held.repair(bad)).collect();
         let mismatch = |&at: &u32| {
-            let page = &held.pages[at as usize * PAGE_SIZE..][..PAGE_SIZE];
-            (held.refs[at as usize], page.try_into().expect("a page"))
+            let page = held.pages.get(at as usize * PAGE_SIZE..)?.first_chunk()?;
+            Some((*held.refs.get(at as usize)?, *page))
         };
-        Ok(Repairs { frames, mismatched: bad.iter().map(mismatch).collect() })
+        Ok(Repairs { frames, mismatched: bad.iter().filter_map(mismatch).collect() })
     }
 }
 

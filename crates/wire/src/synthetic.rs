@@ -194,7 +194,7 @@ impl<I: PageIndex, D: Disks> Pair<I, D> {
         Self {
             packer: options.packer().expect("memory"),
             encoder: Encoder::new(index, options),
-            decoder: Decoder::new(disks, vec![blocks], KEY, WINDOW),
+            decoder: Decoder::new(disks, vec![blocks], KEY, WINDOW).expect("memory"),
             ledger: Ledger::default(),
             window: Window::new(WINDOW),
             queue: std::collections::VecDeque::new(),

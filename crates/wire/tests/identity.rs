@@ -214,7 +214,7 @@ fn a_source_may_not_exceed_the_window() {
     let mut packer = options.packer().unwrap();
     let mut encoder = semper_wire::Encoder::new(NoIndex, options);
     let key = semper_wire::synthetic::KEY;
-    let mut decoder = Decoder::new(MemoryDisk::default(), vec![], key, *WINDOWS.start());
+    let mut decoder = Decoder::new(MemoryDisk::default(), vec![], key, *WINDOWS.start()).unwrap();
     let (mut sent, mut refused) = (0, false);
     for _ in 0..10 {
         encoder.feed(&[7; MAX_STREAM]);

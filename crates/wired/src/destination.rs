@@ -162,7 +162,8 @@ fn greet(
         .send(&Ready { readable: sizes.iter().map(|&blocks| blocks > 0).collect() }.to_frame())?;
     channel.established()?;
     progress.peer(&theirs.program);
-    let decoder = Decoder::new(DiskReader::new(disks), sizes, start.key, agreed.window);
+    let decoder = Decoder::new(DiskReader::new(disks), sizes, start.key, agreed.window)
+        .map_err(Failure::system("get memory for zstd"))?;
     #[cfg(feature = "unsafe-no-verify")]
     let decoder = match crate::trial::verifies() {
         true => decoder,
