@@ -9,12 +9,13 @@ import logging
 import signal
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from sempervirt.core.errors import CommandFailed
 from sempervirt.core.queue_map import Binding
 from sempervirt.disk import running as processes
-from sempervirt.disk.backend import Launch
+from sempervirt.disk.backend import ImageTitle, Launch
 from sempervirt.disk.observer import observe
 from sempervirt.disk.program import Programs, path_of
 from sempervirt.disk.record import DiskRecord, RecordedProcess
@@ -47,6 +48,10 @@ class Crew:
         self._seen = seen
         self._members: dict[int, Running] = {}
         self._recorded: DiskRecord | None = None
+
+    def entitle(self, title: ImageTitle) -> None:
+        """From now on processes are started by this right."""
+        self._setup = replace(self._setup, title=title)
 
     def get(self, generation: int | None) -> Running | None:
         """The process of that generation, while it runs."""

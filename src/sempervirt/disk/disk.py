@@ -28,12 +28,14 @@ from sempervirt.core.errors import (
 from sempervirt.core.events import Journal
 from sempervirt.core.queue_map import Binding, DevicePlan, check_map, format_map
 from sempervirt.disk import control, takeover
+from sempervirt.disk.backend import ImageTitle
 from sempervirt.disk.crew import Crew
 from sempervirt.disk.program import Programs, is_installed, path_of
 from sempervirt.disk.running import Running
 from sempervirt.disk.setup import DiskSetup
 from sempervirt.disk.supervised import (
     Effect,
+    Freeze,
     Kill,
     Rebind,
     Rebound,
@@ -44,6 +46,7 @@ from sempervirt.disk.supervised import (
     Stopped,
     SupervisionEvent,
     Terminate,
+    Thaw,
     Tick,
     TookOver,
     UpgradeAsked,
@@ -65,6 +68,7 @@ STOP_DEADLINE_S = 40.0
 # Until some backend moves its queues; longer than a take-over and its replay.
 REBIND_DEADLINE_S = 15.0
 REBIND_RETRY_S = 0.05
+FREEZE_DEADLINE_S = 10.0
 # Every page of the guest is compared before an export begins: seconds for each GiB.
 MAP_DEADLINE_S = 600.0
 
@@ -258,6 +262,48 @@ class Disk:
             else:
                 return
             await asyncio.sleep(REBIND_RETRY_S)
+
+    async def freeze(self) -> None:
+        """Ends the standby; from now on nothing is started, and nobody waits for the image.
+
+        Raises StateConflict while the disk is being upgraded, Unavailable.
+        """
+        if self._upgrades:
+            raise StateConflict(f"disk {self.name} is being upgraded", remedy="wait for its end")
+        self.post(Freeze())
+        await self._wait(
+            lambda: self._state.frozen and self._state.standby is None,
+            FREEZE_DEADLINE_S,
+            "the end of the standby",
+        )
+
+    def thaw(self) -> None:
+        """The disk has a standby again, and successors."""
+        self.post(Thaw())
+
+    async def hand_over(self, *, armed: bool) -> bool:
+        """Has the active backend let go of the image as soon as the guest stands still, or keep it.
+
+        Gives whether it holds the image now. Raises Unavailable, OutcomeUnknown.
+        """
+        return bool((await self._ask("handover", armed=armed))["owns_image"])
+
+    def entitle(self, title: ImageTitle) -> None:
+        """From now on backends are started by this right."""
+        self.setup = replace(self.setup, title=title)
+        self.crew.entitle(title)
+
+    async def claim(self, title: ImageTitle) -> None:
+        """As `entitle`, and the backend that awaits its claim gets it.
+
+        If there is none any more, the next one will have it: then the disk is thawed. Raises
+        Unavailable and OutcomeUnknown, as often as it is asked again.
+        """
+        self.entitle(title)
+        if self._state.active is None:
+            self.thaw()
+            return
+        await self._ask("claim", epoch=title.epoch, claim=title.claim)
 
     async def stop(self) -> None:
         """Ends all backends, the active one after draining.

@@ -11,7 +11,7 @@ from sempervirt.disk.program import Programs, path_of
 from sempervirt.disk.record import DiskRecord, RecordedProcess, read_disk_record
 from sempervirt.disk.running import Running
 from sempervirt.disk.setup import DiskSetup
-from sempervirt.disk.supervised import Backend, Begin, Exited, State, Tick
+from sempervirt.disk.supervised import Backend, Begin, Exited, Freeze, State, Tick
 from sempervirt.host import process
 from sempervirt.host.records import remove_record
 from sempervirt.host.sockets import borrow_listener, listen_unix
@@ -25,6 +25,8 @@ START_DEADLINE_S = 30.0
 async def start_disk(setup: DiskSetup) -> Disk:
     """Starts the first backend of a disk and returns when it listens.
 
+    One that awaits its claim is frozen.
+
     Raises ImageLocked, InvalidRequest or Unavailable as the backend gives its reason; nothing
     is left running then.
     """
@@ -35,27 +37,42 @@ async def start_disk(setup: DiskSetup) -> Disk:
     except SempervirtError:
         programs.keep_only(())
         raise
-    disk = Disk(setup, listener, programs, State(binary=token, binding=setup.binding))
+    awaits = setup.title is not None and setup.title.epoch is None
+    state = State(binary=token, binding=setup.binding, frozen=awaits)
+    disk = Disk(setup, listener, programs, state)
     disk.post(Begin())
     try:
         await disk.changes.wait_until(
-            lambda: disk.refused is not None or disk.state.served,
+            lambda: _is_up(disk, awaits=awaits),
             timeout_s=START_DEADLINE_S,
             what=f"the backend of disk {setup.name}",
         )
     except BaseException:
         await disk.stop()
         raise
-    if disk.refused is None:
+    if disk.refused is None and disk.state.active is not None:
         return disk
+    refused = disk.refused or disk.reason
     await disk.stop()
     if disk.crew.last_end is None:
-        raise Unavailable(f"disk {setup.name}: {disk.refused}")
+        raise Unavailable(f"disk {setup.name}: {refused}")
     raise processes.refusal(setup.name, *disk.crew.last_end)
 
 
-async def adopt_disk(setup: DiskSetup) -> Disk:
+def _is_up(disk: Disk, *, awaits: bool) -> bool:
+    """Whether the first backend is there, or has ended."""
+    if disk.refused is not None:
+        return True
+    active = disk.state.active
+    if not awaits:
+        return disk.state.served
+    return active.ready if active else disk.reason != ""
+
+
+async def adopt_disk(setup: DiskSetup, *, frozen: bool = False) -> Disk:
     """Takes over the backends that an earlier agent started; guests go on meanwhile.
+
+    With `frozen` a standby is killed and none is started, until `thaw`.
 
     The listening socket is taken back from a backend that holds it. Where that is not
     allowed, a new one is bound at the same path: then the old standby, which listens on a
@@ -86,14 +103,14 @@ async def adopt_disk(setup: DiskSetup) -> Disk:
         active=backends[0] if backends else None,
         standby=backends[1] if len(backends) > 1 else None,
         served=True,
-        start_due=None if len(backends) > 1 else 0.0,
+        start_due=None if len(backends) > 1 or frozen else 0.0,
         binding=record.binding or setup.binding,
     )
     listener = listener or listen_unix(setup.files.socket)
     disk = Disk(setup, listener, programs, state, record.restarts)
     for item, backend in zip(alive, backends, strict=True):
         _admit(disk, item, backend.binary, active=item is alive[0])
-    disk.post(Tick())
+    disk.post(Freeze() if frozen else Tick())
     if stale:
         disk.keep(_hand_over(disk), "hand over")
     log.info(

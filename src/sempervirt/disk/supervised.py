@@ -77,6 +77,7 @@ class State:
     stopping: bool = False
     stop_deadline: float | None = None
     binding: Binding | None = None
+    frozen: bool = False
 
 
 # Events
@@ -131,6 +132,16 @@ class Rebound:
 
 
 @dataclass(frozen=True)
+class Freeze:
+    """Start nothing from now on: the image is to be had by another host."""
+
+
+@dataclass(frozen=True)
+class Thaw:
+    """Start again what is missing: the image is this host's."""
+
+
+@dataclass(frozen=True)
 class StopAsked:
     """End all processes."""
 
@@ -141,7 +152,17 @@ class Tick:
 
 
 SupervisionEvent = (
-    Begin | Ready | Serving | Progressed | Exited | UpgradeAsked | Rebound | StopAsked | Tick
+    Begin
+    | Ready
+    | Serving
+    | Progressed
+    | Exited
+    | UpgradeAsked
+    | Rebound
+    | Freeze
+    | Thaw
+    | StopAsked
+    | Tick
 )
 
 # Effects

@@ -31,6 +31,8 @@ help: what is decided here is only what to start next, when, and from which bina
 - Rebinding of queues to threads: the active process does it, and then the map is remembered,
   for the standby and every later process. A process with another map serves as well: whoever
   is seen to serve so is told (`disk`). So nothing has to be done about a death in between.
+- Frozen, while the VM moves to another host or comes from one: the standby, which would take the
+  image as soon as the active one lets go of it, is killed, and whoever ends has no successor.
 """
 
 from __future__ import annotations
@@ -43,6 +45,7 @@ from sempervirt.disk.supervised import (
     Decision,
     Effect,
     Exited,
+    Freeze,
     Kill,
     Phase,
     Policy,
@@ -58,6 +61,7 @@ from sempervirt.disk.supervised import (
     Stopped,
     SupervisionEvent,
     Terminate,
+    Thaw,
     Tick,
     TookOver,
     Upgrade,
@@ -87,6 +91,8 @@ def decide(state: State, event: SupervisionEvent, now: float, policy: Policy) ->
         case Rebound(binding):
             standby = [Rebind(state.standby.generation)] if state.standby else []
             return replace(state, binding=binding), [*standby]
+        case Freeze() | Thaw():
+            return _frozen(state, event, now)
         case StopAsked():
             return _stop_asked(state, now, policy)
         case Tick():
@@ -112,6 +118,8 @@ def condition(state: State, policy: Policy) -> str:
     if not serving and policy.active.at_ceiling(state.active_failures):
         return "failing"
     if active is None:
+        if state.frozen:
+            return "frozen"
         return "backing-off" if state.served else "stopped"
     if active.serving_since is None:
         return "recovering" if state.served else "starting"
@@ -166,7 +174,7 @@ def _serving(state: State, generation: int, now: float) -> Decision:
     first = not state.served
     state = replace(state, served=True, active=replace(active, ready=True, serving_since=now))
     if first:
-        return replace(state, start_due=now), []
+        return replace(state, start_due=None if state.frozen else now), []
     upgrade = state.upgrade
     if upgrade and upgrade.phase is Phase.VERIFYING and upgrade.generation == generation:
         return replace(state, binary=upgrade.binary, upgrade=None), [UpgradeEnded("")]
@@ -186,6 +194,9 @@ def _active_exited(
 ) -> Decision:
     if state.stopping:
         return _stop_further(replace(state, active=None))
+    if state.frozen:
+        left = replace(state, active=None)
+        return left, [TookOver(dead.generation, None, planned=False, reason=reason)]
     if not state.served:
         return replace(state, active=None, stopping=True), [Refused(reason)]
     upgrade = state.upgrade
@@ -227,6 +238,8 @@ def _standby_exited(
     state = replace(state, standby=None)
     if state.stopping:
         return _stop_further(state)
+    if state.frozen:
+        return state, []
     upgrade = state.upgrade
     if upgrade is not None and upgrade.generation is None:
         state, effects = _start_standby(state, upgrade.binary)
@@ -244,7 +257,20 @@ def _standby_exited(
     return replace(state, standby_failures=failures, start_due=now + delay_s), effects
 
 
+def _frozen(state: State, event: Freeze | Thaw, now: float) -> Decision:
+    if isinstance(event, Thaw):
+        return replace(state, frozen=False, start_due=now), []
+    effects: list[Effect] = []
+    if state.upgrade is not None:
+        effects.append(UpgradeEnded("the VM moves"))
+    if state.standby is not None:
+        effects.append(Kill(state.standby.generation))
+    return replace(state, frozen=True, upgrade=None, start_due=None), effects
+
+
 def _upgrade_asked(state: State, binary: str, now: float, policy: Policy) -> Decision:
+    if state.frozen:
+        return state, [UpgradeRefused("the VM moves")]
     if state.stopping or state.active is None or state.active.serving_since is None:
         return state, [UpgradeRefused("the disk is not being served now")]
     if not policy.standby:

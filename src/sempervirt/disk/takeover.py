@@ -38,8 +38,11 @@ def milestones(timeline_ns: Mapping[str, Any], seen_ns: int) -> dict[str, float 
 
 
 def is_prepared(status: Mapping[str, Any]) -> bool:
-    """Whether a standby has everything ready."""
-    return (status.get("timeline_ns") or {}).get("standby_ready") is not None
+    """Whether a process that is to have the image later, a standby or the end of a migration, has
+    everything ready.
+    """
+    waits = (status.get("claim") or {}).get("state") == "awaited"
+    return waits or (status.get("timeline_ns") or {}).get("standby_ready") is not None
 
 
 def holds_image(status: Mapping[str, Any]) -> bool:
