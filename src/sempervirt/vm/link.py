@@ -10,7 +10,7 @@ from typing import Any
 
 from sempervirt.core.errors import OutcomeUnknown, SempervirtError, Unavailable
 from sempervirt.host.changes import Changes
-from sempervirt.vm.qmp import Monitor
+from sempervirt.vm.qmp import Monitor, OnEvent
 from sempervirt.vm.states import QemuEvent, Silent, StatusTold, VmEvent
 
 RETRY_S = 0.02
@@ -29,15 +29,21 @@ class Patience:
 
 
 class Link:
-    """The way to one QEMU. `run` is its task; `report` gets what it learns."""
+    """The way to one QEMU. `run` is its task; `report` gets what it learns, `heard` every event."""
 
     def __init__(
-        self, path: Path, name: str, patience: Patience, report: Callable[[VmEvent], None]
+        self,
+        path: Path,
+        name: str,
+        patience: Patience,
+        report: Callable[[VmEvent], None],
+        heard: OnEvent,
     ) -> None:
         self._path = path
         self._name = name
         self._patience = patience
         self._report = report
+        self._heard = heard
         self._monitor: Monitor | None = None
         self._changes = Changes()
 
@@ -113,3 +119,4 @@ class Link:
 
     def _passed_on(self, name: str, data: Mapping[str, Any]) -> None:
         self._report(QemuEvent(name, str(data.get("reason", ""))))
+        self._heard(name, data)

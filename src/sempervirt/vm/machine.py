@@ -12,7 +12,7 @@ import contextlib
 import logging
 import signal
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,6 +27,7 @@ from sempervirt.vm.link import Link, Patience
 from sempervirt.vm.runstate import QUIT_DEADLINE_S, step
 from sempervirt.vm.spec import VmSpec
 from sempervirt.vm.states import (
+    ON_REQUEST,
     Accept,
     Asked,
     Done,
@@ -58,6 +59,7 @@ LOG_LIMIT_BYTES = 4 << 20
 HOUSEKEEPING_S = 10.0
 
 Reply = asyncio.Future[None]
+Listener = Callable[[str, Mapping[str, Any]], None]
 
 
 class Machine:
@@ -75,12 +77,13 @@ class Machine:
         self._queue: asyncio.Queue[tuple[VmEvent, Reply | None]] = asyncio.Queue()
         self._pending: Reply | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._link = Link(files.monitor, spec.name, patience, self._post)
         self._patience = patience
+        self._link = self._new_link(files)
         self._tasks: set[asyncio.Task[None]] = set()
         self._linking: asyncio.Task[None] | None = None
         self._successor: Successor | None = None
         self._era = 0
+        self._listener: Listener | None = None
 
     @classmethod
     def launch(
@@ -109,11 +112,20 @@ class Machine:
 
     @classmethod
     def adopt(
-        cls, spec: VmSpec, files: VmFiles, identity: ProcessId | None, patience: Patience
+        cls,
+        spec: VmSpec,
+        files: VmFiles,
+        identity: ProcessId | None,
+        patience: Patience,
+        held: Request | None = None,
     ) -> Machine:
-        """Takes over a QEMU that an earlier agent started, also one that has ended since."""
+        """Takes over a QEMU that an earlier agent started, also one that has ended since.
+
+        With `held` nobody may touch it before that work has gone on and released it.
+        """
         machine = cls(spec, files, patience)
-        machine._state = VmState(run=Runstate.UNKNOWN, why="adopted, and not asked yet")
+        why = "adopted, and not asked yet"
+        machine._state = VmState(run=Runstate.UNKNOWN, why=why, held=held)
         adopted = identity and process.adopt(identity, machine._exits())
         if adopted:
             machine._watch(adopted)
@@ -171,9 +183,9 @@ class Machine:
         await self._ask(Asked(Request.STOP, grace_s))
         await self._wait_end(grace_s + QUIT_DEADLINE_S + KILL_DEADLINE_S)
 
-    async def kill(self) -> None:
+    async def kill(self, because: str = ON_REQUEST) -> None:
         """Ends QEMU at once, whatever its state. Raises OutcomeUnknown if that has no effect."""
-        await self._ask(Asked(Request.KILL))
+        await self._ask(Asked(Request.KILL, because=because))
         await self._wait_end(KILL_DEADLINE_S)
 
     async def wait_ended(self, timeout_s: float | None = None) -> None:
@@ -195,6 +207,10 @@ class Machine:
     async def execute(self, command: str, arguments: dict[str, Any] | None = None) -> Any:
         """A monitor command that does not change the runstate. Raises as `qmp.Monitor` does."""
         return await self._link.execute(command, arguments)
+
+    def listen(self, listener: Listener | None) -> None:
+        """Has every event of QEMU passed to one listener, with its data; None ends that."""
+        self._listener = listener
 
     # Work that takes several steps
 
@@ -230,9 +246,16 @@ class Machine:
         """Connects to the monitor of the QEMU that took over. Raises Unavailable."""
         if self.run.is_end:
             return
-        self._link = Link(self.files.monitor, self.name, self._patience, self._post)
+        self._link = self._new_link(self.files)
         self._linking = self._keep(self._link.run(), "monitor")
         await self._link.wait_connected(self._patience.connect_s)
+
+    def _new_link(self, files: VmFiles) -> Link:
+        return Link(files.monitor, self.name, self._patience, self._post, self._heard)
+
+    def _heard(self, name: str, data: Mapping[str, Any]) -> None:
+        if self._listener is not None:
+            self._listener(name, data)
 
     def _switch(self) -> None:
         before, successor = self._process, self._successor

@@ -21,10 +21,10 @@
 - UNKNOWN: a command was sent and not answered, or the monitor ended while the process lives.
   QEMU may still write to the disks. Nothing but asking again (which goes on by itself) or
   `kill` leads out of it.
-- RUNNING and PAUSED can be *held*, by a restart of QEMU or a save: work of many steps, each of
-  which may pause the guest and let it go on. Meanwhile other requests are refused, and what QEMU
-  tells of pauses is not passed on. `switch` is the one step of it that cannot be undone: this
-  QEMU is killed, and another, which has taken over its state, is the VM from then on.
+- RUNNING and PAUSED can be *held*, by a restart of QEMU, a save or a migration: work of many
+  steps, each of which may pause the guest and let it go on. Meanwhile other requests are refused,
+  and what QEMU tells of pauses is not passed on. `switch` is the one step of it that cannot be
+  undone: this QEMU is killed, and another, which has taken over its state, is the VM from then on.
 - `kill` works in every state. It is the fence: once the process is seen to have ended, the
   VM's disks are free.
 """
@@ -65,7 +65,12 @@ _BUSY = {
     Request.RESTART: "a restart of QEMU",
     Request.SAVE: "a save",
     Request.RESTORE: "its restoration",
+    Request.DEPART: "its migration to another host",
+    Request.ARRIVE: "its migration to this host",
 }
+
+# They go on when the monitor falls silent, and keep others from touching a VM that two hosts have.
+_MOVES = (Request.DEPART, Request.ARRIVE)
 
 # What QEMU's own runstates mean here; the others (migration, say) hold the guest still.
 _FROM_QEMU = {
@@ -85,8 +90,8 @@ def step(state: VmState, event: VmEvent, now: float) -> Step:
             return state, [_conflict(event.request, f"the VM is {state.run.value}")]
         return state, []
     match event:
-        case Asked(request, grace_s):
-            return _asked(state, request, grace_s, now)
+        case Asked():
+            return _asked(state, event, now)
         case Done():
             return _done(state)
         case NotDone(reason):
@@ -109,9 +114,10 @@ def _conflict(request: Request, reason: str) -> Refuse:
     return Refuse(request, Refusal.CONFLICT, reason)
 
 
-def _asked(state: VmState, request: Request, grace_s: float, now: float) -> Step:
+def _asked(state: VmState, asked: Asked, now: float) -> Step:
+    request = asked.request
     if request is Request.KILL:
-        return replace(state, killed_because="killed on request"), [KillProcess(), Accept(request)]
+        return replace(state, killed_because=asked.because), [KillProcess(), Accept(request)]
     if state.run is Runstate.UNKNOWN:
         reason = f"the VM's state is unknown ({state.why})"
         return state, [Refuse(request, Refusal.CONFLICT, reason)]
@@ -120,10 +126,7 @@ def _asked(state: VmState, request: Request, grace_s: float, now: float) -> Step
     if (busy := state.pending or state.held) is not None:
         return state, [_conflict(request, f"the VM is busy with {_BUSY.get(busy, busy.value)}")]
     match request, state.run:
-        case (
-            (Request.RESTART | Request.SAVE | Request.RESTORE),
-            (Runstate.RUNNING | Runstate.PAUSED),
-        ):
+        case (_, (Runstate.RUNNING | Runstate.PAUSED)) if request in _BUSY:
             return replace(state, held=request), [Accept(request)]
         case (Request.PAUSE, Runstate.PAUSED) | (Request.RESUME, Runstate.RUNNING):
             return state, [Accept(request)]
@@ -132,7 +135,9 @@ def _asked(state: VmState, request: Request, grace_s: float, now: float) -> Step
         case Request.RESUME, Runstate.PAUSED:
             return replace(state, pending=request), [Execute("cont")]
         case Request.STOP, Runstate.RUNNING:
-            stopping = replace(state, run=Runstate.STOPPING, deadline=now + grace_s, why=ASKED)
+            stopping = replace(
+                state, run=Runstate.STOPPING, deadline=now + asked.grace_s, why=ASKED
+            )
             return stopping, [Execute("system_powerdown"), Accept(request)]
         case Request.STOP, Runstate.STOPPING:
             return state, [Accept(request)]
@@ -165,9 +170,11 @@ def _not_done(state: VmState, reason: str) -> Step:
 
 
 def _released(state: VmState, status: str) -> VmState:
-    if state.held is None:  # it became unknown meanwhile: only asking leads out of that
+    if state.held is None:
         return state
-    return _status_told(replace(state, held=None), status)
+    state = replace(state, held=None)
+    # If it became unknown meanwhile, only asking leads out of that.
+    return state if state.run is Runstate.UNKNOWN else _status_told(state, status)
 
 
 def _silent(state: VmState, reason: str) -> Step:
@@ -176,12 +183,14 @@ def _silent(state: VmState, reason: str) -> Step:
         effects.append(Refuse(state.pending, Refusal.UNKNOWN, reason))
     if state.run is Runstate.STOPPING:  # it may be on its way out; the deadline decides
         return replace(state, pending=None), effects
-    unknown = replace(state, run=Runstate.UNKNOWN, why=reason, pending=None, held=None)
+    held = state.held if state.held in _MOVES else None
+    unknown = replace(state, run=Runstate.UNKNOWN, why=reason, pending=None, held=held)
     return unknown, effects
 
 
 def _status_told(state: VmState, status: str) -> VmState:
-    if state.run is Runstate.STOPPING or state.pending is not None or state.held is not None:
+    held = state.held is not None and state.run is not Runstate.UNKNOWN
+    if state.run is Runstate.STOPPING or state.pending is not None or held:
         return state
     run = _FROM_QEMU.get(status, Runstate.PAUSED)
     if run is state.run:

@@ -37,6 +37,8 @@ class Request(Enum):
     RESTART = "restart QEMU of"
     SAVE = "save"
     RESTORE = "restore"
+    DEPART = "migrate"
+    ARRIVE = "receive"
     SWITCH = "switch"
 
 
@@ -71,13 +73,16 @@ class VmState:
 
 # Events
 
+ON_REQUEST = "killed on request"
+
 
 @dataclass(frozen=True)
 class Asked:
-    """Somebody asks for something; `grace_s` belongs to STOP."""
+    """Somebody asks for something; `grace_s` belongs to STOP, `because` to KILL."""
 
     request: Request
     grace_s: float = 0.0
+    because: str = ON_REQUEST
 
 
 @dataclass(frozen=True)
