@@ -68,10 +68,13 @@ class Registry:
         return [parse(Ownership, key, entry.value) for key, entry in entries.items()]
 
     async def claim(self, vm: str, host: str, images: Sequence[str] = ()) -> Claim:
-        """Takes a VM that nobody owns. Raises StateConflict, naming the owner."""
+        """Takes a VM that nobody owns, or `host` itself: only it can tell that it does not run it.
+
+        Raises StateConflict, naming the owner.
+        """
         state = await self._store.read()
         present = _ownership(state, vm)
-        if present is not None and present.custody is not Custody.FREE:
+        if present is not None and not _may_claim(present, host):
             raise StateConflict(
                 f"VM {vm} is {_described(present)}",
                 remedy=f"end it there first, or settle it with evidence: semper vm resolve {vm}"
@@ -191,6 +194,11 @@ class Registry:
                 raise unknown from None
             if not all(value.text() == _text(now, _key(value)) for value in values):
                 raise
+
+
+def _may_claim(present: Ownership, host: str) -> bool:
+    own = present.custody in (Custody.OWNED, Custody.MOVING) and present.owner == host
+    return own or present.custody is Custody.FREE
 
 
 def _text(entries: Mapping[str, Entry], key: str) -> str:
