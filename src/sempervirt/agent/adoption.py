@@ -13,8 +13,10 @@ import contextlib
 import logging
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+from sempervirt.agent.claims import give_back
 from sempervirt.agent.config import AgentConfig
 from sempervirt.agent.record import VmRecord, read_vm_record
 from sempervirt.agent.resumption import end_unfinished, settle_restart
@@ -26,6 +28,7 @@ from sempervirt.disk.lifecycle import adopt_disk, sweep_disk
 from sempervirt.host.procfs import ProcessId, find_by_argument, identify
 from sempervirt.vm.files import VmFiles
 from sempervirt.vm.machine import Machine
+from sempervirt.vm.states import Request
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +58,9 @@ def _records(config: AgentConfig) -> list[Path]:
 async def _adopt(config: AgentConfig, record: VmRecord, path: Path) -> Vm:
     spec = record.spec
     files = VmFiles(config.vm_run_dir(spec.name))
+    release = partial(give_back, config)
     if record.end is not None:
-        return Vm(Machine.remember(spec, files, record.end), {}, record, path)
+        return Vm(Machine.remember(spec, files, record.end), {}, record, path, release)
     record = await settle_restart(config, record)
     identity = record.qemu or _find_qemu(files)
     await end_unfinished(record, identity)
@@ -67,12 +71,13 @@ async def _adopt(config: AgentConfig, record: VmRecord, path: Path) -> Vm:
         disks = await _adopt_disks(config, record)
     else:
         await _sweep_disks(config, record)
-    machine = Machine.adopt(spec, files, identity, config.patience)
+    held = Request.DEPART if record.departure else Request.ARRIVE if record.arrival else None
+    machine = Machine.adopt(spec, files, identity, config.patience, held)
     machine.started = record.started
     with contextlib.suppress(OSError):
         record.write(path)
     log.info("adopt vm=%s pid=%s", spec.name, machine.pid)
-    return Vm(machine, disks, record, path)
+    return Vm(machine, disks, record, path, release)
 
 
 def _find_qemu(files: VmFiles) -> ProcessId | None:
@@ -84,7 +89,10 @@ def _find_qemu(files: VmFiles) -> ProcessId | None:
 
 async def _adopt_disks(config: AgentConfig, record: VmRecord) -> dict[str, Disk]:
     setups = adopted_setups(config, record)
-    disks = await asyncio.gather(*(adopt_disk(setup) for setup in setups))
+    moves = record.departure is not None or record.arrival is not None
+    disks = await asyncio.gather(
+        *(adopt_disk(setup, frozen=moves and not setup.options.read_only) for setup in setups)
+    )
     return {setup.short_name: disk for setup, disk in zip(setups, disks, strict=True)}
 
 

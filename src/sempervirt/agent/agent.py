@@ -9,15 +9,16 @@ import shutil
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from sempervirt.agent import adoption
+from sempervirt.agent import adoption, claims
 from sempervirt.agent.config import AgentConfig
 from sempervirt.agent.host import HostFacts, HostProbe
 from sempervirt.agent.lock import agent_lock
 from sempervirt.agent.planning import offer_of, plan_devices
-from sempervirt.agent.record import VmRecord
+from sempervirt.agent.record import ArrivalRecord, VmRecord
 from sempervirt.agent.restart import Program, Restarted, restart_qemu
 from sempervirt.agent.saving import (
     Origin,
@@ -39,8 +40,10 @@ from sempervirt.core.errors import (
     Unavailable,
 )
 from sempervirt.core.names import split_disk_name, suggest
+from sempervirt.disk.backend import ImageTitle
 from sempervirt.disk.disk import Disk
 from sempervirt.disk.lifecycle import start_disk
+from sempervirt.store.registry import Claim
 from sempervirt.vm import accel, features, memory, saved
 from sempervirt.vm.command_line import Incoming, build, disk_id
 from sempervirt.vm.files import VmFiles
@@ -52,6 +55,24 @@ log = logging.getLogger(__name__)
 
 # From the start of QEMU until its monitor answers; TCG on a busy machine is slow.
 VM_START_DEADLINE_S = 60.0
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What a VM begins with, if it does not just boot: a saved state or another host's QEMU, of
+    that versioned machine. `host` is this host's name, and only given with an arrival.
+    """
+
+    machine: str = ""
+    origin: Origin | None = None
+    arrival: ArrivalRecord | None = None
+    host: str = ""
+
+    def title(self, claim: Claim | None, disk: DiskSpec) -> ImageTitle | None:
+        """By what right the backend of a disk writes, now or later."""
+        if self.arrival is not None:
+            return claims.awaited_title(self.host, disk)
+        return claims.title_of(claim, disk)
 
 
 class Agent:
@@ -188,7 +209,7 @@ class Agent:
             check_accelerator(plan, accel.choose(plan.spec.accel, facts.accelerator).kind)
             origin = Origin(file, plan)
             try:
-                vm = await self._run(plan.spec, origin)
+                vm = await self._run(plan.spec, Beginning(plan.machine, origin=origin))
             except BaseException:
                 origin.cancel()
                 raise
@@ -242,7 +263,16 @@ class Agent:
                 remedy = f"its QEMU may still run; settle it: semper vm kill {name}"
             raise StateConflict(f"VM {name} is {present.run.value}", remedy=remedy)
 
-    async def _run(self, spec: VmSpec, origin: Origin | None = None) -> Vm:
+    async def receive_vm(self, spec: VmSpec, machine: str, host: str, arrival: ArrivalRecord) -> Vm:
+        """Starts a VM that is to come from another host.
+
+        Its backends await their claim, and QEMU, of the versioned `machine`, its state. Raises
+        what `run_vm` raises.
+        """
+        with self._name_taken(spec.name):
+            return await self._run(spec, Beginning(machine, arrival=arrival, host=host))
+
+    async def _run(self, spec: VmSpec, beginning: Beginning = Beginning()) -> Vm:
         facts = await self.host()
         accelerator = accel.choose(spec.accel, facts.accelerator)
         if (ended := self.vms.pop(spec.name, None)) is not None:
@@ -252,17 +282,32 @@ class Agent:
         record_path = adoption.vm_record_path(self.config, spec.name)
         volumes = inspect_images(spec)
         plans = plan_devices(spec, await offer_of(self.config, spec, facts.features))
-        setups = [
-            disk_setup(self.config, spec, disk, plans[disk_id(disk)], volumes[disk.name])
-            for disk in spec.disks
-            if disk.backend == "blkd"
-        ]
-        restoring = origin is not None
-        record = VmRecord(spec, accelerator, time.time(), plans=plans, restoring=restoring)
+        origin = beginning.origin
+        record = VmRecord(
+            spec,
+            accelerator,
+            time.time(),
+            plans=plans,
+            restoring=origin is not None,
+            arrival=beginning.arrival,
+        )
         disks: dict[str, Disk] = {}
         with memory.created(spec.memory) as memory_fd:
             self._write_first(record, record_path)
             try:
+                record = await self._claimed(record, record_path)
+                setups = [
+                    disk_setup(
+                        self.config,
+                        spec,
+                        disk,
+                        plans[disk_id(disk)],
+                        volumes[disk.name],
+                        beginning.title(record.claim, disk),
+                    )
+                    for disk in spec.disks
+                    if disk.backend == "blkd"
+                ]
                 argv = build(
                     spec,
                     facts.features,
@@ -273,7 +318,7 @@ class Agent:
                     plans=plans,
                     memory_fd=memory_fd,
                     block_devices={v.path for v in volumes.values() if v.block_device},
-                    incoming=Incoming(origin.plan.machine) if origin else None,
+                    incoming=Incoming(beginning.machine) if beginning.machine else None,
                 )
                 for setup in setups:
                     disks[setup.short_name] = await start_disk(setup)
@@ -282,17 +327,27 @@ class Agent:
                 machine = Machine.launch(spec, files, argv, self.config.patience, memory_fd)
             except BaseException:
                 await asyncio.gather(*(disk.stop() for disk in disks.values()))
+                if record.claim is not None:
+                    await claims.give_back(self.config, record.claim)
                 record_path.unlink(missing_ok=True)
                 raise
         record = replace(record, qemu=machine.identity)
         # If this fails, the first record stands, and QEMU is found by its monitor's socket.
         with contextlib.suppress(OSError):
             record.write(record_path)
-        vm = Vm(machine, disks, record, record_path)
+        vm = Vm(machine, disks, record, record_path, partial(claims.give_back, self.config))
         self.vms[spec.name] = vm
         await self._wait_started(vm)
         log.info("run vm=%s pid=%s accel=%s", vm.name, vm.pid, accelerator.kind)
         return vm
+
+    async def _claimed(self, record: VmRecord, path: Path) -> VmRecord:
+        """With a claim, unless the VM comes from a host that has one."""
+        if record.arrival is not None:
+            return record
+        record = replace(record, claim=await claims.take(self.config, record.spec))
+        self._write_first(record, path)
+        return record
 
     def _write_first(self, record: VmRecord, path: Path) -> None:
         try:

@@ -16,11 +16,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import sempervirt
+from sempervirt.agent import moves
 from sempervirt.agent.agent import Agent
 from sempervirt.agent.cluster import Cluster, read_settings
 from sempervirt.agent.config import AgentConfig
+from sempervirt.agent.fencing import follow_claims
 from sempervirt.agent.logs import log_to_stderr
-from sempervirt.agent.membership import Membership
+from sempervirt.agent.membership import Membership, persist
 from sempervirt.agent.notify import notify
 from sempervirt.api.server import serving, serving_hosts
 from sempervirt.core.errors import SempervirtError, kind_of
@@ -66,7 +68,9 @@ async def _serve(config: AgentConfig) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ended.set)
-    async with Agent.open(config) as agent, serving(agent, config.socket):
+    async with Agent.open(config) as agent, AsyncExitStack() as stack:
+        await moves.resume_all(agent)
+        await stack.enter_async_context(serving(agent, config.socket))
         log.info("serve socket=%s state=%s vms=%d", config.socket, config.state_dir, len(agent.vms))
         notify("READY=1")
         async with _member(config, agent):
@@ -81,20 +85,26 @@ async def _member(config: AgentConfig, agent: Agent) -> AsyncIterator[None]:
     Whatever is wrong with that is an error in the log: the VMs of this host need none of it.
     """
     async with AsyncExitStack() as stack:
-        serving_task: asyncio.Task[None] | None = None
+        tasks: list[asyncio.Task[None]] = []
         try:
             if read_settings(config) is not None:
                 cluster = await stack.enter_async_context(Cluster.opened(config))
                 membership = await stack.enter_async_context(Membership.kept(cluster))
-                serving_task = background.start(_serve_hosts(agent, membership), "hosts")
+                tasks.append(background.start(_serve_hosts(agent, membership), "hosts"))
+                tasks.append(background.start(_keep_to_claims(agent, cluster), "claims"))
         except SempervirtError as error:
             log.error("the cluster is not taken part in: %s", error)  # noqa: TRY400
         try:
             yield
         finally:
-            if serving_task is not None:
-                serving_task.cancel()
-                await asyncio.wait([serving_task])
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _keep_to_claims(agent: Agent, cluster: Cluster) -> None:
+    store, host = cluster.store, cluster.settings.host
+    await persist(lambda worked: follow_claims(store, host, lambda: agent.vms, worked), "claims")
 
 
 async def _serve_hosts(agent: Agent, membership: Membership) -> None:

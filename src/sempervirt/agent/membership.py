@@ -45,8 +45,8 @@ class Membership:
         """Shows that this host is alive until the block is left."""
         membership = cls(cluster, lease_s)
         tasks = [
-            background.start(_persist(membership._announce, "presence"), "presence"),
-            background.start(_persist(membership._follow, "revocations"), "revocations"),
+            background.start(persist(membership._announce, "presence"), "presence"),
+            background.start(persist(membership._follow, "revocations"), "revocations"),
         ]
         try:
             yield membership
@@ -89,7 +89,7 @@ class Membership:
             log.info("presence is left to end by itself: %s", error)
 
 
-async def _persist(work: Callable[[Callable[[], None]], Awaitable[None]], what: str) -> None:
+async def persist(work: Callable[[Callable[[], None]], Awaitable[None]], what: str) -> None:
     """Begins `work` again whenever the store fails it; says so when that begins and ends."""
     failures = 0
 

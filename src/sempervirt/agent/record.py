@@ -8,10 +8,17 @@
      "restart": {"number": 2, "resume": true, "switched": false,
                  "qemu": {"pid": 4712, …} | null} | null,
      "number": 1, "restoring": false,
+     "claim": {"vm": "…", "host": "a", "epoch": 7, "id": "…", "images": ["…"]} | null,
+     "departure": {"id": "…", "destination": "b", "address": "10.0.0.2:7443", "phase": "precopy",
+                   "mode": "precopy", "running": true} | null,
+     "arrival": {"id": "…", "source": "a", "phase": "promised", "running": true, "epoch": 7,
+                 "images": ["…"]} | null,
      "end": {"run": "stopped", "reason": "…", "exit_code": 0, "signal": null} | null}
 
 `number` counts the QEMUs that this VM has had; `restart` is there while another one takes over,
-or while the VM is paused for a save. `restoring`: its memory is not there yet.
+or while the VM is paused for a save. `restoring`: its memory is not there yet. `claim` is what
+the store gave this host, until it was given back; `departure` and `arrival` are there while the VM
+moves, and say how far that was when it was written.
 
 Neither `qemu` nor `end`: the agent ended between its intention and the start of QEMU.
 """
@@ -28,6 +35,8 @@ from pydantic import TypeAdapter, ValidationError
 from sempervirt.core.queue_map import DevicePlan
 from sempervirt.host.procfs import ProcessId
 from sempervirt.host.records import RecordDamaged, read_record, write_record
+from sempervirt.migration.events import Arrival, Mode, Phase
+from sempervirt.store.registry import Claim
 from sempervirt.vm.accel import Accelerator
 from sempervirt.vm.spec import VmSpec
 from sempervirt.vm.states import End, Runstate, VmState
@@ -50,6 +59,32 @@ class RestartRecord:
 
 
 @dataclass(frozen=True)
+class DepartureRecord:
+    """A migration away, with the phase that it was in; `running`: the guest was not paused."""
+
+    id: str
+    destination: str
+    address: str
+    running: bool
+    phase: Phase = Phase.PREPARE
+    mode: Mode = Mode.PRECOPY
+
+
+@dataclass(frozen=True)
+class ArrivalRecord:
+    """A migration to this host, with the phase that it was in; `epoch` is that of the source's
+    claim, `images` are the ids of what it covers.
+    """
+
+    id: str
+    source: str
+    running: bool
+    epoch: int
+    images: tuple[str, ...]
+    phase: Arrival = Arrival.PREPARING
+
+
+@dataclass(frozen=True)
 class VmRecord:
     """The content of the record; `plans` is how the queues of each device were to be served."""
 
@@ -62,6 +97,9 @@ class VmRecord:
     number: int = 1
     restart: RestartRecord | None = None
     restoring: bool = False
+    claim: Claim | None = None
+    departure: DepartureRecord | None = None
+    arrival: ArrivalRecord | None = None
 
     def write(self, path: Path) -> None:
         """Replaces the record at `path`."""
@@ -76,6 +114,9 @@ class VmRecord:
             "number": self.number,
             "restoring": self.restoring,
             "restart": asdict(self.restart) if self.restart else None,
+            "claim": asdict(self.claim) if self.claim else None,
+            "departure": _moving(self.departure),
+            "arrival": _moving(self.arrival),
             "end": end,
         }
         write_record(path, VERSION, content)
@@ -106,6 +147,9 @@ def read_vm_record(path: Path) -> VmRecord | None:
             number=int(content.get("number", 1)),
             restoring=bool(content.get("restoring", False)),
             restart=_restart(content.get("restart")),
+            claim=_claim(content.get("claim")),
+            departure=_departure(content.get("departure")),
+            arrival=_arrival(content.get("arrival")),
         )
     except (KeyError, TypeError, ValueError, ValidationError) as error:
         raise RecordDamaged(
@@ -119,3 +163,28 @@ def _restart(content: dict[str, Any] | None) -> RestartRecord | None:
         return None
     qemu = content.pop("qemu")
     return RestartRecord(**content, qemu=qemu and ProcessId(**qemu))
+
+
+def _claim(content: dict[str, Any] | None) -> Claim | None:
+    return None if content is None else Claim(**{**content, "images": tuple(content["images"])})
+
+
+def _moving(record: DepartureRecord | ArrivalRecord | None) -> dict[str, Any] | None:
+    if record is None:
+        return None
+    content = asdict(record) | {"phase": record.phase.value}
+    return content | ({"mode": record.mode.value} if isinstance(record, DepartureRecord) else {})
+
+
+def _departure(content: dict[str, Any] | None) -> DepartureRecord | None:
+    if content is None:
+        return None
+    phase, mode = Phase(content["phase"]), Mode(content["mode"])
+    return DepartureRecord(**{**content, "phase": phase, "mode": mode})
+
+
+def _arrival(content: dict[str, Any] | None) -> ArrivalRecord | None:
+    if content is None:
+        return None
+    phase, images = Arrival(content["phase"]), tuple(content["images"])
+    return ArrivalRecord(**{**content, "phase": phase, "images": images})

@@ -197,17 +197,10 @@ def _write(vm: Vm) -> None:
 
 
 async def _describe(vm: Vm, *, running: bool) -> dict[str, Any]:
-    spec = vm.spec
-    # The addresses stay, also if the VM is restored under another name.
-    nics = [nic.model_copy(update={"mac": spec.mac(index)}) for index, nic in enumerate(spec.nics)]
-    disks = [
-        disk.model_copy(update={"queues": vm.plans[f"disk-{disk.name}"].binding.queues})
-        for disk in spec.disks
-    ]
-    kept = spec.model_copy(update={"nics": tuple(nics), "disks": tuple(disks)})
     return {
         "version": VERSION,
-        "spec": kept.model_dump(mode="json"),
+        # The addresses stay, also if the VM is restored under another name.
+        "spec": vm.pinned_spec.model_dump(mode="json"),
         "accelerator": vm.record.accelerator.kind,
         "machine": await handover.machine_type(vm.machine.execute),
         "plans": {name: asdict(plan) for name, plan in vm.plans.items()},

@@ -5,21 +5,49 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
+from sempervirt.agent.claims import title_of
 from sempervirt.agent.planning import plans_of_record
 from sempervirt.agent.record import VmRecord
 from sempervirt.core.errors import NotFound, SempervirtError
 from sempervirt.core.queue_map import DevicePlan
 from sempervirt.disk.disk import Disk
 from sempervirt.host import background, process
+from sempervirt.migration.messages import MigrationView
+from sempervirt.store.registry import Claim
 from sempervirt.vm.command_line import disk_id
 from sempervirt.vm.machine import STOP_GRACE_S, Machine
 from sempervirt.vm.spec import VmSpec
-from sempervirt.vm.states import End, Runstate, VmState
+from sempervirt.vm.states import ON_REQUEST, End, Runstate, VmState
 
 log = logging.getLogger(__name__)
+
+RELEASE_WAIT_S = 2.0
+
+
+class Move(Protocol):
+    """A migration of a VM, from here or to here, as the VM sees it."""
+
+    @property
+    def id(self) -> str:
+        """The same on both hosts."""
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing follows any more."""
+
+    def shown(self) -> tuple[Runstate, str] | None:
+        """What the VM is because of it, if that is not what QEMU alone would tell."""
+
+    def view(self) -> MigrationView | None:
+        """Its figures, at the source."""
+
+    async def detach(self) -> None:
+        """Leaves everything as it is, for another agent to go on with."""
 
 
 @dataclass(frozen=True)
@@ -35,14 +63,22 @@ class Vm:
     """Made by `Agent.run_vm` or adoption. Its disks end with QEMU, and never before."""
 
     def __init__(
-        self, machine: Machine, disks: dict[str, Disk], record: VmRecord, record_path: Path
+        self,
+        machine: Machine,
+        disks: dict[str, Disk],
+        record: VmRecord,
+        record_path: Path,
+        release: Callable[[Claim], Awaitable[bool]],
     ) -> None:
         self.machine = machine
         self.disks = disks
         self.record = record
         self._record_path = record_path
+        self._release = release
         self.progress: Work | None = None
+        self.moving: Move | None = None
         self._unsettled: SempervirtError | None = None
+        self._releasing: asyncio.Task[None] | None = None
         self._settling = background.start(self._settle(), f"{self.name}: settle")
 
     @property
@@ -66,6 +102,12 @@ class Vm:
         return self.machine.run
 
     @property
+    def shown(self) -> tuple[Runstate, str]:
+        """Its runstate and the reason, for people: a move may know better than QEMU."""
+        moving = self.moving.shown() if self.moving is not None else None
+        return moving or (self.run, self.state.why)
+
+    @property
     def end(self) -> End | None:
         """How it ended, once it has."""
         return self.machine.state.end
@@ -83,6 +125,17 @@ class Vm:
             if disk.plan is not None:
                 plans[disk_id(self.spec.disk(disk.setup.short_name))] = disk.plan
         return plans
+
+    @property
+    def pinned_spec(self) -> VmSpec:
+        """The VM as the guest sees it: what was left to this host is written down."""
+        spec = self.spec
+        nics = [nic.model_copy(update={"mac": spec.mac(i)}) for i, nic in enumerate(spec.nics)]
+        disks = [
+            disk.model_copy(update={"queues": self.plans[disk_id(disk)].binding.queues})
+            for disk in spec.disks
+        ]
+        return spec.model_copy(update={"nics": tuple(nics), "disks": tuple(disks)})
 
     @property
     def settled(self) -> bool:
@@ -113,10 +166,10 @@ class Vm:
         await self.machine.stop(grace_s)
         await self.wait_settled()
 
-    async def kill(self) -> None:
+    async def kill(self, because: str = ON_REQUEST) -> None:
         """See `Machine.kill`; returns when the disks are free too."""
         if not self.run.is_end:
-            await self.machine.kill()
+            await self.machine.kill(because)
         await self.wait_settled()
 
     async def wait_ended(self, timeout_s: float | None = None) -> None:
@@ -131,33 +184,63 @@ class Vm:
     async def wait_settled(self) -> None:
         """Waits until the disks are free. Raises OutcomeUnknown when a backend does not end."""
         await asyncio.shield(self._settling)
+        if self._releasing is not None:  # so that another host can have it at once
+            await asyncio.wait([self._releasing], timeout=RELEASE_WAIT_S)
         if self._unsettled is not None:
             raise self._unsettled
 
+    def entitle(self, claim: Claim) -> None:
+        """From now on the images are written by this claim."""
+        self.record = replace(self.record, claim=claim)
+        for disk in self.disks.values():
+            title = title_of(claim, self.spec.disk(disk.setup.short_name))
+            if title is not None:
+                disk.entitle(title)
+        self.keep_record()
+
+    def keep_record(self) -> None:
+        """As `write_record`; a failure is logged: the next agent finds the former one, and asks."""
+        try:
+            self.write_record()
+        except OSError as error:
+            log.error("record vm=%s not written: %s", self.name, error)  # noqa: TRY400
+
     async def detach(self) -> None:
         """Leaves QEMU and the backends running, for another agent to adopt."""
+        if self.moving is not None:
+            await self.moving.detach()
         if not self._settling.done():
             self._settling.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._settling
             for disk in self.disks.values():
                 await disk.detach()
+        if self._releasing is not None:
+            self._releasing.cancel()
         await self.machine.detach()
 
     def write_record(self) -> None:
         """Writes down what the next agent has to know. Raises OSError."""
         self.record.write(self._record_path)
 
+    async def give_back(self) -> None:
+        """Frees the VM in the store, if this host has claimed it; otherwise it is tried again when
+        the agent begins anew.
+        """
+        claim = self.record.claim
+        if claim is not None and self._unsettled is None and await self._release(claim):
+            self.record = replace(self.record, claim=None)
+            self.keep_record()
+
     async def _settle(self) -> None:
         """Frees the disks after QEMU's end, and writes the end down."""
         await self.machine.wait_ended()
-        try:
-            self.record.ended(self.state).write(self._record_path)
-        except OSError as error:
-            log.error("record vm=%s not written: %s", self.name, error)  # noqa: TRY400
+        self.record = self.record.ended(self.state)
+        self.keep_record()
         try:
             await asyncio.gather(*(disk.stop() for disk in self.disks.values()))
         except SempervirtError as error:
             self._unsettled = error
             log.error("vm name=%s its disks are not free: %s", self.name, error)  # noqa: TRY400
+        self._releasing = background.start(self.give_back(), f"{self.name}: release")
         log.info("ended vm=%s state=%s: %s", self.name, self.run.value, self.state.why)

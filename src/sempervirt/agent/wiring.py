@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from sempervirt.agent.claims import awaited_title, title_of
+from sempervirt.agent.cluster import read_settings
 from sempervirt.agent.config import AgentConfig
 from sempervirt.agent.planning import plans_of_record
 from sempervirt.agent.record import VmRecord
 from sempervirt.core.errors import InvalidRequest, Unavailable
 from sempervirt.core.queue_map import DevicePlan
-from sempervirt.disk.backend import DiskOptions
+from sempervirt.disk.backend import DiskOptions, ImageTitle
 from sempervirt.disk.running import DiskFiles
 from sempervirt.disk.setup import DiskSetup
 from sempervirt.disk.volume import Volume, inspect
@@ -41,6 +43,7 @@ def disk_setup(
     disk: DiskSpec,
     plan: DevicePlan,
     volume: Volume | None,
+    title: ImageTitle | None,
 ) -> DiskSetup:
     """How a disk is served. Raises InvalidRequest when a path is too long.
 
@@ -68,15 +71,24 @@ def disk_setup(
         policy=replace(config.policy, standby=config.policy.standby and command.has_standby),
         files=files,
         record=config.vm_state_dir(spec.name) / f"disk-{disk.name}.json",
+        title=title,
     )
 
 
 def adopted_setups(config: AgentConfig, record: VmRecord) -> list[DiskSetup]:
     """The setups of the disks that an earlier agent served by backends."""
     spec = record.spec
+    settings = read_settings(config) if record.arrival else None
     plans = plans_of_record(spec, record.plans)
     return [
-        disk_setup(config, spec, disk, plans[disk_id(disk)], _volume_left(disk))
+        disk_setup(
+            config,
+            spec,
+            disk,
+            plans[disk_id(disk)],
+            _volume_left(disk),
+            awaited_title(settings.host, disk) if settings else title_of(record.claim, disk),
+        )
         for disk in spec.disks
         if disk.backend == "blkd"
     ]

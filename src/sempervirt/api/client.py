@@ -20,8 +20,11 @@ from sempervirt.api.schemas import (
     JoinView,
     LogView,
     MapView,
+    MigrateRequest,
     ObstacleView,
     QemuRestartView,
+    ResolvedView,
+    ResolveRequest,
     RestartQemuRequest,
     RestoreRequest,
     SavedView,
@@ -40,10 +43,14 @@ from sempervirt.core.errors import (
     from_wire,
 )
 from sempervirt.core.names import split_disk_name
+from sempervirt.migration.events import Arrival
+from sempervirt.migration.messages import ArrivalAnswer, ArrivalRequest, MigrationView, RunRequest
 from sempervirt.migration.obstacles import HostSide
 from sempervirt.vm.spec import VmSpec
 
 READ_TIMEOUT_S = 20.0
+# Beside what it was asked to wait, another host answers at once.
+ARRIVAL_TIMEOUT_S = 4.0
 # Starting a VM, upgrading a disk: bounded by the agent's own deadlines.
 WORK_TIMEOUT_S = 150.0
 # Comparing all of a guest's memory with its disk.
@@ -174,6 +181,59 @@ class Client:
         path = f"/vms/{name}/migration/obstacles"
         answer = await self._call("GET", path, query=query, timeout_s=WORK_TIMEOUT_S)
         return TypeAdapter(list[ObstacleView]).validate_python(answer)
+
+    async def migrate(self, name: str, request: MigrateRequest) -> MigrationView:
+        """Begins to move a VM to another host."""
+        body = request.model_dump(mode="json")
+        path = f"/vms/{name}/migration"
+        answer = await self._call("POST", path, body=body, timeout_s=WORK_TIMEOUT_S)
+        return MigrationView.model_validate(answer)
+
+    async def migration(self, name: str) -> MigrationView:
+        """The last migration of a VM from this agent's host."""
+        return MigrationView.model_validate(await self._call("GET", f"/vms/{name}/migration"))
+
+    async def cancel_migration(self, name: str) -> MigrationView:
+        """Has the VM stay; answers when it does."""
+        path = f"/vms/{name}/migration"
+        answer = await self._call("DELETE", path, timeout_s=WORK_TIMEOUT_S)
+        return MigrationView.model_validate(answer)
+
+    async def resolve(self, name: str, owner: str, evidence: str) -> ResolvedView:
+        """Gives a VM of which the whereabouts are unknown to a host."""
+        body = ResolveRequest(owner=owner, evidence=evidence).model_dump()
+        path = f"/vms/{name}/resolve"
+        answer = await self._call("POST", path, body=body, timeout_s=WORK_TIMEOUT_S)
+        return ResolvedView.model_validate(answer)
+
+    # What hosts say to each other
+
+    async def prepare_arrival(self, request: ArrivalRequest) -> ArrivalAnswer:
+        """Has this host prepare for a VM; answers when all is ready."""
+        body = request.model_dump(mode="json")
+        answer = await self._call("POST", "/arrivals", body=body, timeout_s=WORK_TIMEOUT_S)
+        return ArrivalAnswer.model_validate(answer)
+
+    async def arrival(self, migration: str, seen: Arrival, wait_s: float) -> ArrivalAnswer:
+        """How far it is; answers when that is not `seen` any more, or after `wait_s`."""
+        query = {"seen": seen.value, "wait_s": wait_s}
+        path, timeout_s = f"/arrivals/{migration}", wait_s + ARRIVAL_TIMEOUT_S
+        answer = await self._call("GET", path, query=query, timeout_s=timeout_s)
+        return ArrivalAnswer.model_validate(answer)
+
+    async def promise_arrival(self, migration: str) -> None:
+        """Has this host wait for the outcome from now on."""
+        await self._call("POST", f"/arrivals/{migration}/promise")
+
+    async def run_arrival(self, migration: str, request: RunRequest) -> None:
+        """Tells this host that the VM is its own; answers when it runs."""
+        path = f"/arrivals/{migration}/run"
+        await self._call("POST", path, body=request.model_dump(), timeout_s=WORK_TIMEOUT_S)
+
+    async def abort_arrival(self, migration: str, why: str) -> None:
+        """Tells this host that the VM does not come."""
+        path = f"/arrivals/{migration}/abort"
+        await self._call("POST", path, query={"why": why}, timeout_s=ARRIVAL_TIMEOUT_S)
 
     async def vm_log(self, name: str, source: str, lines: int) -> LogView:
         """The end of a log."""

@@ -1,17 +1,29 @@
-"""The routes of a migration: what would stop it. What carries one out comes later."""
+"""The routes of a migration: what would stop it, how it goes, and what hosts say to each other."""
 
 from __future__ import annotations
 
-from fastapi import APIRouter
+from typing import Annotated
 
+from fastapi import APIRouter, Depends, Query, Request, status
+
+from sempervirt.agent import moves
 from sempervirt.agent.agent import Agent
 from sempervirt.agent.cluster import Cluster, read_settings
-from sempervirt.agent.moving import find_destination, membership_obstacles, side_of
-from sempervirt.api.client import Client
+from sempervirt.agent.moving import find_destination, side_of
 from sempervirt.api.routes import AgentHere, VmHere
-from sempervirt.api.schemas import ErrorView, HostSideView, ImageSeenView, ObstacleView
-from sempervirt.core.errors import SempervirtError
-from sempervirt.migration.obstacles import HostSide, Obstacle, obstacles
+from sempervirt.api.schemas import (
+    ErrorView,
+    HostSideView,
+    ImageSeenView,
+    MigrateRequest,
+    ObstacleView,
+    ResolvedView,
+    ResolveRequest,
+)
+from sempervirt.core.errors import NotAllowed
+from sempervirt.migration.events import Arrival
+from sempervirt.migration.messages import ArrivalAnswer, ArrivalRequest, MigrationView, RunRequest
+from sempervirt.trust.identity import Peer
 from sempervirt.vm.spec import VmSpec
 
 router = APIRouter(prefix="/v1", responses={"default": {"model": ErrorView}}, tags=["migration"])
@@ -45,19 +57,88 @@ async def migration_obstacles(agent: AgentHere, vm: VmHere, host: str) -> list[O
     """
     async with Cluster.opened(agent.config) as cluster:
         member = await find_destination(cluster, host)
-        found = list(membership_obstacles(member))
-        here = await side_of(agent, cluster.settings.host, vm.spec, source=True)
-        there: HostSide | None = None
-        if not found:
-            tls = cluster.identity.client_context()
-            try:
-                async with Client.connect_host(member.host.address, host, tls) as client:
-                    there = await client.migration_side(vm.spec)
-            except SempervirtError as error:
-                found.append(Obstacle(f"{host} cannot be asked: {error.message}", error.remedy))
-    if there is not None:
-        found += obstacles(vm.spec, vm.record.accelerator.kind, here, there)
+        found = await moves.find_obstacles(agent, vm, cluster, member)
     return [ObstacleView(what=obstacle.what, remedy=obstacle.remedy) for obstacle in found]
+
+
+@router.post("/vms/{name}/migration", status_code=status.HTTP_202_ACCEPTED)
+async def migrate_vm(agent: AgentHere, name: str, body: MigrateRequest) -> MigrationView:
+    """Begins to move a VM to another host; ask again for how far it is."""
+    return (await moves.depart(agent, name, body.to, body.policy)).view()
+
+
+@router.get("/vms/{name}/migration")
+async def get_migration(vm: VmHere) -> MigrationView:
+    """The last migration of a VM from this host."""
+    return moves.departure_of(vm).view()
+
+
+@router.delete("/vms/{name}/migration")
+async def cancel_migration(vm: VmHere) -> MigrationView:
+    """Has the VM stay; answers when it does. Too late once the store was asked."""
+    departure = moves.departure_of(vm)
+    await departure.cancel()
+    return departure.view()
+
+
+@router.post("/vms/{name}/resolve")
+async def resolve_vm(agent: AgentHere, name: str, body: ResolveRequest) -> ResolvedView:
+    """Gives a VM of which the whereabouts are unknown to a host, on evidence."""
+    message = await moves.resolve(agent, name, body.owner, body.evidence)
+    return ResolvedView(vm=name, owner=body.owner, message=message)
+
+
+# What hosts say to each other; nobody else is heard.
+
+
+def _host(request: Request) -> str:
+    peer = request.scope.get("peer")
+    if not isinstance(peer, Peer):
+        raise NotAllowed("only another host of the cluster sends a VM here")
+    return peer.host
+
+
+HostThere = Annotated[str, Depends(_host)]
+
+
+@router.post("/arrivals", status_code=status.HTTP_201_CREATED)
+async def prepare_arrival(
+    agent: AgentHere, source: HostThere, body: ArrivalRequest
+) -> ArrivalAnswer:
+    """Prepares for a VM that comes from the host that asks; answers when all is ready."""
+    return (await moves.receive(agent, body, source)).answer()
+
+
+@router.get("/arrivals/{migration}")
+async def get_arrival(
+    agent: AgentHere,
+    source: HostThere,
+    migration: str,
+    seen: Arrival,
+    wait_s: Annotated[float, Query(ge=0, le=10)] = 0.0,
+) -> ArrivalAnswer:
+    """How far it is; answers when that is not `seen` any more, or after `wait_s`."""
+    return await moves.reception_of(agent, migration, source).answer_after(seen, wait_s)
+
+
+@router.post("/arrivals/{migration}/promise", status_code=status.HTTP_204_NO_CONTENT)
+async def promise_arrival(agent: AgentHere, source: HostThere, migration: str) -> None:
+    """From now on this host waits for the outcome."""
+    await moves.reception_of(agent, migration, source).promise()
+
+
+@router.post("/arrivals/{migration}/run", status_code=status.HTTP_204_NO_CONTENT)
+async def run_arrival(
+    agent: AgentHere, source: HostThere, migration: str, body: RunRequest
+) -> None:
+    """The VM is this host's; answers when it runs."""
+    await moves.reception_of(agent, migration, source).run(body.epoch, body.claim)
+
+
+@router.post("/arrivals/{migration}/abort", status_code=status.HTTP_204_NO_CONTENT)
+async def abort_arrival(agent: AgentHere, source: HostThere, migration: str, why: str = "") -> None:
+    """The VM does not come."""
+    await moves.reception_of(agent, migration, source).abort(why)
 
 
 def _own_name(agent: Agent) -> str:

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, Field, model_validator
 
+from sempervirt.migration.messages import MigrationView, MovePolicy
 from sempervirt.vm.spec import VmSpec
 from sempervirt.vm.states import Runstate
 
@@ -114,6 +115,7 @@ class VmView(BaseModel):
     console: Path
     end: EndView | None
     work: WorkView | None = Field(default=None, description="a save or a restore under way")
+    migration: MigrationView | None = Field(default=None, description="the last one from this host")
     events: list[EventView]
     spec: VmSpec
 
@@ -343,3 +345,25 @@ class HostSideView(BaseModel):
     vm_state: str = Field(description='of a VM of that name there; "" if there is none')
     images: dict[str, ImageSeenView]
     missing: list[str]
+
+
+class MigrateRequest(BaseModel):
+    """Move a VM to another host."""
+
+    to: str
+    policy: MovePolicy = MovePolicy()
+
+
+class ResolveRequest(BaseModel):
+    """Say who owns a VM of which the whereabouts are unknown."""
+
+    owner: str
+    evidence: str = Field(description="how it is known that it runs nowhere else; it is kept")
+
+
+class ResolvedView(BaseModel):
+    """What became of it."""
+
+    vm: str
+    owner: str
+    message: str

@@ -61,10 +61,11 @@ def host_view(facts: HostFacts) -> HostView:
 def vm_view(vm: Vm) -> VmView:
     """A VM."""
     files = vm.machine.files
+    state, why = vm.shown
     return VmView(
         name=vm.name,
-        state=vm.run,
-        why=vm.state.why,
+        state=state,
+        why=why,
         pid=vm.pid,
         accelerator=vm.record.accelerator.kind,
         memory=vm.spec.memory,
@@ -77,6 +78,7 @@ def vm_view(vm: Vm) -> VmView:
         console=files.console,
         end=_end_view(vm),
         work=WorkView(**asdict(vm.progress)) if vm.progress else None,
+        migration=vm.moving.view() if vm.moving else None,
         events=_events(vm.machine.journal),
         spec=vm.spec,
     )

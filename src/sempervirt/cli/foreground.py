@@ -11,6 +11,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from sempervirt.agent.agent import Agent
 from sempervirt.agent.config import AgentConfig
 from sempervirt.agent.logs import log_to_stderr
+from sempervirt.agent.moves import resume_all
 from sempervirt.api.client import Client
 from sempervirt.api.schemas import VmView
 from sempervirt.api.server import serving
@@ -57,8 +58,10 @@ async def _agent_answers(client: Client) -> bool:
 @asynccontextmanager
 async def _embedded_agent(config: AgentConfig) -> AsyncIterator[Agent]:
     log_to_stderr("error")
-    async with Agent.open(config) as agent, serving(agent, config.socket):
-        yield agent
+    async with Agent.open(config) as agent:
+        await resume_all(agent)
+        async with serving(agent, config.socket):
+            yield agent
 
 
 async def _end(agent: Agent, name: str, before: set[str]) -> None:

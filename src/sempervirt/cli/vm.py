@@ -13,7 +13,7 @@ import typer
 from sempervirt.api.client import Client
 from sempervirt.api.schemas import VmView
 from sempervirt.cli import console as terminal
-from sempervirt.cli import saved, tail
+from sempervirt.cli import migrate, saved, tail
 from sempervirt.cli.completion import vm_names
 from sempervirt.cli.output import (
     Output,
@@ -28,7 +28,7 @@ from sempervirt.cli.output import (
     styled,
 )
 from sempervirt.cli.session import ask_agent
-from sempervirt.core.errors import InvalidRequest, StateConflict
+from sempervirt.core.errors import StateConflict
 from sempervirt.core.sizes import format_size
 from sempervirt.vm.spec_file import load_spec
 from sempervirt.vm.states import Runstate
@@ -168,34 +168,11 @@ def remove(name: VmName) -> None:
     ask_agent(lambda client: client.forget_vm(name))
 
 
-@app.command("migrate", epilog="Example: semper vm migrate web --to b --dry-run")
-def migrate(
-    name: VmName,
-    to: Annotated[str, typer.Option(metavar="HOST", help="Where to; see semper host list.")],
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="List every reason that would stop it.")
-    ] = False,
-    output: OutputOption = Output.TABLE,
-) -> None:
-    """Say what would stop a VM from moving to another host. Moving it is not there yet.
-
-    Exit code 5 when something would. Images are given an id by a small file beside them.
-    """
-    if not dry_run:
-        raise InvalidRequest(
-            "this release cannot move a VM yet", remedy="see what would stop it: --dry-run"
-        )
-    found = ask_agent(lambda client: client.migration_obstacles(name, to))
-    if output is Output.JSON:
-        print_json(found)
-    elif not found:
-        out.print(f"nothing that was looked at would stop {name} from moving to {to}")
-    for obstacle in found if output is Output.TABLE else ():
-        out.print(f"- {obstacle.what}", highlight=False, markup=False)
-        if obstacle.remedy:
-            out.print(f"  {obstacle.remedy}", highlight=False, markup=False, style="dim")
-    if found:
-        raise typer.Exit(5)
+app.command("migrate", epilog="Example: semper vm migrate web --to b")(migrate.migrate)
+app.command(
+    "resolve",
+    epilog='Example: semper vm resolve web --owner b --evidence "a is switched off, I stand there"',
+)(migrate.resolve)
 
 
 @app.command("console", epilog="Example: semper vm console web")

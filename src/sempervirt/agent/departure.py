@@ -1,0 +1,729 @@
+"""Carries out what the source's machine of a migration decides (`migration.states`).
+
+One task drains the queue of events and is the only one to step the machine. What it asks for is
+done beside it, and reported as an event. The phase is on record before anything is done for it:
+an agent that begins anew goes on from there.
+
+    queue ◄── what the destination says (asked again and again), QEMU's events, the store's
+      │       answers, time
+      ▼
+    step ──► record ──► acts
+
+Whatever fails before the store was asked, `_go_back` undoes all of it: QEMU, disks, wire.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sempervirt.agent.claims import claimed_images
+from sempervirt.agent.cluster import Cluster
+from sempervirt.agent.record import DepartureRecord
+from sempervirt.agent.vm import Vm
+from sempervirt.api.client import Client
+from sempervirt.core.errors import (
+    NotFound,
+    OutcomeUnknown,
+    SempervirtError,
+    StateConflict,
+    Unavailable,
+)
+from sempervirt.disk.disk import Disk
+from sempervirt.host import background
+from sempervirt.migration import convergence, states, stream
+from sempervirt.migration.convergence import ConvergencePolicy, GiveUp, GoPostcopy, RaiseLimit
+from sempervirt.migration.convergence import Throttle as ThrottleGuest
+from sempervirt.migration.events import (
+    Act,
+    AnswerLost,
+    Arrival,
+    CancelAsked,
+    Committed,
+    DestinationEnded,
+    DestinationGone,
+    DisksReleased,
+    Drained,
+    GuestStopped,
+    Hopeless,
+    Loaded,
+    Mode,
+    NotCommitted,
+    Phase,
+    PostcopyChosen,
+    Prepared,
+    Refused,
+    Resolved,
+    SourceEnded,
+    SourceEvent,
+    StreamFailed,
+    Superseded,
+    Tick,
+    Withdrawn,
+)
+from sempervirt.migration.messages import (
+    ArrivalRequest,
+    MigrationView,
+    MovePolicy,
+    RunRequest,
+    WireView,
+)
+from sempervirt.migration.states import Bounds, Migration
+from sempervirt.migration.stream import Told
+from sempervirt.migration.wire import Wire, WireDisk, WireFiles, sweep
+from sempervirt.store.registry import Claim, Registry, StaleClaim
+from sempervirt.vm import handover
+from sempervirt.vm.spec import VmSpec
+from sempervirt.vm.states import Request, Runstate
+
+log = logging.getLogger(__name__)
+
+TICK_S = 0.1
+LOOK_S = 0.1
+# The destination answers at the latest then, also if nothing has changed.
+ASK_WAIT_S = 1.0
+GONE_S = 10.0
+WIRE_READY_S = 120.0
+RELEASE_S = 5.0
+QEMU_S = 10.0
+TELL_AGAIN_S = 0.2
+TELL_FOR_S = 5.0
+# The least that QEMU is given for the guest's blackout, whatever the rest of it takes.
+LEAST_BLACKOUT_S = 0.02
+
+
+@dataclass
+class Figures:
+    """What is told about a migration beside its state."""
+
+    started: float
+    memory: int = 0
+    told: Told | None = None
+    stopped_at: float | None = None
+    blackout_ms: float | None = None
+    ended: float | None = None
+
+
+class Departure:
+    """One VM on its way to another host. Made by `begin`, or by `resume` after a restart."""
+
+    def __init__(self, vm: Vm, cluster: Cluster, record: DepartureRecord) -> None:
+        self.vm = vm
+        self.record = record
+        self.policy = MovePolicy()
+        self.figures = Figures(time.time(), memory=vm.spec.memory)
+        self._cluster = cluster
+        self._registry = Registry(cluster.store)
+        self._claim = vm.record.claim
+        self._state = Migration(Bounds(), 0.0, phase=record.phase, mode=record.mode)
+        self._track = convergence.begin(ConvergencePolicy())
+        self._decides = ConvergencePolicy()
+        self._queue: asyncio.Queue[SourceEvent] = asyncio.Queue()
+        self._stack = AsyncExitStack()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._owner: asyncio.Task[None] | None = None
+        self._wire_files = WireFiles(vm.machine.files.directory)
+        self._wire: Wire | None = None
+        self._address = ""
+        self._served: dict[str, int] = {}
+        self._new_claim: Claim | None = None
+        self._client: Client | None = None
+        self._back = False
+        self._over = asyncio.Event()
+
+    # Its life
+
+    async def begin(self, policy: MovePolicy, stack: AsyncExitStack) -> None:
+        """Holds the VM, tells the store, and goes to work; `stack` holds what is needed for it.
+
+        Raises StateConflict, Unavailable, OutcomeUnknown: nothing was begun then, or what was is
+        undone by the next try.
+        """
+        self.policy = policy
+        await self.vm.machine.hold(Request.DEPART)
+        try:
+            if not self._write():
+                raise Unavailable(
+                    f"the record of VM {self.vm.name} cannot be written",
+                    remedy="make room in the state directory",
+                )
+            await self._connect(stack)
+            assert self._claim is not None
+            before = time.monotonic()
+            await self._registry.begin_move(self._claim, self.record.destination)
+            self._limit(time.monotonic() - before)
+        except BaseException:
+            self.vm.record = replace(self.vm.record, departure=None)
+            self.vm.keep_record()
+            self.vm.machine.release("running" if self.record.running else "paused")
+            raise
+        bounds = Bounds(policy.deadline_s, policy.blackout_max_s)
+        self._state, acts = states.begin(bounds, time.monotonic())
+        self._go_to_work(acts)
+
+    async def resume(self, stack: AsyncExitStack) -> None:
+        """Goes on from the record of an agent that has ended meanwhile."""
+        await self._connect(stack)
+        self.figures.stopped_at = time.monotonic()
+        self._state = replace(self._state, guest_stopped=True, until=0.0)
+        await sweep(self._wire_files)
+        acts: list[Act] = []
+        match self.record.phase:
+            case Phase.PREPARE | Phase.PRECOPY | Phase.SWITCHOVER:
+                self._post(StreamFailed("the agent here began anew"))
+            case Phase.COMMIT:
+                self._post(AnswerLost("the agent here ended while it asked the store"))
+            case Phase.DONE | Phase.LOST:
+                acts = [Act.LET_RUN, Act.END_SOURCE]
+            case Phase.ABANDONED:
+                self._keep(self._go_back(), "go back")
+        self._go_to_work(acts)
+
+    def _go_to_work(self, acts: list[Act]) -> None:
+        self.vm.moving = self
+        self.vm.machine.listen(self._heard)
+        self._owner = background.start(self._own(acts), f"departure of {self.vm.name}")
+        self._keep(self._tick(), "ticks")
+        self._keep(self._watch_machine(), "end of QEMU")
+
+    async def detach(self) -> None:
+        """Leaves everything as it is, for another agent to go on with."""
+        if self.over:
+            return
+        for task in (self._owner, *self._tasks):
+            if task is not None:
+                task.cancel()
+        self.vm.machine.listen(None)
+        if self._wire is not None:
+            self._wire.forget()
+        await self._stack.aclose()
+
+    @property
+    def id(self) -> str:
+        """The same on both hosts."""
+        return self.record.id
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing follows any more."""
+        return self._over.is_set()
+
+    @property
+    def phase(self) -> Phase:
+        """Where it is."""
+        return self._state.phase
+
+    def shown(self) -> tuple[Runstate, str] | None:
+        """What the VM is because of this, if that is not what QEMU alone would tell."""
+        match self._state.phase:
+            case _ if self.over or self.vm.run.is_end:
+                return None
+            case Phase.UNKNOWN:
+                why = f"whether {self.record.destination} owns it is not known: {self._state.why}"
+                return Runstate.UNKNOWN, why
+            case Phase.SWITCHOVER | Phase.COMMIT:
+                return Runstate.PAUSED, f"it moves to {self.record.destination}"
+        return None
+
+    # What can be asked of it
+
+    async def cancel(self) -> None:
+        """Has the VM stay, and waits until it does. Raises StateConflict when it is too late."""
+        if not self._state.may_cancel:
+            raise StateConflict(
+                f"the migration of VM {self.vm.name} is {self._state.phase.value} and cannot be "
+                "cancelled any more",
+                remedy=f"see where it is: semper vm show {self.vm.name}",
+            )
+        self._post(CancelAsked())
+        await self.wait_over(QEMU_S + RELEASE_S)
+
+    def settle(self, resolved: Resolved) -> None:
+        """An operator says who owns the VM; it counts only while that is unknown."""
+        self._post(resolved)
+
+    async def wait_over(self, timeout_s: float) -> None:
+        """Waits for the end. Raises OutcomeUnknown at the deadline."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._over.wait()
+        except TimeoutError as error:
+            raise OutcomeUnknown(
+                f"the migration of VM {self.vm.name} is still {self._state.phase.value}",
+                remedy=f"see where it is: semper vm show {self.vm.name}",
+            ) from error
+
+    def view(self) -> MigrationView:
+        """All that is known."""
+        figures, told = self.figures, self.figures.told
+        sample = told.sample if told else None
+        expected_s = convergence.expected_blackout_s(sample) if sample else float("inf")
+        return MigrationView(
+            id=self.id,
+            vm=self.vm.name,
+            source=self._cluster.settings.host,
+            destination=self.record.destination,
+            phase=self._state.phase.value,
+            over=self.over,
+            mode=self._state.mode.value,
+            why=self._state.why,
+            may_cancel=self._state.may_cancel,
+            started=figures.started,
+            elapsed_s=(figures.ended or time.time()) - figures.started,
+            memory=figures.memory,
+            remaining=sample.remaining_bytes if sample else figures.memory,
+            passes=sample.passes if sample else 0,
+            dirtied=sample.dirtied if sample else 0.0,
+            expected_blackout_ms=None if expected_s == float("inf") else expected_s * 1e3,
+            limit_ms=self._track.limit_s * 1e3,
+            throttle=self._track.throttle,
+            blackout_ms=figures.blackout_ms,
+            wire=_wire_view(self._wire.status) if self._wire else None,
+        )
+
+    # The owner task
+
+    def _post(self, event: SourceEvent) -> None:
+        self._queue.put_nowait(event)
+
+    async def _own(self, acts: list[Act]) -> None:
+        """Steps until nothing can follow."""
+        self._begin_acts(acts)
+        while not self._ended():
+            event = await self._queue.get()
+            before = self._state
+            self._state, acts = states.step(before, event, time.monotonic())
+            if self._state.phase is not before.phase:
+                self._entered(before)
+                if not self._write() and self._state.phase is Phase.COMMIT:
+                    # Without it a later agent could not know that the store was asked.
+                    acts = []
+                    self._post(NotCommitted("the record cannot be written"))
+            self._begin_acts(acts)
+            if self._state.phase is Phase.ABANDONED and before.phase is not Phase.ABANDONED:
+                self._keep(self._go_back(), "go back")
+        await self._finish()
+
+    def _ended(self) -> bool:
+        gone = self.vm.run.is_end
+        match self._state.phase:
+            case Phase.ABANDONED:
+                return self._state.settled and (gone or self._back)
+            case phase:
+                return phase.is_end and gone
+
+    def _entered(self, before: Migration) -> None:
+        phase, now = self._state.phase, time.monotonic()
+        if phase is Phase.SWITCHOVER:
+            self.figures.stopped_at = now
+        why = f" ({self._state.why})" if self._state.why else ""
+        text = f"to {self.record.destination}: {before.phase.value} -> {phase.value}{why}"
+        self.vm.machine.journal.note(time.time(), "migration", text)
+        level = logging.WARNING if phase in (Phase.UNKNOWN, Phase.LOST) else logging.INFO
+        log.log(level, "migrate vm=%s %s", self.vm.name, text)
+
+    def _write(self) -> bool:
+        self.record = replace(self.record, phase=self._state.phase, mode=self._state.mode)
+        self.vm.record = replace(self.vm.record, departure=self.record)
+        try:
+            self.vm.write_record()
+        except OSError as error:
+            log.error("record vm=%s not written: %s", self.vm.name, error)  # noqa: TRY400
+            return False
+        return True
+
+    async def _finish(self) -> None:
+        self.figures.ended = time.time()
+        if self._state.phase is Phase.ABANDONED:
+            self.vm.record = replace(self.vm.record, departure=None)
+            self.vm.keep_record()
+        if self._wire is not None:
+            await self._wire.end()
+        self.vm.machine.listen(None)
+        self._over.set()
+        current = asyncio.current_task()
+        for task in self._tasks:
+            if task is not current:
+                task.cancel()
+        await self._stack.aclose()
+
+    def _keep(self, work: Coroutine[Any, Any, None], what: str) -> None:
+        task = background.start(work, f"departure of {self.vm.name}: {what}")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # What is to be done
+
+    def _begin_acts(self, acts: list[Act]) -> None:
+        for act in acts:
+            work, failed = self._work_of(act)
+            if work is not None:
+                self._keep(self._guarded(work, failed), act.name.lower())
+
+    def _work_of(
+        self, act: Act
+    ) -> tuple[Callable[[], Awaitable[None]] | None, Callable[[str], SourceEvent] | None]:
+        """How an act is done, and what it means if that fails."""
+        match act:
+            case Act.PREPARE:
+                return self._prepare, Refused
+            case Act.START_STREAM:
+                return self._start_stream, StreamFailed
+            case Act.SWITCH_TO_POSTCOPY:
+                return self._switch_to_postcopy, StreamFailed
+            case Act.FINISH_STREAM:
+                return self._finish_stream, StreamFailed
+            case Act.ASK_PROMISE:
+                return self._ask_promise, StreamFailed
+            case Act.RELEASE_DISKS:
+                return self._release_disks, StreamFailed
+            case Act.HAND_OVER:
+                return self._hand_over, None
+            case Act.WITHDRAW:
+                return self._withdraw, None
+            case Act.ABORT_DESTINATION:
+                return self._abort_destination, None
+            case Act.LET_RUN:
+                return self._let_run, None
+            case Act.END_SOURCE:
+                return self._end_source, None
+        return None, None  # RESUME_GUEST is part of `_go_back`
+
+    async def _guarded(
+        self, work: Callable[[], Awaitable[None]], failed: Callable[[str], SourceEvent] | None
+    ) -> None:
+        try:
+            await work()
+        except SempervirtError as error:
+            log.info("migrate vm=%s %s", self.vm.name, error)
+            if failed is not None:
+                self._post(failed(str(error)))
+
+    async def _prepare(self) -> None:
+        vm, peer = self.vm, self._peer
+        assert self._claim is not None
+        images = dict(zip(_claimed_disks(vm.spec), self._claim.images, strict=True))
+        answer = await peer.prepare_arrival(
+            ArrivalRequest(
+                id=self.id,
+                source=self._cluster.settings.host,
+                epoch=self._claim.epoch,
+                spec=vm.pinned_spec,
+                machine=await handover.machine_type(vm.machine.execute),
+                accelerator=vm.record.accelerator.kind,
+                running=self.record.running,
+                postcopy=self.policy.postcopy,
+                images=images,
+            )
+        )
+        self._address = answer.address
+        self._keep(self._watch_destination(), "destination")
+        self._post(Prepared())
+
+    async def _start_stream(self) -> None:
+        vm = self.vm
+        for disk in self._writable():
+            await disk.freeze()
+        for disk in self._writable():
+            self._served[disk.name] = disk.generation
+            await disk.hand_over(armed=True)
+        disks = [
+            WireDisk(
+                name,
+                disk.setup.options.image,
+                disk.setup.options.direct,
+                disk.setup.files.control(disk.generation),
+            )
+            for name, disk in vm.disks.items()
+        ]
+        await sweep(self._wire_files)
+        self._wire = Wire.source(
+            self._wire_files,
+            self._cluster.identity.directory,
+            self.id,
+            self.record.destination,
+            self._address,
+            disks,
+        )
+        await self._wire.wait("state", ("ready",), WIRE_READY_S)
+        execute = vm.machine.execute
+        await stream.prepare_source(
+            execute, postcopy=self.policy.postcopy, blackout_s=self._track.limit_s
+        )
+        await stream.start(execute, self._wire_files.stream)
+        self._keep(self._watch_stream(), "stream")
+
+    async def _switch_to_postcopy(self) -> None:
+        await self.vm.machine.execute("migrate-start-postcopy")
+
+    async def _finish_stream(self) -> None:
+        await stream.finish(self.vm.machine.execute)
+
+    async def _ask_promise(self) -> None:
+        await self._peer.promise_arrival(self.id)
+
+    async def _release_disks(self) -> None:
+        """The backends let go by themselves when QEMU stopped the queues. It has to be the same
+        ones: one that died in between has left requests behind.
+        """
+        deadline = time.monotonic() + RELEASE_S
+        for disk in self._writable():
+            while await disk.hand_over(armed=True):
+                if time.monotonic() > deadline:
+                    raise Unavailable(f"the backend of disk {disk.name} keeps the image")
+                await asyncio.sleep(0.001)
+            if disk.generation != self._served.get(disk.name):
+                raise Unavailable(f"the backend of disk {disk.name} has just changed")
+        self._post(DisksReleased())
+
+    async def _hand_over(self) -> None:
+        assert self._claim is not None
+        try:
+            self._new_claim = await self._registry.hand_over(self._claim)
+        except StaleClaim:
+            self._post(Superseded())
+        except OutcomeUnknown as error:
+            self._post(AnswerLost(str(error)))
+        except SempervirtError as error:
+            self._post(NotCommitted(str(error)))
+        else:
+            self._post(Committed())
+
+    async def _withdraw(self) -> None:
+        """While the store is silent nothing is known, and it is asked again."""
+        assert self._claim is not None
+        try:
+            await self._registry.end_move(self._claim)
+        except StaleClaim:
+            self._post(Superseded())
+        except SempervirtError as error:
+            log.debug("migrate vm=%s %s", self.vm.name, error)
+        else:
+            self._post(Withdrawn())
+
+    async def _abort_destination(self) -> None:
+        """It also learns of it from the store."""
+        with contextlib.suppress(SempervirtError):
+            await self._peer.abort_arrival(self.id, self._state.why)
+
+    async def _let_run(self) -> None:
+        """Tells the destination; if it cannot be reached, it learns of it from the store."""
+        if self._new_claim is None:
+            return
+        request = RunRequest(epoch=self._new_claim.epoch, claim=self._new_claim.id)
+        deadline = time.monotonic() + TELL_FOR_S
+        while True:
+            try:
+                await self._peer.run_arrival(self.id, request)
+            except SempervirtError as error:
+                if time.monotonic() > deadline:
+                    log.warning("migrate vm=%s it is not told: %s", self.vm.name, error)
+                    return
+            else:
+                if self.figures.stopped_at is not None:
+                    blackout_s = time.monotonic() - self.figures.stopped_at
+                    self.figures.blackout_ms = round(blackout_s * 1e3, 1)
+                return
+            await asyncio.sleep(TELL_AGAIN_S)
+
+    async def _end_source(self) -> None:
+        """Again and again: this guest must never run any more."""
+        where = self.record.destination
+        because = f"it runs on {where} now"
+        if self._state.phase is Phase.LOST:
+            because = self._state.why
+        while not self.vm.run.is_end:
+            try:
+                await self.vm.machine.kill(because)
+            except SempervirtError as error:
+                log.error("migrate vm=%s %s", self.vm.name, error)  # noqa: TRY400
+                await asyncio.sleep(1.0)
+        await self.vm.wait_settled()
+        self._post(Tick())
+
+    async def _go_back(self) -> None:
+        """Undoes everything; the guest goes on. Repeated until it is done."""
+        status = "paused"
+        while not self.vm.run.is_end:
+            try:
+                for disk in self._writable():
+                    if disk.generation:
+                        await disk.hand_over(armed=False)
+                    disk.thaw()
+                status = await self._let_go_on()
+            except SempervirtError as error:
+                log.warning("migrate vm=%s does not go on yet: %s", self.vm.name, error)
+                await asyncio.sleep(TELL_AGAIN_S)
+            else:
+                break
+        if self.figures.stopped_at is not None and status == "running":
+            blackout_s = time.monotonic() - self.figures.stopped_at
+            self.figures.blackout_ms = round(blackout_s * 1e3, 1)
+        if self._wire is not None:
+            await self._wire.end()
+        self.vm.machine.release(status)
+        self._back = True
+        self._post(Tick())
+
+    async def _let_go_on(self) -> str:
+        """Ends QEMU's migration and has the guest run, if it ran before; tells what QEMU does."""
+        execute = self.vm.machine.execute
+        deadline = time.monotonic() + QEMU_S
+        while True:
+            told = await stream.look(execute)
+            if told.status in ("none", "completed", *stream.FAILED):
+                break
+            if told.status != "cancelling":
+                await execute("migrate_cancel")
+            if time.monotonic() > deadline:
+                raise Unavailable(f"QEMU does not end its migration ({told.status})")
+            await asyncio.sleep(0.01)
+        await stream.throttle(execute, stream.MIN_THROTTLE)
+        status = str((await execute("query-status"))["status"])
+        if self.record.running and status in ("paused", "postmigrate", "finish-migrate"):
+            await execute("cont")
+            status = "running"
+        return status
+
+    # What is watched
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            self._post(Tick())
+
+    async def _watch_machine(self) -> None:
+        await self.vm.machine.wait_ended()
+        self._post(SourceEnded(self.vm.state.why))
+
+    async def _watch_destination(self) -> None:
+        """Asks how far it is, and passes on what matters."""
+        seen, heard = Arrival.INCOMING, time.monotonic()
+        while not self._state.phase.is_end:
+            try:
+                answer = await self._peer.arrival(self.id, seen, ASK_WAIT_S)
+            except NotFound:
+                self._post(DestinationEnded(f"{self.record.destination} knows nothing of it"))
+                return
+            except SempervirtError as error:
+                if time.monotonic() - heard > GONE_S:
+                    self._post(DestinationGone(f"{self.record.destination} is silent: {error}"))
+                    heard = time.monotonic()
+                await asyncio.sleep(TELL_AGAIN_S)
+                continue
+            heard = time.monotonic()
+            if answer.phase is not seen:
+                self._post_arrival(answer.phase, answer.why)
+                if answer.phase is Arrival.PROMISED and self._state.mode is Mode.PRECOPY:
+                    return  # from now on the store decides
+            if answer.drained:
+                self._post(Drained())
+            seen = answer.phase
+
+    def _post_arrival(self, phase: Arrival, why: str) -> None:
+        match phase:
+            case Arrival.PROMISED:
+                self._post(Loaded())
+            case Arrival.ABORTED | Arrival.LOST:
+                self._post(DestinationEnded(f"{self.record.destination}: {why}"))
+
+    def _heard(self, name: str, data: Mapping[str, Any]) -> None:
+        """QEMU's events come at once; `_watch_stream` finds the same later."""
+        if name == "MIGRATION":
+            self._judge(str(data.get("status", "")), "")
+
+    def _judge(self, status: str, error: str) -> None:
+        if status in stream.STOPPED:
+            self._post(GuestStopped())
+        elif status in stream.FAILED and error:
+            self._post(StreamFailed(error))
+
+    async def _watch_stream(self) -> None:
+        """Follows QEMU's figures until it has stopped the guest, and decides how hard to push."""
+        while self._state.phase in (Phase.PRECOPY, Phase.SWITCHOVER):
+            try:
+                told = await stream.look(self.vm.machine.execute)
+            except SempervirtError as error:
+                self._post(StreamFailed(f"QEMU does not tell how far it is: {error.message}"))
+                return
+            self.figures.told = told
+            self.figures.memory = told.total_bytes or self.figures.memory
+            wire = self._wire
+            if wire is not None:
+                await wire.ask()
+            failure = wire.failure if wire is not None else ""
+            self._judge(told.status, failure or told.error or "QEMU says no more")
+            for disk in self._writable():
+                if disk.generation != self._served[disk.name]:
+                    self._post(StreamFailed(f"the backend of disk {disk.name} ended"))
+                    return
+            if self._state.phase is Phase.PRECOPY and told.status == "active" and told.sample:
+                await self._push(told)
+            await asyncio.sleep(LOOK_S)
+
+    async def _push(self, told: Told) -> None:
+        assert told.sample is not None
+        self._track, decision = convergence.decide(self._track, told.sample, self._decides)
+        execute = self.vm.machine.execute
+        match decision:
+            case RaiseLimit(blackout_s):
+                await stream.limit_blackout(execute, blackout_s)
+            case ThrottleGuest(percent):
+                await stream.throttle(execute, percent)
+            case GoPostcopy():
+                self._post(PostcopyChosen())
+            case GiveUp(reason):
+                self._post(Hopeless(reason))
+        if decision is not None:
+            log.info("migrate vm=%s %s", self.vm.name, decision)
+
+    def _limit(self, store_s: float) -> None:
+        """Of the guest's blackout the store and the word to the destination take their part."""
+        own_s = 2 * store_s
+        policy = self.policy
+        self._decides = ConvergencePolicy(
+            blackout_s=max(LEAST_BLACKOUT_S, policy.blackout_s - own_s),
+            blackout_max_s=max(LEAST_BLACKOUT_S, policy.blackout_max_s - own_s),
+            deadline_s=policy.deadline_s,
+            throttle_max=policy.throttle_max,
+            postcopy=policy.postcopy,
+        )
+        self._track = convergence.begin(self._decides)
+
+    def _writable(self) -> list[Disk]:
+        return [disk for disk in self.vm.disks.values() if not disk.setup.options.read_only]
+
+    @property
+    def _peer(self) -> Client:
+        assert self._client is not None
+        return self._client
+
+    async def _connect(self, stack: AsyncExitStack) -> None:
+        self._stack = stack
+        tls = self._cluster.identity.client_context()
+        connected = Client.connect_host(self.record.address, self.record.destination, tls)
+        self._client = await stack.enter_async_context(connected)
+
+
+def _claimed_disks(spec: VmSpec) -> list[str]:
+    images = set(claimed_images(spec))
+    return [disk.name for disk in spec.disks if disk.image in images and not disk.read_only]
+
+
+def _wire_view(status: Mapping[str, Any]) -> WireView | None:
+    if not status:
+        return None
+    return WireView(
+        stream_bytes=status["stream_bytes"],
+        wire_bytes=status["wire_bytes_sent"],
+        pages=status["pages"],
+        zero_pages=status["zero_pages"],
+        references=status["references"],
+        mismatches=status["mismatches"],
+    )

@@ -1,0 +1,230 @@
+"""Migrations of this host's VMs: how they begin, go on after a restart of the agent, and are
+settled by an operator. What happens in between is in `departure` and `reception`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import secrets
+import socket
+from contextlib import AsyncExitStack
+
+from sempervirt.agent.agent import Agent
+from sempervirt.agent.claims import claim_of
+from sempervirt.agent.cluster import Cluster, Member
+from sempervirt.agent.departure import Departure
+from sempervirt.agent.moving import find_destination, membership_obstacles, side_of
+from sempervirt.agent.reception import Reception
+from sempervirt.agent.record import ArrivalRecord, DepartureRecord
+from sempervirt.agent.vm import Vm
+from sempervirt.api.client import Client
+from sempervirt.core.errors import (
+    InvalidRequest,
+    NotFound,
+    SempervirtError,
+    StateConflict,
+    Unavailable,
+)
+from sempervirt.migration.events import Resolved, Side
+from sempervirt.migration.messages import ArrivalRequest, MovePolicy
+from sempervirt.migration.obstacles import Obstacle, obstacles
+from sempervirt.store import epoch
+from sempervirt.store.records import Custody
+from sempervirt.store.registry import Claim, Registry
+from sempervirt.vm.states import Runstate
+
+log = logging.getLogger(__name__)
+
+
+async def find_obstacles(agent: Agent, vm: Vm, cluster: Cluster, member: Member) -> list[Obstacle]:
+    """Every reason that would stop a migration of a VM to another host.
+
+    Gives each image an id, if it has none, by a small file beside it.
+    """
+    host = member.host.name
+    found = list(membership_obstacles(member))
+    here = await side_of(agent, cluster.settings.host, vm.spec, source=True)
+    if vm.record.claim is None:
+        what = f"VM {vm.name} was started before this host belonged to a cluster"
+        found.append(Obstacle(what, "end it and run it again"))
+    if found:
+        return found
+    tls = cluster.identity.client_context()
+    try:
+        async with Client.connect_host(member.host.address, host, tls) as client:
+            there = await client.migration_side(vm.spec)
+    except SempervirtError as error:
+        return [Obstacle(f"{host} cannot be asked: {error.message}", error.remedy)]
+    return obstacles(vm.spec, vm.record.accelerator.kind, here, there)
+
+
+async def depart(agent: Agent, name: str, to: str, policy: MovePolicy) -> Departure:
+    """Begins to move a VM to another host.
+
+    Raises NotFound, StateConflict with every reason that stands in the way, Unavailable,
+    OutcomeUnknown; the VM runs on here in any case.
+    """
+    vm = agent.vm(name)
+    if vm.moving is not None and not vm.moving.over:
+        raise StateConflict(f"VM {name} moves already", remedy=f"see: semper vm show {name}")
+    async with AsyncExitStack() as stack:
+        cluster = await stack.enter_async_context(Cluster.opened(agent.config))
+        member = await find_destination(cluster, to)
+        found = await find_obstacles(agent, vm, cluster, member)
+        if found:
+            raise StateConflict(
+                f"VM {name} cannot move to {to}: " + "; ".join(item.what for item in found),
+                remedy=f"see what can be done: semper vm migrate {name} --to {to} --dry-run",
+            )
+        record = DepartureRecord(
+            secrets.token_hex(16), to, member.host.address, vm.run is Runstate.RUNNING
+        )
+        departure = Departure(vm, cluster, record)
+        await departure.begin(policy, stack.pop_all())
+        return departure
+
+
+def departure_of(vm: Vm) -> Departure:
+    """The last migration of a VM from here. Raises NotFound."""
+    if not isinstance(vm.moving, Departure):
+        raise NotFound(f"VM {vm.name} was not migrated from here")
+    return vm.moving
+
+
+def reception_of(agent: Agent, migration: str, source: str) -> Reception:
+    """A migration to this host from `source`. Raises NotFound."""
+    for vm in agent.vms.values():
+        moving = vm.moving
+        same = isinstance(moving, Reception) and moving.record.source == source
+        if isinstance(moving, Reception) and same and moving.id == migration:
+            return moving
+    raise NotFound(f"no migration {migration} comes here from {source}")
+
+
+async def receive(agent: Agent, request: ArrivalRequest, source: str) -> Reception:
+    """Prepares for a VM that comes from the host `source`; returns when all is ready.
+
+    Raises NotAllowed, InvalidRequest, StateConflict or Unavailable; nothing is left then.
+    """
+    if request.source != source:
+        raise InvalidRequest(f"{source} cannot send a VM in the name of {request.source}")
+    await asyncio.to_thread(_check_images, request)
+    async with AsyncExitStack() as stack:
+        cluster = await stack.enter_async_context(Cluster.opened(agent.config))
+        settings = cluster.settings
+        images = tuple(request.images.values())
+        record = ArrivalRecord(request.id, source, request.running, request.epoch, images)
+        vm = await agent.receive_vm(request.spec, request.machine, settings.host, record)
+        reception = Reception(vm, cluster, record)
+        vm.moving = reception
+        try:
+            if vm.record.accelerator.kind != request.accelerator:
+                raise StateConflict(
+                    f"the VM runs with {request.accelerator}, and {settings.host} would run it "
+                    f"with {vm.record.accelerator.kind}"
+                )
+            listen = await asyncio.to_thread(_listen_address, settings.address)
+            await reception.prepare(listen, postcopy=request.postcopy)
+        except BaseException:
+            vm.moving = None
+            await vm.kill("its arrival could not be prepared")
+            await agent.forget_vm(vm.name)
+            raise
+        reception.go_to_work(stack.pop_all(), lambda: agent.forget_vm(vm.name))
+        return reception
+
+
+def _check_images(request: ArrivalRequest) -> None:
+    for name, expected in request.images.items():
+        try:
+            image = request.spec.disk(name).image
+        except (KeyError, StopIteration, ValueError) as error:
+            raise InvalidRequest(f"the VM has no disk {name}") from error
+        record = epoch.read_epoch(epoch.record_path(image))
+        if record is None or record.image != expected:
+            raise StateConflict(
+                f"disk {name}: {image} is another image here",
+                remedy="the hosts have to share the storage; a copy is not enough",
+            )
+
+
+def _listen_address(address: str) -> str:
+    """This host's address as digits, for the end of the wire to listen on."""
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0]
+    except OSError as error:
+        raise Unavailable(f"{host} has no address: {error.strerror}") from error
+    return f"[{found}]" if ipaddress.ip_address(found).version == 6 else str(found)
+
+
+async def resume_all(agent: Agent) -> None:
+    """Goes on with the migrations that a former agent left. What fails is logged: the VM stays
+    held, and the next agent tries again.
+    """
+    for vm in list(agent.vms.values()):
+        if vm.settled or (vm.record.departure is None and vm.record.arrival is None):
+            continue
+        try:
+            await _resume(agent, vm)
+        except SempervirtError as error:
+            log.error("migration vm=%s cannot go on: %s", vm.name, error)  # noqa: TRY400
+
+
+async def _resume(agent: Agent, vm: Vm) -> None:
+    async with AsyncExitStack() as stack:
+        cluster = await stack.enter_async_context(Cluster.opened(agent.config))
+        if vm.record.departure is not None:
+            departure = Departure(vm, cluster, vm.record.departure)
+            await departure.resume(stack.pop_all())
+        elif vm.record.arrival is not None:
+            reception = Reception(vm, cluster, vm.record.arrival)
+            await reception.resume(stack.pop_all(), lambda: agent.forget_vm(vm.name))
+
+
+async def resolve(agent: Agent, name: str, owner: str, evidence: str) -> str:
+    """Gives a VM of which the whereabouts are unknown to `owner`, and tells what became of it.
+
+    The evidence is a sentence that tells how it is known that the VM runs nowhere else. Raises
+    StateConflict when there is nothing to settle, NotFound, Unavailable, OutcomeUnknown.
+    """
+    if not evidence.strip():
+        raise InvalidRequest(
+            "no evidence was given", remedy="tell how it is known that the VM runs nowhere else"
+        )
+    async with Cluster.opened(agent.config) as cluster:
+        try:
+            claim = await _resolve_in_store(cluster, name, owner, evidence)
+        except Unavailable:
+            if not _settle_here(agent, name, cluster.settings.host, owner, evidence):
+                raise
+            return "settled on this host; the store will learn of it when it answers again"
+    return f"{owner} owns VM {name} under epoch {claim.epoch}"
+
+
+def _settle_here(agent: Agent, name: str, host: str, owner: str, evidence: str) -> bool:
+    vm = agent.vms.get(name)
+    moving = vm.moving if vm else None
+    if not isinstance(moving, Departure) or moving.over:
+        return False
+    moving.settle(Resolved(Side.SOURCE if owner == host else Side.DESTINATION, evidence))
+    return True
+
+
+async def _resolve_in_store(cluster: Cluster, name: str, owner: str, evidence: str) -> Claim:
+    registry = Registry(cluster.store)
+    members = {member.host.name: member for member in await cluster.members()}
+    if owner not in members or members[owner].revoked:
+        raise NotFound(f"there is no host {owner}", remedy="semper host list")
+    present = await registry.find(name)
+    holder = members.get(present.owner)
+    if present.custody in (Custody.OWNED, Custody.MOVING):
+        if holder is not None and holder.presence is not None and not holder.revoked:
+            raise StateConflict(
+                f"VM {name} belongs to {present.owner}, whose agent is alive: nothing is unknown",
+                remedy=f"ask there: semper vm show {name}",
+            )
+        await registry.mark_unknown(claim_of(present), f"host {present.owner} is silent")
+    return await registry.resolve(name, owner, evidence)

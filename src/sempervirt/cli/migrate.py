@@ -1,0 +1,204 @@
+"""`semper vm migrate` and `resolve`: a VM goes to another host."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from sempervirt.api.client import Client
+from sempervirt.api.schemas import MigrateRequest
+from sempervirt.cli.completion import vm_names
+from sempervirt.cli.output import Output, OutputOption, err, facts, out, print_json
+from sempervirt.cli.session import ask_agent
+from sempervirt.core.errors import InvalidRequest, NotFound, OutcomeUnknown, Unavailable
+from sempervirt.core.sizes import format_size
+from sempervirt.migration.messages import MigrationView, MovePolicy
+
+POLL_S = 0.2
+PAGE_BYTES = 4096
+
+VmName = Annotated[
+    str, typer.Argument(metavar="NAME", help="The VM's name.", autocompletion=vm_names)
+]
+
+
+def migrate(
+    name: VmName,
+    to: Annotated[
+        str | None, typer.Option(metavar="HOST", help="Where to; see semper host list.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only list every reason that would stop it.")
+    ] = False,
+    cancel: Annotated[
+        bool, typer.Option("--cancel", help="Have a VM that is on its way stay here.")
+    ] = False,
+    detach: Annotated[
+        bool, typer.Option("--detach", "-d", help="Return once it has begun.")
+    ] = False,
+    blackout: Annotated[
+        int, typer.Option(metavar="MS", help="How long the guest should stand still.", min=1)
+    ] = 300,
+    max_blackout: Annotated[
+        int,
+        typer.Option(
+            metavar="MS", help="Raised up to this if it does not converge; never more.", min=1
+        ),
+    ] = 2000,
+    deadline: Annotated[
+        float, typer.Option(metavar="S", help="Give up if it is not there by then.", min=1)
+    ] = 600.0,
+    throttle: Annotated[
+        int,
+        typer.Option(
+            metavar="PERCENT", help="Slow a guest down by up to so much, if need be.", min=0, max=99
+        ),
+    ] = 80,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Move a running VM to another host, with its memory, devices and connections.
+
+    Memory that is a copy of what stands on the shared disk is not sent, only named. Until the
+    switchover the VM stays here, whatever fails; Ctrl-C leaves this view, and the VM on its way.
+    With --dry-run the exit code is 5 when something would stop it.
+    """
+    if cancel:
+        _print(ask_agent(lambda client: client.cancel_migration(name)), output)
+        return
+    if to is None:
+        raise InvalidRequest("no host was named", remedy="say where to: --to HOST")
+    host = to
+    if dry_run:
+        _dry_run(name, host, output)
+        return
+    policy = MovePolicy(
+        blackout_s=blackout / 1e3,
+        blackout_max_s=max(blackout, max_blackout) / 1e3,
+        deadline_s=deadline,
+        throttle_max=throttle,
+    )
+    request = MigrateRequest(to=host, policy=policy)
+
+    async def work(client: Client) -> MigrationView:
+        view = await client.migrate(name, request)
+        return view if detach else await _watch(client, view)
+
+    view = ask_agent(work)
+    _print(view, output)
+    if not detach:
+        _judge(view)
+
+
+def resolve(
+    name: VmName,
+    owner: Annotated[str, typer.Option(metavar="HOST", help="The host that is to have the VM.")],
+    evidence: Annotated[
+        str, typer.Option(help="How it is known that the VM runs nowhere else; it is kept.")
+    ],
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Settle who owns a VM, when a host went silent in the middle of a migration.
+
+    Nothing runs a VM of which the whereabouts are unknown. Make sure that it runs nowhere else:
+    switch the other host off, or its storage. Then say so here. If its guest already waits at
+    HOST with all its memory, it goes on there; otherwise run it there again.
+    """
+    view = ask_agent(lambda client: client.resolve(name, owner, evidence))
+    if output is Output.JSON:
+        print_json(view)
+    else:
+        out.print(view.message, highlight=False)
+
+
+def _dry_run(name: str, host: str, output: Output) -> None:
+    found = ask_agent(lambda client: client.migration_obstacles(name, host))
+    if output is Output.JSON:
+        print_json(found)
+    elif not found:
+        out.print(f"nothing that was looked at would stop {name} from moving to {host}")
+    for obstacle in found if output is Output.TABLE else ():
+        out.print(f"- {obstacle.what}", highlight=False, markup=False)
+        if obstacle.remedy:
+            out.print(f"  {obstacle.remedy}", highlight=False, markup=False, style="dim")
+    if found:
+        raise typer.Exit(5)
+
+
+async def _watch(client: Client, view: MigrationView) -> MigrationView:
+    """Shows how far it is until it is over."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.fields[about]}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=err, transient=True) as progress:
+        task = progress.add_task(f"{view.vm} to {view.destination}", about="", total=1.0)
+        while not view.over:
+            done = 1 - min(1.0, view.remaining / view.memory) if view.memory else 0.0
+            progress.update(task, completed=done, about=about(view))
+            await asyncio.sleep(POLL_S)
+            # Its VM may have been removed right after it went.
+            with contextlib.suppress(NotFound):
+                view = await client.migration(view.vm)
+    return view
+
+
+def about(view: MigrationView) -> str:
+    """One line: the phase, and what is sent."""
+    parts = [view.phase]
+    if view.passes:
+        parts.append(f"pass {view.passes}, {format_size(view.remaining)} left")
+    if view.dirtied:
+        parts.append(f"dirtied {view.dirtied / 1e6:.0f} MB/s")
+    if view.wire is not None and view.wire.stream_bytes:
+        sent, stock = format_size(view.wire.wire_bytes), format_size(view.wire.stream_bytes)
+        parts.append(f"sent {sent} for {stock}")
+    if view.expected_blackout_ms is not None and view.phase == "precopy":
+        parts.append(f"blackout {view.expected_blackout_ms:.0f} ms of {view.limit_ms:.0f}")
+    if view.throttle:
+        parts.append(f"throttled by {view.throttle} %")
+    return ", ".join(parts)
+
+
+def _print(view: MigrationView, output: Output) -> None:
+    if output is Output.JSON:
+        print_json(view)
+        return
+    wire = view.wire
+    sent = saved = None
+    if wire is not None and wire.stream_bytes:
+        part = wire.wire_bytes / wire.stream_bytes
+        sent = (
+            f"{format_size(wire.wire_bytes)}, {part:.0%} of QEMU's {format_size(wire.stream_bytes)}"
+        )
+        saved = f"{wire.references} of {wire.pages + wire.zero_pages} pages stand on the disk"
+    blackout = f"{view.blackout_ms:.0f} ms" if view.blackout_ms is not None else None
+    rows = [
+        ("vm", view.vm),
+        ("migration", f"{view.source} to {view.destination}: {view.phase}"),
+        ("why", view.why or None),
+        ("time", f"{view.elapsed_s:.1f} s, {view.passes} passes"),
+        ("blackout", blackout),
+        ("sent", sent),
+        ("not sent", saved),
+    ]
+    out.print(facts(rows))
+
+
+def _judge(view: MigrationView) -> None:
+    """Raises what the end of a migration means to the caller."""
+    match view.phase:
+        case "done":
+            return
+        case "unknown":
+            raise OutcomeUnknown(
+                f"whether {view.destination} owns VM {view.vm} is not known: {view.why}",
+                remedy=f"it settles itself with the store: semper vm show {view.vm}",
+            )
+        case _:
+            raise Unavailable(f"VM {view.vm} stays on {view.source}: {view.why}")

@@ -1,0 +1,87 @@
+"""What the agents of both hosts say to each other during a migration."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, Field
+
+from sempervirt.migration.events import Arrival
+from sempervirt.vm.spec import VmSpec
+
+
+class ArrivalRequest(BaseModel):
+    """Asks a host to prepare for a VM. `images` are the ids of the writable images, by disk."""
+
+    id: str = Field(pattern=r"^[0-9a-f]{32}$", description="of this migration, random")
+    source: str = Field(description="the host that the VM leaves")
+    epoch: int = Field(description="of the source's claim")
+    spec: VmSpec
+    machine: str = Field(description='its versioned name, "pc-q35-10.0"')
+    accelerator: str
+    running: bool = Field(description="whether the guest is to run on; otherwise it is paused")
+    postcopy: bool = False
+    images: dict[str, str]
+
+
+class ArrivalAnswer(BaseModel):
+    """How far the destination is. `address` is where its end of the wire listens."""
+
+    id: str
+    phase: Arrival
+    why: str = ""
+    address: str = ""
+    drained: bool = False
+
+
+class RunRequest(BaseModel):
+    """Tells the destination that the VM is its own, by which claim."""
+
+    epoch: int
+    claim: str = Field(pattern=r"^[0-9a-f]{32}$")
+
+
+class MovePolicy(BaseModel):
+    """What the owner of a VM allows for a migration. Times in seconds."""
+
+    blackout_s: float = Field(default=0.3, gt=0, le=60, description="meant for the guest")
+    blackout_max_s: float = Field(default=2.0, gt=0, le=600, description="it is never longer")
+    deadline_s: float = Field(default=600.0, gt=0, description="until the guest is stopped")
+    throttle_max: int = Field(
+        default=80, ge=0, le=99, description="percent of the guest's processor time; 0: never"
+    )
+    postcopy: bool = Field(default=False, description="if it does not converge otherwise")
+
+
+class WireView(BaseModel):
+    """What the source's end of the wire has carried."""
+
+    stream_bytes: int = Field(description="what QEMU has sent")
+    wire_bytes: int = Field(description="what went over the network for it")
+    pages: int
+    zero_pages: int
+    references: int
+    mismatches: int = Field(description="references of which the block had changed")
+
+
+class MigrationView(BaseModel):
+    """A migration, while it goes on and afterwards. Sizes in bytes."""
+
+    id: str
+    vm: str
+    source: str
+    destination: str
+    phase: str
+    over: bool
+    mode: str
+    why: str
+    may_cancel: bool
+    started: float
+    elapsed_s: float
+    memory: int
+    remaining: int
+    passes: int
+    dirtied: float = Field(description="bytes/s that the guest writes")
+    expected_blackout_ms: float | None
+    limit_ms: float = Field(description="what the guest's blackout is meant to be")
+    throttle: int = Field(description="percent of the guest's processor time")
+    blackout_ms: float | None = Field(description="from its stop to the word that it runs again")
+    wire: WireView | None

@@ -1,0 +1,129 @@
+"""QEMU's own migration, as both ends of a move use it: settings, start, and what it tells.
+
+The stream goes through a unix socket to semper-wired. The source stops before the switchover
+(`pause-before-switchover`), so that the disks are given away and the store is asked while
+nobody writes. Throttling is QEMU's auto-converge, held down to one percent until `throttle`
+lets it go as far as was decided.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sempervirt.migration.convergence import Sample
+
+Execute = Callable[..., Awaitable[Any]]
+PAGE_BYTES = 4096
+MIN_THROTTLE = 1
+# QEMU's states of a migration, by what they mean to the source.
+STOPPED = ("pre-switchover", "device")
+FAILED = ("failed", "cancelled")
+CAPABILITIES = {
+    "events": True,
+    "return-path": True,
+    "x-ignore-shared": False,
+    "multifd": False,
+    "xbzrle": False,
+}
+
+
+@dataclass(frozen=True)
+class Told:
+    """What query-migrate tells. Bytes; `total_bytes` is the guest's memory."""
+
+    status: str
+    error: str
+    total_bytes: int
+    sample: Sample | None
+
+
+async def prepare_source(execute: Execute, *, postcopy: bool, blackout_s: float) -> None:
+    """Settings of the QEMU that the VM leaves. Raises as `execute`."""
+    capabilities = CAPABILITIES | {
+        "pause-before-switchover": True,
+        "auto-converge": True,
+        "postcopy-ram": postcopy,
+    }
+    await _configure(
+        execute,
+        capabilities,
+        {
+            "max-bandwidth": 0,
+            "downtime-limit": milliseconds(blackout_s),
+            "cpu-throttle-initial": MIN_THROTTLE,
+            "cpu-throttle-increment": MIN_THROTTLE,
+            "max-cpu-throttle": MIN_THROTTLE,
+        },
+    )
+
+
+async def prepare_destination(execute: Execute, stream: Path, *, postcopy: bool) -> None:
+    """Has the QEMU that the VM goes to wait for the stream. Raises as `execute`."""
+    await _configure(execute, CAPABILITIES | {"postcopy-ram": postcopy}, {})
+    await execute("migrate-incoming", {"uri": f"unix:{stream}"})
+
+
+async def start(execute: Execute, stream: Path) -> None:
+    """Begins to send. Raises as `execute`."""
+    await execute("migrate", {"uri": f"unix:{stream}"})
+
+
+async def finish(execute: Execute) -> None:
+    """Sends what is left of a guest that stands still."""
+    await execute("migrate-continue", {"state": "pre-switchover"})
+
+
+async def limit_blackout(execute: Execute, blackout_s: float) -> None:
+    """QEMU stops the guest when the rest can be sent in that time."""
+    await execute("migrate-set-parameters", {"downtime-limit": milliseconds(blackout_s)})
+
+
+async def throttle(execute: Execute, percent: int) -> None:
+    """Takes up to that part of the time from the guest's processors."""
+    parameters = {
+        "max-cpu-throttle": percent,
+        "cpu-throttle-initial": percent,
+        "cpu-throttle-increment": percent,
+    }
+    await execute("migrate-set-parameters", parameters)
+
+
+async def look(execute: Execute) -> Told:
+    """Asks how far it is. Raises as `execute`."""
+    return told(await execute("query-migrate"))
+
+
+def told(answer: Mapping[str, Any]) -> Told:
+    """The answer of query-migrate."""
+    ram = answer.get("ram")
+    sample = None
+    if ram is not None:
+        sample = Sample(
+            elapsed_s=answer.get("total-time", 0) / 1e3,
+            passes=int(ram.get("dirty-sync-count", 0)),
+            remaining_bytes=int(ram.get("remaining", 0)),
+            bandwidth=float(ram.get("mbps", 0.0)) * 1e6 / 8,
+            dirtied=float(ram.get("dirty-pages-rate", 0)) * PAGE_BYTES,
+        )
+    return Told(
+        status=str(answer.get("status", "none")),
+        error=str(answer.get("error-desc", "")),
+        total_bytes=int(ram["total"]) if ram is not None else 0,
+        sample=sample,
+    )
+
+
+def milliseconds(seconds: float) -> int:
+    """For QEMU, which takes whole ones."""
+    return max(1, round(seconds * 1e3))
+
+
+async def _configure(
+    execute: Execute, capabilities: Mapping[str, bool], parameters: Mapping[str, int]
+) -> None:
+    listed = [{"capability": name, "state": on} for name, on in capabilities.items()]
+    await execute("migrate-set-parameters", {"mode": "normal", **parameters})
+    await execute("migrate-set-capabilities", {"capabilities": listed})

@@ -1,0 +1,203 @@
+"""One end of the wire: a process of semper-wired, and what it tells (docs/design/wire.md)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sempervirt.core.errors import SempervirtError, Unavailable
+from sempervirt.disk import control
+from sempervirt.host import process
+from sempervirt.host.process import Process
+from sempervirt.host.procfs import find_by_argument, identify
+from sempervirt.trust.authority import CERTIFICATE_FILE as AUTHORITY_FILE
+from sempervirt.trust.identity import CERTIFICATE_FILE, KEY_FILE
+
+WIRED_ENVIRONMENT = "SEMPERVIRT_WIRED"
+POLL_S = 0.02
+END_GRACE_S = 2.0
+
+
+@dataclass(frozen=True)
+class WireFiles:
+    """Where an end keeps its sockets, beside those of the VM."""
+
+    directory: Path
+
+    @property
+    def stream(self) -> Path:
+        """Between QEMU and this end."""
+        return self.directory / "stream.sock"
+
+    @property
+    def control(self) -> Path:
+        """Tells state and counters."""
+        return self.directory / "wired.ctl"
+
+    @property
+    def log(self) -> Path:
+        """What it wrote."""
+        return self.directory / "wired.log"
+
+
+@dataclass(frozen=True)
+class WireDisk:
+    """A disk that both ends can read; at the source `backend` is the control socket of its
+    backend, which knows what was touched.
+    """
+
+    name: str
+    image: Path
+    direct: bool = False
+    backend: Path | None = None
+
+    def argument(self) -> str:
+        """As --disk takes it."""
+        direct = ",direct" if self.direct else ""
+        backend = f",backend={self.backend}" if self.backend else ""
+        return f"--disk={self.name}={self.image}{direct}{backend}"
+
+
+class Wire:
+    """Made by `source` or `destination`; ends with `end`, or by itself when all is carried."""
+
+    def __init__(self, files: WireFiles) -> None:
+        self.files = files
+        self.status: Mapping[str, Any] = {}
+        self._process: Process | None = None
+
+    @classmethod
+    def source(
+        cls,
+        files: WireFiles,
+        trust: Path,
+        migration: str,
+        peer: str,
+        address: str,
+        disks: Sequence[WireDisk],
+    ) -> Wire:
+        """Beside the QEMU that the VM leaves. Raises Unavailable when it cannot be started."""
+        return cls._spawn(files, "source", trust, migration, peer, [f"--connect={address}"], disks)
+
+    @classmethod
+    def destination(
+        cls,
+        files: WireFiles,
+        trust: Path,
+        migration: str,
+        peer: str,
+        listen: str,
+        disks: Sequence[WireDisk],
+    ) -> Wire:
+        """Beside the QEMU that the VM goes to. Raises Unavailable when it cannot be started."""
+        return cls._spawn(
+            files, "destination", trust, migration, peer, [f"--listen={listen}"], disks
+        )
+
+    @classmethod
+    def _spawn(
+        cls,
+        files: WireFiles,
+        end: str,
+        trust: Path,
+        migration: str,
+        peer: str,
+        options: Sequence[str],
+        disks: Sequence[WireDisk],
+    ) -> Wire:
+        wire = cls(files)
+        files.control.unlink(missing_ok=True)
+        argv = [
+            find_program(),
+            end,
+            f"--migration={migration}",
+            f"--ca={trust / AUTHORITY_FILE}",
+            f"--cert={trust / CERTIFICATE_FILE}",
+            f"--key={trust / KEY_FILE}",
+            f"--peer-name={peer}",
+            f"--qemu-socket={files.stream}",
+            f"--control-socket={files.control}",
+            *options,
+            *(disk.argument() for disk in disks),
+        ]
+        wire._process = process.spawn(argv, log=files.log, on_exit=lambda _end: None)
+        return wire
+
+    @property
+    def failure(self) -> str:
+        """Why it ended without having carried everything; "" while it works, or when it has."""
+        end = self._process.exit if self._process else None
+        if end is None or end.code == 0:
+            return ""
+        said = process.tail_of(self.files.log, 1)
+        return f"semper-wired ended ({end}): {said[0] if said else 'it said nothing'}"
+
+    async def ask(self) -> Mapping[str, Any]:
+        """Its state and counters, kept in `status`; the last ones when it does not answer."""
+        with contextlib.suppress(SempervirtError):  # not listening yet, or it has ended
+            self.status = await control.ask(self.files.control, "status")
+        return self.status
+
+    async def wait(self, key: str, values: Sequence[Any], timeout_s: float) -> Any:
+        """Waits until it tells one of `values`; anything but None if there are none.
+
+        Raises Unavailable when it ends before that, and at the deadline.
+        """
+        deadline = time.monotonic() + timeout_s
+        while True:
+            found = (await self.ask()).get(key)
+            if found in values or (not values and found is not None):
+                return found
+            if self.failure:
+                raise Unavailable(self.failure)
+            if time.monotonic() > deadline:
+                state = self.status.get("state", "silent")
+                raise Unavailable(f"semper-wired is {state} after {timeout_s:g} s")
+            await asyncio.sleep(POLL_S)
+
+    async def end(self) -> None:
+        """Ends it, whatever it does."""
+        await self.ask()
+        if self._process is not None:
+            await self._process.end(END_GRACE_S)
+        for path in (self.files.stream, self.files.control):
+            path.unlink(missing_ok=True)
+
+    def forget(self) -> None:
+        """Leaves it running."""
+        if self._process is not None:
+            self._process.forget()
+
+
+async def sweep(files: WireFiles) -> None:
+    """Kills an end that an earlier agent left."""
+    pattern = re.compile(rf"--control-socket={re.escape(str(files.control))}")
+    for pid in find_by_argument(pattern):
+        identity = identify(pid)
+        left = identity and process.adopt(identity, lambda _end: None)
+        if left:
+            await left.end(0)
+    for path in (files.stream, files.control):
+        path.unlink(missing_ok=True)
+
+
+def find_program() -> str:
+    """$SEMPERVIRT_WIRED, beside the interpreter, or on the PATH. Raises Unavailable."""
+    beside = Path(sys.executable).with_name("semper-wired")
+    found = os.environ.get(WIRED_ENVIRONMENT) or (
+        str(beside) if beside.exists() else shutil.which("semper-wired")
+    )
+    if not found:
+        raise Unavailable(
+            "semper-wired is not installed", remedy=f"run make setup, or set {WIRED_ENVIRONMENT}"
+        )
+    return found
