@@ -6,7 +6,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help demo setup system-packages venv binaries guest debian-guest test lint format wheel \
-	lock fuzz torture moves migration-kills bench scale fresh clean
+	lock fuzz torture restarts saved-states moves migration-kills bench scale fresh clean
 
 help: ## this list
 	@echo "sempervirt: keeps QEMU/KVM virtual machines running through the death of their storage backend"
@@ -65,6 +65,9 @@ migration-kills: setup guest ## 300 deaths and cuts at every phase of a move; on
 
 restarts: setup guest ## 100 times another QEMU under a running guest with disk and network (root)
 	@scripts/restarts $(ARGS)
+
+saved-states: setup guest ## a guest of 1 GiB saved and restored 20 times: how small, and how soon
+	@scripts/saved-states $(ARGS)
 
 fuzz: setup ## hostile rings, regions and messages, guided by coverage
 	@scripts/fuzz $(ARGS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import signal
 import sys
 import time
@@ -16,15 +17,18 @@ import pytest
 from sempervirt.agent import Agent, AgentConfig
 from sempervirt.core.errors import InvalidRequest, SempervirtError, StateConflict, Unavailable
 from sempervirt.guest import ProbeClient
-from sempervirt.vm import handover, saved
+from sempervirt.host import process
+from sempervirt.vm import handover, memory, saved
 from sempervirt.vm.spec import VmSpec
 from sempervirt.vm.states import Runstate
 
 pytestmark = pytest.mark.timeout(180)
 Spec = Callable[..., VmSpec]
 MIB = 1 << 20
-# The target is 1 s for a guest of 1 GiB on a quiet machine.
-RESTORE_MAX_S = 10.0
+# `make saved-states` sets these to 1024, 20 and 1.
+GUEST_MIB = int(os.environ.get("SEMPERVIRT_SAVED_MIB", "256"))
+RESTORES = int(os.environ.get("SEMPERVIRT_RESTORES", "2"))
+RESTORE_MAX_S = float(os.environ.get("SEMPERVIRT_RESTORE_MAX_S", "10"))
 
 
 @pytest.mark.guest
@@ -70,6 +74,55 @@ async def test_a_guest_goes_on_where_it_was_saved_and_once_more_as_a_clone(
     with pytest.raises(StateConflict, match="disk root is not in the state"):
         await agent.restore_vm(file)
     assert sorted(agent.vms) == ["twin"]
+
+
+@pytest.mark.guest
+async def test_a_page_cache_is_saved_small_and_is_soon_back(
+    agent: Agent, guest_spec: Spec, place: Path
+) -> None:
+    """`make saved-states` does it with 1 GiB, of which 850 MiB are page cache."""
+    cached = GUEST_MIB - GUEST_MIB // 6
+    disk = place / "disk.raw"
+    with disk.open("wb") as image:
+        for _ in range(cached):
+            image.write(random.randbytes(MIB))
+    spec = guest_spec().model_copy(update={"memory": GUEST_MIB * MIB})
+    vm = await agent.run_vm(spec)
+    async with await ProbeClient.connect(vm.channel_path("probe")) as probe:
+        nonce = (await probe.wait_hello()).nonce
+        device = (await probe.list_devices())[0].name
+        read = await probe.execute("dd", f"if=/dev/{device}", "of=/dev/null", "bs=1M")
+        assert read.status == 0, read
+    await vm.pause()
+    assert vm.pid is not None
+    descriptor = memory.open_of(vm.pid)
+    try:
+        packed = await process.run(
+            ["sh", "-c", f"zstd -1 -q -c </proc/{os.getpid()}/fd/{descriptor} | wc -c"],
+            timeout_s=60,
+        )
+    finally:
+        os.close(descriptor)
+    await vm.resume()
+    file = place / "web.saved"
+    figures = (await agent.save_vm("web", file)).figures
+    echoes = []
+    for _ in range(RESTORES):
+        began = time.monotonic()
+        vm = await agent.restore_vm(file)
+        async with await ProbeClient.connect(vm.channel_path("probe")) as probe:
+            assert (await probe.wait_hello()).nonce == nonce, "the guest booted anew"
+            echoes.append(time.monotonic() - began)
+        await vm.kill()
+        await agent.forget_vm("web")
+    ratio = figures.file / int(packed.stdout)
+    echoes.sort()
+    print(  # noqa: T201
+        f"{figures}; {ratio:.2f} of zstd -1; restore to the first echo s: {echoes[0]:.2f} least, "
+        f"{echoes[len(echoes) // 2]:.2f} middle, {echoes[-1]:.2f} most of {len(echoes)}"
+    )
+    assert ratio < 0.2
+    assert echoes[-1] < RESTORE_MAX_S
 
 
 async def test_a_paused_vm_is_restored_paused_and_what_is_no_saved_state_is_refused(
