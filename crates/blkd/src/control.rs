@@ -143,6 +143,15 @@ impl Control {
         };
         let MapRequest { address, sector, verify, index_bytes } = request.about;
         let index_bytes = index_bytes.unwrap_or(block_map::DEFAULT_INDEX_BYTES);
+        let looks = match request.cmd.as_str() {
+            "map-verify" => true,
+            "map-export" => verify.unwrap_or(true),
+            _ => false,
+        };
+        if looks && self.disk.shared.arrival().is_going_on() {
+            let cause = "the guest's memory is still arriving; try again after the migration";
+            return refuse("busy", cause.to_owned());
+        }
         match request.cmd.as_str() {
             "map" => ok(map.stats()),
             "map-find" => match map.find(address, sector) {
@@ -230,6 +239,7 @@ impl Control {
             "direct": image.direct(),
             "owns_image": self.owns_image(),
             "claim": title.status(),
+            "memory": shared.arrival().name(),
             "read_only": image.read_only(),
             "image": image.path().to_string_lossy(),
             "size_bytes": image.capacity(),

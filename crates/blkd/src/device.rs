@@ -30,6 +30,7 @@ use crate::dirty_log::{DirtyBitmap, DirtyLog};
 use crate::eventfd::EventFd;
 use crate::failure::Failure;
 use crate::inflight_map::{self, InflightMap, Shape};
+use crate::postcopy::{Arrival, Userfault};
 use crate::queue::{Disk, QueueSetup};
 use crate::state::{Phase, mark};
 use crate::threads::{ThreadMap, Threads};
@@ -57,18 +58,27 @@ struct Vring {
     running: bool,
 }
 
+/// What not every backend offers.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Offer {
+    /// In-flight tracking; off only to show what happens without it.
+    pub track: bool,
+    /// To be there before the guest's memory is (postcopy).
+    pub page_faults: bool,
+}
+
 /// The device, for one front end at a time.
 pub(crate) struct Device {
     disk: Arc<Disk>,
     threads: Threads,
-    /// Whether to offer in-flight tracking; off only to show what happens without it.
-    track: bool,
+    offer: Offer,
     /// Give the image away as soon as no queue runs.
     hand_over: bool,
     features: u64,
     memory: Arc<GuestMemory>,
     inflight: Option<Arc<InflightMap>>,
     dirty: Option<Arc<DirtyBitmap>>,
+    arrival: Arrival,
     vrings: Vec<Vring>,
 }
 
@@ -77,7 +87,7 @@ fn failed(error: impl std::fmt::Display) -> Error {
 }
 
 impl Device {
-    pub(crate) fn new(disk: Arc<Disk>, threads: Threads, track: bool) -> Self {
+    pub(crate) fn new(disk: Arc<Disk>, threads: Threads, offer: Offer) -> Self {
         let vrings = disk.shared.queues.iter().map(|_| Vring::default()).collect();
         if let Some(map) = &disk.map {
             map.set_shared(threads.count() > 1);
@@ -85,12 +95,13 @@ impl Device {
         Self {
             disk,
             threads,
-            track,
+            offer,
             hand_over: false,
             features: 0,
             memory: Arc::new(GuestMemory::empty()),
             inflight: None,
             dirty: None,
+            arrival: Arrival::Complete,
             vrings,
         }
     }
@@ -144,13 +155,14 @@ impl Device {
         Ok(())
     }
 
-    /// The claim has come: takes the image if there are queues that waited for it, and starts
-    /// them. When one cannot be started the process ends, for the next one to serve it.
+    /// What queues waited for may be there: takes the image if there are such, and starts them.
+    /// When one cannot be started the process ends, for the next one to serve it.
     ///
     /// # Errors
     /// Another process has the image; the queues wait on, and this can be called again.
     pub(crate) fn start_waiting(&mut self) -> Result<()> {
-        if !(0..self.vrings.len()).any(|index| self.is_due(index)) {
+        let any = (0..self.vrings.len()).any(|index| self.is_due(index));
+        if !any || self.obstacle().is_some() {
             return Ok(());
         }
         self.own_image()?;
@@ -187,6 +199,7 @@ impl Device {
         }
         self.inflight = None;
         self.dirty = None;
+        self.set_arrival(Arrival::Complete);
         self.vrings.iter_mut().for_each(|vring| *vring = Vring::default());
         self.update_cache_mode(None);
     }
@@ -284,6 +297,16 @@ impl Device {
         complete && enabled && !vring.running
     }
 
+    /// What queues have to wait for.
+    fn obstacle(&self) -> Option<&'static str> {
+        match self.arrival {
+            _ if self.disk.title.is_awaited() => Some("the claim on the image"),
+            Arrival::Listening { known: false, .. } => Some("a front end that serves page faults"),
+            Arrival::Inherited => Some("the end of the postcopy"),
+            _ => None,
+        }
+    }
+
     fn prepare(&self, index: usize) -> Result<Option<(QueueSetup, usize)>> {
         let vring = &self.vrings[index];
         let (Some(addresses), Some(kick)) = (vring.addresses, &vring.kick) else { return Ok(None) };
@@ -292,8 +315,8 @@ impl Device {
         }
         // The front end goes on: QEMU waits for most answers with its monitor and all its devices.
         // What the driver puts into the ring waits there.
-        if self.disk.title.is_awaited() {
-            log::info!("a queue waits for the claim on the image queue={index}");
+        if let Some(what) = self.obstacle() {
+            log::info!("a queue waits queue={index} for=\"{what}\"");
             return Ok(None);
         }
         self.own_image()?;
@@ -358,7 +381,37 @@ impl Device {
         if let Some(map) = &self.disk.map {
             map.attach(&self.memory);
         }
+        if let Arrival::Listening { known, .. } = &mut self.arrival {
+            *known = false;
+            return Ok(());
+        }
         running.into_iter().try_for_each(|index| self.try_start(index))
+    }
+
+    fn set_arrival(&mut self, arrival: Arrival) {
+        self.arrival = arrival;
+        self.disk.shared.set_arrival(self.arrival.stage());
+    }
+
+    /// All of the guest's memory is there.
+    pub(crate) fn end_postcopy(&mut self) -> Result<()> {
+        if let Arrival::Listening { faults, .. } = &self.arrival {
+            faults.unregister(&self.memory);
+        }
+        self.set_arrival(Arrival::Complete);
+        if let Some(map) = &self.inflight {
+            map.device().set_postcopy(false);
+        }
+        log::info!("the guest's memory has arrived");
+        (0..self.vrings.len()).try_for_each(|index| self.try_start(index))
+    }
+
+    /// Where the front end finds this region in our faults, while there are any.
+    fn base_of(&self, guest_addr: u64) -> Option<u64> {
+        let listening = matches!(self.arrival, Arrival::Listening { .. });
+        let mut regions = self.memory.mapped().filter(|_| listening);
+        let found = regions.find(|(spec, ..)| spec.guest_addr == guest_addr);
+        found.map(|(_, host, _)| host.expose_provenance() as u64)
     }
 
     fn update_cache_mode(&self, chosen: Option<bool>) {
@@ -436,7 +489,7 @@ impl VhostUserBackendReqHandlerMut for Device {
             memory = memory.with_region(region_spec(region), file).map_err(failed)?;
         }
         self.replace_memory(memory)?;
-        Ok(None)
+        Ok(regions.iter().map(|region| self.base_of(region.guest_phys_addr)).collect())
     }
 
     fn set_vring_num(&mut self, index: u32, num: u32) -> Result<()> {
@@ -517,8 +570,11 @@ impl VhostUserBackendReqHandlerMut for Device {
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
             | VhostUserProtocolFeatures::LOG_SHMFD
             | VhostUserProtocolFeatures::RESET_DEVICE;
-        if self.track {
+        if self.offer.track {
             features |= VhostUserProtocolFeatures::INFLIGHT_SHMFD;
+        }
+        if self.offer.page_faults {
+            features |= VhostUserProtocolFeatures::PAGEFAULT;
         }
         Ok(features)
     }
@@ -576,6 +632,10 @@ impl VhostUserBackendReqHandlerMut for Device {
         let shape = self.inflight_shape(asked)?;
         let file = inflight_map::create(shape).map_err(Error::ReqHandlerError)?;
         let size = shape.size() as u64;
+        if self.arrival.stage().is_going_on() {
+            let map = inflight_map::map(&file, 0, size, shape).map_err(Error::ReqHandlerError)?;
+            map.device().set_postcopy(true);
+        }
         let reply = VhostUserInflight::new(size, 0, asked.num_queues, asked.queue_size);
         Ok((reply, file))
     }
@@ -592,8 +652,53 @@ impl VhostUserBackendReqHandlerMut for Device {
                 map.device().set_write_through(chosen);
             }
         }
+        if self.arrival.stage().is_going_on() {
+            map.device().set_postcopy(true);
+        } else if map.device().postcopy() {
+            log::warn!("the guest's memory is still arriving: nothing is served until it is there");
+            self.set_arrival(Arrival::Inherited);
+        }
         self.inflight = Some(map);
         Ok(())
+    }
+
+    fn postcopy_advice(&mut self) -> Result<File> {
+        if !self.offer.page_faults {
+            return Err(unsupported());
+        }
+        let opened = Userfault::open().and_then(|faults| Ok((faults.share()?, faults)));
+        let (theirs, faults) = opened
+            .inspect_err(|error| log::error!("no postcopy error=\"{error}\""))
+            .map_err(Error::ReqHandlerError)?;
+        self.set_arrival(Arrival::Advised(faults));
+        Ok(theirs)
+    }
+
+    fn postcopy_listen(&mut self) -> Result<()> {
+        // What was touched before cannot be told from what has arrived.
+        if self.memory.specs().next().is_some() {
+            return Err(Error::InvalidOperation("the guest's memory is in use already"));
+        }
+        let Arrival::Advised(faults) = std::mem::take(&mut self.arrival) else {
+            return Err(Error::InvalidOperation("postcopy was not advised"));
+        };
+        self.set_arrival(Arrival::Listening { faults, known: false });
+        if let Some(map) = &self.inflight {
+            map.device().set_postcopy(true);
+        }
+        Ok(())
+    }
+
+    fn postcopy_ack_mem_regions(&mut self) -> Result<()> {
+        if let Arrival::Listening { faults, known } = &mut self.arrival {
+            faults.register(&self.memory).map_err(Error::ReqHandlerError)?;
+            *known = true;
+        }
+        (0..self.vrings.len()).try_for_each(|index| self.try_start(index))
+    }
+
+    fn postcopy_end(&mut self) -> Result<()> {
+        self.end_postcopy()
     }
 
     fn get_max_mem_slots(&mut self) -> Result<u64> {
@@ -613,7 +718,7 @@ impl VhostUserBackendReqHandlerMut for Device {
         // started again, unless a request could name the new memory; so they are.
         let memory = self.memory.with_region(region_spec(region), &file).map_err(failed)?;
         self.replace_memory(memory)?;
-        Ok(None)
+        Ok(self.base_of(region.guest_phys_addr))
     }
 
     fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<()> {

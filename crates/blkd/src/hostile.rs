@@ -16,7 +16,7 @@ use vhost::vhost_user::BackendReqHandler;
 
 use crate::block_map::DiskMap;
 use crate::control::Control;
-use crate::device::Device;
+use crate::device::{Device, Offer};
 use crate::queue::Disk;
 use crate::request::{ID_SIZE, Parsed, Rules, Slot, parse};
 use crate::state::Shared;
@@ -121,7 +121,8 @@ impl Target {
         let shared = Arc::clone(&self.disk.shared);
         let map = ThreadMap::round_robin(shared.queues.len() as u16, threads as u16);
         let threads = Threads::new(shared, map, spawn).expect("the target's threads");
-        Arc::new(Mutex::new(Device::new(Arc::clone(&self.disk), threads, true)))
+        let offer = Offer { track: true, page_faults: false };
+        Arc::new(Mutex::new(Device::new(Arc::clone(&self.disk), threads, offer)))
     }
 
     /// Answers one line of the control socket.

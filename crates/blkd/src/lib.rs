@@ -27,6 +27,7 @@ pub mod hostile;
 mod inflight_map;
 mod overlap;
 mod poll;
+mod postcopy;
 mod queue;
 mod request;
 mod serve;

@@ -19,8 +19,9 @@ use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
 use crate::args::{Args, EngineKind};
 use crate::block_map::DiskMap;
 use crate::control::Control;
-use crate::device::Device;
+use crate::device::{Device, Offer};
 use crate::failure::{Failure, system};
+use crate::postcopy::{self, Stage, Userfault};
 use crate::queue::Disk;
 use crate::request::ID_SIZE;
 use crate::state::{Phase, Shared, mark};
@@ -65,8 +66,11 @@ pub(crate) fn run(args: Args, shared: Shared) -> Result<(), Failure> {
     let map = disk_map(&args, &image)?;
     let disk = Arc::new(Disk { image, serial, shared, map, poll, title });
     let faults = FaultSwitch::default();
+    let track = !args.no_inflight;
+    // Without the in-flight region the next process could not know that memory is missing.
+    let offer = Offer { track, page_faults: track && Userfault::open().is_ok() };
     let (threads, engine) = start_threads(&args, &disk, &faults)?;
-    let device = Arc::new(Mutex::new(Device::new(Arc::clone(&disk), threads, !args.no_inflight)));
+    let device = Arc::new(Mutex::new(Device::new(Arc::clone(&disk), threads, offer)));
     if let Some(listener) = control_listener {
         let device = Arc::clone(&device);
         let control = Control { disk: Arc::clone(&disk), device, faults, engine };
@@ -257,7 +261,15 @@ fn accept_forever(
         mark(&shared.timeline.accepted);
         shared.connections.fetch_add(1, Ordering::Relaxed);
         shared.set_phase(Phase::Connected);
-        let ended = speak(stream, device);
+        let ended = speak(stream, disk, device);
+        if shared.arrival() == Stage::Listening {
+            // What waits for a page waits for ever; and if it were let go, it would find zeros.
+            log::error!(
+                "the front end is gone while the guest's memory arrives, ending without finishing \
+                 what is in flight error=\"{ended}\""
+            );
+            std::process::exit(1);
+        }
         device.lock().unwrap_or_else(PoisonError::into_inner).disconnect();
         shared.set_phase(Phase::Listening);
         match ended {
@@ -275,10 +287,25 @@ fn accept_forever(
     }
 }
 
-fn speak(stream: UnixStream, device: &Arc<Mutex<Device>>) -> VhostError {
+fn speak(stream: UnixStream, disk: &Disk, device: &Arc<Mutex<Device>>) -> VhostError {
+    let copy = match stream.try_clone() {
+        Ok(copy) => copy,
+        Err(error) => return VhostError::ReqHandlerError(error),
+    };
     let mut handler = BackendReqHandler::from_stream(stream, Arc::clone(device));
     loop {
-        if let Err(error) = handler.handle_request() {
+        // The front end ends a postcopy with a message that `vhost` takes for an error on a
+        // connection that has not begun it.
+        let inherited = disk.shared.arrival() == Stage::Inherited;
+        let handled = if inherited && postcopy::is_end(&copy) {
+            let mut device = device.lock().unwrap_or_else(PoisonError::into_inner);
+            device
+                .end_postcopy()
+                .and_then(|()| postcopy::answer_end(&copy).map_err(VhostError::ReqHandlerError))
+        } else {
+            handler.handle_request()
+        };
+        if let Err(error) = handled {
             return error;
         }
     }

@@ -8,6 +8,8 @@ use std::sync::{Mutex, PoisonError};
 
 use serde::Serialize;
 
+use crate::postcopy::Stage;
+
 /// Milestones in a backend's life, as CLOCK_MONOTONIC nanoseconds; 0 = not yet.
 #[derive(Debug, Default)]
 pub(crate) struct Timeline {
@@ -118,6 +120,7 @@ pub(crate) struct Shared {
     pub tracked: AtomicBool,
     /// The image is locked for this process; only then a queue may run.
     pub owns_image: AtomicBool,
+    arrival: AtomicU8,
     last_error: Mutex<Option<LastError>>,
 }
 
@@ -134,6 +137,7 @@ impl Shared {
             write_through: AtomicBool::new(false),
             tracked: AtomicBool::new(false),
             owns_image: AtomicBool::new(false),
+            arrival: AtomicU8::new(Stage::Complete as u8),
             last_error: Mutex::new(None),
         }
     }
@@ -153,6 +157,15 @@ impl Shared {
         if self.phase() != Phase::Draining {
             self.phase.store(phase as u8, Ordering::Release);
         }
+    }
+
+    /// How far the guest's memory has come.
+    pub(crate) fn arrival(&self) -> Stage {
+        Stage::ALL[usize::from(self.arrival.load(Ordering::Acquire))]
+    }
+
+    pub(crate) fn set_arrival(&self, stage: Stage) {
+        self.arrival.store(stage as u8, Ordering::Release);
     }
 
     pub(crate) fn last_error(&self) -> Option<LastError> {

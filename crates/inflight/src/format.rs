@@ -22,7 +22,9 @@
 //!
 //!   device      0  magic           u32   "SVd1"; anything else = absent
 //!   record      4  write_through   u8    1 = the guest has set the cache to write-through
-//!               5  padding         to DEVICE_RECORD_SIZE
+//!               5  postcopy        u8    1 = memory of the guest was still arriving; good
+//!                                        without the magic
+//!               6  padding         to DEVICE_RECORD_SIZE
 //! ```
 //!
 //! The queue part is the vhost-user specification's `QueueRegionSplit`. The device record is ours:
@@ -64,6 +66,9 @@ pub const DEVICE_RECORD_SIZE: usize = 64;
 pub const DEVICE_MAGIC: u32 = u32::from_le_bytes(*b"SVd1");
 /// Offset of `write_through` in the device record.
 pub const DEVICE_WRITE_THROUGH: usize = 4;
+
+/// Offset of `postcopy` in the device record.
+pub const DEVICE_POSTCOPY: usize = 5;
 
 /// Queues start on a cache line of their own: their threads must not share one.
 const ALIGNMENT: usize = 64;

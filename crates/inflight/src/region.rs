@@ -3,9 +3,9 @@
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 use crate::format::{
-    DEVICE_MAGIC, DEVICE_RECORD_SIZE, DEVICE_WRITE_THROUGH, ENTRY_COUNTER, ENTRY_INFLIGHT,
-    ENTRY_NEXT, ENTRY_SIZE, HEADER_SIZE, OFFSET_DESC_NUM, OFFSET_LAST_BATCH_HEAD, OFFSET_USED_IDX,
-    OFFSET_VERSION, queue_stride,
+    DEVICE_MAGIC, DEVICE_POSTCOPY, DEVICE_RECORD_SIZE, DEVICE_WRITE_THROUGH, ENTRY_COUNTER,
+    ENTRY_INFLIGHT, ENTRY_NEXT, ENTRY_SIZE, HEADER_SIZE, OFFSET_DESC_NUM, OFFSET_LAST_BATCH_HEAD,
+    OFFSET_USED_IDX, OFFSET_VERSION, queue_stride,
 };
 
 /// One queue's part of the region.
@@ -142,13 +142,23 @@ impl DeviceRecord {
     /// Whether the guest has set its cache to write-through; `None` if nobody recorded anything.
     pub fn write_through(&self) -> Option<bool> {
         (self.magic().load(Ordering::Acquire) == DEVICE_MAGIC)
-            .then(|| self.flag().load(Ordering::Acquire) != 0)
+            .then(|| self.flag(DEVICE_WRITE_THROUGH).load(Ordering::Acquire) != 0)
     }
 
     /// Records the guest's choice, before it is acknowledged to the front end.
     pub fn set_write_through(&self, value: bool) {
-        self.flag().store(u8::from(value), Ordering::Release);
+        self.flag(DEVICE_WRITE_THROUGH).store(u8::from(value), Ordering::Release);
         self.magic().store(DEVICE_MAGIC, Ordering::Release);
+    }
+
+    /// Whether memory of the guest was still arriving when it was last told.
+    pub fn postcopy(&self) -> bool {
+        self.flag(DEVICE_POSTCOPY).load(Ordering::Acquire) != 0
+    }
+
+    /// Records it, before the first page can be missing or after the last.
+    pub fn set_postcopy(&self, value: bool) {
+        self.flag(DEVICE_POSTCOPY).store(u8::from(value), Ordering::Release);
     }
 
     fn magic(&self) -> &AtomicU32 {
@@ -156,8 +166,8 @@ impl DeviceRecord {
         unsafe { AtomicU32::from_ptr(self.base.cast()) }
     }
 
-    fn flag(&self) -> &AtomicU8 {
-        // SAFETY: inside the record (`new`).
-        unsafe { AtomicU8::from_ptr(self.base.add(DEVICE_WRITE_THROUGH)) }
+    fn flag(&self, offset: usize) -> &AtomicU8 {
+        // SAFETY: inside the record (`new`, and the offsets of `format`).
+        unsafe { AtomicU8::from_ptr(self.base.add(offset)) }
     }
 }

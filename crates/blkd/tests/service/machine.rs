@@ -8,9 +8,11 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use crate::pager::Pager;
 use semper_testbed::{Buffer, DriverRing, Layout};
 use vhost::vhost_user::message::{
-    VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserInflight, VhostUserProtocolFeatures,
+    FrontendReq, VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserInflight,
+    VhostUserProtocolFeatures,
 };
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserDirtyLogRegion, VhostUserMemoryRegionInfo, VringConfigData};
@@ -124,12 +126,16 @@ pub struct Machine {
     inflight: Option<(VhostUserInflight, File)>,
     /// The bitmap of pages that the device writes, while it is to log them.
     dirty: Option<File>,
+    /// Where the device's page faults are told.
+    pager: Option<Pager>,
     answers: HashMap<Ticket, Answer>,
     next_ticket: u64,
     /// Features to acknowledge, out of what is offered.
     pub features: u64,
     /// Whether to track requests in flight.
     pub track: bool,
+    /// Whether the next connection is the receiving end of a postcopy.
+    pub listen: bool,
     /// Into how many pieces data buffers are cut.
     pub pieces: usize,
     /// What SET_VRING_BASE gives instead of the used index.
@@ -190,10 +196,12 @@ impl Machine {
             session: None,
             inflight: None,
             dirty: None,
+            pager: None,
             answers: HashMap::new(),
             next_ticket: 0,
             features: u64::MAX,
             track: true,
+            listen: false,
             pieces: 1,
             base: None,
             region_entries: None,
@@ -261,6 +269,10 @@ impl Machine {
         session.set_owner()?;
         let unlogged = if self.dirty.is_some() { 0 } else { F_LOG_ALL };
         session.set_features(offered & self.features & !unlogged)?;
+        let faults = self.listen.then(|| session.postcopy_advise()).transpose()?;
+        if self.listen {
+            session.postcopy_listen()?;
+        }
         if wanted.contains(VhostUserProtocolFeatures::INFLIGHT_SHMFD) {
             if self.inflight.is_none() {
                 let entries = self.region_entries.unwrap_or(self.queue_size);
@@ -270,13 +282,17 @@ impl Machine {
             let (shape, file) = self.inflight.as_ref().expect("just made");
             session.set_inflight_fd(shape, file.as_raw_fd())?;
         }
-        session.set_mem_table(&[VhostUserMemoryRegionInfo {
+        let bases = session.set_mem_table(&[VhostUserMemoryRegionInfo {
             guest_phys_addr: GUEST_ADDR,
             memory_size: self.len as u64,
             userspace_addr: USER_ADDR,
             mmap_offset: 0,
             mmap_handle: self.file.as_raw_fd(),
         }])?;
+        self.pager = faults.zip(bases).map(|(faults, bases)| Pager::new(faults, bases[0]));
+        if self.listen {
+            session.postcopy_ack_mem_regions(FrontendReq::SET_MEM_TABLE)?;
+        }
         if let Some(file) = &self.dirty {
             session.set_log_base(0, Some(dirty_region(file)))?;
         }
@@ -455,6 +471,38 @@ impl Machine {
             let at = self.memory.add(self.chunk(queue, head) + offset);
             at.copy_from(bytes.as_ptr(), bytes.len());
         }
+    }
+
+    /// Takes the first page of the data of `head` away, as if it had not arrived.
+    pub fn take_page(&mut self, queue: usize, head: u16) {
+        let at = (self.chunk(queue, head) + DATA_AT) as i64;
+        let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+        // SAFETY: no memory is passed; the pages of the mapping become zeros.
+        let status = unsafe { libc::fallocate(self.file.as_raw_fd(), mode, at, 4096) };
+        assert_eq!(status, 0);
+    }
+
+    /// Waits until the device touches that page.
+    pub fn wait_fault(&self, queue: usize, head: u16) {
+        let pager = self.pager.as_ref().expect("a postcopy");
+        assert_eq!(pager.wait_fault(), self.data_at(queue, head));
+    }
+
+    /// Puts `bytes` into that page, and lets the device go on.
+    pub fn end_fault(&mut self, queue: usize, head: u16, bytes: &[u8; 4096]) {
+        self.place_page(queue, head, bytes);
+        self.pager.as_ref().expect("a postcopy").wake(self.data_at(queue, head));
+    }
+
+    /// That page in the device's address space.
+    fn data_at(&self, queue: usize, head: u16) -> u64 {
+        let pager = self.pager.as_ref().expect("a postcopy");
+        pager.base + (self.chunk(queue, head) + DATA_AT) as u64
+    }
+
+    /// Puts `bytes` into that page.
+    pub fn place_page(&mut self, queue: usize, head: u16, bytes: &[u8; 4096]) {
+        self.poke(queue, head, DATA_AT, bytes);
     }
 
     /// Puts `head` into the available ring; not shown yet.

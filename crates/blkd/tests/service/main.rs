@@ -15,6 +15,8 @@ mod hostile_chains;
 mod machine;
 mod negotiation;
 mod ownership;
+mod pager;
+mod postcopy;
 mod program;
 mod recovery;
 mod requests;
