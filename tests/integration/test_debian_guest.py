@@ -27,8 +27,10 @@ ADDRESS = "10.0.2.77"
 # What systemd is given of the network: the first card by hand, the second by DHCP.
 STATIC = f"ip={ADDRESS}::10.0.2.2:255.255.255.0::eth0:none"
 # Writes through the file system, and reads back what the disk has.
-COPY = "cp -r /usr/sbin /var/tmp/copy && sync && echo 3 >/proc/sys/vm/drop_caches"
-COMPARE = "diff -r /usr/sbin /var/tmp/copy"
+COPY = (
+    "/usr/bin/tar -C /usr/sbin -cf /var/tmp/copy.tar . && sync && echo 3 >/proc/sys/vm/drop_caches"
+)
+COMPARE = "/usr/bin/tar -C /usr/sbin --compare -f /var/tmp/copy.tar"
 
 
 @pytest.fixture
@@ -107,16 +109,17 @@ async def test_debian_boots_and_lives_through_the_death_of_its_disks(
     async with await ProbeClient.connect(channel, deadline_s=BOOT_S) as client:
         nonce = (await client.wait_hello(deadline_s=BOOT_S)).nonce
         await assert_is_up(client)
+        copying = asyncio.create_task(run(client, "sh", "-c", COPY))
+        await kill_backend(agent, "root")
+        await copying
         await client.write_start("serial:data", writers=8, span_bytes=8 * MIB)
         await client.wait_stats(lambda stats: stats.completions > 200)
-        await run(client, "sh", "-c", COPY)
-        for name in ("root", "data"):
-            await kill_backend(agent, name)
+        await kill_backend(agent, "data")
         seen = (await client.stats()).completions
         await client.wait_stats(lambda stats: stats.completions > seen + 200)
-        await run(client, "sh", "-c", COMPARE)
         stats = await client.write_stop()
         assert stats.is_clean, stats
+        await run(client, "sh", "-c", COMPARE)
         assert client.nonce == nonce
         with suppress(ProbeGone, ProbeSilent):  # it ends with all the others
             await client.execute("/usr/bin/systemctl", "poweroff", "--no-block", deadline_s=5)
