@@ -130,6 +130,13 @@ impl<I: PageIndex> Encoder<I> {
         self.work.counters
     }
 
+    /// Bytes of memory that are still to come before the first pass is over, as far as can be known.
+    pub fn first_pass_left(&self) -> u64 {
+        let Counters { zero_pages, references, pages, .. } = self.work.counters;
+        let seen = (zero_pages + references + pages) * PAGE_SIZE as u64;
+        self.parser.memory().saturating_sub(seen)
+    }
+
     /// Why the stream just passes through from some point on, if so.
     pub fn lost(&self) -> Option<&'static str> {
         self.parser.lost()

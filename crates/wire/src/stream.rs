@@ -104,12 +104,14 @@ pub struct Parser {
     ram: Option<u32>,
     /// Blocks have their addresses in the table.
     ignore_shared: bool,
+    /// Bytes of memory, where every page of it comes once before any comes again.
+    memory: u64,
     lost: &'static str,
 }
 
 impl Default for Parser {
     fn default() -> Self {
-        Self { state: State::Magic, ram: None, ignore_shared: false, lost: "" }
+        Self { state: State::Magic, ram: None, ignore_shared: false, memory: 0, lost: "" }
     }
 }
 
@@ -189,6 +191,15 @@ impl Parser {
         }
     }
 
+    /// Bytes of the guest's memory, all of which is sent in the first pass; 0 where that is not so,
+    /// or not yet known.
+    pub fn memory(&self) -> u64 {
+        match self.state {
+            State::Lost => 0,
+            _ => self.memory,
+        }
+    }
+
     fn pass(input: &[u8], len: usize, sink: &mut impl Sink) -> Option<usize> {
         sink.raw(&input[..len]);
         Some(len)
@@ -242,6 +253,8 @@ impl Parser {
                 let (command, length) = (be16(input, 1)?, be16(input, 3)?);
                 if command == COMMAND_PACKAGED && length == 4 {
                     let blob = be32(input, 5)?;
+                    // Postcopy: the guest runs there, and asks for pages.
+                    self.memory = 0;
                     self.opaque(blob.into(), Next::Section);
                     return Self::pass(input, 9, sink);
                 }
@@ -313,6 +326,7 @@ impl Parser {
                 Self::pass(input, 8, sink)
             }
             MEM_SIZE => {
+                self.memory = address;
                 self.state = if address == 0 { State::Ram } else { State::Blocks(address) };
                 Self::pass(input, 8, sink)
             }

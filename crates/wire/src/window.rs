@@ -1,9 +1,13 @@
 //! How much of the stream may be under way: sent, and not yet taken by the other QEMU.
 //!
 //! What was agreed upon bounds memory. In force is usually less: what the way to the other QEMU
-//! carries in its own time and [`SLACK`]. More would only wait in queues; and QEMU, which measures
+//! carries in its own time and some slack. More would only wait in queues; and QEMU, which measures
 //! how fast its socket takes bytes, would think the way faster than it is, stop the guest too early,
 //! and keep it stopped until the queues are empty.
+//!
+//! Most of the first pass nobody waits for: there the slack is large, so that the link has something
+//! to carry whatever the machines are busy with. Where the guest may be stopped it is small
+//! ([`Window::hurry`]).
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -11,11 +15,14 @@ use std::time::Duration;
 use crate::format::WireError;
 
 /// How long what is under way may wait, beyond the time that the way itself takes.
-const SLACK: Duration = Duration::from_millis(4);
-/// How long the fastest rate counts: several times of the way, within these bounds. A stream's next
-/// pages may be of a kind that takes ten times as long, and the queue should not be ten times as
-/// long then.
-const MEMORY: (Duration, Duration) = (Duration::from_millis(20), Duration::from_millis(500));
+const SLACK: Duration = Duration::from_millis(40);
+/// The same in a hurry.
+const HURRY: Duration = Duration::from_millis(4);
+/// How long the fastest rate counts.
+const MEMORY: Duration = Duration::from_millis(500);
+/// The same in a hurry, at least: then it is four times the way's own time. A stream's next pages
+/// may be of a kind that takes ten times as long, and the queue shall not be ten times as long then.
+const HURRIED_MEMORY: Duration = Duration::from_millis(20);
 /// In force at the beginning, and at least.
 const FIRST: u64 = 4 << 20;
 const LEAST: u64 = 1 << 20;
@@ -42,6 +49,7 @@ pub struct Window {
     shortest: Duration,
     /// Bytes a second, and when that was measured; the fastest first, then what came after it.
     rates: VecDeque<(u64, Duration)>,
+    hurry: bool,
 }
 
 impl Window {
@@ -55,6 +63,7 @@ impl Window {
             under_way: VecDeque::new(),
             shortest: Duration::MAX,
             rates: VecDeque::new(),
+            hurry: false,
         }
     }
 
@@ -103,12 +112,30 @@ impl Window {
             self.rates.pop_back();
         }
         self.rates.push_back((rate, now));
-        let memory = (4 * self.shortest).clamp(MEMORY.0, MEMORY.1);
-        while self.rates.len() > 1 && self.rates[0].1 + memory < now {
+        while self.rates.len() > 1 && self.rates[0].1 + MEMORY < now {
             self.rates.pop_front();
         }
-        let time = (self.shortest + self.shortest / 4 + SLACK).as_micros() as u64;
-        let limit = (self.rates[0].0 / 1000).saturating_mul(time) / 1000;
+        self.decide(now);
+    }
+
+    /// From now on nothing shall wait for long, or again it may.
+    pub fn hurry(&mut self, hurry: bool, now: Duration) {
+        if self.hurry != hurry {
+            self.hurry = hurry;
+            self.decide(now);
+        }
+    }
+
+    fn decide(&mut self, now: Duration) {
+        let (slack, memory) = match self.hurry {
+            true => (HURRY, HURRIED_MEMORY.max(self.shortest.saturating_mul(4)).min(MEMORY)),
+            false => (SLACK, MEMORY),
+        };
+        let fresh = |&&(_, at): &&(u64, Duration)| at + memory >= now;
+        let rate = self.rates.iter().find(fresh).or(self.rates.back());
+        let Some(&(rate, _)) = rate else { return };
+        let time = (self.shortest + self.shortest / 4 + slack).as_micros() as u64;
+        let limit = (rate / 1000).saturating_mul(time) / 1000;
         self.limit = limit.clamp(LEAST.min(self.agreed), self.agreed);
     }
 }
@@ -121,8 +148,9 @@ mod tests {
 
     /// A way that carries so many bytes a second after half a round trip; how many bytes it has
     /// carried in three seconds, and the longest that a batch has waited in the last of them.
-    fn carry(rate: u64, round_trip: Duration) -> (u64, Duration) {
+    fn carry(rate: u64, round_trip: Duration, hurry: bool) -> (u64, Duration) {
         let mut window = Window::new(256 << 20);
+        window.hurry(hurry, Duration::ZERO);
         let (mut now, mut free) = (Duration::ZERO, Duration::ZERO);
         let mut credits = VecDeque::new();
         let (mut sent, mut longest) = (0, Duration::ZERO);
@@ -149,14 +177,16 @@ mod tests {
     fn the_way_is_used_and_nothing_waits_for_long() {
         for megabytes in [12, 120, 1000, 4000] {
             for round_trip in [0, 1, 20, 50].map(Duration::from_millis) {
-                let rate = megabytes * 1_000_000;
-                let (carried, longest) = carry(rate, round_trip);
-                let what = format!("{megabytes} MB/s, {round_trip:?}: {carried}, {longest:?}");
-                // The beginning is slow where the way is long.
-                assert!(carried > 3 * rate * 7 / 10, "{what}");
-                let least = Duration::from_micros(LEAST * 1_000_000 / rate);
-                let batch = Duration::from_micros(BATCH * 1_000_000 / rate);
-                assert!(longest < least.max(2 * SLACK + round_trip) + batch, "{what}");
+                for (hurry, slack) in [(true, HURRY), (false, SLACK)] {
+                    let rate = megabytes * 1_000_000;
+                    let (carried, longest) = carry(rate, round_trip, hurry);
+                    let what = format!("{megabytes} MB/s, {round_trip:?}: {carried}, {longest:?}");
+                    // The beginning is slow where the way is long.
+                    assert!(carried > 3 * rate * 7 / 10, "{what}");
+                    let least = Duration::from_micros(LEAST * 1_000_000 / rate);
+                    let batch = Duration::from_micros(BATCH * 1_000_000 / rate);
+                    assert!(longest < least.max(2 * slack + round_trip) + batch, "{what}");
+                }
             }
         }
     }

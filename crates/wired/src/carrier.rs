@@ -34,6 +34,8 @@ use crate::progress::{Phase, Progress};
 /// Most bytes of one read.
 const INPUT: usize = 256 << 10;
 const DRY: Duration = Duration::from_millis(1);
+/// So near to the end of the first pass the guest may be stopped soon.
+const NEAR_THE_END: u64 = 32 << 20;
 /// News of the index that are taken between two reads.
 const NEWS: usize = 16;
 
@@ -207,7 +209,9 @@ impl<'a> Carrier<'a> {
     /// Whatever the encoder has, as the window allows; false if the migration has failed.
     fn push(&self, encoder: &mut Encoder<ContentIndex>) -> bool {
         while let Some(draft) = encoder.pop() {
+            let hurry = encoder.first_pass_left() < NEAR_THE_END;
             let mut flow = locked(&self.flow);
+            flow.window.hurry(hurry, self.began.elapsed());
             while flow.failure.is_none() && !flow.window.has_room(draft.charge()) {
                 flow = self.changed.wait(flow).unwrap_or_else(PoisonError::into_inner);
             }
