@@ -72,7 +72,8 @@ async def _adopt(config: AgentConfig, record: VmRecord, path: Path) -> Vm:
     else:
         await _sweep_disks(config, record)
     held = Request.DEPART if record.departure else Request.ARRIVE if record.arrival else None
-    machine = Machine.adopt(spec, files, identity, config.patience, held)
+    leaving = record.departure.farewell if record.departure else ""
+    machine = Machine.adopt(spec, files, identity, config.patience, held, leaving)
     machine.started = record.started
     with contextlib.suppress(OSError):
         record.write(path)

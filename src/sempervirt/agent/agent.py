@@ -270,7 +270,14 @@ class Agent:
         what `run_vm` raises.
         """
         with self._name_taken(spec.name):
-            return await self._run(spec, Beginning(machine, arrival=arrival, host=host))
+            try:
+                return await self._run(spec, Beginning(machine, arrival=arrival, host=host))
+            except BaseException:
+                # It never ran: whatever its QEMU does, it can go.
+                if (vm := self.vms.get(spec.name)) is not None:
+                    await vm.kill()
+                    await self.forget_vm(spec.name)
+                raise
 
     async def _run(self, spec: VmSpec, beginning: Beginning = Beginning()) -> Vm:
         facts = await self.host()

@@ -20,7 +20,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sempervirt.agent.claims import claimed_images
@@ -94,6 +94,11 @@ RELEASE_S = 5.0
 QEMU_S = 10.0
 TELL_AGAIN_S = 0.2
 TELL_FOR_S = 5.0
+MILESTONES: dict[type[SourceEvent], str] = {
+    DisksReleased: "disks released",
+    Loaded: "memory there",
+    Committed: "handed over",
+}
 # The least that QEMU is given for the guest's blackout, whatever the rest of it takes.
 LEAST_BLACKOUT_S = 0.02
 
@@ -107,6 +112,7 @@ class Figures:
     told: Told | None = None
     stopped_at: float | None = None
     blackout_ms: float | None = None
+    timeline_ms: dict[str, float] = field(default_factory=dict)
     ended: float | None = None
 
 
@@ -134,7 +140,7 @@ class Departure:
         self._served: dict[str, int] = {}
         self._new_claim: Claim | None = None
         self._client: Client | None = None
-        self._back = False
+        self._back = self._told = False
         self._over = asyncio.Event()
 
     # Its life
@@ -284,6 +290,7 @@ class Departure:
             limit_ms=self._track.limit_s * 1e3,
             throttle=self._track.throttle,
             blackout_ms=figures.blackout_ms,
+            timeline_ms=figures.timeline_ms,
             wire=_wire_view(self._wire.status) if self._wire else None,
         )
 
@@ -299,6 +306,7 @@ class Departure:
             event = await self._queue.get()
             before = self._state
             self._state, acts = states.step(before, event, time.monotonic())
+            self._mark(event)
             if self._state.phase is not before.phase:
                 self._entered(before)
                 if not self._write() and self._state.phase is Phase.COMMIT:
@@ -315,6 +323,8 @@ class Departure:
         match self._state.phase:
             case Phase.ABANDONED:
                 return self._state.settled and (gone or self._back)
+            case Phase.DONE:
+                return gone and self._told
             case phase:
                 return phase.is_end and gone
 
@@ -327,6 +337,13 @@ class Departure:
         self.vm.machine.journal.note(time.time(), "migration", text)
         level = logging.WARNING if phase in (Phase.UNKNOWN, Phase.LOST) else logging.INFO
         log.log(level, "migrate vm=%s %s", self.vm.name, text)
+
+    def _mark(self, event: SourceEvent) -> None:
+        """Notes what the guest waited for, in milliseconds after its stop."""
+        name = MILESTONES.get(type(event))
+        if name is not None and self.figures.stopped_at is not None:
+            after_ms = (time.monotonic() - self.figures.stopped_at) * 1e3
+            self.figures.timeline_ms.setdefault(name, round(after_ms, 1))
 
     def _write(self) -> bool:
         self.record = replace(self.record, phase=self._state.phase, mode=self._state.mode)
@@ -514,9 +531,13 @@ class Departure:
 
     async def _let_run(self) -> None:
         """Tells the destination; if it cannot be reached, it learns of it from the store."""
-        if self._new_claim is None:
-            return
-        request = RunRequest(epoch=self._new_claim.epoch, claim=self._new_claim.id)
+        if self._new_claim is not None:
+            await self._tell(self._new_claim)
+        self._told = True
+        self._post(Tick())
+
+    async def _tell(self, claim: Claim) -> None:
+        request = RunRequest(epoch=claim.epoch, claim=claim.id)
         deadline = time.monotonic() + TELL_FOR_S
         while True:
             try:
@@ -529,15 +550,18 @@ class Departure:
                 if self.figures.stopped_at is not None:
                     blackout_s = time.monotonic() - self.figures.stopped_at
                     self.figures.blackout_ms = round(blackout_s * 1e3, 1)
+                    log.info(
+                        "migrate vm=%s blackout_ms=%.1f after its stop: %s",
+                        self.vm.name,
+                        self.figures.blackout_ms,
+                        self.figures.timeline_ms,
+                    )
                 return
             await asyncio.sleep(TELL_AGAIN_S)
 
     async def _end_source(self) -> None:
         """Again and again: this guest must never run any more."""
-        where = self.record.destination
-        because = f"it runs on {where} now"
-        if self._state.phase is Phase.LOST:
-            because = self._state.why
+        because = self.record.farewell or self._state.why
         while not self.vm.run.is_end:
             try:
                 await self.vm.machine.kill(because)
@@ -589,6 +613,8 @@ class Departure:
         if self.record.running and status in ("paused", "postmigrate", "finish-migrate"):
             await execute("cont")
             status = "running"
+        if self.figures.stopped_at is not None and status == "running":
+            await stream.announce(execute)
         return status
 
     # What is watched

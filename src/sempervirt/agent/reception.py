@@ -17,6 +17,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 from sempervirt.agent.claims import claim_of, put_on_record, title_of
@@ -319,15 +320,21 @@ class Reception:
     async def _take(self) -> None:
         vm, claim = self.vm, self._claim
         assert claim is not None
+        marks = [time.monotonic()]
         await put_on_record(claim, vm.spec)
+        marks.append(time.monotonic())
         for name, disk in vm.disks.items():
             title = title_of(claim, vm.spec.disk(name))
             if title is not None:
                 await disk.claim(title)
         vm.record = replace(vm.record, claim=claim)
-        execute = vm.machine.execute
+        marks.append(time.monotonic())
         if self.record.running:
-            await execute("cont")
+            await vm.machine.execute("cont")
+            await stream.announce(vm.machine.execute)
+        marks.append(time.monotonic())
+        steps = [round((end - begin) * 1e3, 1) for begin, end in pairwise(marks)]
+        log.info("arrival vm=%s took over, ms: epoch %s, claim %s, cont %s", vm.name, *steps)
         vm.record = replace(vm.record, arrival=None)
         vm.keep_record()
         vm.machine.release("running" if self.record.running else "paused")

@@ -69,6 +69,11 @@ class DepartureRecord:
     phase: Phase = Phase.PREPARE
     mode: Mode = Mode.PRECOPY
 
+    @property
+    def farewell(self) -> str:
+        """Why the QEMU here ends when it has moved; "" while it has not."""
+        return f"it runs on {self.destination} now" if self.phase is Phase.DONE else ""
+
 
 @dataclass(frozen=True)
 class ArrivalRecord:

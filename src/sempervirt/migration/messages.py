@@ -84,4 +84,5 @@ class MigrationView(BaseModel):
     limit_ms: float = Field(description="what the guest's blackout is meant to be")
     throttle: int = Field(description="percent of the guest's processor time")
     blackout_ms: float | None = Field(description="from its stop to the word that it runs again")
+    timeline_ms: dict[str, float] = Field(description="after the guest's stop, what it waited for")
     wire: WireView | None

@@ -116,6 +116,13 @@ def told(answer: Mapping[str, Any]) -> Told:
     )
 
 
+async def announce(execute: Execute) -> None:
+    """Tells the switches where the guest is. QEMU does so by itself when a guest is loaded, which
+    is before it runs, and when it may not come to run at all.
+    """
+    await execute("announce-self", {"initial": 50, "max": 550, "rounds": 5, "step": 100})
+
+
 def milliseconds(seconds: float) -> int:
     """For QEMU, which takes whole ones."""
     return max(1, round(seconds * 1e3))

@@ -118,14 +118,16 @@ class Machine:
         identity: ProcessId | None,
         patience: Patience,
         held: Request | None = None,
+        leaving: str = "",
     ) -> Machine:
         """Takes over a QEMU that an earlier agent started, also one that has ended since.
 
-        With `held` nobody may touch it before that work has gone on and released it.
+        With `held` nobody may touch it before that work has gone on and released it. `leaving` is
+        why the former agent was about to kill it, if it was.
         """
         machine = cls(spec, files, patience)
         why = "adopted, and not asked yet"
-        machine._state = VmState(run=Runstate.UNKNOWN, why=why, held=held)
+        machine._state = VmState(Runstate.UNKNOWN, why, held=held, killed_because=leaving)
         adopted = identity and process.adopt(identity, machine._exits())
         if adopted:
             machine._watch(adopted)
