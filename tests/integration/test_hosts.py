@@ -503,8 +503,10 @@ async def test_two_hosts_by_the_command_line(host_config: Place, etcd: Etcd) -> 
         assert "this host is b of the cluster sempervirt" in said
         async with semperd(b):
             await wait_states(b, {"a": "alive", "b": "alive"})
-            refused = await semper(a, "vm", "migrate", "web", "--to", "b", code=2)
-            assert "cannot move a VM yet" in refused
+            assert "no VM web" in await semper(a, "vm", "migrate", "web", "--to", "b", code=4)
+            assert "no host was named" in await semper(a, "vm", "migrate", "web", code=2)
+            refused = await semper(a, "vm", "resolve", "web", "--owner=b", "--evidence=x", code=4)
+            assert "no host ever owned a VM web" in refused
             refused = await semper(a, "vm", "migrate", "web", "--to", "b", "--dry-run", code=4)
             assert "there is no VM web" in refused
             listed = await semper(a, "host", "list")

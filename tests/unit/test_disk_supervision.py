@@ -19,6 +19,7 @@ from sempervirt.disk.supervised import (
     Begin,
     Effect,
     Exited,
+    Freeze,
     Kill,
     Phase,
     Policy,
@@ -34,6 +35,7 @@ from sempervirt.disk.supervised import (
     Stopped,
     SupervisionEvent,
     Terminate,
+    Thaw,
     Tick,
     TookOver,
     UpgradeAsked,
@@ -65,6 +67,7 @@ class World:
     dying: frozenset[int] = frozenset()
     upgrades_asked: int = 0
     upgrades_answered: int = 0
+    freezes: int = 0
     refused: bool = False
     stopped: bool = False
 
@@ -97,6 +100,8 @@ class World:
             frozenset(base - g for g in self.alive),
             frozenset(base - g for g in self.dying),
             self.upgrades_asked - self.upgrades_answered,
+            self.freezes,
+            s.frozen,
             self.refused,
             self.stopped,
         )
@@ -109,6 +114,8 @@ def after(world: World, event: SupervisionEvent, now: float | None = None) -> Wo
     world = replace(world, state=state, now=now)
     if isinstance(event, UpgradeAsked):
         world = replace(world, upgrades_asked=world.upgrades_asked + 1)
+    if isinstance(event, Freeze):
+        world = replace(world, freezes=world.freezes + 1)
     if isinstance(event, Exited):
         gone = frozenset({event.generation})
         world = replace(world, alive=world.alive - gone, dying=world.dying - gone)
@@ -127,6 +134,7 @@ def carry_out(world: World, effect: Effect) -> World:
             # Only the very first one may refuse a locked image: later, waiting is right.
             assert wait_for_lock == (generation != 1)
             assert not state.stopping
+            assert not state.frozen or generation == 1, "it could take the image from its new host"
             return replace(world, alive=world.alive | {generation})
         case Terminate(generation):
             if state.stopping:
@@ -166,7 +174,11 @@ def check(world: World) -> None:
     assert known <= world.alive, "a process is counted on that does not run"
     assert world.alive - known <= world.dying, "a process runs that nobody counts on"
     assert len(known) == sum(1 for b in (state.active, state.standby) if b)
-    if state.served and not state.stopping:
+    if state.frozen:
+        # Nobody is left who waits for the image.
+        assert state.standby is None or state.standby.generation in world.dying
+        assert state.upgrade is None
+    elif state.served and not state.stopping:
         assert state.active or state.start_due is not None, "nobody serves, and nothing will"
         guarded = state.standby or state.start_due is not None or state.upgrade
         unserved = state.active and state.active.serving_since is None
@@ -202,6 +214,10 @@ def choices(world: World) -> list[World]:
     if not state.stopping:
         if world.upgrades_asked < 2:
             found.append(after(world, UpgradeAsked(NEW)))
+        if state.frozen:
+            found.append(after(world, Thaw()))
+        elif world.freezes < 1 and state.served:
+            found.append(after(world, Freeze()))
         found.append(after(world, StopAsked()))
     return found
 
@@ -212,6 +228,8 @@ def settle(world: World, *, healthy: bool) -> World:
         state = world.state
         if world.dying:
             world = after(world, Exited(min(world.dying), "told to"))
+        elif state.frozen and not state.stopping:
+            world = after(world, Thaw())
         elif not healthy and world.alive:
             world = after(world, Exited(min(world.alive), "it died"))
         elif state.active and state.active.serving_since is None:
