@@ -10,7 +10,6 @@ import asyncio
 import hashlib
 import json
 import random
-import shlex
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -20,10 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.plain_qemu import DEADLINE_S, QMP_S, PlainHost, ask, running, wait_migration
 
-from sempervirt.core.errors import Unavailable
 from sempervirt.guest import ProbeClient
-from sempervirt.guest import image as guest_image
 from sempervirt.trust.authority import CERTIFICATE_FILE as AUTHORITY_FILE
 from sempervirt.trust.authority import Authority, Issued
 from sempervirt.trust.identity import CERTIFICATE_FILE, KEY_FILE, Identity
@@ -33,20 +31,6 @@ pytestmark = [pytest.mark.guest, pytest.mark.timeout(180)]
 MIB = 1 << 20
 MEMORY = 256 * MIB
 DISK = 48 * MIB
-DEADLINE_S = 60.0
-QMP_S = 20.0
-
-
-@contextmanager
-def running(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A process for as long as the block lasts."""
-    with log.open("ab") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output)
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
 
 
 async def exit_of(process: subprocess.Popen[bytes]) -> int:
@@ -54,29 +38,13 @@ async def exit_of(process: subprocess.Popen[bytes]) -> int:
     return await asyncio.to_thread(process.wait, DEADLINE_S)
 
 
-async def ask(socket: Path, command: str, **arguments: Any) -> dict[str, Any]:
-    """One request to a control socket."""
-    reader, writer = await asyncio.open_unix_connection(str(socket), limit=MIB)
-    writer.write(json.dumps({"id": 1, "cmd": command, **arguments}).encode() + b"\n")
-    answer = json.loads(await reader.readline())
-    writer.close()
-    assert isinstance(answer["ok"], dict), answer
-    found: dict[str, Any] = answer["ok"]
-    return found
-
-
 @dataclass(frozen=True)
-class Host:
+class Host(PlainHost):
     """One host: a directory with sockets, a certificate, and the shared image."""
 
     name: str
-    directory: Path
-    image: Path
     blkd: bool
-
-    def path(self, name: str) -> Path:
-        """A file of this host."""
-        return self.directory / name
+    wired: str = "semper-wired"
 
     def certify(self, authority: Authority) -> None:
         """Makes key and certificate."""
@@ -87,41 +55,20 @@ class Host:
     @contextmanager
     def machine(self, *options: str, incoming: bool = False) -> Iterator[None]:
         """QEMU with the test guest, and its disk's backend."""
-        guest = guest_image()
-        disk = f"""-blockdev driver=file,node-name=disk,filename={self.image},locking=off
-                   -device virtio-blk-pci,drive=disk,share-rw=on"""
-        if self.blkd:
-            disk = f"""-chardev socket,id=disk,path={self.path("disk")},reconnect-ms=1
-                       -device vhost-user-blk-pci,chardev=disk"""
-        command = f"""
-            qemu-system-x86_64 -nodefaults -no-user-config -display none -cpu max
-            -accel tcg,thread=multi -m 256M -machine q35,memory-backend=memory
-            -object memory-backend-memfd,id=memory,size=256M,share=on
-            -kernel {guest.kernel} -initrd {guest.initrd} -append 'console=ttyS0 quiet'
-            -serial file:{self.path("console.log")}
-            -qmp unix:{self.path("qmp")},server=on,wait=off {disk}
-            -chardev socket,id=probe,path={self.path("probe")},server=on,wait=off
-            -device virtio-serial-pci
-            -device virtserialport,chardev=probe,name=org.sempervirt.probe
-        """
+        qemus_own = f"""-blockdev driver=file,node-name=disk,filename={self.image},locking=off
+                        -device virtio-blk-pci,drive=disk,share-rw=on"""
         with ExitStack() as stack:
             if self.blkd:
-                backend = [
-                    str(Path(sys.executable).with_name("semper-blkd")),
-                    f"--socket-path={self.path('disk')}",
-                    f"--control-socket={self.path('blkd.control')}",
-                    f"--blk-file={self.image}",
-                    *(["--incoming"] if incoming else []),
-                ]
-                stack.enter_context(running(backend, self.path("blkd.log")))
-            stack.enter_context(running([*shlex.split(command), *options], self.path("qemu.log")))
+                stack.enter_context(self.backend(*(["--incoming"] if incoming else [])))
+            disk = None if self.blkd else qemus_own
+            stack.enter_context(self.qemu(*options, disk=disk))
             yield
 
     @contextmanager
     def end(self, kind: str, peer: Host, *options: str) -> Iterator[subprocess.Popen[bytes]]:
         """One end of the wire."""
         command = [
-            str(Path(sys.executable).with_name("semper-wired")),
+            str(Path(sys.executable).parent / self.wired),
             kind,
             "--migration=test",
             f"--ca={self.path(AUTHORITY_FILE)}",
@@ -134,26 +81,6 @@ class Host:
         ]
         with running(command, self.path("wired.log")) as process:
             yield process
-
-    async def _connect(self) -> Monitor | None:
-        try:
-            return await Monitor.connect(self.path("qmp"), self.name, QMP_S)
-        except Unavailable:  # not listening yet
-            return None
-
-    @asynccontextmanager
-    async def monitor(self) -> AsyncIterator[Monitor]:
-        """QEMU's monitor."""
-        async with asyncio.timeout(DEADLINE_S):
-            while True:
-                monitor = await self._connect()
-                if monitor is not None:
-                    break
-                await asyncio.sleep(0.02)  # poll interval
-        try:
-            yield monitor
-        finally:
-            await monitor.close()
 
     async def wait_wired(self, key: str, value: object = None) -> Any:
         """Waits until its end of the wire tells something (that value, if one is given)."""
@@ -183,7 +110,7 @@ def hosts(place: Path, request: pytest.FixtureRequest) -> tuple[Host, Host]:
     image.write_bytes(random.Random(4).randbytes(DISK))
     authority = Authority.create(place, "test")
     blkd = request.param == "semper-blkd"
-    pair = Host("a.example", place / "a", image, blkd), Host("b.example", place / "b", image, blkd)
+    pair = Host(place / "a", image, "a.example", blkd), Host(place / "b", image, "b.example", blkd)
     for host in pair:
         host.directory.mkdir()
         host.certify(authority)
@@ -229,21 +156,10 @@ async def joined(here: Host, there: Host) -> AsyncIterator[list[subprocess.Popen
     disk = f"--disk=root={here.image}"
     with there.end("destination", here, "--listen=127.0.0.1:0", disk) as receiver:
         address = await there.wait_wired("address")
-        map_of = f",backend={here.path('blkd.control')}" if here.blkd else ""
+        map_of = f",backend={here.control}" if here.blkd else ""
         with here.end("source", there, f"--connect={address}", disk + map_of) as sender:
             await here.wait_wired("state", "ready")
             yield [sender, receiver]
-
-
-async def wait_migration(monitor: Monitor, status: str) -> None:
-    """Waits for a state of the migration."""
-    async with asyncio.timeout(DEADLINE_S):
-        while True:
-            info = await monitor.execute("query-migrate", timeout_s=QMP_S)
-            assert info.get("status") != "failed", info
-            if info.get("status") == status:
-                return
-            await asyncio.sleep(0.02)  # poll interval
 
 
 async def memory_of(monitor: Monitor, file: Path) -> str:
@@ -265,7 +181,7 @@ async def test_the_memory_of_a_guest_is_the_same_on_the_other_side(
         nonce = await boot(here)
         async with here.monitor() as source, there.monitor() as target, joined(here, there) as ends:
             if here.blkd:
-                await ask(here.path("blkd.control"), "handover", armed=True)
+                await ask(here.control, "handover", armed=True)
                 await start_writers(here)
             await source.execute("migrate", {"uri": f"unix:{here.path('stream')}"}, timeout_s=QMP_S)
             await wait_migration(source, "completed")
@@ -284,17 +200,20 @@ async def test_the_memory_of_a_guest_is_the_same_on_the_other_side(
     assert sent["wire_bytes_sent"] < sent["stream_bytes"] / 2
 
 
-@pytest.mark.parametrize("hosts", ["QEMU's own disk"], indirect=True)
+@pytest.mark.parametrize("hosts", ["semper-blkd", "QEMU's own disk"], indirect=True)
 async def test_postcopy_goes_through(hosts: tuple[Host, Host]) -> None:
     here, there = hosts
     capability = {"capabilities": [{"capability": "postcopy-ram", "state": True}]}
-    with here.machine(), there.machine("-incoming", "defer"):
+    with here.machine(), there.machine("-incoming", "defer", incoming=True):
         nonce = await boot(here)
         async with here.monitor() as source, there.monitor() as target:
             for monitor in (source, target):
                 await monitor.execute("migrate-set-capabilities", capability, timeout_s=QMP_S)
             uri = {"uri": f"unix:{there.path('stream')}"}
             await target.execute("migrate-incoming", uri, timeout_s=QMP_S)
+            if here.blkd:
+                await ask(here.control, "handover", armed=True)
+                await start_writers(here)
             async with joined(here, there) as ends:
                 # Slow enough to be overtaken.
                 slow = {"max-bandwidth": 8 * MIB}
@@ -306,4 +225,6 @@ async def test_postcopy_goes_through(hosts: tuple[Host, Host]) -> None:
                 await wait_migration(source, "completed")
                 assert [await exit_of(end) for end in ends] == [0, 0]
         assert await nonce_of(there) == nonce
+        if here.blkd:
+            await stop_writers(there)
     assert here.outcome()["references"] > 1000
