@@ -478,7 +478,7 @@ async def test_what_would_stop_a_migration_is_all_listed(
             # A copy at the same path would have no id, or another one.
             record = epoch.record_path(spec.disks[0].image)
             assert (found := epoch.read_epoch(record)) is not None
-            assert found.epoch == 0  # looked at, not claimed
+            assert (found.epoch, found.holder) == (1, "a")  # claimed when it was run
             side = await side_of(second.agent, "b", spec, source=False)
             assert side.images["root"].id == found.image
             record.unlink()
