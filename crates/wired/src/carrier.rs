@@ -35,7 +35,7 @@ use crate::progress::{Phase, Progress};
 const INPUT: usize = 256 << 10;
 const DRY: Duration = Duration::from_millis(1);
 /// So near to the end of the first pass the guest may be stopped soon.
-const NEAR_THE_END: u64 = 32 << 20;
+const NEAR_THE_END: u64 = 8 << 20;
 /// News of the index that are taken between two reads.
 const NEWS: usize = 16;
 

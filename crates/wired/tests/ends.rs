@@ -7,10 +7,13 @@ use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair};
+use semper_blockmap::format::{BlockRecord, Export};
 use semper_wire::synthetic::{Stream, noise, prose};
 use serde_json::Value;
 use tempfile::TempDir;
@@ -328,6 +331,80 @@ fn what_waits_goes_out_when_qemu_is_silent() {
     delays.sort();
     println!("one page through both ends: median {:?}, worst {worst:?}", delays[25]);
     assert!(delays[25] < Duration::from_millis(10), "{:?}", delays[25]);
+}
+
+/// Plays semper-blkd: gives a map of the first `count` blocks to whoever asks.
+fn backend(path: &str, count: &Arc<AtomicU64>) {
+    let (listener, count) = (UnixListener::bind(path).unwrap(), Arc::clone(count));
+    thread::spawn(move || {
+        for client in listener.incoming() {
+            let mut client = client.unwrap();
+            BufReader::new(&client).read_line(&mut String::new()).unwrap();
+            let block = |block| BlockRecord { hash: [0; 16], block, stamp: 7 };
+            let export = Export {
+                capacity: BLOCKS * 4096,
+                key: [0; 32],
+                verified: true,
+                regions: vec![],
+                pages: vec![],
+                blocks: (0..count.load(Relaxed)).map(block).collect(),
+            };
+            let bytes = export.to_bytes();
+            let line = format!("{{\"id\":1,\"ok\":{{\"bytes\":{}}}}}\n", bytes.len());
+            // Who has gone away does not want it.
+            let _ = client.write_all(line.as_bytes()).and_then(|()| client.write_all(&bytes));
+        }
+    });
+}
+
+#[test]
+fn a_block_that_the_guest_reads_during_the_stream_is_referred_to_in_the_next_pass() {
+    let place = Place::new();
+    let known = Arc::new(AtomicU64::new(100));
+    backend(&place.path("backend"), &known);
+    let incoming = UnixListener::bind(place.path("destination.qemu")).unwrap();
+    let mut destination = place.destination("disk");
+    let mut command = place.end("source", "src", "dst");
+    command.arg(format!("--connect={}", destination.address()));
+    let (disk, map) = (place.path("disk"), place.path("backend"));
+    command.arg(format!("--disk=root={disk},backend={map}"));
+    let mut source = End::start(command, place.path("source.control"));
+    assert_eq!(source.wait_state("ready")["indexed_blocks"], 100);
+    let mut outgoing = UnixStream::connect(place.path("source.qemu")).unwrap();
+    let (mut incoming, _) = incoming.accept().unwrap();
+    let reader = thread::spawn(move || {
+        let mut arrived = Vec::new();
+        incoming.read_to_end(&mut arrived).unwrap();
+        arrived
+    });
+    let mut sent = Stream::begin(1 << 16).bytes;
+    outgoing.write_all(&sent).unwrap();
+    // Gives the source a pass; how many pages it has packed, in all, when that is under way.
+    let mut pass = || {
+        let mut part = Stream::default();
+        part.part();
+        (0..200).for_each(|number| part.page(number, &noise(number)));
+        part.end_part();
+        outgoing.write_all(&part.bytes).unwrap();
+        sent.extend_from_slice(&part.bytes);
+        let taken = |status: &Value| status["stream_bytes"] == sent.len();
+        wait("a pass", || source.status().filter(taken))["pages"].as_u64().unwrap()
+    };
+    let first = pass();
+    assert_eq!(first, 100);
+    assert_eq!(pass(), first + 100);
+    known.store(200, Relaxed);
+    // The map is asked for again, and what it names is in the index before the next pass.
+    let mut packed = first;
+    wait("a larger index", || {
+        packed = pass();
+        source.status().filter(|status| status["indexed_blocks"] == 200)
+    });
+    assert_eq!(pass(), packed);
+    drop(outgoing);
+    assert!(reader.join().unwrap() == sent);
+    assert_eq!(source.wait_success()["mismatches"], 0);
+    destination.wait_success();
 }
 
 /// `cargo test -p semper-wired --features unsafe-no-verify`
