@@ -86,6 +86,7 @@ log = logging.getLogger(__name__)
 
 TICK_S = 0.1
 LOOK_S = 0.1
+DEADLINE_GRACE_S = 30.0
 # The destination answers at the latest then, also if nothing has changed.
 ASK_WAIT_S = 1.0
 GONE_S = 10.0
@@ -94,6 +95,8 @@ RELEASE_S = 5.0
 QEMU_S = 10.0
 TELL_AGAIN_S = 0.2
 TELL_FOR_S = 5.0
+Work = Callable[[], Awaitable[None]]
+Failure = Callable[[str], SourceEvent]
 MILESTONES: dict[type[SourceEvent], str] = {
     DisksReleased: "disks released",
     Loaded: "memory there",
@@ -140,7 +143,7 @@ class Departure:
         self._served: dict[str, int] = {}
         self._new_claim: Claim | None = None
         self._client: Client | None = None
-        self._back = self._told = False
+        self._back = self._told = self._recovering = False
         self._over = asyncio.Event()
 
     # Its life
@@ -169,7 +172,8 @@ class Departure:
             self.vm.keep_record()
             self.vm.machine.release("running" if self.record.running else "paused")
             raise
-        bounds = Bounds(policy.deadline_s, policy.blackout_max_s)
+        # At the deadline `convergence` decides; the machine's own only catches what hangs.
+        bounds = Bounds(policy.deadline_s + DEADLINE_GRACE_S, policy.blackout_max_s)
         self._state, acts = states.begin(bounds, time.monotonic())
         self._go_to_work(acts)
 
@@ -379,42 +383,29 @@ class Departure:
 
     def _begin_acts(self, acts: list[Act]) -> None:
         for act in acts:
-            work, failed = self._work_of(act)
-            if work is not None:
+            if act in self._works:  # RESUME_GUEST is part of `_go_back`
+                work, failed = self._works[act]
                 self._keep(self._guarded(work, failed), act.name.lower())
 
-    def _work_of(
-        self, act: Act
-    ) -> tuple[Callable[[], Awaitable[None]] | None, Callable[[str], SourceEvent] | None]:
-        """How an act is done, and what it means if that fails."""
-        match act:
-            case Act.PREPARE:
-                return self._prepare, Refused
-            case Act.START_STREAM:
-                return self._start_stream, StreamFailed
-            case Act.SWITCH_TO_POSTCOPY:
-                return self._switch_to_postcopy, StreamFailed
-            case Act.FINISH_STREAM:
-                return self._finish_stream, StreamFailed
-            case Act.ASK_PROMISE:
-                return self._ask_promise, StreamFailed
-            case Act.RELEASE_DISKS:
-                return self._release_disks, StreamFailed
-            case Act.HAND_OVER:
-                return self._hand_over, None
-            case Act.WITHDRAW:
-                return self._withdraw, None
-            case Act.ABORT_DESTINATION:
-                return self._abort_destination, None
-            case Act.LET_RUN:
-                return self._let_run, None
-            case Act.END_SOURCE:
-                return self._end_source, None
-        return None, None  # RESUME_GUEST is part of `_go_back`
+    @property
+    def _works(self) -> dict[Act, tuple[Work, Failure | None]]:
+        """How each act is done, and what it means if that fails."""
+        return {
+            Act.PREPARE: (self._prepare, Refused),
+            Act.START_STREAM: (self._start_stream, StreamFailed),
+            Act.SWITCH_TO_POSTCOPY: (self._switch_to_postcopy, StreamFailed),
+            Act.FINISH_STREAM: (self._finish_stream, StreamFailed),
+            Act.ASK_PROMISE: (self._ask_promise, StreamFailed),
+            Act.RELEASE_DISKS: (self._release_disks, StreamFailed),
+            Act.HAND_OVER: (self._hand_over, None),
+            Act.WITHDRAW: (self._withdraw, None),
+            Act.ABORT_DESTINATION: (self._abort_destination, None),
+            Act.LET_RUN: (self._let_run, None),
+            Act.RECOVER_STREAM: (self._recover_stream, StreamFailed),
+            Act.END_SOURCE: (self._end_source, None),
+        }
 
-    async def _guarded(
-        self, work: Callable[[], Awaitable[None]], failed: Callable[[str], SourceEvent] | None
-    ) -> None:
+    async def _guarded(self, work: Work, failed: Failure | None) -> None:
         try:
             await work()
         except SempervirtError as error:
@@ -450,6 +441,15 @@ class Departure:
         for disk in self._writable():
             self._served[disk.name] = disk.generation
             await disk.hand_over(armed=True)
+        await self._start_wire(self._address)
+        execute = vm.machine.execute
+        await stream.prepare_source(
+            execute, postcopy=self.policy.postcopy, blackout_s=self._track.limit_s
+        )
+        await stream.start(execute, self._wire_files.stream)
+        self._keep(self._watch_stream(), "stream")
+
+    async def _start_wire(self, address: str) -> None:
         disks = [
             WireDisk(
                 name,
@@ -457,24 +457,26 @@ class Departure:
                 disk.setup.options.direct,
                 disk.setup.files.control(disk.generation),
             )
-            for name, disk in vm.disks.items()
+            for name, disk in self.vm.disks.items()
         ]
+        if self._wire is not None:
+            await self._wire.end()
         await sweep(self._wire_files)
-        self._wire = Wire.source(
-            self._wire_files,
-            self._cluster.identity.directory,
-            self.id,
-            self.record.destination,
-            self._address,
-            disks,
-        )
+        trust, peer = self._cluster.identity.directory, self.record.destination
+        self._wire = Wire.source(self._wire_files, trust, self.id, peer, address, disks)
         await self._wire.wait("state", ("ready",), WIRE_READY_S)
-        execute = vm.machine.execute
-        await stream.prepare_source(
-            execute, postcopy=self.policy.postcopy, blackout_s=self._track.limit_s
-        )
-        await stream.start(execute, self._wire_files.stream)
-        self._keep(self._watch_stream(), "stream")
+
+    async def _recover_stream(self) -> None:
+        """Postcopy goes on where its stream broke: both QEMUs know what is missing."""
+        if self._recovering:
+            return
+        self._recovering = True
+        try:
+            answer = await self._peer.recover_arrival(self.id)
+            await self._start_wire(answer.address)
+            await stream.go_on(self.vm.machine.execute, self._wire_files.stream)
+        finally:
+            self._recovering = False
 
     async def _switch_to_postcopy(self) -> None:
         await self.vm.machine.execute("migrate-start-postcopy")
@@ -671,27 +673,32 @@ class Departure:
             self._post(StreamFailed(error))
 
     async def _watch_stream(self) -> None:
-        """Follows QEMU's figures until it has stopped the guest, and decides how hard to push."""
-        while self._state.phase in (Phase.PRECOPY, Phase.SWITCHOVER):
+        """Follows QEMU's figures until it is not needed any more, and decides how hard to push."""
+        while not self._state.phase.is_end:
             try:
-                told = await stream.look(self.vm.machine.execute)
+                await self._look()
             except SempervirtError as error:
                 self._post(StreamFailed(f"QEMU does not tell how far it is: {error.message}"))
-                return
-            self.figures.told = told
-            self.figures.memory = told.total_bytes or self.figures.memory
-            wire = self._wire
-            if wire is not None:
-                await wire.ask()
-            failure = wire.failure if wire is not None else ""
-            self._judge(told.status, failure or told.error or "QEMU says no more")
-            for disk in self._writable():
-                if disk.generation != self._served[disk.name]:
-                    self._post(StreamFailed(f"the backend of disk {disk.name} ended"))
-                    return
-            if self._state.phase is Phase.PRECOPY and told.status == "active" and told.sample:
-                await self._push(told)
             await asyncio.sleep(LOOK_S)
+
+    async def _look(self) -> None:
+        told = await stream.look(self.vm.machine.execute)
+        self.figures.told = told
+        self.figures.memory = told.total_bytes or self.figures.memory
+        failure = ""
+        if self._wire is not None:
+            await self._wire.ask()
+            failure = self._wire.failure
+        match self._state.phase:
+            case Phase.PRECOPY | Phase.SWITCHOVER:
+                self._judge(told.status, failure or told.error or "QEMU says no more")
+                for disk in self._writable():
+                    if disk.generation != self._served[disk.name]:
+                        self._post(StreamFailed(f"the backend of disk {disk.name} ended"))
+                if self._state.phase is Phase.PRECOPY and told.status == "active" and told.sample:
+                    await self._push(told)
+            case Phase.POSTCOPY if told.status == stream.BROKEN and not self._recovering:
+                self._post(StreamFailed(failure or "the connection broke"))
 
     async def _push(self, told: Told) -> None:
         assert told.sample is not None

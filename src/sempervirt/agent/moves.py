@@ -5,10 +5,8 @@ settled by an operator. What happens in between is in `departure` and `reception
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import secrets
-import socket
 from contextlib import AsyncExitStack
 
 from sempervirt.agent.agent import Agent
@@ -125,8 +123,7 @@ async def receive(agent: Agent, request: ArrivalRequest, source: str) -> Recepti
                     f"the VM runs with {request.accelerator}, and {settings.host} would run it "
                     f"with {vm.record.accelerator.kind}"
                 )
-            listen = await asyncio.to_thread(_listen_address, settings.address)
-            await reception.prepare(listen, postcopy=request.postcopy)
+            await reception.prepare(postcopy=request.postcopy)
         except BaseException:
             vm.moving = None
             await vm.kill("its arrival could not be prepared")
@@ -148,16 +145,6 @@ def _check_images(request: ArrivalRequest) -> None:
                 f"disk {name}: {image} is another image here",
                 remedy="the hosts have to share the storage; a copy is not enough",
             )
-
-
-def _listen_address(address: str) -> str:
-    """This host's address as digits, for the end of the wire to listen on."""
-    host = address.rpartition(":")[0].strip("[]")
-    try:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0]
-    except OSError as error:
-        raise Unavailable(f"{host} has no address: {error.strerror}") from error
-    return f"[{found}]" if ipaddress.ip_address(found).version == 6 else str(found)
 
 
 async def resume_all(agent: Agent) -> None:

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import logging
+import socket
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack
@@ -73,7 +75,9 @@ class Reception:
         self._cluster = cluster
         self._registry = Registry(cluster.store)
         self._epoch = record.epoch
-        self._state = Incoming(phase=record.phase)
+        # One that was about to run does so again: nothing of that does harm twice.
+        runs = record.phase is Arrival.RUNNING
+        self._state = Incoming(phase=Arrival.PROMISED if runs else record.phase)
         self._claim: Claim | None = None
         self._queue: asyncio.Queue[DestinationEvent] = asyncio.Queue()
         self._stack = AsyncExitStack()
@@ -83,27 +87,31 @@ class Reception:
         self._wire: Wire | None = None
         self._heard_at = time.monotonic()
         self._forget: Callable[[], Awaitable[None]] | None = None
-        self._over = asyncio.Event()
+        self._runs, self._over = asyncio.Event(), asyncio.Event()
 
     # Its life
 
-    async def prepare(self, listen: str, *, postcopy: bool) -> None:
+    async def prepare(self, *, postcopy: bool) -> None:
         """Has QEMU wait for the stream. Raises Unavailable, StateConflict; `vm` is left then."""
         machine = self.vm.machine
         await machine.hold(Request.ARRIVE)
         await sweep(self._files)
         execute = machine.execute
         await stream.prepare_destination(execute, self._files.stream, postcopy=postcopy)
+        await self._start_wire()
+        self._post(Ready())
+
+    async def _start_wire(self) -> None:
         disks = [
             WireDisk(name, disk.setup.options.image, disk.setup.options.direct)
             for name, disk in self.vm.disks.items()
         ]
-        trust, source = self._cluster.identity.directory, self.record.source
+        settings, trust = self._cluster.settings, self._cluster.identity.directory
+        listen = await asyncio.to_thread(_listen_address, settings.address)
         self._wire = Wire.destination(
-            self._files, trust, self.record.id, source, f"{listen}:0", disks
+            self._files, trust, self.record.id, self.record.source, f"{listen}:0", disks
         )
         self.address = str(await self._wire.wait("address", (), WIRE_S))
-        self._post(Ready())
 
     def go_to_work(self, stack: AsyncExitStack, forget: Callable[[], Awaitable[None]]) -> None:
         """From now on it goes its way. `forget` drops the VM if it does not come."""
@@ -185,6 +193,18 @@ class Reception:
         self._post(PromiseAsked())
         await self._reach(Arrival.PROMISED)
 
+    async def recover(self) -> str:
+        """Has QEMU take up a stream that broke in postcopy; gives the address of the new wire.
+
+        Raises StateConflict, Unavailable.
+        """
+        if self._wire is not None:
+            await self._wire.end()
+        await sweep(self._files)
+        await stream.take_up(self.vm.machine.execute, self._files.stream)
+        await self._start_wire()
+        return self.address
+
     async def run(self, epoch: int, claim: str) -> None:
         """The VM is this host's; returns when the guest runs. Raises StateConflict, Unavailable."""
         if epoch <= self._epoch:
@@ -195,7 +215,8 @@ class Reception:
             self._claim = Claim(self.vm.name, host, epoch, claim, images)
         self._post(ToldToRun())
         await self._reach(Arrival.RUNNING)
-        await asyncio.wait_for(self._over.wait(), RUNS_S)
+        async with asyncio.timeout(RUNS_S):
+            await self._runs.wait()
 
     async def abort(self, why: str) -> None:
         """The source keeps the VM."""
@@ -314,8 +335,19 @@ class Reception:
                 log.warning("arrival vm=%s does not run yet: %s", self.vm.name, error)
                 await asyncio.sleep(TAKE_AGAIN_S)
             else:
+                self._runs.set()
                 break
+        await self._wait_drained()
+        self.vm.record = replace(self.vm.record, arrival=None)
+        self.vm.keep_record()
         await self._finish()
+
+    async def _wait_drained(self) -> None:
+        """After postcopy the memory comes while the guest runs."""
+        with contextlib.suppress(Unavailable):
+            await self.changes.wait_until(
+                lambda: self.drained or self.vm.run.is_end, timeout_s=None, what="all memory"
+            )
 
     async def _take(self) -> None:
         vm, claim = self.vm, self._claim
@@ -335,7 +367,6 @@ class Reception:
         marks.append(time.monotonic())
         steps = [round((end - begin) * 1e3, 1) for begin, end in pairwise(marks)]
         log.info("arrival vm=%s took over, ms: epoch %s, claim %s, cont %s", vm.name, *steps)
-        vm.record = replace(vm.record, arrival=None)
         vm.keep_record()
         vm.machine.release("running" if self.record.running else "paused")
         for disk in vm.disks.values():
@@ -370,6 +401,7 @@ class Reception:
     async def _watch_machine(self) -> None:
         await self.vm.machine.wait_ended()
         self._post(QemuEnded(self.vm.state.why))
+        self.changes.notify()
 
     def _heard(self, name: str, data: Mapping[str, Any]) -> None:
         """QEMU's events come at once; `_watch_stream` finds the same later."""
@@ -393,3 +425,13 @@ class Reception:
             except SempervirtError:  # its end is seen, and a silent one shows in the VM's state
                 continue
             self._look_at(told.status, told.error or "QEMU says no more")
+
+
+def _listen_address(address: str) -> str:
+    """This host's address as digits, for the end of the wire to listen on."""
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0]
+    except OSError as error:
+        raise Unavailable(f"{host} has no address: {error.strerror}") from error
+    return f"[{found}]" if ipaddress.ip_address(found).version == 6 else str(found)

@@ -225,6 +225,11 @@ class Client:
         """Has this host wait for the outcome from now on."""
         await self._call("POST", f"/arrivals/{migration}/promise")
 
+    async def recover_arrival(self, migration: str) -> ArrivalAnswer:
+        """Has this host wait for a stream that broke in postcopy."""
+        path = f"/arrivals/{migration}/recover"
+        return ArrivalAnswer.model_validate(await self._call("POST", path))
+
     async def run_arrival(self, migration: str, request: RunRequest) -> None:
         """Tells this host that the VM is its own; answers when it runs."""
         path = f"/arrivals/{migration}/run"

@@ -127,6 +127,14 @@ async def promise_arrival(agent: AgentHere, source: HostThere, migration: str) -
     await moves.reception_of(agent, migration, source).promise()
 
 
+@router.post("/arrivals/{migration}/recover")
+async def recover_arrival(agent: AgentHere, source: HostThere, migration: str) -> ArrivalAnswer:
+    """Waits for a stream that broke in postcopy, on a new wire."""
+    reception = moves.reception_of(agent, migration, source)
+    await reception.recover()
+    return reception.answer()
+
+
 @router.post("/arrivals/{migration}/run", status_code=status.HTTP_204_NO_CONTENT)
 async def run_arrival(
     agent: AgentHere, source: HostThere, migration: str, body: RunRequest

@@ -58,6 +58,14 @@ def migrate(
             metavar="PERCENT", help="Slow a guest down by up to so much, if need be.", min=0, max=99
         ),
     ] = 80,
+    postcopy: Annotated[
+        bool,
+        typer.Option(
+            "--postcopy",
+            help="If it does not converge otherwise, run it there before its memory is: until all "
+            "of it is, either host's end is the VM's.",
+        ),
+    ] = False,
     output: OutputOption = Output.TABLE,
 ) -> None:
     """Move a running VM to another host, with its memory, devices and connections.
@@ -80,6 +88,7 @@ def migrate(
         blackout_max_s=max(blackout, max_blackout) / 1e3,
         deadline_s=deadline,
         throttle_max=throttle,
+        postcopy=postcopy,
     )
     request = MigrateRequest(to=host, policy=policy)
 

@@ -21,6 +21,7 @@ MIN_THROTTLE = 1
 # QEMU's states of a migration, by what they mean to the source.
 STOPPED = ("pre-switchover", "device")
 FAILED = ("failed", "cancelled")
+BROKEN = "postcopy-paused"
 CAPABILITIES = {
     "events": True,
     "return-path": True,
@@ -64,6 +65,16 @@ async def prepare_destination(execute: Execute, stream: Path, *, postcopy: bool)
     """Has the QEMU that the VM goes to wait for the stream. Raises as `execute`."""
     await _configure(execute, CAPABILITIES | {"postcopy-ram": postcopy}, {})
     await execute("migrate-incoming", {"uri": f"unix:{stream}"})
+
+
+async def take_up(execute: Execute, stream: Path) -> None:
+    """Has the destination wait for a stream that broke in postcopy. Raises as `execute`."""
+    await execute("migrate-recover", {"uri": f"unix:{stream}"})
+
+
+async def go_on(execute: Execute, stream: Path) -> None:
+    """Has the source go on with a stream that broke in postcopy. Raises as `execute`."""
+    await execute("migrate", {"uri": f"unix:{stream}", "resume": True})
 
 
 async def start(execute: Execute, stream: Path) -> None:
