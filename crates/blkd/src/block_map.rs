@@ -15,7 +15,7 @@ use semper_block::{Image, Op};
 use semper_blockmap::format::Export;
 use semper_blockmap::{
     Access, BYTES_PER_BLOCK, BlockMap, Blocks, ContentIndex, Counters, Layout, Memory, Page, Pair,
-    Recorder, Refreshed, RegionKey, Reverse, SECTOR_SIZE, Tally, Verifier,
+    Recorder, Refreshed, RegionKey, Reverse, SECTOR_SIZE, SECTORS_PER_BLOCK, Tally, Verifier,
 };
 use semper_ring::GuestMemory;
 use serde_json::{Value, json};
@@ -24,6 +24,8 @@ use serde_json::{Value, json};
 pub(crate) const DEFAULT_INDEX_BYTES: u64 = 128 << 20;
 /// Pages between two notes of progress.
 const STEP: usize = 256;
+/// Blocks that are named unless the caller asks for more or less.
+const DEFAULT_BLOCKS: u64 = 4 << 20;
 
 /// What a request does to the disk, as the map sees it.
 pub(crate) fn access(op: Op) -> Access {
@@ -289,6 +291,27 @@ impl DiskMap {
             Export::of_hints(capacity, regions, &hints, &index)
         };
         Ok(export.to_bytes())
+    }
+
+    /// Touched blocks and the stamps of their contents, 16 bytes each: first those that stand in a
+    /// page, whose number is told, then the others; nothing is read. A block that is being written
+    /// is left out: it has no content.
+    pub(crate) fn blocks(&self, limit: Option<u64>) -> (Vec<u8>, usize) {
+        let limit = usize::try_from(limit.unwrap_or(DEFAULT_BLOCKS)).unwrap_or(usize::MAX);
+        let layout = self.map.layout();
+        let pages = layout.iter().flat_map(|l| l.associations(&self.map));
+        let whole = pages.filter(|page| page.sector % SECTORS_PER_BLOCK == 0);
+        let mut held: Vec<u64> = whole.map(|page| page.sector / SECTORS_PER_BLOCK).collect();
+        held.sort_unstable();
+        held.dedup();
+        let others = self.map.touched_blocks().filter(|block| held.binary_search(block).is_err());
+        let stamped = |block: u64| Some((block, self.map.stamp(block * SECTORS_PER_BLOCK)?));
+        let first: Vec<_> = held.iter().copied().filter_map(stamped).take(limit).collect();
+        let rest = others.filter_map(stamped).take(limit - first.len());
+        let count = first.len();
+        let all = first.into_iter().chain(rest);
+        let bytes = all.flat_map(|(block, stamp)| [block, stamp]).flat_map(u64::to_le_bytes);
+        (bytes.collect(), count)
     }
 
     fn verify(

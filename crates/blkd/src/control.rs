@@ -8,6 +8,9 @@
 //!   {"id":5,"cmd":"map-verify"}          -> {"id":5,"ok":{"started":true}}   progress is in "map"
 //!   {"id":6,"cmd":"map-find","sector":8} -> {"id":6,"ok":{"addresses":[…]}}  or "address" -> sector
 //!   {"id":7,"cmd":"map-export","verify":true} -> {"id":7,"ok":{"bytes":N}}   and N bytes of it
+//!   {"id":7,"cmd":"map-blocks"}          -> {"id":7,"ok":{"bytes":N,"capacity":C,"held":H}}   and N
+//!                                           bytes: of each touched block its number and its stamp,
+//!                                           u64 each; the first H stand in a page; "limit": blocks
 //!   {"id":8,"cmd":"handover","armed":true} -> {"id":8,"ok":{"armed":true,"owns_image":…}}
 //!                                           give the image away as soon as no queue runs
 //!   {"id":9,"cmd":"claim","epoch":7,"claim":"32 digits"} -> {"id":9,"ok":{"claim":{…}}}
@@ -71,6 +74,8 @@ struct MapRequest {
     verify: Option<bool>,
     /// Bytes that the content index may take.
     index_bytes: Option<u64>,
+    /// Blocks that may be named.
+    limit: Option<u64>,
 }
 
 #[derive(Deserialize)]
@@ -128,7 +133,7 @@ impl Control {
             "threads" => Ok(json!({"map": self.rebind(request.map)?.as_slice()})),
             other => {
                 let known = "\"status\", \"fault\", \"threads\", \"map\", \"map-verify\", \
-                             \"map-find\", \"map-export\", \"handover\" and \"claim\"";
+                             \"map-find\", \"map-export\", \"map-blocks\", \"handover\" and \"claim\"";
                 Err((INVALID, format!("unknown command {other:?}; known are {known}")))
             }
         }
@@ -141,7 +146,7 @@ impl Control {
             let cause = "this backend was started with --no-map; start it without";
             return refuse(INVALID, cause.to_owned());
         };
-        let MapRequest { address, sector, verify, index_bytes } = request.about;
+        let MapRequest { address, sector, verify, index_bytes, limit } = request.about;
         let index_bytes = index_bytes.unwrap_or(block_map::DEFAULT_INDEX_BYTES);
         let looks = match request.cmd.as_str() {
             "map-verify" => true,
@@ -166,6 +171,12 @@ impl Control {
                 Ok(bytes) => Answer { line: ok(json!({"bytes": bytes.len()})).line, bytes },
                 Err(message) => refuse("busy", message),
             },
+            "map-blocks" => {
+                let (bytes, held) = map.blocks(limit);
+                let capacity = self.disk.image.capacity();
+                let told = json!({"bytes": bytes.len(), "capacity": capacity, "held": held});
+                Answer { line: ok(told).line, bytes }
+            }
             other => refuse(INVALID, format!("unknown command {other:?} of the map")),
         }
     }

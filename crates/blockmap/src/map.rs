@@ -212,6 +212,12 @@ impl BlockMap {
         (self.touched.count(), self.touched.blocks())
     }
 
+    /// Whole blocks that were ever read or written, in order.
+    pub fn touched_blocks(&self) -> impl Iterator<Item = u64> + '_ {
+        let whole = self.capacity / crate::PAGE_SIZE as u64;
+        self.touched.iter(0, whole.saturating_sub(1)).filter(move |block| *block < whole)
+    }
+
     /// Sums of all recorders' counters: pages associated, pages whose association was dropped.
     pub fn recorded(&self) -> (u64, u64) {
         self.tables().counters.iter().map(|c| c.get()).fold((0, 0), |a, b| (a.0 + b.0, a.1 + b.1))

@@ -15,16 +15,50 @@ fn map(backend: &Backend) -> Value {
     backend.control(&json!({"id": 1, "cmd": "map"}))["ok"].clone()
 }
 
-fn export(backend: &Backend) -> Export {
+/// An answer and the bytes behind it.
+fn fetch(backend: &Backend, request: &Value) -> (Value, Vec<u8>) {
     let mut stream = UnixStream::connect(backend.control_path()).unwrap();
-    stream.write_all(b"{\"id\": 1, \"cmd\": \"map-export\"}\n").unwrap();
+    stream.write_all(format!("{request}\n").as_bytes()).unwrap();
     let mut reader = BufReader::new(stream);
     let mut line = String::new();
     reader.read_line(&mut line).unwrap();
     let answer: Value = serde_json::from_str(&line).unwrap();
     let mut bytes = vec![0; answer["ok"]["bytes"].as_u64().unwrap() as usize];
     reader.read_exact(&mut bytes).unwrap();
-    Export::parse(&bytes).unwrap()
+    (answer["ok"].clone(), bytes)
+}
+
+fn export(backend: &Backend) -> Export {
+    Export::parse(&fetch(backend, &json!({"cmd": "map-export"})).1).unwrap()
+}
+
+/// Blocks and their stamps, and how many of them stand in pages.
+fn blocks(backend: &Backend, limit: Option<u64>) -> (Vec<(u64, u64)>, u64) {
+    let (told, bytes) = fetch(backend, &json!({"cmd": "map-blocks", "limit": limit}));
+    let number = |bytes: &[u8]| u64::from_le_bytes(bytes.try_into().unwrap());
+    let pairs = bytes.chunks_exact(16).map(|b| (number(&b[..8]), number(&b[8..])));
+    (pairs.collect(), told["held"].as_u64().unwrap())
+}
+
+#[test]
+fn touched_blocks_are_named_with_stamps_that_change_when_they_are_written() {
+    let site = Site::new(1 << 20);
+    let backend = site.start(&[]);
+    let mut machine = Machine::new(1, 64);
+    machine.connect(&site.socket()).unwrap();
+    for block in [3u64, 77, 200] {
+        assert_eq!(machine.ask(&backend, &Ask::read(block * 8, 4096)).status, 0);
+    }
+    let (before, held) = blocks(&backend, None);
+    let mut named: Vec<u64> = before.iter().map(|&(block, _)| block).collect();
+    named.sort_unstable();
+    assert_eq!((named, held <= 3), (vec![3, 77, 200], true));
+    assert_eq!(machine.ask(&backend, &Ask::write(77 * 8, vec![7; 4096])).status, 0);
+    let (after, _) = blocks(&backend, None);
+    let stamp = |of: &[(u64, u64)], wanted| of.iter().find(|(block, _)| *block == wanted).copied();
+    assert_ne!(stamp(&before, 77), stamp(&after, 77));
+    assert_eq!(stamp(&before, 200), stamp(&after, 200));
+    assert_eq!(blocks(&backend, Some(2)).0.len(), 2);
 }
 
 /// Every block of the export is what stands in the image.
