@@ -406,6 +406,18 @@ impl Device {
         (0..self.vrings.len()).try_for_each(|index| self.try_start(index))
     }
 
+    /// Ends a postcopy that was inherited, if all memory is there: the end may have been told to
+    /// nobody.
+    pub(crate) fn look_for_end(&mut self) -> Result<()> {
+        let inherited = matches!(self.arrival, Arrival::Inherited);
+        let known = self.memory.specs().next().is_some();
+        // Files that cannot tell leave it to the front end.
+        if inherited && known && self.memory.is_present().unwrap_or(false) {
+            self.end_postcopy()?;
+        }
+        Ok(())
+    }
+
     /// Where the front end finds this region in our faults, while there are any.
     fn base_of(&self, guest_addr: u64) -> Option<u64> {
         let listening = matches!(self.arrival, Arrival::Listening { .. });

@@ -15,7 +15,9 @@
 //! *inherited*: the front end (QEMU 10) tells a backend that comes later nothing of the postcopy,
 //! and serves no faults of it. A missing page would be read as zeros, and stay zeros for the
 //! guest as well. So a process that listens leaves a note in the in-flight region, and one that
-//! finds it there starts no queue before the end of the postcopy; the guest's requests wait.
+//! finds it there starts no queue before the end of the postcopy; the guest's requests wait. The
+//! front end tells the end to whoever is connected then; who connects later sees it by itself: the
+//! files of the guest's memory have no holes any more.
 //!
 //! Specification: QEMU `docs/interop/vhost-user.rst`, "Postcopy".
 
@@ -204,7 +206,17 @@ const END: [u32; 3] = [30, 1 | 1 << 3, 0];
 /// Its answer: request, flags (version 1, an answer), size, and a zero of 64 bits.
 const END_ANSWER: [u32; 5] = [30, 1 | 1 << 2, 8, 0, 0];
 
-/// Waits for a message, and says whether it is the end of a postcopy. Takes nothing away.
+/// How often to look whether all memory is there.
+const LOOK_MS: libc::c_int = 250;
+
+/// Waits for a message, or until it is time to look at the memory again: then false.
+pub(crate) fn wait_message(stream: &UnixStream) -> bool {
+    let mut poll = libc::pollfd { fd: stream.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    // SAFETY: the structure lives across the call.
+    unsafe { libc::poll(&mut poll, 1, LOOK_MS) != 0 }
+}
+
+/// Says whether the next message is the end of a postcopy. Takes nothing away.
 pub(crate) fn is_end(stream: &UnixStream) -> bool {
     let mut header = [0u32; 3];
     // SAFETY: the kernel writes at most as many bytes as the array has.

@@ -293,15 +293,11 @@ fn speak(stream: UnixStream, disk: &Disk, device: &Arc<Mutex<Device>>) -> VhostE
         Err(error) => return VhostError::ReqHandlerError(error),
     };
     let mut handler = BackendReqHandler::from_stream(stream, Arc::clone(device));
+    let mut inherited = false;
     loop {
-        // The front end ends a postcopy with a message that `vhost` takes for an error on a
-        // connection that has not begun it.
-        let inherited = disk.shared.arrival() == Stage::Inherited;
-        let handled = if inherited && postcopy::is_end(&copy) {
-            let mut device = device.lock().unwrap_or_else(PoisonError::into_inner);
-            device
-                .end_postcopy()
-                .and_then(|()| postcopy::answer_end(&copy).map_err(VhostError::ReqHandlerError))
+        inherited |= disk.shared.arrival() == Stage::Inherited;
+        let handled = if inherited {
+            handle_inherited(&mut handler, &copy, device)
         } else {
             handler.handle_request()
         };
@@ -309,6 +305,24 @@ fn speak(stream: UnixStream, disk: &Disk, device: &Arc<Mutex<Device>>) -> VhostE
             return error;
         }
     }
+}
+
+/// On a connection that has not begun the postcopy, `vhost` takes the message that ends it for an
+/// error; and that message may never come.
+fn handle_inherited(
+    handler: &mut BackendReqHandler<Mutex<Device>>,
+    stream: &UnixStream,
+    device: &Mutex<Device>,
+) -> Result<(), VhostError> {
+    let locked = || device.lock().unwrap_or_else(PoisonError::into_inner);
+    if !postcopy::wait_message(stream) {
+        return locked().look_for_end();
+    }
+    if !postcopy::is_end(stream) {
+        return handler.handle_request();
+    }
+    locked().end_postcopy()?;
+    postcopy::answer_end(stream).map_err(VhostError::ReqHandlerError)
 }
 
 fn signal_set() -> libc::sigset_t {

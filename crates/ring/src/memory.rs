@@ -52,6 +52,8 @@ pub enum MemoryError {
 struct Mapping {
     base: *mut u8,
     len: usize,
+    /// None for anonymous memory.
+    file: Option<File>,
 }
 
 // SAFETY: a mapping is only an address range; all access to it goes through raw pointers whose
@@ -74,7 +76,7 @@ struct Region {
     host: *mut u8,
     file: FileId,
     // Kept alive for as long as any table that names this region is.
-    _mapping: Arc<Mapping>,
+    mapping: Arc<Mapping>,
 }
 
 /// An immutable table of mapped guest memory; a change makes a new table.
@@ -111,7 +113,7 @@ impl GuestMemory {
             RegionSpec { guest_addr, size: size as u64, user_addr: guest_addr, file_offset: 0 };
         let mapping = map(None, size, 0)?;
         let host = mapping.base;
-        Ok(Self { regions: vec![Region { spec, host, file: (0, 0), _mapping: Arc::new(mapping) }] })
+        Ok(Self { regions: vec![Region { spec, host, file: (0, 0), mapping: Arc::new(mapping) }] })
     }
 
     /// This table and one more region, backed by `file`.
@@ -147,7 +149,7 @@ impl GuestMemory {
         let mut regions = self.regions.clone();
         let at = regions.partition_point(|r| r.spec.guest_addr < spec.guest_addr);
         let file = (metadata.dev(), metadata.ino());
-        regions.insert(at, Region { spec, host, file, _mapping: Arc::new(mapping) });
+        regions.insert(at, Region { spec, host, file, mapping: Arc::new(mapping) });
         Ok(Self { regions })
     }
 
@@ -174,6 +176,27 @@ impl GuestMemory {
     /// The regions with the host pointer of their first byte and the file behind them.
     pub fn mapped(&self) -> impl Iterator<Item = (RegionSpec, *mut u8, FileId)> + '_ {
         self.regions.iter().map(|r| (r.spec, r.host, r.file))
+    }
+
+    /// Whether every page of every region is there; one that is not would come as zeros. Touches
+    /// none.
+    ///
+    /// # Errors
+    /// The kernel's: the files behind some regions cannot tell.
+    pub fn is_present(&self) -> std::io::Result<bool> {
+        for region in &self.regions {
+            let Some(file) = &region.mapping.file else { continue };
+            let (start, size) = (region.spec.file_offset as i64, region.spec.size as i64);
+            // SAFETY: no memory is passed. Nobody reads these files by their offset.
+            let hole = unsafe { libc::lseek(file.as_raw_fd(), start, libc::SEEK_HOLE) };
+            if hole < 0 {
+                return Err(std::io::Error::last_os_error());
+            }
+            if hole < start + size {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// Calls `each` with host pointers that together cover `[addr, addr + len)`, in order.
@@ -267,7 +290,7 @@ fn map(file: Option<&File>, len: usize, offset: u64) -> Result<Mapping, std::io:
     if base == libc::MAP_FAILED {
         return Err(std::io::Error::last_os_error());
     }
-    Ok(Mapping { base: base.cast(), len })
+    Ok(Mapping { base: base.cast(), len, file: file.map(File::try_clone).transpose()? })
 }
 
 #[cfg(test)]
@@ -328,6 +351,21 @@ mod tests {
         let ptr = mem.translate(0, 5).unwrap();
         // SAFETY: translate checked the five bytes.
         assert_eq!(unsafe { std::ptr::read(ptr.cast::<[u8; 5]>()) }, *b"hello");
+    }
+
+    #[test]
+    fn a_page_that_nobody_wrote_is_not_present() {
+        let file = memfd(0x4000);
+        let mem = GuestMemory::empty()
+            .with_region(spec(0, 0x1000, 0), &file)
+            .and_then(|m| m.with_region(spec(0x1000, 0x1000, 0x2000), &file))
+            .unwrap();
+        assert!(!mem.is_present().unwrap());
+        std::os::unix::fs::FileExt::write_all_at(&file, b"x", 0).unwrap();
+        assert!(!mem.is_present().unwrap());
+        // The hole between the regions is nobody's.
+        std::os::unix::fs::FileExt::write_all_at(&file, b"x", 0x2fff).unwrap();
+        assert!(mem.is_present().unwrap());
     }
 
     #[test]

@@ -122,6 +122,26 @@ fn the_next_process_serves_nothing_before_the_memory_is_there() {
 }
 
 #[test]
+fn the_next_process_sees_that_the_memory_is_there_if_nobody_says_so() {
+    let site = Site::new(1 << 20);
+    let (mut backend, mut machine, head) = write_from_a_missing_page(&site, "--engine=sync", true);
+    machine.wait_fault(0, head);
+    backend.kill();
+    machine.disconnect();
+    machine.listen = false;
+    let backend = site.start(&[]);
+    machine.connect(&site.socket()).unwrap();
+    assert_eq!(backend.status()["memory"], json!("inherited"));
+    machine.place_page(0, head, &OURS);
+    machine.place_all();
+    assert_eq!(machine.wait_all(&backend), Waited::Answered);
+    assert_eq!((backend.status()["memory"].clone(), content(&site)), (json!("complete"), OURS));
+    // The front end was only slow.
+    machine.session().postcopy_end().unwrap();
+    machine.config();
+}
+
+#[test]
 fn a_front_end_that_goes_takes_the_process_with_it_and_no_zeros_reach_the_disk() {
     for (&engine, site) in ENGINES.iter().flat_map(|engine| sites().map(|site| (engine, site))) {
         let (mut backend, mut machine, head) = write_from_a_missing_page(&site, engine, true);
