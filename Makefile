@@ -6,7 +6,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help demo setup system-packages venv binaries guest debian-guest test lint format wheel \
-	lock fuzz torture restarts saved-states moves migration-kills bench scale fresh clean
+	lock fuzz torture restarts saved-states corruption moves migration-kills bench scale fresh clean
 
 help: ## this list
 	@echo "sempervirt: keeps QEMU/KVM virtual machines running through the death of their storage backend"
@@ -68,6 +68,9 @@ restarts: setup guest ## 100 times another QEMU under a running guest with disk 
 
 saved-states: setup guest ## a guest of 1 GiB saved and restored 20 times: how small, and how soon
 	@scripts/saved-states $(ARGS)
+
+corruption: setup guest ## blocks are overwritten while a guest moves, 200 times; every page is compared
+	@scripts/corruption $(ARGS)
 
 fuzz: setup ## hostile rings, regions and messages, guided by coverage
 	@scripts/fuzz $(ARGS)
