@@ -7,32 +7,27 @@
 //! What this thread says is a guess, as all of the index: the destination verifies.
 
 use std::collections::VecDeque;
-use std::fs;
-use std::io::{BufRead, BufReader, Read, Write};
-use std::os::unix::net::UnixStream;
-use std::path::Path;
 use std::sync::mpsc::{Receiver, SendError, Sender, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::fs::{Advice, SeekFrom};
 use rustix::io::Errno;
-use semper_blockmap::format::Export;
-use semper_blockmap::{Page, SECTORS_PER_BLOCK};
+use semper_blockmap::Page;
 use semper_wire::{BlockRef, ContentIndex, Fingerprint, Fingerprinter, PAGE_SIZE};
-use serde_json::Value;
 
 use crate::args::MapSource;
 use crate::disks::{Disk, RUN};
 use crate::failure::Failure;
-
-/// Longest answer of semper-blkd, in bytes.
-const MAX_MAP: u64 = 4 << 30;
-const PATIENCE: Duration = Duration::from_secs(60);
+use crate::maps::{Known, Named, named};
 
 /// The map is asked for again no sooner, and so rarely that it takes a twentieth of the time.
 const PAUSE: Duration = Duration::from_secs(1);
 const SHARE: u32 = 20;
+
+/// Touched blocks that are in no page are read before the stream begins if there are no more; they
+/// may hold what the guest has copied, but a disk may have been in use for years.
+const AT_ONCE: usize = 1 << 18;
 
 /// A block whose content is another one than was known.
 #[derive(Clone, Copy, Debug)]
@@ -88,14 +83,6 @@ pub(crate) fn spawn(
     Ok(listener)
 }
 
-/// What is known of a block that a map has named.
-#[derive(Clone, Copy, Debug)]
-struct Known {
-    block: u64,
-    stamp: u64,
-    fingerprint: Option<Fingerprint>,
-}
-
 /// Why nothing more can be done.
 enum Stop {
     Failed(Failure),
@@ -127,26 +114,27 @@ struct Indexer {
 
 impl Indexer {
     fn run(mut self) {
-        let all: Vec<usize> = (0..self.disks.len()).collect();
-        let began = all.iter().try_for_each(|&number| self.look(number));
+        let mut later = Vec::new();
+        let began = (0..self.disks.len()).try_for_each(|number| self.begin(number, &mut later));
         match began.and_then(|()| Ok(self.news.send(News::Complete)?)) {
             Ok(()) => {}
             Err(Stop::Failed(failure)) => return drop(self.news.send(News::Failed(failure))),
             Err(Stop::Deserted) => return,
         }
-        let mut live = all;
-        live.retain(|&n| {
-            let map = self.disks[n].as_ref().and_then(|disk| disk.map.as_ref());
-            matches!(map, Some(MapSource::Backend(_)))
-        });
+        let backend = |disk: &Disk| matches!(disk.map, Some(MapSource::Backend(_)));
+        let mut live: Vec<usize> = (0..self.disks.len()).collect();
+        live.retain(|&number| self.disks[number].as_ref().is_some_and(backend));
         // From now on others have more to do. On Linux this is this thread's priority alone.
         let _ = rustix::process::setpriority_process(None, 19);
+        if later.into_iter().any(|(number, others)| self.look(number, others).is_err()) {
+            return;
+        }
         let mut pause = PAUSE;
         while !live.is_empty() {
             thread::sleep(pause);
             let began = Instant::now();
             for &number in &live {
-                match self.look(number) {
+                match self.look_again(number) {
                     Ok(()) => {}
                     // The backend may be gone already; what is known stays.
                     Err(Stop::Failed(why)) => log::debug!("no map error=\"{why}\""),
@@ -157,11 +145,30 @@ impl Indexer {
         }
     }
 
-    /// Reads what is new on a disk.
-    fn look(&mut self, number: usize) -> Result<(), Stop> {
+    /// Reads what the stream should not begin without; the rest is put off.
+    fn begin(&mut self, number: usize, later: &mut Vec<(usize, Vec<Known>)>) -> Result<(), Stop> {
         let Some(disk) = &self.disks[number] else { return Ok(()) };
         let Some(map) = &disk.map else { return self.read_all(number) };
-        let mut changed = touched(disk, map)?;
+        let Named { held, others } = named(disk, map)?;
+        self.look(number, held)?;
+        match others.len() <= AT_ONCE {
+            true => self.look(number, others)?,
+            false => later.push((number, others)),
+        }
+        Ok(())
+    }
+
+    fn look_again(&mut self, number: usize) -> Result<(), Stop> {
+        let Some(disk) = &self.disks[number] else { return Ok(()) };
+        let Some(map) = &disk.map else { return Ok(()) };
+        let Named { mut held, mut others } = named(disk, map)?;
+        held.append(&mut others);
+        self.look(number, held)
+    }
+
+    /// Reads those of these blocks that are new or have changed.
+    fn look(&mut self, number: usize, mut changed: Vec<Known>) -> Result<(), Stop> {
+        changed.sort_by_key(|found| found.block);
         let known = &self.known[number];
         changed.retain_mut(|found| {
             let at = known.binary_search_by_key(&found.block, |known| known.block);
@@ -284,57 +291,6 @@ fn data(disk: &Disk) -> Vec<(u64, u64)> {
         at = end.max(start + 1);
     }
     runs
-}
-
-/// The blocks that the map names, in order, with the stamps of their contents.
-fn touched(disk: &Disk, map: &MapSource) -> Result<Vec<Known>, Failure> {
-    let (bytes, path) = match map {
-        MapSource::File(path) => {
-            (fs::read(path).map_err(Failure::file("read the map", path))?, path)
-        }
-        MapSource::Backend(path) => (ask(path)?, path),
-    };
-    let export = Export::parse(&bytes)
-        .map_err(|error| Failure::Usage(format!("{}: {error}", path.display())))?;
-    if export.capacity != disk.size {
-        let (path, image) = (path.display(), disk.path.display());
-        return Err(Failure::Usage(format!(
-            "the map {path} is of a disk of {} bytes, and {image} has {}; name the map of this disk",
-            export.capacity, disk.size
-        )));
-    }
-    // A page may begin at any sector; only a whole block can be referred to.
-    let pages = export.pages.iter().filter(|page| page.sector % SECTORS_PER_BLOCK == 0);
-    let pages = pages.map(|page| (page.sector / SECTORS_PER_BLOCK, page.stamp));
-    // A page's stamp is that of now, a block's that of when it was hashed: the page's stays.
-    let blocks = export.blocks.iter().map(|block| (block.block, block.stamp));
-    let known = |(block, stamp)| Known { block, stamp, fingerprint: None };
-    let mut found: Vec<Known> = pages.chain(blocks).map(known).collect();
-    found.retain(|found| found.block < disk.blocks());
-    found.sort_by_key(|found| found.block);
-    found.dedup_by_key(|found| found.block);
-    Ok(found)
-}
-
-/// Asks semper-blkd for its map.
-fn ask(path: &Path) -> Result<Vec<u8>, Failure> {
-    let cannot = || Failure::file("ask the backend for its map at", path);
-    let refused = |line: &str| {
-        Failure::Usage(format!("the backend at {} gives no map: {}", path.display(), line.trim()))
-    };
-    let socket = UnixStream::connect(path).map_err(cannot())?;
-    socket.set_read_timeout(Some(PATIENCE)).map_err(cannot())?;
-    let request = b"{\"id\":1,\"cmd\":\"map-export\",\"verify\":false}\n";
-    (&socket).write_all(request).map_err(cannot())?;
-    let mut reader = BufReader::new(&socket);
-    let mut line = String::new();
-    reader.by_ref().take(64 << 10).read_line(&mut line).map_err(cannot())?;
-    let answer: Value = serde_json::from_str(&line).map_err(|_| refused(&line))?;
-    let length = answer["ok"]["bytes"].as_u64().filter(|&length| length <= MAX_MAP);
-    let length = length.ok_or_else(|| refused(&line))?;
-    let mut bytes = Vec::new();
-    reader.take(length).read_to_end(&mut bytes).map_err(cannot())?;
-    Ok(bytes)
 }
 
 #[cfg(test)]

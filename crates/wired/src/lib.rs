@@ -20,6 +20,7 @@ mod destination;
 mod disks;
 mod failure;
 mod indexing;
+mod maps;
 mod pipeline;
 mod progress;
 mod source;

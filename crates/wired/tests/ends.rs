@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair};
 use semper_blockmap::format::{BlockRecord, Export};
 use semper_wire::synthetic::{Stream, noise, prose};
-use serde_json::Value;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 const BLOCKS: u64 = 2048;
@@ -333,35 +333,47 @@ fn what_waits_goes_out_when_qemu_is_silent() {
     assert!(delays[25] < Duration::from_millis(10), "{:?}", delays[25]);
 }
 
-/// Plays semper-blkd: gives a map of the first `count` blocks to whoever asks.
-fn backend(path: &str, count: &Arc<AtomicU64>) {
+/// Plays semper-blkd: names the first `count` blocks to whoever asks, or exports them as a map where
+/// it is an old one.
+fn backend(path: &str, count: &Arc<AtomicU64>, old: bool) {
     let (listener, count) = (UnixListener::bind(path).unwrap(), Arc::clone(count));
+    let answer = move |request: &str| {
+        let (capacity, blocks) = (BLOCKS * 4096, 0..count.load(Relaxed));
+        if request.contains("map-export") {
+            let block = |block| BlockRecord { hash: [0; 16], block, stamp: 7 };
+            let (key, blocks) = ([0; 32], blocks.map(block).collect());
+            let (regions, pages) = (vec![], vec![]);
+            let bytes = Export { capacity, key, verified: true, regions, pages, blocks }.to_bytes();
+            return (json!({"ok": {"bytes": bytes.len()}}), bytes);
+        }
+        if old {
+            return (json!({"error": {"kind": "invalid"}}), vec![]);
+        }
+        let bytes: Vec<u8> =
+            blocks.flat_map(|block| [block, 7]).flat_map(u64::to_le_bytes).collect();
+        (json!({"ok": {"bytes": bytes.len(), "capacity": capacity, "held": 50}}), bytes)
+    };
     thread::spawn(move || {
         for client in listener.incoming() {
-            let mut client = client.unwrap();
-            BufReader::new(&client).read_line(&mut String::new()).unwrap();
-            let block = |block| BlockRecord { hash: [0; 16], block, stamp: 7 };
-            let export = Export {
-                capacity: BLOCKS * 4096,
-                key: [0; 32],
-                verified: true,
-                regions: vec![],
-                pages: vec![],
-                blocks: (0..count.load(Relaxed)).map(block).collect(),
-            };
-            let bytes = export.to_bytes();
-            let line = format!("{{\"id\":1,\"ok\":{{\"bytes\":{}}}}}\n", bytes.len());
+            let (mut client, mut request) = (client.unwrap(), String::new());
+            BufReader::new(&client).read_line(&mut request).unwrap();
+            let (line, bytes) = answer(&request);
             // Who has gone away does not want it.
-            let _ = client.write_all(line.as_bytes()).and_then(|()| client.write_all(&bytes));
+            let _ = client.write_all(format!("{line}\n").as_bytes());
+            let _ = client.write_all(&bytes);
         }
     });
 }
 
 #[test]
 fn a_block_that_the_guest_reads_during_the_stream_is_referred_to_in_the_next_pass() {
+    [false, true].into_iter().for_each(grows);
+}
+
+fn grows(old_backend: bool) {
     let place = Place::new();
     let known = Arc::new(AtomicU64::new(100));
-    backend(&place.path("backend"), &known);
+    backend(&place.path("backend"), &known, old_backend);
     let incoming = UnixListener::bind(place.path("destination.qemu")).unwrap();
     let mut destination = place.destination("disk");
     let mut command = place.end("source", "src", "dst");
@@ -443,7 +455,7 @@ mod trial {
             let reads = ask(&destination, r#"{"cmd":"reads"}"#);
             Some(reads["waits"].clone()).filter(Value::is_object)
         });
-        assert_eq!(waits, serde_json::json!({"disk": 0, "block": 40, "count": 8}));
+        assert_eq!(waits, json!({"disk": 0, "block": 40, "count": 8}));
         let disk = fs::OpenOptions::new().write(true).open(place.path("disk")).unwrap();
         disk.write_all_at(&noise(99_999), 43 * 4096).unwrap();
         ask(&destination, r#"{"cmd":"reads","hold":false}"#);
