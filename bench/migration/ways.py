@@ -20,7 +20,6 @@ from sempervirt.vm.qmp import Monitor
 MOVE_S = 240.0
 WIRED_S = 60.0
 CHANNELS = 2
-UNLIMITED_BYTES_S = 10 << 30
 _ports = itertools.count(41000)
 
 
@@ -60,7 +59,7 @@ class Way:
         if wanted:
             given = {"capabilities": wanted}
             await monitor.execute("migrate-set-capabilities", given, timeout_s=QMP_S)
-        parameters = {"max-bandwidth": UNLIMITED_BYTES_S, **dict(self.parameters)}
+        parameters = {"max-bandwidth": 0, **dict(self.parameters)}
         await monitor.execute("migrate-set-parameters", parameters, timeout_s=QMP_S)
 
 

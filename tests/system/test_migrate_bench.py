@@ -10,6 +10,7 @@ from bench.migration.figures import Results
 
 pytestmark = [pytest.mark.guest, pytest.mark.root, pytest.mark.timeout(240)]
 MEMORY_MIB = 256
+CLOCK_MS = 50
 
 
 def test_a_guest_moves_in_three_ways_and_the_bytes_are_counted(
@@ -26,8 +27,8 @@ def test_a_guest_moves_in_three_ways_and_the_bytes_are_counted(
     assert sorted(figures) == ["multifd-zstd", "stock", "wired"]
     for way, seen in figures.items():
         assert seen is not None
-        # It was another boot's clock, or another guest's, if these were not in order.
-        assert 0 < seen.stopped_ms < seen.blackout_ms + 20, way
+        # Another boot's clock, or another guest's, would be seconds off.
+        assert -CLOCK_MS < seen.stopped_ms < seen.blackout_ms + CLOCK_MS, way
         assert 0 < seen.migrate_s <= seen.total_s, way
         assert seen.echo_ms > 0, way
         assert seen.cpu_s > 0, way
