@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 
 from sempervirt.agent import Agent, AgentConfig
+from sempervirt.agent.saving import Changes
 from sempervirt.core.errors import InvalidRequest, SempervirtError, StateConflict, Unavailable
 from sempervirt.guest import ProbeClient
 from sempervirt.host import process
 from sempervirt.vm import handover, memory, saved
-from sempervirt.vm.spec import VmSpec
+from sempervirt.vm.spec import NicSpec, VmSpec
 from sempervirt.vm.states import Runstate
 
 pytestmark = pytest.mark.timeout(180)
@@ -56,7 +57,7 @@ async def test_a_guest_goes_on_where_it_was_saved_and_once_more_as_a_clone(
     for name in ("twin", "web"):
         began = time.monotonic()
         twin = name == "twin"
-        vm = await (agent.clone_vm(file, name, place) if twin else agent.restore_vm(file))
+        vm = await (agent.clone_vm(file, place, Changes(name)) if twin else agent.restore_vm(file))
         async with await ProbeClient.connect(vm.channel_path("probe")) as probe:
             await probe.wait_hello()
             echo_s = time.monotonic() - began
@@ -74,6 +75,28 @@ async def test_a_guest_goes_on_where_it_was_saved_and_once_more_as_a_clone(
     with pytest.raises(StateConflict, match="disk root is not in the state"):
         await agent.restore_vm(file)
     assert sorted(agent.vms) == ["twin"]
+
+
+@pytest.mark.guest
+async def test_a_clone_has_its_own_address_once_it_was_booted_anew(
+    agent: Agent, guest_spec: Spec, place: Path
+) -> None:
+    vm = await agent.run_vm(guest_spec().model_copy(update={"nics": (NicSpec(),)}))
+    first = vm.spec.mac(0)
+    file = place / "web.saved"
+    async with await ProbeClient.connect(vm.channel_path("probe")) as probe:
+        await probe.wait_hello()
+    await agent.save_vm("web", file)
+    for changes, own in ((Changes("kept"), False), (Changes("own", new_macs=True), True)):
+        vm = await agent.clone_vm(file, place, changes)
+        assert (vm.spec.mac(0) != first) is own
+        async with await ProbeClient.connect(vm.channel_path("probe")) as probe:
+            await probe.wait_hello()
+            show = ("cat", "/sys/class/net/eth0/address")
+            assert (await probe.execute(*show)).stdout.strip() == first
+            await probe.reboot()
+            assert (await probe.execute(*show)).stdout.strip() == vm.spec.mac(0)
+        await vm.kill()
 
 
 @pytest.mark.guest
@@ -134,9 +157,11 @@ async def test_a_paused_vm_is_restored_paused_and_what_is_no_saved_state_is_refu
         await agent.save_vm("web", place / "nowhere" / "web.saved")
     await vm.pause()
     await agent.save_vm("web", file)
+    with pytest.raises(InvalidRequest, match="no network on the tap tap7"):
+        await agent.restore_vm(file, Changes(taps={"tap7": "tap8"}))
     with pytest.raises(InvalidRequest, match="no disk other"):
-        await agent.restore_vm(file, images={"other": place})
-    vm = await agent.restore_vm(file, name="again")
+        await agent.restore_vm(file, Changes(images={"other": place}))
+    vm = await agent.restore_vm(file, Changes("again"))
     assert vm.run is Runstate.PAUSED
     await vm.resume()
     assert (await vm.machine.execute("query-status"))["status"] == "running"
@@ -198,7 +223,7 @@ async def test_a_restore_that_fails_leaves_nothing(
     other = place / "other.raw"
     other.write_bytes(b"x" * 32 * MIB)
     with pytest.raises(StateConflict, match="disk root is not in the state"):
-        await agent.restore_vm(file, images={"root": other})
+        await agent.restore_vm(file, Changes(images={"root": other}))
     assert not agent.vms
     assert not agent.disks
     assert (await agent.restore_vm(file)).run is Runstate.RUNNING
@@ -214,7 +239,7 @@ import asyncio, os, signal, sys
 from pathlib import Path
 from sempervirt.agent import Agent, AgentConfig
 from sempervirt.vm import saved
-from sempervirt.vm.spec import VmSpec
+from sempervirt.vm.spec import NicSpec, VmSpec
 async def die(*arguments):
     await asyncio.sleep(0.5)
     os.kill(os.getpid(), signal.SIGKILL)

@@ -21,6 +21,8 @@ from sempervirt.agent.planning import offer_of, plan_devices
 from sempervirt.agent.record import ArrivalRecord, VmRecord
 from sempervirt.agent.restart import Program, Restarted, restart_qemu
 from sempervirt.agent.saving import (
+    NO_CHANGES,
+    Changes,
     Origin,
     Plan,
     Saving,
@@ -180,24 +182,22 @@ class Agent:
         """Saves a VM to a file and ends it. Raises as `saving.save_vm`; NotFound."""
         return await save_vm(self.vm(name), output)
 
-    async def restore_vm(
-        self, file: Path, name: str | None = None, images: Mapping[str, Path] | None = None
-    ) -> Vm:
+    async def restore_vm(self, file: Path, changes: Changes = NO_CHANGES) -> Vm:
         """Makes a VM from a saved state; it runs on, or is paused, as it was.
 
-        `images` stand in for those that it was saved with. Raises InvalidRequest for a file that
-        cannot be used, StateConflict for disks in another state; Unavailable. Nothing is left
-        running then.
+        Raises InvalidRequest for a file that cannot be used, StateConflict for disks in another
+        state; Unavailable. Nothing is left running then.
         """
-        return await self._restore(file, plan_of(await saved.show(file), name, images or {}))
+        return await self._restore(file, plan_of(await saved.show(file), changes))
 
-    async def clone_vm(self, file: Path, name: str, directory: Path) -> Vm:
-        """As `restore_vm`, with copies of the disks in `directory`."""
+    async def clone_vm(self, file: Path, directory: Path, changes: Changes) -> Vm:
+        """As `restore_vm`, with copies of the disks in `directory`; it needs a name."""
+        assert changes.name is not None
         shown = await saved.show(file)
-        with self._name_taken(name):
-            images = await copy_images(shown, directory, name)
+        with self._name_taken(changes.name):
+            images = await copy_images(shown, directory, changes.name)
         try:
-            return await self._restore(file, plan_of(shown, name, images))
+            return await self._restore(file, plan_of(shown, replace(changes, images=images)))
         except BaseException:
             for image in images.values():
                 image.unlink(missing_ok=True)

@@ -18,7 +18,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -209,8 +209,26 @@ async def _describe(vm: Vm, *, running: bool) -> dict[str, Any]:
     }
 
 
-def plan_of(shown: Shown, name: str | None, images: Mapping[str, Path]) -> Plan:
-    """The VM to restore, under another name or with other images if they are given.
+@dataclass(frozen=True)
+class Changes:
+    """What is to be different from the VM that was saved.
+
+    `images` by the disk's name, `taps` by the tap that was used before. With `new_macs` the
+    cards have addresses that go with the new name; a guest that runs sees them when its driver
+    starts anew, for the address is part of the device's state.
+    """
+
+    name: str | None = None
+    images: Mapping[str, Path] = field(default_factory=dict)
+    taps: Mapping[str, str] = field(default_factory=dict)
+    new_macs: bool = False
+
+
+NO_CHANGES = Changes()
+
+
+def plan_of(shown: Shown, changes: Changes) -> Plan:
+    """The VM to restore.
 
     Raises InvalidRequest for a description that this release does not understand.
     """
@@ -225,19 +243,29 @@ def plan_of(shown: Shown, name: str | None, images: Mapping[str, Path]) -> Plan:
         spec = VmSpec.model_validate(about["spec"])
         accelerator, machine = str(about["accelerator"]), str(about["machine"])
         running = bool(about["running"])
-        unknown = set(images) - {disk.name for disk in spec.disks}
-        if unknown:
-            raise InvalidRequest(f"the saved VM has no disk {min(unknown)}")
-        disks = [
-            disk.model_copy(update={"image": images.get(disk.name, disk.image)})
-            for disk in spec.disks
-        ]
-        changed = spec.model_dump(mode="json") | {"name": name or spec.name}
-        changed["disks"] = [disk.model_dump(mode="json") for disk in disks]
+        changed = _changed(spec, changes)
         spec = VmSpec.model_validate(changed)
     except (KeyError, TypeError, ValidationError) as error:
         raise InvalidRequest(f"the saved state does not describe a VM: {error}") from error
     return Plan(spec, accelerator, machine, running, {d.name: d.image for d in spec.disks})
+
+
+def _changed(spec: VmSpec, changes: Changes) -> dict[str, Any]:
+    known = {disk.name for disk in spec.disks}, {nic.tap for nic in spec.nics}
+    for what, given, there in (
+        ("disk", changes.images, known[0]),
+        ("network on the tap", changes.taps, known[1]),
+    ):
+        if unknown := set(given) - there:
+            raise InvalidRequest(f"the saved VM has no {what} {min(unknown)}")
+    changed = spec.model_dump(mode="json") | {"name": changes.name or spec.name}
+    for disk in changed["disks"]:
+        disk["image"] = str(changes.images.get(disk["name"], disk["image"]))
+    for nic in changed["nics"]:
+        nic["tap"] = changes.taps.get(nic["tap"], nic["tap"])
+        if changes.new_macs:
+            nic["mac"] = None
+    return changed
 
 
 async def copy_images(shown: Shown, directory: Path, name: str) -> dict[str, Path]:

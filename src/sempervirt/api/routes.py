@@ -11,6 +11,7 @@ from fastapi.responses import StreamingResponse
 
 from sempervirt.agent.agent import Agent
 from sempervirt.agent.cluster import Cluster, check_address
+from sempervirt.agent.saving import Changes
 from sempervirt.agent.vm import Vm
 from sempervirt.api.schemas import (
     AgentView,
@@ -153,10 +154,11 @@ async def save_vm(agent: AgentHere, name: str, request: SaveRequest) -> SavedVie
 @router.post("/vms/restore", tags=["vm"], status_code=status.HTTP_201_CREATED)
 async def restore_vm(agent: AgentHere, request: RestoreRequest) -> VmView:
     """Makes a VM from a saved state; answers when it runs on, or is paused as it was."""
-    if request.copy_disks_to is not None and request.name is not None:
-        vm = await agent.clone_vm(request.file, request.name, request.copy_disks_to)
+    changes = Changes(request.name, request.images, request.taps, request.new_macs)
+    if request.copy_disks_to is not None:
+        vm = await agent.clone_vm(request.file, request.copy_disks_to, changes)
     else:
-        vm = await agent.restore_vm(request.file, request.name, request.images)
+        vm = await agent.restore_vm(request.file, changes)
     return vm_view(vm)
 
 

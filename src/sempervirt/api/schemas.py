@@ -275,6 +275,10 @@ class RestoreRequest(BaseModel):
     file: Path
     name: str | None = Field(default=None, description="by default the name that it had")
     images: dict[str, Path] = Field(default={}, description="other images, by the disk's name")
+    taps: dict[str, str] = Field(default={}, description="other taps, by those that it had")
+    new_macs: bool = Field(
+        default=False, description="network addresses that go with the name, after a reboot"
+    )
     copy_disks_to: Path | None = None
 
     @model_validator(mode="after")

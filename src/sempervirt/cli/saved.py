@@ -23,6 +23,10 @@ PAGE_BYTES = 4096
 POLL_S = 0.2
 Answer = TypeVar("Answer")
 
+TapOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="TAP=TAP", help="Another tap for one that it had; may be repeated."),
+]
 File = Annotated[Path, typer.Argument(metavar="FILE", help="The saved state.", show_default=False)]
 
 
@@ -56,6 +60,7 @@ def restore(
         list[str] | None,
         typer.Option(metavar="DISK=PATH", help="Where a disk's image is now; may be repeated."),
     ] = None,
+    tap: TapOption = None,
     output: OutputOption = Output.TABLE,
 ) -> None:
     """Let a saved VM run on from the moment when it was saved.
@@ -63,7 +68,7 @@ def restore(
     Refused if a disk is not in the state in which the VM was saved. The file is only read.
     """
     images = dict(_image(text) for text in image or [])
-    request = RestoreRequest(file=file.absolute(), name=name, images=images)
+    request = RestoreRequest(file=file.absolute(), name=name, images=images, taps=_taps(tap))
     view = _work(f"restoring {file.name}", name, lambda client: client.restore_vm(request))
     _show(view, output)
 
@@ -77,16 +82,25 @@ def clone(
         Path | None,
         typer.Option(metavar="DIR", help="Where its disks go; by default beside FILE."),
     ] = None,
+    tap: TapOption = None,
+    keep_macs: Annotated[
+        bool, typer.Option("--keep-macs", help="Let its network cards keep their addresses.")
+    ] = False,
     output: OutputOption = Output.TABLE,
 ) -> None:
     """Make one more VM from a saved state, with copies of the disks.
 
     The copies share their blocks with the original where the file system can do that. A clone
-    believes that it is the VM that was saved: same addresses of its network cards, same
-    identities inside. Do not put both on one network.
+    believes that it is the VM that was saved: same identities inside, and until it is booted
+    anew the same addresses of its network cards. Do not put both on one network before that.
     """
-    directory = (into or file.parent).absolute()
-    request = RestoreRequest(file=file.absolute(), name=name, copy_disks_to=directory)
+    request = RestoreRequest(
+        file=file.absolute(),
+        name=name,
+        taps=_taps(tap),
+        new_macs=not keep_macs,
+        copy_disks_to=(into or file.parent).absolute(),
+    )
     view = _work(f"cloning {file.name}", name, lambda client: client.restore_vm(request))
     _show(view, output)
 
@@ -96,6 +110,16 @@ def _image(text: str) -> tuple[str, Path]:
     if not equals or not disk or not path:
         raise InvalidRequest(f'"{text}" is not DISK=PATH', remedy="write root=/images/web.raw")
     return disk, Path(path).absolute()
+
+
+def _taps(texts: list[str] | None) -> dict[str, str]:
+    taps = {}
+    for text in texts or []:
+        before, equals, after = text.partition("=")
+        if not equals or not before or not after:
+            raise InvalidRequest(f'"{text}" is not TAP=TAP', remedy="write tap0=tap1")
+        taps[before] = after
+    return taps
 
 
 def _work(text: str, name: str | None, request: Callable[[Client], Awaitable[Answer]]) -> Answer:
