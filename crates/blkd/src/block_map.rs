@@ -314,6 +314,11 @@ impl DiskMap {
         (bytes.collect(), count)
     }
 
+    /// Marks blocks as touched that were so on another host: first block and number, of each run.
+    pub(crate) fn touch(&self, runs: &[(u64, u64)]) {
+        runs.iter().for_each(|&(first, count)| self.map.touch(first, count));
+    }
+
     fn verify(
         &self,
         layout: Option<&Layout>,

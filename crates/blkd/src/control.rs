@@ -11,6 +11,8 @@
 //!   {"id":7,"cmd":"map-blocks"}          -> {"id":7,"ok":{"bytes":N,"capacity":C,"held":H}}   and N
 //!                                           bytes: of each touched block its number and its stamp,
 //!                                           u64 each; the first H stand in a page; "limit": blocks
+//!   {"id":7,"cmd":"map-touch","runs":[[8,2]]} -> {"id":7,"ok":{}}   blocks 8 and 9 were used, on
+//!                                           another host
 //!   {"id":8,"cmd":"handover","armed":true} -> {"id":8,"ok":{"armed":true,"owns_image":…}}
 //!                                           give the image away as soon as no queue runs
 //!   {"id":9,"cmd":"claim","epoch":7,"claim":"32 digits"} -> {"id":9,"ok":{"claim":{…}}}
@@ -76,6 +78,9 @@ struct MapRequest {
     index_bytes: Option<u64>,
     /// Blocks that may be named.
     limit: Option<u64>,
+    /// First block and number, of each run.
+    #[serde(default)]
+    runs: Vec<(u64, u64)>,
 }
 
 #[derive(Deserialize)]
@@ -133,7 +138,8 @@ impl Control {
             "threads" => Ok(json!({"map": self.rebind(request.map)?.as_slice()})),
             other => {
                 let known = "\"status\", \"fault\", \"threads\", \"map\", \"map-verify\", \
-                             \"map-find\", \"map-export\", \"map-blocks\", \"handover\" and \"claim\"";
+                             \"map-find\", \"map-export\", \"map-blocks\", \"map-touch\", \
+                             \"handover\" and \"claim\"";
                 Err((INVALID, format!("unknown command {other:?}; known are {known}")))
             }
         }
@@ -146,7 +152,7 @@ impl Control {
             let cause = "this backend was started with --no-map; start it without";
             return refuse(INVALID, cause.to_owned());
         };
-        let MapRequest { address, sector, verify, index_bytes, limit } = request.about;
+        let &MapRequest { address, sector, verify, index_bytes, limit, ref runs } = &request.about;
         let index_bytes = index_bytes.unwrap_or(block_map::DEFAULT_INDEX_BYTES);
         let looks = match request.cmd.as_str() {
             "map-verify" => true,
@@ -176,6 +182,10 @@ impl Control {
                 let capacity = self.disk.image.capacity();
                 let told = json!({"bytes": bytes.len(), "capacity": capacity, "held": held});
                 Answer { line: ok(told).line, bytes }
+            }
+            "map-touch" => {
+                map.touch(runs);
+                ok(json!({}))
             }
             other => refuse(INVALID, format!("unknown command {other:?} of the map")),
         }

@@ -218,6 +218,12 @@ impl BlockMap {
         self.touched.iter(0, whole.saturating_sub(1)).filter(move |block| *block < whole)
     }
 
+    /// Marks blocks as touched that were so elsewhere; what is beyond the disk is left out.
+    pub fn touch(&self, first: u64, count: u64) {
+        let end = first.saturating_add(count).min(self.touched.blocks());
+        (first..end).for_each(|block| self.touched.set(block));
+    }
+
     /// Sums of all recorders' counters: pages associated, pages whose association was dropped.
     pub fn recorded(&self) -> (u64, u64) {
         self.tables().counters.iter().map(|c| c.get()).fold((0, 0), |a, b| (a.0 + b.0, a.1 + b.1))

@@ -56,8 +56,9 @@ pub(crate) struct EndArgs {
     pub peer_name: String,
 
     /// A disk that both ends can read: NAME=PATH, and after commas: direct (go around the page
-    /// cache), and at the source map=FILE (an exported page/block map) or backend=SOCKET (the
-    /// control socket of semper-blkd, which is asked for it). Without a map all of the disk is read.
+    /// cache); backend=SOCKET (the control socket of this host's semper-blkd: the source asks it
+    /// for its page/block map, the destination tells it which blocks the guest has used); map=FILE
+    /// (at the source, an exported map). Without a map the source reads all of the disk.
     #[arg(long = "disk", value_name = "NAME=PATH[,…]")]
     pub disks: Vec<DiskArg>,
 

@@ -30,6 +30,7 @@ use crate::disks::{Disk, DiskReader};
 use crate::failure::Failure;
 use crate::progress::{Phase, Progress};
 use crate::tls::Identity;
+use crate::touched::Touched;
 
 /// What is to be told to the source.
 #[derive(Default)]
@@ -75,7 +76,7 @@ pub(crate) fn run(args: &DestinationArgs, progress: &Arc<Progress>) -> Result<()
     let address = listener.local_addr().map_err(Failure::system("listen"))?;
     progress.listening(address);
     log::info!("destination listens address={address}");
-    let (channel, inbox, decoder, qemu) = loop {
+    let (channel, inbox, Guest { decoder, qemu, touched }) = loop {
         let (socket, from) = listener.accept().map_err(Failure::system("accept"))?;
         match admit(args, &identity, &config, socket, progress) {
             Ok(admitted) => break admitted,
@@ -101,10 +102,18 @@ pub(crate) fn run(args: &DestinationArgs, progress: &Arc<Progress>) -> Result<()
     log::info!("migration status={}", progress.status());
     let _ = shared.qemu.shutdown(Shutdown::Both);
     shared.channel.close(result.as_ref().err());
+    if result.is_ok() {
+        touched.tell();
+    }
     result
 }
 
-type Admitted = (Channel, Inbox, Decoder<DiskReader>, UnixStream);
+/// What a source is admitted to.
+struct Guest {
+    decoder: Decoder<DiskReader>,
+    qemu: UnixStream,
+    touched: Arc<Touched>,
+}
 
 /// Finds out whether this is the source that was meant.
 fn admit(
@@ -113,14 +122,14 @@ fn admit(
     config: &Arc<ServerConfig>,
     socket: TcpStream,
     progress: &Progress,
-) -> Result<Admitted, Failure> {
+) -> Result<(Channel, Inbox, Guest), Failure> {
     let channel = Channel::new(socket, Identity::accept(config)?)?;
     let mut inbox = Inbox::new();
     let greeted = channel
         .check(|tls| identity.check_client(tls))
         .and_then(|()| greet(args, &channel, &mut inbox, progress));
     match greeted {
-        Ok((decoder, qemu)) => Ok((channel, inbox, decoder, qemu)),
+        Ok(guest) => Ok((channel, inbox, guest)),
         Err(failure) => {
             channel.close(Some(&failure));
             Err(failure)
@@ -133,7 +142,7 @@ fn greet(
     channel: &Channel,
     inbox: &mut Inbox,
     progress: &Progress,
-) -> Result<(Decoder<DiskReader>, UnixStream), Failure> {
+) -> Result<Guest, Failure> {
     let ours = Hello::new(Role::Destination, args.end.window_mib << 20, &args.end.migration);
     channel.send(&ours.to_frame())?;
     let gone = || Failure::Lost(ErrorKind::UnexpectedEof.into());
@@ -162,14 +171,16 @@ fn greet(
         .send(&Ready { readable: sizes.iter().map(|&blocks| blocks > 0).collect() }.to_frame())?;
     channel.established()?;
     progress.peer(&theirs.program);
-    let decoder = Decoder::new(DiskReader::new(disks), sizes, start.key, agreed.window)
+    let touched = Arc::new(Touched::new(&disks));
+    let reader = DiskReader::new(disks, Arc::clone(&touched));
+    let decoder = Decoder::new(reader, sizes, start.key, agreed.window)
         .map_err(Failure::system("get memory for zstd"))?;
     #[cfg(feature = "unsafe-no-verify")]
     let decoder = match crate::trial::verifies() {
         true => decoder,
         false => decoder.without_verification(),
     };
-    Ok((decoder, qemu))
+    Ok(Guest { decoder, qemu, touched })
 }
 
 fn carry(

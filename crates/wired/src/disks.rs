@@ -4,6 +4,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use rustix::fs::OFlags;
 use semper_blockmap::Page;
@@ -11,6 +12,7 @@ use semper_wire::{BlockRef, Disks, PAGE_SIZE};
 
 use crate::args::{DiskArg, MapSource};
 use crate::failure::Failure;
+use crate::touched::Touched;
 
 /// Most blocks of one read.
 pub(crate) const RUN: usize = 64;
@@ -66,11 +68,12 @@ impl Disk {
 pub(crate) struct DiskReader {
     disks: Vec<Option<Disk>>,
     buffer: Vec<Page>,
+    touched: Arc<Touched>,
 }
 
 impl DiskReader {
-    pub(crate) fn new(disks: Vec<Option<Disk>>) -> Self {
-        Self { disks, buffer: vec![Page::default(); RUN] }
+    pub(crate) fn new(disks: Vec<Option<Disk>>, touched: Arc<Touched>) -> Self {
+        Self { disks, buffer: vec![Page::default(); RUN], touched }
     }
 }
 
@@ -79,6 +82,7 @@ impl Disks for DiskReader {
         #[cfg(feature = "unsafe-no-verify")]
         crate::trial::before_read(first, count);
         let disk = self.disks.get(usize::from(first.disk))?.as_ref()?;
+        self.touched.add(first, count as u64);
         disk.read(first.block, self.buffer.get_mut(..count)?)
     }
 }

@@ -25,6 +25,7 @@ mod pipeline;
 mod progress;
 mod source;
 mod tls;
+mod touched;
 #[cfg(feature = "unsafe-no-verify")]
 mod trial;
 

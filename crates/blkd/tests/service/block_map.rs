@@ -59,6 +59,10 @@ fn touched_blocks_are_named_with_stamps_that_change_when_they_are_written() {
     assert_ne!(stamp(&before, 77), stamp(&after, 77));
     assert_eq!(stamp(&before, 200), stamp(&after, 200));
     assert_eq!(blocks(&backend, Some(2)).0.len(), 2);
+    // What another host's guest has used, and what no disk has.
+    let runs = json!([[10, 2], [255, 9], [1u64 << 60, u64::MAX]]);
+    backend.control(&json!({"cmd": "map-touch", "runs": runs}));
+    assert_eq!(map(&backend)["touched"], json!(6));
 }
 
 /// Every block of the export is what stands in the image.
