@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 from tests.namespaces import inside, within
@@ -111,6 +112,7 @@ class Relay:
         self._flowing = {"there": asyncio.Event(), "back": asyncio.Event()}
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
+        self._trap: tuple[bytes, Callable[[], None]] | None = None
         self.port = 0
         self.heal()
 
@@ -134,6 +136,15 @@ class Relay:
         """Answers are lost from now on."""
         self._flowing["back"].clear()
 
+    def when(self, request: bytes, act: Callable[[], None]) -> None:
+        """Acts when a request that contains these bytes comes by next, before it passes."""
+        self._trap = (request, act)
+
+    def drop(self) -> None:
+        """Breaks every connection; what was held back never arrives."""
+        for task in self._tasks:
+            task.cancel()
+
     def heal(self) -> None:
         """Everything passes, also what was held back."""
         for flowing in self._flowing.values():
@@ -151,12 +162,17 @@ class Relay:
     async def _pump(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, way: str
     ) -> None:
-        with contextlib.suppress(OSError):
-            while data := await reader.read(65536):
-                await self._flowing[way].wait()
-                writer.write(data)
-                await writer.drain()
-        writer.close()
+        try:
+            with contextlib.suppress(OSError):
+                while data := await reader.read(65536):
+                    if way == "there" and self._trap is not None and self._trap[0] in data:
+                        (_, act), self._trap = self._trap, None
+                        act()
+                    await self._flowing[way].wait()
+                    writer.write(data)
+                    await writer.drain()
+        finally:
+            writer.close()
 
     async def close(self) -> None:
         """Cuts every connection."""

@@ -18,11 +18,12 @@ from pathlib import Path
 from tests.migration import faults
 from tests.migration.guest import VM, Guest
 from tests.migration.journal import Journal
-from tests.migration.judge import ABSENT, QUIET, Judge
+from tests.migration.judge import QUIET, Judge
 from tests.migration.network import GIGABIT, Link
 from tests.migration.phases import ORDER, Phases
 from tests.migration.world import POLL_S, Host, World
 
+from sempervirt.api.schemas import MigrateRequest
 from sempervirt.core.errors import SempervirtError
 from sempervirt.guest import ProbeGone, ProbeSilent
 from sempervirt.store.records import Custody, Ownership
@@ -148,8 +149,9 @@ class Stage:
     async def _move_and_strike(self, sides: faults.Sides, outcome: Outcome) -> None:
         strike = outcome.strike
         phases = Phases(sides.source)
-        asked = asyncio.create_task(self._ask(sides))
         try:
+            await begin_move(sides.source, sides.destination)
+            phases.begun()
             aimed: list[int] = []
             if strike.phase not in EARLY:
                 await phases.wait("precopy", PHASE_S)
@@ -161,12 +163,7 @@ class Stage:
             await asyncio.sleep(self.chance.uniform(*faults.HELD_S))
             await faults.mend(sides, strike.victim)
         finally:
-            asked.cancel()
-            await asyncio.gather(asked, return_exceptions=True)
             phases.close()
-
-    async def _ask(self, sides: faults.Sides) -> str:
-        return await sides.source.semper("vm", "migrate", VM, "--to", sides.destination.name)
 
     async def _settle(self, sides: faults.Sides, outcome: Outcome) -> None:
         """Waits until both hosts and the store say the same, and asks the judge."""
@@ -183,6 +180,9 @@ class Stage:
             outcome.problems += self.judge.writers(sides.source, sides.destination)
             return
         outcome.problems += await self.judge.survived(sides.source, sides.destination, home)
+        left = self.world.other(home)
+        if await self.judge.said(left) == "crashed" and outcome.strike.victim != "source qemu":
+            outcome.problems.append(f"untrue: {left} says crashed of a VM that is on {home}")
 
     async def _wait_truth(self, sides: faults.Sides, outcome: Outcome) -> Host | None:
         """The host where the VM is, when everybody agrees on it."""
@@ -206,9 +206,8 @@ class Stage:
             return str(error)
         words = f"{_words(owned)}; they say {said}"
         if owned.custody is Custody.FREE and set(said.values()) <= set(QUIET):
-            ended = next(iter(h for h in self.world.hosts if said[h.name] != ABSENT), self.world.a)
             outcome.lost = True
-            return ended
+            return max(self.world.hosts, key=lambda host: QUIET.index(said[host.name]))
         if owned.custody is not Custody.OWNED:
             return words
         home = next(host for host in self.world.hosts if host.name == owned.owner)
@@ -251,6 +250,21 @@ class Stage:
         after_s = first.time - self.judge.since
         said = f"{first.host} said running {after_s:.1f} s after the beginning"
         return [f"untrue: {said}, and {len(false) - 1} times more"]
+
+
+async def begin_move(source: Host, destination: Host) -> None:
+    """Asks for a move until it is granted: a host that was silent is known again after a while."""
+    give_up = time.monotonic() + PHASE_S
+    while True:
+        try:
+            async with source.client() as client:
+                await client.migrate(VM, MigrateRequest(to=destination.name))
+        except SempervirtError:
+            if time.monotonic() > give_up:
+                raise
+            await asyncio.sleep(POLL_S)  # poll interval
+        else:
+            return
 
 
 def _words(owned: Ownership) -> str:

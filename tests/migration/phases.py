@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 from tests.migration.world import Host
 
-PHASE = re.compile(rb"migration vm=(\S+) phase=(\w+)")
+PHASE = re.compile(rb"migrate vm=\S+ to \S+: \w+ -> (\w+)")
 LOOK_S = 0.001
 # In the order in which they come. What ends a move is never followed by another one.
 ORDER = ("prepare", "precopy", "switchover", "commit", "done")
@@ -25,6 +25,10 @@ class Phases:
         self._pending = b""
         self.seen: list[tuple[float, str]] = []
 
+    def begun(self) -> None:
+        """The move was asked for, and the agent has said yes."""
+        self.seen.append((time.monotonic(), ORDER[0]))
+
     def close(self) -> None:
         """Closes the log."""
         self._file.close()
@@ -36,7 +40,7 @@ class Phases:
         now = time.monotonic()
         for line in lines:
             if found := PHASE.search(line):
-                self.seen.append((now, found[2].decode()))
+                self.seen.append((now, found[1].decode()))
         return self.seen[-1][1] if self.seen else ""
 
     async def wait(self, phase: str, deadline_s: float) -> str:

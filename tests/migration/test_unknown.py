@@ -1,0 +1,107 @@
+"""Where nobody can know who owns a VM, it is called unknown, it runs nowhere, and it is settled."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import pytest
+from tests.migration.client import INTERVAL_S
+from tests.migration.guest import VM, Guest
+from tests.migration.journal import Journal
+from tests.migration.judge import QUIET, Judge
+from tests.migration.kills import begin_move
+from tests.migration.network import UNLIMITED
+from tests.migration.phases import Phases
+from tests.migration.world import DEADLINE_S, POLL_S, Host, World
+
+from sempervirt.store.records import Custody
+
+pytestmark = [pytest.mark.root, pytest.mark.guest, pytest.mark.slow, pytest.mark.timeout(240)]
+UNKNOWN = "unknown"
+# What the source asks of etcd when it hands over.
+COMMIT = b"/kv/txn"
+# Much longer than any blackout: a guest that is not heard for so long stands still.
+STILL_S = 3.0
+
+
+@asynccontextmanager
+async def moving() -> AsyncIterator[tuple[Judge, Phases]]:
+    """A guest that is at home on host a; hosts that reach etcd through a relay."""
+    async with AsyncExitStack() as stack:
+        world = await stack.enter_async_context(World.opened(UNLIMITED, relayed=True))
+        guest = await stack.enter_async_context(Guest.booted(world, world.a))
+        journal = stack.enter_context(Journal.kept(guest.image, world.namespaces))
+        client = await stack.enter_async_context(guest.outside())
+        phases = Phases(world.a)
+        stack.callback(phases.close)
+        await begin_move(world.a, world.b)
+        yield Judge(guest, journal, client), phases
+
+
+async def wait_said(judge: Judge, host: Host, *states: str) -> None:
+    """Until a host says one of these of the VM."""
+    async with asyncio.timeout(DEADLINE_S):
+        while await judge.said(host) not in states:  # noqa: ASYNC110
+            await asyncio.sleep(POLL_S)  # poll interval
+
+
+async def wait_owned(judge: Judge, host: Host) -> None:
+    """Until the store says that a host owns the VM, and that nothing moves."""
+    async with asyncio.timeout(DEADLINE_S):
+        while True:
+            owned = await judge.guest.world.ownership(VM)
+            if (owned.custody, owned.owner) == (Custody.OWNED, host.name):
+                return
+            await asyncio.sleep(POLL_S)  # poll interval
+
+
+async def stands_still(guest: Guest) -> bool:
+    """Whether nobody hears the guest any more."""
+    since = time.monotonic()
+    while time.monotonic() < since + STILL_S:
+        if any(guest.beats_on(host, since) for host in guest.world.hosts):
+            return False
+        await asyncio.sleep(INTERVAL_S)  # poll interval
+    return True
+
+
+@pytest.mark.parametrize("how", ["deafen", "freeze"])
+async def test_a_lost_answer_is_unknown_until_the_store_is_back(how: str) -> None:
+    """The hand-over arrives and its answer does not; or it is on its way, and arrives late."""
+    async with moving() as (judge, phases):
+        guest, world = judge.guest, judge.guest.world
+        await phases.wait("precopy", DEADLINE_S)
+        world.relay.when(COMMIT, getattr(world.relay, how))
+        await wait_said(judge, world.a, UNKNOWN)
+        assert await judge.said(world.b) != "running"
+        assert await stands_still(guest)
+        world.relay.heal()
+        home = await guest.wait_beat(*world.hosts)
+        await wait_said(judge, home, "running")
+        await wait_said(judge, world.other(home), *QUIET)
+        await wait_owned(judge, home)
+        assert home is world.b or how == "freeze"
+        assert await judge.survived(world.a, world.b, home) == []
+
+
+@pytest.mark.parametrize("owner", ["a"])
+async def test_an_operator_with_evidence_settles_it(owner: str) -> None:
+    """The hand-over never arrived, and never will; the store stays away until it is settled."""
+    async with moving() as (judge, phases):
+        guest, world = judge.guest, judge.guest.world
+        await phases.wait("precopy", DEADLINE_S)
+        world.relay.when(COMMIT, world.relay.freeze)
+        await wait_said(judge, world.a, UNKNOWN)
+        world.relay.drop()
+        evidence = ("--evidence", "nothing is on its way to etcd: its host was looked at")
+        await world.a.semper("vm", "resolve", VM, "--owner", owner, *evidence)
+        world.relay.heal()
+        home = world.a if owner == "a" else world.b
+        assert await guest.wait_beat(*world.hosts) is home
+        await wait_said(judge, home, "running")
+        await wait_said(judge, world.other(home), *QUIET)
+        await wait_owned(judge, home)
+        assert await judge.survived(world.a, world.b, home) == []
