@@ -18,7 +18,7 @@ from bench.migration.figures import Figures
 from bench.migration.guests import Guest
 from bench.migration.pulse import BEAT_MS, Pulse, gap_ms, jump_ms
 from bench.migration.waiting import MoveError, until
-from bench.migration.ways import Way
+from bench.migration.ways import Way, certify
 from sempervirt.core.errors import SempervirtError
 from sempervirt.guest import DebianImage, ProbeClient
 from sempervirt.vm.qmp import Monitor
@@ -77,13 +77,15 @@ async def measure(
 async def _stand(setting: Setting, link: Link, guest: Guest) -> AsyncIterator[Stand]:
     async with AsyncExitStack() as stack:
         # A short path: a socket's may have 107 bytes.
-        place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sm-", dir="/tmp")))
+        folder = tempfile.TemporaryDirectory(prefix="sm-", dir="/tmp", ignore_cleanup_errors=True)
+        place = Path(stack.enter_context(folder))
         root = place / "root.raw"
         # A hole stays a hole.
         copy = ["cp", "--sparse=always", str(setting.guest.root), str(root)]
         await asyncio.to_thread(subprocess.run, copy, check=True)
         tree = setting.tree
-        network = await asyncio.to_thread(Network, link)
+        # Its undertaker removes the folder, too, if this program is killed.
+        network = await asyncio.to_thread(Network, link, place)
         stack.push_async_callback(asyncio.to_thread, network.close)
         address = f"ip={GUEST}:::255.255.255.0::eth0:none"
         hardware = Hardware(
@@ -111,6 +113,7 @@ async def _booted(stand: Stand) -> ProbeClient:
 
 async def _moved(stand: Stand, way: Way, client: EchoClient) -> tuple[Figures, dict[str, Any]]:
     here, there = stand.here, stand.there
+    certify(here, there)
     there.boot(incoming=True)
     async with here.monitor() as source, there.monitor() as target:
         await until(lambda: waits(target), "the QEMU that receives", BOOT_S)

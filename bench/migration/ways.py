@@ -81,23 +81,25 @@ async def wait_completed(source: Monitor, target: Monitor) -> dict[str, Any]:
     return {"qemu": info}
 
 
-async def lay_wire(here: End, there: End) -> None:
-    """Both ends of semper-wired, joined over TLS, with the index of the disks made."""
-    authority = Authority.create(here.directory, "bench")
-    for end in (here, there):
+def certify(*ends: End) -> None:
+    """Makes the hosts a cluster: each has a certificate of the same authority."""
+    authority = Authority.create(ends[0].directory, "bench")
+    for end in ends:
         identity = Identity(end.directory)
         issued = authority.issue_host(identity.request(end.name), end.name, "127.0.0.1:1")
         identity.keep(issued.pem, Issued(authority.certificate).pem)
-    disks = here.hardware.disks.items()
-    listen = [f"--disk={name}={image}" for name, image in disks]
-    there.start("wired", _end("destination", there, here, f"--listen={there.address}:0", *listen))
+
+
+async def lay_wire(here: End, there: End) -> None:
+    """Both ends of semper-wired, joined over TLS, with the index of the disks made."""
+    there.start("wired", _end("destination", there, here, f"--listen={there.address}:0"))
     address = await _told(there, "address")
-    known = [f"--disk={name}={image},backend={here.control(name)}" for name, image in disks]
-    here.start("wired", _end("source", here, there, f"--connect={address}", *known))
+    here.start("wired", _end("source", here, there, f"--connect={address}"))
     await _told(here, "state", "ready")
 
 
-def _end(kind: str, end: End, peer: End, *options: str) -> list[str]:
+def _end(kind: str, end: End, peer: End, address: str) -> list[str]:
+    disks = end.hardware.disks.items()
     return [
         program("semper-wired"),
         kind,
@@ -108,7 +110,8 @@ def _end(kind: str, end: End, peer: End, *options: str) -> list[str]:
         f"--peer-name={peer.name}",
         f"--qemu-socket={end.path('stream')}",
         f"--control-socket={end.path('wired.control')}",
-        *options,
+        address,
+        *(f"--disk={name}={image},backend={end.control(name)}" for name, image in disks),
     ]
 
 
