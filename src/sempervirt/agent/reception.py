@@ -103,7 +103,12 @@ class Reception:
 
     async def _start_wire(self) -> None:
         disks = [
-            WireDisk(name, disk.setup.options.image, disk.setup.options.direct)
+            WireDisk(
+                name,
+                disk.setup.options.image,
+                disk.setup.options.direct,
+                disk.setup.files.control(disk.generation),
+            )
             for name, disk in self.vm.disks.items()
         ]
         settings, trust = self._cluster.settings, self._cluster.identity.directory

@@ -51,8 +51,8 @@ class WireFiles:
 
 @dataclass(frozen=True)
 class WireDisk:
-    """A disk that both ends can read; at the source `backend` is the control socket of its
-    backend, which knows what was touched.
+    """A disk that both ends can read. `backend` is the control socket of this host's backend: at
+    the source it knows what was touched, at the destination it is told.
     """
 
     name: str
