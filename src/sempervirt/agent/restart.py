@@ -3,8 +3,8 @@
     hold ─ start the new QEMU, which maps the same memory ─ pause ─ give ─ take ─┐
       any failure: kill the new one, let the old one run on ◄────────────────────┤
                                                                               switch
-    release ─ move the sockets ─ go ◄─ lead it to the disks ◄─ wait for its end ◄┘
-                                                       (the old one is killed)
+    release ─ move the sockets ─ go ◄─ lead it to disks, taps ◄─ wait for its end ◄┘
+                                                        (the old one is killed)
 
 Up to the switch the old QEMU owns the VM and only stands still; after it the new one does. The
 record says on which side of it an agent died, and the next one goes back or forward

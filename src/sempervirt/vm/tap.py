@@ -34,7 +34,8 @@ from sempervirt.host.procfs import PROC
 log = logging.getLogger(__name__)
 
 STAND_IN = "semper%d"
-ATTACH_DEADLINE_S = 5.0
+# The old QEMU has 10 s to end.
+ATTACH_DEADLINE_S = 15.0
 # After that the guest runs on: perhaps somebody has taken the tap down.
 RUNNING_DEADLINE_S = 0.5
 POLL_S = 0.0005
