@@ -7,10 +7,13 @@ at. The gap is longer: an emulator that has just begun to run a guest translates
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+import itertools
+import time
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from bench.migration.waiting import until
 from sempervirt.core.errors import Unavailable
@@ -42,6 +45,30 @@ def jump_ms(before: Iterable[Beat], after: Iterable[Beat]) -> float:
     """By how much the clock lags more; the quickest beat of each side counts."""
     earlier, later = (min(beat.lag_ns for beat in beats) for beats in (before, after))
     return (later - earlier) / 1e6
+
+
+@dataclass
+class Instants:
+    """When a monitor told of an event; for `Monitor.follow`."""
+
+    name: str
+    seen_ns: list[int] = field(default_factory=list)
+
+    def __call__(self, name: str, _data: Mapping[str, Any]) -> None:
+        if name == self.name:
+            self.seen_ns.append(time.monotonic_ns())
+
+
+def steps_ms(
+    before: Iterable[Beat], stops_ns: list[int], runs_ns: list[int], after: Iterable[Beat]
+) -> dict[str, float]:
+    """Of what a gap consists, as far as the monitors told of it."""
+    if not stops_ns or not runs_ns:
+        return {}
+    instants = (max(before).host_ns, stops_ns[-1], runs_ns[-1], min(after).host_ns)
+    names = ("beat to stop", "stop to run", "run to beat")
+    pairs = zip(names, itertools.pairwise(instants), strict=True)
+    return {name: (until - since) / 1e6 for name, (since, until) in pairs}
 
 
 @dataclass

@@ -16,7 +16,7 @@ from tests.migration.network import GUEST, Link, Network
 from bench.migration.ends import End, Hardware
 from bench.migration.figures import Figures
 from bench.migration.guests import Guest
-from bench.migration.pulse import BEAT_MS, Pulse, gap_ms, jump_ms
+from bench.migration.pulse import BEAT_MS, Instants, Pulse, gap_ms, jump_ms, steps_ms
 from bench.migration.waiting import MoveError, until
 from bench.migration.ways import Way, certify
 from sempervirt.core.errors import SempervirtError
@@ -117,6 +117,11 @@ async def _moved(stand: Stand, way: Way, client: EchoClient) -> tuple[Figures, d
     there.boot(incoming=True)
     async with here.monitor() as source, there.monitor() as target:
         await until(lambda: waits(target), "the QEMU that receives", BOOT_S)
+        stops, runs = Instants("STOP"), Instants("RESUME")
+        watching = [
+            asyncio.create_task(source.follow(stops)),
+            asyncio.create_task(target.follow(runs)),
+        ]
         wire, processor = stand.network.sent(), _processor_s(stand)
         began = time.monotonic()
         told = await way.move(here, there, source, target)
@@ -125,6 +130,9 @@ async def _moved(stand: Stand, way: Way, client: EchoClient) -> tuple[Figures, d
         await stand.there_pulse.beating(BEATS, BEATS_S)
         with suppress(AssertionError):  # told by its `problem`
             await client.wait_heard()
+        for task in watching:
+            task.cancel()
+        await asyncio.gather(*watching, return_exceptions=True)
     before, after = stand.here_pulse.beats, stand.there_pulse.beats
     figures = Figures(
         wire_mb=wire / 1e6,
@@ -135,6 +143,7 @@ async def _moved(stand: Stand, way: Way, client: EchoClient) -> tuple[Figures, d
         echo_ms=client.silence_ms(began),
         cpu_s=processor,
     )
+    told["steps_ms"] = steps_ms(before, stops.seen_ns, runs.seen_ns, after)
     return figures, told
 
 

@@ -8,7 +8,7 @@ import pytest
 from bench.__main__ import main
 from bench.migration.figures import Results
 
-pytestmark = [pytest.mark.guest, pytest.mark.root, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.guest, pytest.mark.root, pytest.mark.timeout(400)]
 MEMORY_MIB = 256
 CLOCK_MS = 50
 

@@ -9,7 +9,7 @@ import pytest
 from bench.migration import show
 from bench.migration.figures import Figures, FiguresError, Results, Sample, judgements
 from bench.migration.program import main, parse
-from bench.migration.pulse import Beat, gap_ms, jump_ms
+from bench.migration.pulse import Beat, gap_ms, jump_ms, steps_ms
 from bench.sections import MIGRATE
 
 FIGURES = Figures(
@@ -131,3 +131,7 @@ def test_a_gap_is_between_hosts_and_a_jump_between_clocks() -> None:
     after = [Beat(at * MS + 40 * MS + late, at * MS) for at, late in ((15, 9 * MS), (20, 0))]
     assert gap_ms(before, after) == 60 - 13
     assert jump_ms(before, after) == 40
+    assert steps_ms(before, [3 * MS, 20 * MS], [55 * MS], after) == {
+        "beat to stop": 7, "stop to run": 35, "run to beat": 5,
+    }  # fmt: skip
+    assert steps_ms(before, [], [55 * MS], after) == {}
