@@ -24,8 +24,9 @@ const MEMORY: Duration = Duration::from_millis(500);
 /// may be of a kind that takes ten times as long, and the queue shall not be ten times as long then.
 const HURRIED_MEMORY: Duration = Duration::from_millis(20);
 /// In force at the beginning, and at least.
-const FIRST: u64 = 4 << 20;
-const LEAST: u64 = 1 << 20;
+const LEAST: u64 = 4 << 20;
+/// The same in a hurry: two full batches, one that is carried and one that is waited for.
+const HURRIED_LEAST: u64 = 1 << 20;
 
 /// One batch under way.
 #[derive(Clone, Copy, Debug)]
@@ -57,7 +58,7 @@ impl Window {
     pub fn new(agreed: u64) -> Self {
         Self {
             agreed,
-            limit: FIRST.min(agreed),
+            limit: LEAST.min(agreed),
             sent: 0,
             credited: 0,
             under_way: VecDeque::new(),
@@ -72,9 +73,11 @@ impl Window {
         self.sent - self.credited
     }
 
-    /// Whether a batch of this charge may be sent now. With nothing under way one always may.
+    /// Whether a batch of this charge may be sent now: the limit is reached with it. With nothing
+    /// under way one always may.
     pub fn has_room(&self, charge: u64) -> bool {
-        self.sent == self.credited || self.sent - self.credited + charge <= self.limit
+        let under_way = self.under_way();
+        under_way == 0 || under_way < self.limit && under_way + charge <= self.agreed
     }
 
     /// It was.
@@ -127,16 +130,19 @@ impl Window {
     }
 
     fn decide(&mut self, now: Duration) {
-        let (slack, memory) = match self.hurry {
-            true => (HURRY, HURRIED_MEMORY.max(self.shortest.saturating_mul(4)).min(MEMORY)),
-            false => (SLACK, MEMORY),
+        let (slack, memory, least) = match self.hurry {
+            true => {
+                let memory = HURRIED_MEMORY.max(self.shortest.saturating_mul(4)).min(MEMORY);
+                (HURRY, memory, HURRIED_LEAST)
+            }
+            false => (SLACK, MEMORY, LEAST),
         };
         let fresh = |&&(_, at): &&(u64, Duration)| at + memory >= now;
         let rate = self.rates.iter().find(fresh).or(self.rates.back());
         let Some(&(rate, _)) = rate else { return };
         let time = (self.shortest + self.shortest / 4 + slack).as_micros() as u64;
         let limit = (rate / 1000).saturating_mul(time) / 1000;
-        self.limit = limit.clamp(LEAST.min(self.agreed), self.agreed);
+        self.limit = limit.clamp(least.min(self.agreed), self.agreed);
     }
 }
 
@@ -144,7 +150,8 @@ impl Window {
 mod tests {
     use super::*;
 
-    const BATCH: u64 = 512 << 10;
+    /// 128 pages with their headers.
+    const BATCH: u64 = 128 * 4104;
 
     /// A way that carries so many bytes a second after half a round trip; how many bytes it has
     /// carried in three seconds, and the longest that a batch has waited in the last of them.
@@ -177,15 +184,15 @@ mod tests {
     fn the_way_is_used_and_nothing_waits_for_long() {
         for megabytes in [12, 120, 1000, 4000] {
             for round_trip in [0, 1, 20, 50].map(Duration::from_millis) {
-                for (hurry, slack) in [(true, HURRY), (false, SLACK)] {
+                for (hurry, slack, least) in [(true, HURRY, HURRIED_LEAST), (false, SLACK, LEAST)] {
                     let rate = megabytes * 1_000_000;
                     let (carried, longest) = carry(rate, round_trip, hurry);
                     let what = format!("{megabytes} MB/s, {round_trip:?}: {carried}, {longest:?}");
                     // The beginning is slow where the way is long.
                     assert!(carried > 3 * rate * 7 / 10, "{what}");
-                    let least = Duration::from_micros(LEAST * 1_000_000 / rate);
+                    let least = Duration::from_micros(least * 1_000_000 / rate);
                     let batch = Duration::from_micros(BATCH * 1_000_000 / rate);
-                    assert!(longest < least.max(2 * slack + round_trip) + batch, "{what}");
+                    assert!(longest < least.max(2 * slack + round_trip) + 2 * batch, "{what}");
                 }
             }
         }

@@ -419,6 +419,39 @@ fn grows(old_backend: bool) {
     destination.wait_success();
 }
 
+#[test]
+fn the_destination_tells_its_backend_which_blocks_were_used() {
+    let place = Place::new();
+    let listener = UnixListener::bind(place.path("backend")).unwrap();
+    let told = thread::spawn(move || {
+        let (mut client, _) = listener.accept().unwrap();
+        let mut request = String::new();
+        BufReader::new(&client).read_line(&mut request).unwrap();
+        client.write_all(b"{\"ok\":{}}\n").unwrap();
+        serde_json::from_str::<Value>(&request).unwrap()
+    });
+    let incoming = UnixListener::bind(place.path("destination.qemu")).unwrap();
+    let mut command = place.end("destination", "dst", "src");
+    let (disk, backend) = (place.path("disk"), place.path("backend"));
+    command.args(["--listen=127.0.0.1:0", &format!("--disk=root={disk},backend={backend}")]);
+    let mut destination = End::start(command, place.path("destination.control"));
+    let mut source = place.source(&destination);
+    source.wait_state("ready");
+    let mut outgoing = UnixStream::connect(place.path("source.qemu")).unwrap();
+    let (mut incoming, _) = incoming.accept().unwrap();
+    let mut stream = Stream::begin(1 << 16);
+    stream.part();
+    (10..30).chain(100..101).for_each(|number| stream.page(number, &noise(number)));
+    outgoing.write_all(&stream.bytes).unwrap();
+    drop(outgoing);
+    incoming.read_to_end(&mut Vec::new()).unwrap();
+    drop(incoming);
+    source.wait_success();
+    destination.wait_success();
+    let told = told.join().unwrap();
+    assert_eq!((&told["cmd"], &told["runs"]), (&"map-touch".into(), &json!([[10, 20], [100, 1]])));
+}
+
 /// `cargo test -p semper-wired --features unsafe-no-verify`
 #[cfg(feature = "unsafe-no-verify")]
 mod trial {
