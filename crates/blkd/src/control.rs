@@ -14,7 +14,8 @@
 //!   {"id":7,"cmd":"map-touch","runs":[[8,2]]} -> {"id":7,"ok":{}}   blocks 8 and 9 were used, on
 //!                                           another host
 //!   {"id":8,"cmd":"handover","armed":true} -> {"id":8,"ok":{"armed":true,"owns_image":…}}
-//!                                           give the image away as soon as no queue runs
+//!                                           give the image away as soon as no queue runs; or
+//!                                           take back what was given away; in between queues wait
 //!   {"id":9,"cmd":"claim","epoch":7,"claim":"32 digits"} -> {"id":9,"ok":{"claim":{…}}}
 //!                                           what --await-claim waits for; starts queues that wait
 //!   anything else                        -> {"id":…,"error":{"kind":"invalid","message":"…"}}
@@ -128,7 +129,9 @@ impl Control {
                 let armed = request.armed;
                 let armed =
                     armed.ok_or((INVALID, "say whether it is armed: true or false".into()))?;
-                self.device.lock().unwrap_or_else(PoisonError::into_inner).set_hand_over(armed);
+                let mut device = self.device.lock().unwrap_or_else(PoisonError::into_inner);
+                device.set_hand_over(armed).map_err(|error| ("busy", error.to_string()))?;
+                drop(device);
                 Ok(json!({"armed": armed, "owns_image": self.owns_image()}))
             }
             "claim" => {

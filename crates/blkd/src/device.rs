@@ -8,6 +8,7 @@
 //!
 //! Specification: QEMU `docs/interop/vhost-user.rst`. Parsing is the crate `vhost`'s.
 
+use std::cell::Cell;
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
@@ -74,6 +75,7 @@ pub(crate) struct Device {
     offer: Offer,
     /// Give the image away as soon as no queue runs.
     hand_over: bool,
+    gave_away: Cell<bool>,
     features: u64,
     memory: Arc<GuestMemory>,
     inflight: Option<Arc<InflightMap>>,
@@ -97,6 +99,7 @@ impl Device {
             threads,
             offer,
             hand_over: false,
+            gave_away: Cell::new(false),
             features: 0,
             memory: Arc::new(GuestMemory::empty()),
             inflight: None,
@@ -114,16 +117,27 @@ impl Device {
     }
 
     /// Has the device give the image away as soon as no queue runs, so that the VM can go on with
-    /// another backend; or not. In both cases a queue that starts takes it again first.
-    pub(crate) fn set_hand_over(&mut self, on: bool) {
+    /// another backend. From then on a queue that starts waits: the front end of a migration that
+    /// has failed lets its guest run on by itself, when the image may be another host's already.
+    /// Or not: then the device takes back what it gave away, and starts what waits.
+    ///
+    /// # Errors
+    /// Another process has the image; this can be called again.
+    pub(crate) fn set_hand_over(&mut self, on: bool) -> Result<()> {
         self.hand_over = on;
         self.give_away();
+        if on || !self.gave_away.get() {
+            return Ok(());
+        }
+        self.own_image()?;
+        self.start_waiting()
     }
 
     fn give_away(&self) {
         let owns = &self.disk.shared.owns_image;
         let idle = self.vrings.iter().all(|vring| !vring.running);
         if self.hand_over && idle && owns.swap(false, Ordering::Relaxed) {
+            self.gave_away.set(true);
             self.disk.title.lapse();
             self.disk.image.unlock();
             log::info!("gave the image away image={}", self.disk.image.path().display());
@@ -151,6 +165,7 @@ impl Device {
         self.disk.image.drop_cache();
         mark(&shared.timeline.lock_acquired);
         shared.owns_image.store(true, Ordering::Relaxed);
+        self.gave_away.set(false);
         log::info!("took the image image={}", self.disk.image.path().display());
         Ok(())
     }
@@ -301,6 +316,7 @@ impl Device {
     fn obstacle(&self) -> Option<&'static str> {
         match self.arrival {
             _ if self.disk.title.is_awaited() => Some("the claim on the image"),
+            _ if self.hand_over && self.gave_away.get() => Some("the image, which was given away"),
             Arrival::Listening { known: false, .. } => Some("a front end that serves page faults"),
             Arrival::Inherited => Some("the end of the postcopy"),
             _ => None,
