@@ -8,6 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -61,10 +62,11 @@ def main() -> int:
     keep = options.results / "migration-kills"
     started = time.monotonic()
     outcomes: list[Outcome] = []
-    with Progress(console=console) as bar:
+    with Progress(console=console) as bar, suppress(KeyboardInterrupt):
         task = bar.add_task("strikes", total=options.count)
 
         def done(outcome: Outcome) -> None:
+            outcomes.append(outcome)
             if outcome.hit:
                 bar.advance(task)
             for problem in outcome.problems:
@@ -74,9 +76,7 @@ def main() -> int:
         while (fallen := sum(bool(outcome.hit) for outcome in outcomes)) < options.count:
             seed = options.seed + len(outcomes)
             strikes = chosen(options.count - fallen, seed)
-            outcomes += asyncio.run(
-                campaign(strikes, seed, done, link=LINKS[options.link], keep=keep)
-            )
+            asyncio.run(campaign(strikes, seed, done, link=LINKS[options.link], keep=keep))
     out = Console() if sys.stdout.isatty() else Console(width=150)
     out.print(table(outcomes))
     failed = [outcome for outcome in outcomes if outcome.problems]

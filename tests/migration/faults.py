@@ -19,7 +19,7 @@ CUTS = ("link", "source store", "destination store")
 ETCD = "etcd"
 VICTIMS = (*AGENTS, *PROCESSES, *CUTS, ETCD)
 # For how long something is cut, or an agent is dead, in seconds.
-HELD_S = (0.0, 4.0)
+HELD_S = (0.0, 3.0)
 
 
 @dataclass(frozen=True)

@@ -147,6 +147,12 @@ class Guest:
             return True
         return time.monotonic() < instant + within_s
 
+    def both_heard_s(self, source: Host, destination: Host, since: float) -> float:
+        """For how long it was still heard on the source when it was heard on the destination."""
+        there = [instant for instant in self._heard[destination.name] if instant > since]
+        here = self._heard[source.name]
+        return here[-1] - there[0] if there and here else 0.0
+
     async def wait_beat(self, *hosts: Host, deadline_s: float = DEADLINE_S) -> Host:
         """The first of these hosts where its heart is heard from now on. Raises ProbeSilent."""
         since = time.monotonic()

@@ -27,6 +27,8 @@ from sempervirt.guest import ProbeGone, ProbeSilent
 from sempervirt.guest.reports import Stats
 
 ABSENT = "absent"
+# What the old guest said last may be read a moment after the new one is heard.
+BOTH_HEARD_S = 0.03
 # States in which a host does not claim that the VM may run there.
 QUIET = (ABSENT, "stopped", "crashed")
 
@@ -50,6 +52,8 @@ class Judge:
             return problems
         if not self.client.alive:
             problems.append(f"the client outside: {self.client.problem}")
+        if (both_s := self.guest.both_heard_s(source, destination, self.since)) > BOTH_HEARD_S:
+            problems.append(f"two guests ran: for {both_s * 1000:.0f} ms on {source} as well")
         return problems + self.writers(source, destination)
 
     async def _alive(self, home: Host) -> list[str]:

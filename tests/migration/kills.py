@@ -113,6 +113,11 @@ class Stage:
         assert self._judge is not None
         return self._judge
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no guest."""
+        return self._judge is None
+
     async def fill(self, host: Host) -> None:
         """Boots a guest there."""
         await self.clear()
@@ -213,9 +218,6 @@ class Stage:
         home = next(host for host in self.world.hosts if host.name == owned.owner)
         if said[self.world.other(home).name] not in QUIET:
             return words
-        if said[home.name] in ("crashed", "stopped"):
-            outcome.lost = True
-            return home
         if said[home.name] != "running":
             return words
         try:
@@ -287,18 +289,28 @@ async def campaign(
     left = list(strikes)
     while left:
         async with Stage.set(link, seed + len(outcomes)) as stage:
-            await stage.fill(stage.world.a)
-            while left:
-                outcome = await stage.strike(left.pop(0))
+            sound = True
+            while left and sound:
+                outcome = await _try(stage, left.pop(0))
                 outcomes.append(outcome)
                 done(outcome)
-                if outcome.problems:
-                    if keep is not None:
-                        _keep_logs(stage.world, keep / f"{len(outcomes):03}", outcome)
-                    break
-                if outcome.lost and left:
-                    await stage.fill(stage.chance.choice(stage.world.hosts))
+                sound = not outcome.problems
+                if keep is not None and not sound:
+                    _keep_logs(stage.world, keep / f"{seed}-{len(outcomes):03}", outcome)
     return outcomes
+
+
+async def _try(stage: Stage, strike: Strike) -> Outcome:
+    """One strike; one that cannot be finished is a problem like any other."""
+    try:
+        if stage.is_empty:
+            await stage.fill(stage.chance.choice(stage.world.hosts))
+        outcome = await stage.strike(strike)
+        if outcome.lost:
+            await stage.clear()
+    except (SempervirtError, ProbeGone, ProbeSilent, AssertionError, TimeoutError) as error:
+        return Outcome(strike, problems=[f"not finished: {error!r}"])
+    return outcome
 
 
 def _keep_logs(world: World, directory: Path, outcome: Outcome) -> None:
