@@ -8,14 +8,16 @@ after a switch to postcopy the backend waits for pages instead of taking them fo
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
-from tests.plain_qemu import QMP_S, PlainHost, ask, wait_migration, wait_running
+from tests.plain_qemu import DEADLINE_S, QMP_S, PlainHost, ask, wait_migration, wait_running
 
 from sempervirt.core.errors import StateConflict
 from sempervirt.vm.qmp import Monitor
@@ -101,10 +103,16 @@ class Overtaken:
     target: Monitor
     backend: ExitStack
 
+    async def finish(self) -> dict[str, Any]:
+        """Lets the rest of the memory come; gives what QEMU says of the migration."""
+        fast = {"max-postcopy-bandwidth": 0}
+        await self.source.execute("migrate-set-parameters", fast, timeout_s=QMP_S)
+        return await wait_migration(self.source, "completed")
+
 
 @asynccontextmanager
 async def overtaken(place: Path, image: Path, engine: str) -> AsyncIterator[Overtaken]:
-    """Moves a guest that writes, and lets it run there; its memory takes seconds to follow."""
+    """Moves a guest that writes, and lets it run there; its memory takes a minute to follow."""
     here, there = make_hosts(place, image, "ab")
     stream = f"unix:{there.path('incoming')}"
     with ExitStack() as stack:
@@ -120,7 +128,7 @@ async def overtaken(place: Path, image: Path, engine: str) -> AsyncIterator[Over
             for monitor in (source, target):
                 await monitor.execute("migrate-set-capabilities", POSTCOPY, timeout_s=QMP_S)
             await target.execute("migrate-incoming", {"uri": stream}, timeout_s=QMP_S)
-            slow = {"max-bandwidth": 8 * MIB, "max-postcopy-bandwidth": 16 * MIB}
+            slow = {"max-bandwidth": 8 * MIB, "max-postcopy-bandwidth": MIB}
             await source.execute("migrate-set-parameters", slow, timeout_s=QMP_S)
             await source.execute("migrate", {"uri": stream}, timeout_s=QMP_S)
             await wait_migration(source, "active")
@@ -135,10 +143,10 @@ async def test_the_disk_works_before_the_memory_is_there(
     place: Path, disk_image: Path, engine: str
 ) -> None:
     async with overtaken(place, disk_image, engine) as moved:
-        assert await writes(moved.there) == moved.nonce
+        assert await writes(moved.there, 100) == moved.nonce
         # That was while memory was missing, and not after it.
         assert (await ask(moved.there.control, "status"))["memory"] == "listening"
-        info = await wait_migration(moved.source, "completed")
+        info = await moved.finish()
         assert info["ram"]["postcopy-requests"] > 0, info
         await moved.there.wait_backend("memory", "complete")
         assert await writes(moved.there) == moved.nonce
@@ -150,17 +158,45 @@ async def test_a_backend_that_dies_before_the_memory_is_there(
     place: Path, disk_image: Path, late: bool
 ) -> None:
     async with overtaken(place, disk_image, "mmap") as moved:
-        assert await writes(moved.there) == moved.nonce
+        assert await writes(moved.there, 20) == moved.nonce
         moved.backend.close()
         if late:
             # QEMU tells the end of the postcopy to nobody.
-            await wait_migration(moved.source, "completed")
+            await moved.finish()
         with moved.there.backend(*options("mmap"), "--incoming"):
             await moved.there.wait_backend("memory", "inherited")
-            await wait_migration(moved.source, "completed")
+            await moved.finish()
             await moved.there.wait_backend("memory", "complete")
             assert await writes(moved.there) == moved.nonce
             await stop_writers(moved.there)
+
+
+async def recover(target: Monitor, stream: dict[str, str]) -> None:
+    """Has the target take up its stream, as soon as it has seen that it is broken. Its main loop
+    may wait for a page until then, and answers nothing else.
+    """
+    async with asyncio.timeout(DEADLINE_S):
+        while True:
+            try:
+                await target.execute("migrate-recover", stream, timeout_s=QMP_S)
+            except StateConflict:
+                await asyncio.sleep(0.05)  # poll interval
+            else:
+                return
+
+
+async def test_a_postcopy_that_breaks_is_taken_up_again(place: Path, disk_image: Path) -> None:
+    async with overtaken(place, disk_image, "mmap") as moved:
+        await moved.source.execute("migrate-pause", timeout_s=QMP_S)
+        await wait_migration(moved.source, "postcopy-paused")
+        stream = {"uri": f"unix:{moved.there.path('again')}"}
+        await recover(moved.target, stream)
+        assert (await ask(moved.there.control, "status"))["memory"] == "listening"
+        await moved.source.execute("migrate", {**stream, "resume": True}, timeout_s=QMP_S)
+        await moved.finish()
+        await moved.there.wait_backend("memory", "complete")
+        assert await writes(moved.there) == moved.nonce
+        await stop_writers(moved.there)
 
 
 async def test_without_an_inflight_region_qemu_is_told_that_postcopy_will_not_do(

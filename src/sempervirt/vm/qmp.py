@@ -24,6 +24,11 @@ logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
 OnEvent = Callable[[str, Mapping[str, Any]], None]
 
 
+# QEMU's main loop may wait for a page of the guest that only these commands will bring: they are
+# carried out beside it.
+_OUT_OF_BAND = frozenset({"migrate-pause", "migrate-recover"})
+
+
 class Monitor:
     """One connection. Made by `connect`; `close` it in any case."""
 
@@ -59,7 +64,8 @@ class Monitor:
             raise Unavailable(f"not connected to the monitor, {command} was not sent")
         try:
             async with asyncio.timeout(timeout_s):
-                return await self._client.execute(command, arguments)
+                oob = command in _OUT_OF_BAND
+                return await self._client.execute(command, arguments, oob=oob)
         except ExecuteError as error:
             raise StateConflict(f"QEMU refused {command}: {error}") from error
         except TimeoutError as error:
