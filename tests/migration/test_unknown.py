@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from typing import BinaryIO
 
 import pytest
 from tests.migration.client import INTERVAL_S
@@ -13,7 +16,7 @@ from tests.migration.guest import VM, Guest
 from tests.migration.journal import Journal
 from tests.migration.judge import QUIET, Judge
 from tests.migration.kills import begin_move
-from tests.migration.network import UNLIMITED
+from tests.migration.network import UNLIMITED, Link
 from tests.migration.phases import Phases
 from tests.migration.world import DEADLINE_S, POLL_S, Host, World
 
@@ -25,13 +28,16 @@ UNKNOWN = "unknown"
 COMMIT = b"/kv/txn"
 # Much longer than any blackout: a guest that is not heard for so long stands still.
 STILL_S = 3.0
+# Far enough that the destination's last word to QEMU is on its way for a while.
+DISTANT = Link("100 ms", delay_ms=100.0)
+PROMISE_S = 0.0005
 
 
 @asynccontextmanager
-async def moving() -> AsyncIterator[tuple[Judge, Phases]]:
+async def moving(link: Link = UNLIMITED) -> AsyncIterator[tuple[Judge, Phases]]:
     """A guest that is at home on host a; hosts that reach etcd through a relay."""
     async with AsyncExitStack() as stack:
-        world = await stack.enter_async_context(World.opened(UNLIMITED, relayed=True))
+        world = await stack.enter_async_context(World.opened(link, relayed=True))
         guest = await stack.enter_async_context(Guest.booted(world, world.a))
         journal = stack.enter_context(Journal.kept(guest.image, world.namespaces))
         client = await stack.enter_async_context(guest.outside())
@@ -105,3 +111,42 @@ async def test_an_operator_with_evidence_settles_it(owner: str) -> None:
         await wait_said(judge, world.other(home), *QUIET)
         await wait_owned(judge, home)
         assert await judge.survived(world.a, world.b, home) == []
+
+
+async def test_a_guest_that_qemu_itself_lets_go_on_is_not_given_away() -> None:
+    """The wire dies when the destination has everything, and QEMU has not heard of it: then its
+    migration has failed, and it lets the guest run on by itself.
+    """
+    async with moving(DISTANT) as (judge, phases):
+        guest, world = judge.guest, judge.guest.world
+        with world.b.log.open("rb") as log:
+            log.seek(0, os.SEEK_END)
+            await phases.wait("precopy", DEADLINE_S)
+            (wire,) = await wait_wire(world.a)
+            # The store is slow, so that the guest has time to do harm.
+            world.relay.when(COMMIT, world.relay.freeze)
+            await wait_promise(log)
+        os.kill(wire, signal.SIGKILL)
+        await phases.wait("commit", STILL_S)
+        world.relay.heal()
+        home = await guest.wait_beat(*world.hosts)
+        await wait_said(judge, home, "running")
+        await wait_said(judge, world.other(home), *QUIET)
+        assert await judge.survived(world.a, world.b, home) == []
+
+
+async def wait_wire(host: Host) -> list[int]:
+    """The wire's end on a host, when it is there."""
+    async with asyncio.timeout(DEADLINE_S):
+        while not (found := host.processes("semper-wired")):  # noqa: ASYNC110
+            await asyncio.sleep(POLL_S)  # poll interval
+    return found
+
+
+async def wait_promise(log: BinaryIO) -> None:
+    """Until the destination's log says that it has everything."""
+    seen = b""
+    async with asyncio.timeout(DEADLINE_S):
+        while b"-> promised" not in seen:
+            seen += log.read()
+            await asyncio.sleep(PROMISE_S)  # poll interval
