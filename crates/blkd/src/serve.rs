@@ -68,7 +68,11 @@ pub(crate) fn run(args: Args, shared: Shared) -> Result<(), Failure> {
     let faults = FaultSwitch::default();
     let track = !args.no_inflight;
     // Without the in-flight region the next process could not know that memory is missing.
-    let offer = Offer { track, page_faults: track && Userfault::open().is_ok() };
+    let userfault = Userfault::open();
+    if let Err(error) = &userfault {
+        log::info!("postcopy is not offered: page faults cannot be told error=\"{error}\"");
+    }
+    let offer = Offer { track, page_faults: track && userfault.is_ok() };
     let (threads, engine) = start_threads(&args, &disk, &faults)?;
     let device = Arc::new(Mutex::new(Device::new(Arc::clone(&disk), threads, offer)));
     if let Some(listener) = control_listener {
