@@ -77,6 +77,7 @@ from sempervirt.migration.messages import (
 from sempervirt.migration.states import Bounds, Migration
 from sempervirt.migration.stream import Told
 from sempervirt.migration.wire import Wire, WireDisk, WireFiles, sweep
+from sempervirt.store.records import Custody
 from sempervirt.store.registry import Claim, Registry, StaleClaim
 from sempervirt.vm import handover
 from sempervirt.vm.spec import VmSpec
@@ -397,7 +398,7 @@ class Departure:
             Act.FINISH_STREAM: (self._finish_stream, StreamFailed),
             Act.ASK_PROMISE: (self._ask_promise, StreamFailed),
             Act.RELEASE_DISKS: (self._release_disks, StreamFailed),
-            Act.HAND_OVER: (self._hand_over, None),
+            Act.HAND_OVER: (self._hand_over, NotCommitted),
             Act.WITHDRAW: (self._withdraw, None),
             Act.ABORT_DESTINATION: (self._abort_destination, None),
             Act.LET_RUN: (self._let_run, None),
@@ -502,7 +503,15 @@ class Departure:
         self._post(DisksReleased())
 
     async def _hand_over(self) -> None:
+        """QEMU lets the guest run on by itself when its migration fails. So it has to stand still
+        now, and from now on QEMU itself does; in postcopy it has more to send.
+        """
         assert self._claim is not None
+        if self._state.mode is Mode.PRECOPY:
+            if (await self.vm.machine.execute("query-status"))["running"]:
+                self._post(NotCommitted("the guest runs on: the migration has failed"))
+                return
+            self.vm.machine.suspend(on=True)
         try:
             self._new_claim = await self._registry.hand_over(self._claim)
         except StaleClaim:
@@ -533,10 +542,26 @@ class Departure:
 
     async def _let_run(self) -> None:
         """Tells the destination; if it cannot be reached, it learns of it from the store."""
+        await self._make_certain()
         if self._new_claim is not None:
             await self._tell(self._new_claim)
         self._told = True
         self._post(Tick())
+
+    async def _make_certain(self) -> None:
+        """An operator may have said that the destination owns the VM: the store has to know."""
+        assert self._claim is not None
+        while self._new_claim is None:
+            try:
+                owned = await self._registry.check(self._claim)
+                if owned.custody is not Custody.MOVING:
+                    await self._registry.begin_move(self._claim, self.record.destination)
+                self._new_claim = await self._registry.hand_over(self._claim)
+            except StaleClaim:
+                return  # it does
+            except SempervirtError as error:
+                log.info("migrate vm=%s %s", self.vm.name, error)
+                await asyncio.sleep(ASK_WAIT_S)
 
     async def _tell(self, claim: Claim) -> None:
         request = RunRequest(epoch=claim.epoch, claim=claim.id)
@@ -576,11 +601,14 @@ class Departure:
     async def _go_back(self) -> None:
         """Undoes everything; the guest goes on. Repeated until it is done."""
         status = "paused"
+        self.vm.machine.suspend(on=False)
         while not self.vm.run.is_end:
             try:
+                # Before a standby is there: it would take the image first.
                 for disk in self._writable():
                     if disk.generation:
                         await disk.hand_over(armed=False)
+                for disk in self._writable():
                     disk.thaw()
                 status = await self._let_go_on()
             except SempervirtError as error:
@@ -665,6 +693,8 @@ class Departure:
         """QEMU's events come at once; `_watch_stream` finds the same later."""
         if name == "MIGRATION":
             self._judge(str(data.get("status", "")), "")
+        elif name == "RESUME":
+            self._post(StreamFailed("QEMU lets the guest run on by itself"))
 
     def _judge(self, status: str, error: str) -> None:
         if status in stream.STOPPED:
@@ -682,6 +712,8 @@ class Departure:
             await asyncio.sleep(LOOK_S)
 
     async def _look(self) -> None:
+        if self._state.phase not in (Phase.PRECOPY, Phase.SWITCHOVER, Phase.POSTCOPY):
+            return  # QEMU has nothing to tell, and may be suspended
         told = await stream.look(self.vm.machine.execute)
         self.figures.told = told
         self.figures.memory = told.total_bytes or self.figures.memory

@@ -367,8 +367,7 @@ class Reception:
         vm.record = replace(vm.record, claim=claim)
         marks.append(time.monotonic())
         if self.record.running:
-            await vm.machine.execute("cont")
-            await stream.announce(vm.machine.execute)
+            await stream.let_run(vm.machine.execute)
         marks.append(time.monotonic())
         steps = [round((end - begin) * 1e3, 1) for begin, end in pairwise(marks)]
         log.info("arrival vm=%s took over, ms: epoch %s, claim %s, cont %s", vm.name, *steps)

@@ -243,11 +243,12 @@ class _Restart:
             await asyncio.gather(
                 _wait_end(self._vm.name, before),
                 *(stand_in.end() for stand_in in self._stand_ins),
-                *(tap.lead_to_tap() for tap in self._taps.values()),
+                *(tap.remove() for tap in self._taps.values()),
             )
             for stand_in in self._stand_ins:
                 stand_in.point_to_disk()
             for tap in self._taps.values():
+                await tap.take_over()
                 tap.send_again()
             if resume:
                 await successor.go()

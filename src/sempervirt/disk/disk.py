@@ -284,7 +284,8 @@ class Disk:
     async def hand_over(self, *, armed: bool) -> bool:
         """Has the active backend let go of the image as soon as the guest stands still, or keep it.
 
-        Gives whether it holds the image now. Raises Unavailable, OutcomeUnknown.
+        Gives whether it holds the image now. Raises Unavailable, when another one has it too, and
+        OutcomeUnknown.
         """
         return bool((await self._ask("handover", armed=armed))["owns_image"])
 

@@ -173,7 +173,8 @@ def _serving(state: State, generation: int, now: float) -> Decision:
         return state, []
     first = not state.served
     state = replace(state, served=True, active=replace(active, ready=True, serving_since=now))
-    if first:
+    alone = state.standby is None and state.start_due is None and state.upgrade is None
+    if first or alone:
         return replace(state, start_due=None if state.frozen else now), []
     upgrade = state.upgrade
     if upgrade and upgrade.phase is Phase.VERIFYING and upgrade.generation == generation:
@@ -259,7 +260,10 @@ def _standby_exited(
 
 def _frozen(state: State, event: Freeze | Thaw, now: float) -> Decision:
     if isinstance(event, Thaw):
-        return replace(state, frozen=False, start_due=now), []
+        # A standby would take the image from one that awaits its first queue.
+        waits = state.active is not None and state.active.serving_since is None
+        due = None if waits else now
+        return replace(state, frozen=False, served=True, start_due=due), []
     effects: list[Effect] = []
     if state.upgrade is not None:
         effects.append(UpgradeEnded("the VM moves"))

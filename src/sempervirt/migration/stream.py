@@ -8,6 +8,7 @@ lets it go as far as was decided.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from sempervirt.migration.convergence import Sample
 
 Execute = Callable[..., Awaitable[Any]]
 PAGE_BYTES = 4096
+POLL_S = 0.005
 MIN_THROTTLE = 1
 # QEMU's states of a migration, by what they mean to the source.
 STOPPED = ("pre-switchover", "device")
@@ -125,6 +127,16 @@ def told(answer: Mapping[str, Any]) -> Told:
         total_bytes=int(ram["total"]) if ram is not None else 0,
         sample=sample,
     )
+
+
+async def let_run(execute: Execute) -> None:
+    """Lets a guest run that has arrived; returns when it does. In postcopy its devices may not be
+    there yet: then QEMU lets it run by itself when they are.
+    """
+    await execute("cont")
+    while not (await execute("query-status"))["running"]:  # noqa: ASYNC110 - QEMU's state, not ours
+        await asyncio.sleep(POLL_S)
+    await announce(execute)
 
 
 async def announce(execute: Execute) -> None:

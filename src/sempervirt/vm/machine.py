@@ -210,6 +210,11 @@ class Machine:
         """A monitor command that does not change the runstate. Raises as `qmp.Monitor` does."""
         return await self._link.execute(command, arguments)
 
+    def suspend(self, *, on: bool) -> None:
+        """Keeps QEMU, with all that it might do by itself, from running (SIGSTOP); or no more."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGSTOP if on else signal.SIGCONT)
+
     def listen(self, listener: Listener | None) -> None:
         """Has every event of QEMU passed to one listener, with its data; None ends that."""
         self._listener = listener

@@ -4,8 +4,8 @@ A tap has one owner at a time, and QEMU changes it as soon as it opens it: what 
 packet, what the kernel may leave to the guest. So the new QEMU gets a stand-in, another tap of
 the same kind which leads nowhere, and its open file is led to the tap when the old QEMU has ended:
 
-    old QEMU ── file ── tap ────────────────────────┐ killed
-    new QEMU ── file ── stand-in ─── (removed) ─────┴── tap
+    old QEMU ── file ── tap ───────── killed, but we have the file ── closed ┐
+    new QEMU ── file ── stand-in ──── removed ───────────────────────────────┴── tap
 
     stop, give, take ─────────────────────────────► the packets of this time are kept, and sent
                                                     again before the guest runs, together with
@@ -22,7 +22,8 @@ import errno
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Self
 
 from sempervirt.core.errors import InvalidRequest, Unavailable
@@ -34,11 +35,12 @@ from sempervirt.host.procfs import PROC
 log = logging.getLogger(__name__)
 
 STAND_IN = "semper%d"
-# The old QEMU has 10 s to end.
-ATTACH_DEADLINE_S = 15.0
+FREE_DEADLINE_S = 5.0
+SERVE_DEADLINE_S = 5.0
 # After that the guest runs on: perhaps somebody has taken the tap down.
 RUNNING_DEADLINE_S = 0.5
 POLL_S = 0.0005
+_removals: set[asyncio.Task[None]] = set()
 
 
 class TapStandIn:
@@ -50,7 +52,7 @@ class TapStandIn:
         self._old_files: list[int] = []
         self._unread: list[bytes] = []
         self._kept: Kept | None = None
-        self._removals: list[asyncio.Task[None]] = []
+        self._before: list[taps.Served | None] = []
 
     @classmethod
     def open(cls, tap: str, pid: int) -> Self:
@@ -94,8 +96,16 @@ class TapStandIn:
                 remedy="the agent needs CAP_NET_RAW for that",
             ) from error
 
-    async def lead_to_tap(self) -> None:
-        """Gives the new QEMU the tap, as soon as the old one is gone. Raises Unavailable."""
+    async def remove(self) -> None:
+        """Takes the stand-in away: the new QEMU's files serve nothing then. Raises Unavailable."""
+        self._before = await free(self.files, self.tap)
+
+    async def take_over(self) -> None:
+        """Gives the new QEMU the tap; the old one has ended. Raises Unavailable.
+
+        Until now our copies of its files have kept the tap in service: it is without an owner for
+        no longer than it takes to close them.
+        """
         try:
             for file in self._old_files:
                 if (was := taps.served(file)) is not None:
@@ -103,7 +113,7 @@ class TapStandIn:
         except OSError as error:
             log.warning("tap %s: packets are lost: %s", self.tap, error.strerror)
         _close(self._old_files)
-        self._removals = await lead(self.files, self.tap)
+        await serve(self.files, self._before, self.tap)
 
     def send_again(self) -> int:
         """Sends what the guest did not get; gives how many packets that were."""
@@ -122,57 +132,70 @@ def _close(files: list[int]) -> None:
         os.close(files.pop())
 
 
-async def lead(files: Sequence[int], tap: str) -> list[asyncio.Task[None]]:
-    """Makes open files of a stand-in serve `tap`, once the last file that does is closed.
+async def free(files: Sequence[int], tap: str) -> list[taps.Served | None]:
+    """Takes away what else than `tap` is served by `files`; gives what they served before.
 
-    What was done already stays as it is. The stand-in's files are free long before it is gone:
-    given back is what removes it. Raises Unavailable.
+    They are free long before it is gone. Raises Unavailable.
     """
     try:
         before = [taps.served(file) for file in files]
-        others = {was.interface for was in before if was is not None} - {tap}
-        removals = [_start_removal(name) for name in others]
-        await _serve(files, before, tap)
-        deadline = asyncio.get_running_loop().time() + RUNNING_DEADLINE_S
-        while taps.stands_still(tap) and asyncio.get_running_loop().time() < deadline:  # noqa: ASYNC110
-            await asyncio.sleep(POLL_S)
+        for name in {was.interface for was in before if was is not None} - {tap}:
+            removal = background.start(asyncio.to_thread(taps.Remover(name).remove), name)
+            _removals.add(removal)
+            removal.add_done_callback(_removals.discard)
+        await _wait(lambda: all(_is_free(file, tap) for file in files), FREE_DEADLINE_S)
     except OSError as error:
-        raise Unavailable(
-            f"the tap {tap} cannot be given to the new QEMU: {error.strerror}"
-        ) from error
-    return removals
+        raise _not_given(tap, error) from error
+    return before
 
 
-def _start_removal(stand_in: str) -> asyncio.Task[None]:
-    removal = asyncio.to_thread(taps.Remover(stand_in).remove)
-    return background.start(removal, f"remove {stand_in}")
+def _is_free(file: int, tap: str) -> bool:
+    now = taps.served(file)
+    return now is None or now.interface == tap
 
 
-async def _serve(files: Sequence[int], before: Sequence[taps.Served | None], tap: str) -> None:
+async def serve(files: Sequence[int], before: Sequence[taps.Served | None], tap: str) -> None:
+    """Lets `files` serve `tap`, as soon as no other file does. Raises Unavailable."""
     several = taps.MULTI_QUEUE if len(files) > 1 else 0
-    for file, was in zip(files, before, strict=True):
-        if was is not None and was.interface == tap:
-            continue
-        await _serve_when_free(file, tap, was.flags if was else taps.ORDINARY | several)
-        if was is not None:
-            taps.set_header(file, was.header)
-            if not was.enabled:
-                taps.disable(file)
+    try:
+        for file, was in zip(files, before, strict=True):
+            if was is not None and was.interface == tap:
+                continue
+            like = was.flags if was else taps.ORDINARY | several
+            if not await _wait(partial(_serves, file, tap, like), SERVE_DEADLINE_S):
+                raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+            if was is not None:
+                taps.set_header(file, was.header)
+                if not was.enabled:
+                    taps.disable(file)
+        await _wait(lambda: not taps.stands_still(tap), RUNNING_DEADLINE_S)
+    except OSError as error:
+        raise _not_given(tap, error) from error
 
 
-async def _serve_when_free(file: int, tap: str, like: int) -> None:
-    """EEXIST: it still serves the stand-in; EBUSY: the old QEMU has not ended yet."""
-    deadline = asyncio.get_running_loop().time() + ATTACH_DEADLINE_S
-    while True:
-        try:
-            taps.serve(file, tap, like)
-        except OSError as error:
-            late = asyncio.get_running_loop().time() > deadline
-            if late or error.errno not in (errno.EEXIST, errno.EBUSY):
-                raise
-        else:
-            return
+def _serves(file: int, tap: str, like: int) -> bool:
+    try:
+        taps.serve(file, tap, like)
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            return False
+        raise
+    return True
+
+
+async def _wait(condition: Callable[[], bool], timeout_s: float) -> bool:
+    """Whether it came to be by then."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + timeout_s
+    while not condition():
+        if loop.time() > deadline:
+            return False
         await asyncio.sleep(POLL_S)
+    return True
+
+
+def _not_given(tap: str, error: OSError) -> Unavailable:
+    return Unavailable(f"the tap {tap} cannot be given to the new QEMU: {error.strerror}")
 
 
 async def settle(pid: int, netdev: str, tap: str) -> None:
@@ -183,8 +206,8 @@ async def settle(pid: int, netdev: str, tap: str) -> None:
         given = re.search(rf"\0tap,id={netdev},fds?=([0-9:]+)[,\0]", arguments)
         numbers = given[1].split(":") if given else []
         files.extend(descriptors.take(pid, int(number)) for number in numbers)
-        await asyncio.gather(*await lead(files, tap))
+        await serve(files, await free(files, tap), tap)
     except OSError as error:
-        raise Unavailable(f"the tap {tap} cannot be given to QEMU: {error.strerror}") from error
+        raise _not_given(tap, error) from error
     finally:
         _close(files)
