@@ -1,0 +1,162 @@
+"""What is decided about a move: postcopy, a deadline, giving it up, a host that is gone."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+from tests.migration.guest import VM, Guest
+from tests.migration.judge import faults_of
+from tests.migration.network import FAR, UNLIMITED, Link
+from tests.migration.phases import Phases
+from tests.migration.world import DEADLINE_S, POLL_S, Host, World
+
+from sempervirt.api.client import Client
+from sempervirt.api.schemas import MigrateRequest
+from sempervirt.core.errors import ImageLocked, NotAllowed, StateConflict
+from sempervirt.migration.events import Arrival
+from sempervirt.migration.messages import MigrationView, MovePolicy, RunRequest
+
+pytestmark = [pytest.mark.root, pytest.mark.guest, pytest.mark.slow, pytest.mark.timeout(240)]
+# Too short for all of the memory to be there: then something has to be decided.
+SOON = MovePolicy(deadline_s=1.0, throttle_max=0)
+SOON_POSTCOPY = MovePolicy(deadline_s=1.0, throttle_max=0, postcopy=True)
+
+
+@asynccontextmanager
+async def at_home(link: Link) -> AsyncIterator[Guest]:
+    """A guest on host a that writes and verifies."""
+    async with World.opened(link) as world, Guest.booted(world, world.a) as guest:
+        yield guest
+
+
+async def begin(guest: Guest, policy: MovePolicy) -> None:
+    """Asks for a move from a to b."""
+    async with guest.world.a.client() as client:
+        await client.migrate(VM, MigrateRequest(to="b", policy=policy))
+
+
+async def until(host: Host, *phases: str, over: bool = True) -> MigrationView:
+    """Waits until a migration is in one of these phases, and over."""
+    async with host.client() as client, asyncio.timeout(DEADLINE_S):
+        while True:
+            view = await client.migration(VM)
+            if view.phase in phases and view.over >= over:
+                return view
+            assert not view.over, view
+            await asyncio.sleep(POLL_S)  # poll interval
+
+
+async def unharmed(guest: Guest, host: Host) -> None:
+    """The guest is on that host, the same boot, and all that it wrote is there."""
+    assert await guest.wait_beat(host) is host
+    probe = await guest.probe_on(host)
+    assert probe.nonce == guest.nonce
+    before = (await probe.stats()).completions
+    await probe.wait_stats(lambda stats: stats.completions > before + 100)
+    assert faults_of(await guest.judged(host)) == []
+
+
+async def test_a_guest_that_cannot_be_moved_in_time_stays() -> None:
+    async with at_home(FAR) as guest:
+        a, b = guest.world.hosts
+        complaint = await a.semper(
+            "vm", "migrate", VM, "--to", "b", "--deadline", "1", "--throttle", "0", code=6
+        )
+        assert re.search(r"stays on a: it did not converge in 1 s: .* MB/s", complaint)
+        async with b.client() as client:
+            assert await client.vms() == []
+        await unharmed(guest, a)
+
+
+async def test_a_move_can_be_given_up_until_the_store_was_asked() -> None:
+    async with at_home(FAR) as guest, guest.outside() as outside:
+        a, _ = guest.world.hosts
+        await begin(guest, MovePolicy())
+        await until(a, "precopy", over=False)
+        with_json = await a.semper("vm", "migrate", VM, "--cancel", "--output", "json")
+        view = MigrationView.model_validate(json.loads(with_json))
+        assert (view.phase, view.why, view.over) == ("abandoned", "cancelled", True)
+        # It is too late for another one, and early enough for another move.
+        await a.semper("vm", "migrate", VM, "--cancel", code=5)
+        await a.semper("vm", "migrate", VM, "--to", "b")
+        assert outside.alive
+        await unharmed(guest, guest.world.b)
+
+
+@pytest.mark.parametrize("broken", [False, True], ids=["whole", "broken"])
+async def test_postcopy_brings_the_rest_of_the_memory_later(broken: bool) -> None:
+    """Also when the way between the hosts breaks: the stream is taken up again."""
+    async with at_home(FAR) as guest:
+        world = guest.world
+        phases = Phases(world.a)
+        await begin(guest, SOON_POSTCOPY)
+        await phases.wait("postcopy", DEADLINE_S)
+        phases.close()
+        if broken:  # as soon as it runs there; before that QEMU cannot take a stream up again
+            await guest.wait_beat(world.b)
+            for pid in world.a.processes("semper-wired"):
+                os.kill(pid, signal.SIGKILL)
+        view = await until(world.a, "done")
+        assert view.mode == "postcopy"
+        # It ran there long before the rest had come.
+        assert view.blackout_ms is not None
+        assert view.blackout_ms / 1e3 < view.elapsed_s / 2
+        await unharmed(guest, world.b)
+
+
+async def test_without_leave_for_postcopy_there_is_none() -> None:
+    async with at_home(FAR) as guest:
+        await begin(guest, SOON)
+        assert (await until(guest.world.a, "abandoned")).mode == "precopy"
+        await unharmed(guest, guest.world.a)
+
+
+async def test_a_host_that_is_gone_loses_its_vm_by_evidence_only() -> None:
+    """Before that nobody gets it; afterwards the host that comes back does not keep it."""
+    async with at_home(UNLIMITED) as guest:
+        a, b = guest.world.hosts
+        evidence = ("--evidence", "it is switched off, and stands beside me")
+        refused = await b.semper("vm", "resolve", VM, "--owner", "b", *evidence, code=5)
+        assert "whose agent is alive" in refused
+        a.kill_agent()
+        async with asyncio.timeout(DEADLINE_S):
+            while "silent" not in await b.semper("host", "list"):  # noqa: ASYNC110
+                await asyncio.sleep(POLL_S)  # poll interval
+        async with b.client() as client:
+            with pytest.raises(StateConflict, match="owned by a"):
+                await client.run_vm(guest.spec)
+        assert "b owns VM" in await b.semper("vm", "resolve", VM, "--owner", "b", *evidence)
+        # Its guest still runs there: the evidence was wrong, and the image's lock knows it.
+        async with b.client() as client:
+            with pytest.raises(ImageLocked, match="in use by semper-blkd"):
+                await client.run_vm(guest.spec)
+        await a.start_agent()
+        async with a.client() as client, asyncio.timeout(DEADLINE_S):
+            while (await client.vm(VM)).end is None:  # noqa: ASYNC110
+                await asyncio.sleep(POLL_S)  # poll interval
+
+
+async def test_only_a_host_sends_vms_here() -> None:
+    async with World.opened(UNLIMITED) as world, world.a.client() as client:
+        await refused(client)
+
+
+async def refused(client: Client) -> None:
+    """By none of the doors."""
+    claim = RunRequest(epoch=2, claim="0" * 32)
+    for ask in (
+        client.arrival("0" * 32, Arrival.INCOMING, 0.0),
+        client.run_arrival("0" * 32, claim),
+        client.abort_arrival("0" * 32, "because"),
+        client.promise_arrival("0" * 32),
+        client.recover_arrival("0" * 32),
+    ):
+        with pytest.raises(NotAllowed, match="only another host"):
+            await ask
