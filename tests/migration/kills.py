@@ -140,13 +140,14 @@ class Stage:
         sides = faults.Sides(self.world, source, self.world.other(source))
         judge.since = time.monotonic()
         statements: list[Statement] = []
-        listening = asyncio.create_task(self._listen(statements))
+        over = asyncio.Event()
+        listening = asyncio.create_task(self._listen(statements, over))
         try:
             await self._move_and_strike(sides, outcome)
             await self._settle(sides, outcome)
         finally:
-            listening.cancel()
-            await asyncio.gather(listening, return_exceptions=True)
+            over.set()
+            await listening
         outcome.said = {statement.state for statement in statements}
         outcome.problems += self._untruths(statements)
         return outcome
@@ -226,9 +227,9 @@ class Stage:
             return f"{words}, and no heart was heard since {time.monotonic() - since:.1f} s"
         return home
 
-    async def _listen(self, statements: list[Statement]) -> None:
-        """Writes down what the hosts say meanwhile."""
-        while True:
+    async def _listen(self, statements: list[Statement], over: asyncio.Event) -> None:
+        """Writes down what the hosts say until it is over."""
+        while not over.is_set():
             for host in self.world.hosts:
                 try:
                     state = await self.judge.said(host)
