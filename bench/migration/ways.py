@@ -2,9 +2,10 @@
 
 Everything is the same but how memory travels: the same QEMU, the same limit to the downtime (QEMU's
 300 ms), the same backends that hand the disks over, no limit on bandwidth but the link's own. Only
-semper-wired encrypts.
+semper-wired encrypts. Where it stands between, QEMU is told how fast the link is; else it sees that.
 """
 
+import asyncio
 import itertools
 import json
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from sempervirt.vm.qmp import Monitor
 MOVE_S = 240.0
 WIRED_S = 60.0
 CHANNELS = 2
+STEER_S = 0.05
+# Until the wire has seen what the link carries.
+UNKNOWN_BYTES_S = 10_000_000
 _ports = itertools.count(41000)
 
 
@@ -44,10 +48,17 @@ class Way:
         await target.execute("migrate-incoming", {"uri": target_uri}, timeout_s=QMP_S)
         if self.wired:
             await lay_wire(here, there)
+            await expect(source, UNKNOWN_BYTES_S)
         for disk in here.hardware.disks:
             await ask(here.control(disk), "handover", armed=True)
         await source.execute("migrate", {"uri": source_uri}, timeout_s=QMP_S)
-        told = await wait_completed(source, target)
+        steering = asyncio.create_task(steer(here, source)) if self.wired else None
+        try:
+            told = await wait_completed(source, target)
+        finally:
+            if steering is not None:
+                steering.cancel()
+                await asyncio.gather(steering, return_exceptions=True)
         if self.wired:
             for end in (here, there):
                 await end.ended("wired", WIRED_S)
@@ -79,6 +90,29 @@ async def wait_completed(source: Monitor, target: Monitor) -> dict[str, Any]:
     await until(complete, "the migration", MOVE_S)
     await until(runs, "the guest at its destination", MOVE_S)
     return {"qemu": info}
+
+
+async def expect(source: Monitor, bytes_s: int) -> None:
+    """What QEMU is to reckon with when it decides whether the rest fits into its limit."""
+    parameters = {"avail-switchover-bandwidth": bytes_s}
+    await source.execute("migrate-set-parameters", parameters, timeout_s=QMP_S)
+
+
+async def steer(here: End, source: Monitor) -> None:
+    """The policy of docs/design/wire.md: QEMU reckons with what the link carries.
+
+    The wire tells how much. QEMU's own guess is how fast references leave it. Ends with the wire.
+    """
+    last = UNKNOWN_BYTES_S
+    while True:
+        try:
+            seen = (await ask(here.path("wired.control"), "status"))["switchover_bandwidth"]
+        except (OSError, ValueError):
+            return
+        if seen is not None and seen != last:
+            await expect(source, seen)
+            last = seen
+        await asyncio.sleep(STEER_S)
 
 
 def certify(*ends: End) -> None:
