@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import re
 import signal
@@ -80,8 +79,8 @@ async def test_a_move_can_be_given_up_until_the_store_was_asked() -> None:
         a, _ = guest.world.hosts
         await begin(guest, MovePolicy())
         await until(a, "precopy", over=False)
-        with_json = await a.semper("vm", "migrate", VM, "--cancel", "--output", "json")
-        view = MigrationView.model_validate(json.loads(with_json))
+        async with a.client() as client:
+            view = await client.cancel_migration(VM)
         assert (view.phase, view.why, view.over) == ("abandoned", "cancelled", True)
         # It is too late for another one, and early enough for another move.
         await a.semper("vm", "migrate", VM, "--cancel", code=5)

@@ -14,7 +14,7 @@ from sempervirt.agent.claims import claim_of, put_on_record
 from sempervirt.agent.vm import Vm
 from sempervirt.core.errors import SempervirtError
 from sempervirt.store.port import Store
-from sempervirt.store.records import Custody, Ownership, parse
+from sempervirt.store.records import Ownership, parse
 from sempervirt.store.registry import Claim
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ async def follow_claims(
 async def _compare(vm: Vm, claim: Claim, owned: Ownership, host: str) -> None:
     if (owned.epoch, owned.claim) == (claim.epoch, claim.id) or owned.epoch < claim.epoch:
         return
-    if (vm.moving is not None and not vm.moving.over) or owned.custody is Custody.FREE:
+    if vm.moving is not None and not vm.moving.over:
         return  # the machines of the move find out for themselves
     if owned.owner == host:
         newer = claim_of(owned)
@@ -49,13 +49,9 @@ async def _compare(vm: Vm, claim: Claim, owned: Ownership, host: str) -> None:
             return
         vm.entitle(newer)
         return
-    log.error(
-        "claim vm=%s belongs to %s under epoch %d: it is ended here",
-        vm.name,
-        owned.owner,
-        owned.epoch,
-    )
-    vm.machine.journal.note(time.time(), "claim", f"given to {owned.owner}: ended here")
+    whose = owned.owner or "another host"
+    log.error("claim vm=%s belongs to %s, epoch %d: ended", vm.name, whose, owned.epoch)
+    vm.machine.journal.note(time.time(), "claim", f"given to {whose}: ended here")
     try:
         await vm.kill()
     except SempervirtError as error:
