@@ -2,7 +2,7 @@
 
 Everything is the same but how memory travels: the same QEMU, the same limit to the downtime (QEMU's
 300 ms), the same backends that hand the disks over, no limit on bandwidth but the link's own. Only
-semper-wired encrypts. Where it stands between, QEMU is told how fast the link is; else it sees that.
+semper-wired encrypts. With it QEMU is told how fast the link is; without, QEMU sees that.
 """
 
 import asyncio
