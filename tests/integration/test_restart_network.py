@@ -39,10 +39,12 @@ Spec = Callable[..., VmSpec]
 RESTARTS = int(os.environ.get("SEMPERVIRT_RESTARTS", "5"))
 # Half a second on two busy processors under emulation; the target is 300 ms.
 BLACKOUT_MAX_MS = 1500.0
+# For a client there come the translation of the guest's code anew and whatever else the host does.
+SILENCE_MAX_MS = 5000.0
 # Of the pings of one restart: the kernel may see for a moment that nobody serves the tap.
 LOST_MAX = 2
 GUEST, PEER = "10.9.0.2", "10.9.0.1"
-PING_INTERVAL_S = 0.002
+PING_INTERVAL_S = 0.005
 ANSWER_S = 2.0
 _numbers = itertools.count(1)
 
@@ -178,7 +180,8 @@ async def test_a_guest_with_disk_and_tap_goes_on_in_a_new_qemu(
     print(f"pings {pings.sent}, lost {pings.lost}, twice {pings.twice}")  # noqa: T201
     assert stats.is_clean, stats
     assert len(pids) == RESTARTS + 1
-    assert max(silences) < BLACKOUT_MAX_MS
+    assert max(blackouts) < BLACKOUT_MAX_MS
+    assert max(silences) < SILENCE_MAX_MS
     assert pings.lost <= RESTARTS * LOST_MAX
     assert interfaces() == {"lo", "br0", "tap0"}
 
@@ -195,7 +198,7 @@ async def test_packets_are_lost_if_nobody_keeps_them(
             await agent.restart_qemu("web")
             await client.wait_heard()
     print(f"pings {pings.sent}, lost {pings.lost}, twice {pings.twice}")  # noqa: T201
-    assert pings.lost > 5 * LOST_MAX
+    assert pings.lost > 2 * LOST_MAX
 
 
 async def test_a_tap_with_several_queues(agent: Agent, guest_spec: Spec) -> None:
@@ -267,7 +270,7 @@ async def main():
             await probe.wait_hello()
             await probe.network_up("eth0", "{GUEST}/24")
             await probe.echo_start(7)
-        tap.lead = removed if {where!r} == "removed" else die
+        tap.free = removed if {where!r} == "removed" else die
         await agent.restart_qemu("web")
 asyncio.run(main())
 """

@@ -83,10 +83,7 @@ class Successor:
 
     async def take(self, state: Path) -> None:
         """Loads the state of the devices. Raises Unavailable when this QEMU cannot."""
-        execute = self.monitor.execute_within(COMMAND_S)
-        # Nothing has moved that a switch would have to learn.
-        await execute("migrate-set-parameters", {"announce-rounds": 0})
-        await handover.take(execute, state)
+        await handover.take(self.monitor.execute_within(COMMAND_S), state)
 
     async def go(self) -> None:
         """Lets the guest run on. Raises as `Monitor.execute`."""
