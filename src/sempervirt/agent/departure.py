@@ -38,7 +38,13 @@ from sempervirt.core.errors import (
 from sempervirt.disk.disk import Disk
 from sempervirt.host import background
 from sempervirt.migration import convergence, states, stream
-from sempervirt.migration.convergence import ConvergencePolicy, GiveUp, GoPostcopy, RaiseLimit
+from sempervirt.migration.convergence import (
+    ConvergencePolicy,
+    GiveUp,
+    GoPostcopy,
+    RaiseLimit,
+    Sample,
+)
 from sempervirt.migration.convergence import Throttle as ThrottleGuest
 from sempervirt.migration.events import (
     Act,
@@ -88,6 +94,8 @@ log = logging.getLogger(__name__)
 TICK_S = 0.1
 LOOK_S = 0.1
 DEADLINE_GRACE_S = 30.0
+# QEMU is told of a bandwidth that differs by more than this part.
+BANDWIDTH_PART = 0.05
 # The destination answers at the latest then, also if nothing has changed.
 ASK_WAIT_S = 1.0
 GONE_S = 10.0
@@ -140,6 +148,7 @@ class Departure:
         self._owner: asyncio.Task[None] | None = None
         self._wire_files = WireFiles(vm.machine.files.directory)
         self._wire: Wire | None = None
+        self._bandwidth = stream.UNKNOWN_BANDWIDTH
         self._address = ""
         self._served: dict[str, int] = {}
         self._new_claim: Claim | None = None
@@ -273,7 +282,7 @@ class Departure:
     def view(self) -> MigrationView:
         """All that is known."""
         figures, told = self.figures, self.figures.told
-        sample = told.sample if told else None
+        sample = replace(told.sample, bandwidth=self._bandwidth) if told and told.sample else None
         expected_s = convergence.expected_blackout_s(sample) if sample else float("inf")
         return MigrationView(
             id=self.id,
@@ -447,6 +456,7 @@ class Departure:
         await stream.prepare_source(
             execute, postcopy=self.policy.postcopy, blackout_s=self._track.limit_s
         )
+        await stream.reckon(execute, self._bandwidth)
         await stream.start(execute, self._wire_files.stream)
         self._keep(self._watch_stream(), "stream")
 
@@ -652,7 +662,15 @@ class Departure:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK_S)
+            if self._state.phase in (Phase.PRECOPY, Phase.SWITCHOVER):
+                self._watch_disks()
             self._post(Tick())
+
+    def _watch_disks(self) -> None:
+        """Not by way of QEMU: it may be silent for as long as one of its disks is not served."""
+        for disk in self._writable():
+            if disk.generation != self._served.get(disk.name, disk.generation):
+                self._post(StreamFailed(f"the backend of disk {disk.name} ended"))
 
     async def _watch_machine(self) -> None:
         await self.vm.machine.wait_ended()
@@ -724,17 +742,21 @@ class Departure:
         match self._state.phase:
             case Phase.PRECOPY | Phase.SWITCHOVER:
                 self._judge(told.status, failure or told.error or "QEMU says no more")
-                for disk in self._writable():
-                    if disk.generation != self._served[disk.name]:
-                        self._post(StreamFailed(f"the backend of disk {disk.name} ended"))
                 if self._state.phase is Phase.PRECOPY and told.status == "active" and told.sample:
-                    await self._push(told)
+                    await self._reckon()
+                    await self._push(replace(told.sample, bandwidth=self._bandwidth))
             case Phase.POSTCOPY if told.status == stream.BROKEN and not self._recovering:
                 self._post(StreamFailed(failure or "the connection broke"))
 
-    async def _push(self, told: Told) -> None:
-        assert told.sample is not None
-        self._track, decision = convergence.decide(self._track, told.sample, self._decides)
+    async def _reckon(self) -> None:
+        """Has QEMU reckon with what the link carries, as the wire has seen it."""
+        seen = self._wire.status.get("switchover_bandwidth") if self._wire else None
+        if isinstance(seen, int) and abs(seen - self._bandwidth) > self._bandwidth * BANDWIDTH_PART:
+            self._bandwidth = float(seen)
+            await stream.reckon(self.vm.machine.execute, self._bandwidth)
+
+    async def _push(self, sample: Sample) -> None:
+        self._track, decision = convergence.decide(self._track, sample, self._decides)
         execute = self.vm.machine.execute
         match decision:
             case RaiseLimit(blackout_s):

@@ -9,16 +9,20 @@ lets it go as far as was decided.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sempervirt.core.errors import StateConflict
 from sempervirt.migration.convergence import Sample
 
 Execute = Callable[..., Awaitable[Any]]
 PAGE_BYTES = 4096
 POLL_S = 0.005
+# In bytes/s, until the wire has seen what the link carries (docs/design/wire.md).
+UNKNOWN_BANDWIDTH = 10e6
 MIN_THROTTLE = 1
 # QEMU's states of a migration, by what they mean to the source.
 STOPPED = ("pre-switchover", "device")
@@ -82,6 +86,17 @@ async def go_on(execute: Execute, stream: Path) -> None:
 async def start(execute: Execute, stream: Path) -> None:
     """Begins to send. Raises as `execute`."""
     await execute("migrate", {"uri": f"unix:{stream}"})
+
+
+async def reckon(execute: Execute, bandwidth: float) -> None:
+    """What QEMU is to reckon with when it decides whether the rest fits into the blackout, in
+    bytes/s. By itself it would take the rate at which references leave it.
+
+    A QEMU before 8.2 does that.
+    """
+    with contextlib.suppress(StateConflict):
+        parameters = {"avail-switchover-bandwidth": max(1, round(bandwidth))}
+        await execute("migrate-set-parameters", parameters)
 
 
 async def finish(execute: Execute) -> None:
