@@ -26,6 +26,7 @@ pytestmark = [pytest.mark.root, pytest.mark.guest, pytest.mark.slow, pytest.mark
 UNKNOWN = "unknown"
 # What the source asks of etcd when it hands over.
 COMMIT = b"/kv/txn"
+UNAVAILABLE = 6
 # Much longer than any blackout: a guest that is not heard for so long stands still.
 STILL_S = 3.0
 # Far enough that the destination's last word to QEMU is on its way for a while.
@@ -93,9 +94,13 @@ async def test_a_lost_answer_is_unknown_until_the_store_is_back(how: str) -> Non
         assert await judge.survived(world.a, world.b, home) == []
 
 
-@pytest.mark.parametrize("owner", ["a"])
+@pytest.mark.parametrize("owner", ["a", "b"])
 async def test_an_operator_with_evidence_settles_it(owner: str) -> None:
-    """The hand-over never arrived, and never will; the store stays away until it is settled."""
+    """The hand-over never arrived, and never will; the store stays away until it is settled.
+
+    For the source this is settled there and then. The destination could not run without the
+    store anyway: so this is refused, and both settle it when the store is back.
+    """
     async with moving() as (judge, phases):
         guest, world = judge.guest, judge.guest.world
         await phases.wait("precopy", DEADLINE_S)
@@ -103,14 +108,19 @@ async def test_an_operator_with_evidence_settles_it(owner: str) -> None:
         await wait_said(judge, world.a, UNKNOWN)
         world.relay.drop()
         evidence = ("--evidence", "nothing is on its way to etcd: its host was looked at")
-        await world.a.semper("vm", "resolve", VM, "--owner", owner, *evidence)
+        resolve = ("vm", "resolve", VM, "--owner", owner, *evidence)
+        if owner == "a":
+            await world.a.semper(*resolve)
+            assert await guest.wait_beat(*world.hosts) is world.a
+        else:
+            assert "only the store can give" in await world.a.semper(*resolve, code=UNAVAILABLE)
+            assert await stands_still(guest)
         world.relay.heal()
-        home = world.a if owner == "a" else world.b
-        assert await guest.wait_beat(*world.hosts) is home
-        await wait_said(judge, home, "running")
-        await wait_said(judge, world.other(home), *QUIET)
-        await wait_owned(judge, home)
-        assert await judge.survived(world.a, world.b, home) == []
+        assert await guest.wait_beat(*world.hosts) is world.a
+        await wait_said(judge, world.a, "running")
+        await wait_said(judge, world.b, *QUIET)
+        await wait_owned(judge, world.a)
+        assert await judge.survived(world.a, world.b, world.a) == []
 
 
 async def test_a_guest_that_qemu_itself_lets_go_on_is_not_given_away() -> None:

@@ -184,19 +184,26 @@ async def resolve(agent: Agent, name: str, owner: str, evidence: str) -> str:
     async with Cluster.opened(agent.config) as cluster:
         try:
             claim = await _resolve_in_store(cluster, name, owner, evidence)
-        except Unavailable:
-            if not _settle_here(agent, name, cluster.settings.host, owner, evidence):
+        except Unavailable as error:
+            if owner != cluster.settings.host:
+                # It could not run there before the store has said so; by then it is settled.
+                raise Unavailable(
+                    f"only the store can give VM {name} to {owner}: {error.message}",
+                    remedy="when the store answers again, the hosts settle it by themselves",
+                ) from error
+            if not _settle_here(agent, name, evidence):
                 raise
             return "settled on this host; the store will learn of it when it answers again"
     return f"{owner} owns VM {name} under epoch {claim.epoch}"
 
 
-def _settle_here(agent: Agent, name: str, host: str, owner: str, evidence: str) -> bool:
+def _settle_here(agent: Agent, name: str, evidence: str) -> bool:
+    """The VM stays here, whatever the store was asked."""
     vm = agent.vms.get(name)
     moving = vm.moving if vm else None
     if not isinstance(moving, Departure) or moving.over:
         return False
-    moving.settle(Resolved(Side.SOURCE if owner == host else Side.DESTINATION, evidence))
+    moving.settle(Resolved(Side.SOURCE, evidence))
     return True
 
 
