@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,13 @@ from sempervirt.agent.lock import agent_lock
 from sempervirt.agent.logs import log_to_stderr
 from sempervirt.agent.main import main
 from sempervirt.agent.notify import notify
-from sempervirt.agent.record import VmRecord, read_vm_record
+from sempervirt.agent.record import ArrivalRecord, DepartureRecord, VmRecord, read_vm_record
 from sempervirt.core.errors import StateConflict
 from sempervirt.core.queue_map import Binding, Choice, DevicePlan
 from sempervirt.host.procfs import ProcessId
 from sempervirt.host.records import RecordDamaged
+from sempervirt.migration.events import Arrival, Mode, Phase
+from sempervirt.store.registry import Claim
 from sempervirt.vm.accel import Accelerator
 from sempervirt.vm.spec import VmSpec
 from sempervirt.vm.states import End, Runstate, VmState
@@ -64,6 +67,12 @@ def test_a_vm_record_and_back(tmp_path: Path, end: VmState | None) -> None:
         record = VmRecord(spec, accelerator, 12.5, qemu, end, {"disk-a": plan})
         record.write(path)
         assert read_vm_record(path) == record
+    claim = Claim("web", "a", 7, "c" * 32, ("i" * 32,))
+    leaves = DepartureRecord("d" * 32, "b", "10.0.0.2:7443", True, Phase.COMMIT, Mode.POSTCOPY)
+    comes = ArrivalRecord("d" * 32, "a", False, 7, ("i" * 32,), Arrival.PROMISED)
+    for moving in (replace(record, departure=leaves), replace(record, arrival=comes)):
+        replace(moving, claim=claim).write(path)
+        assert read_vm_record(path) == replace(moving, claim=claim)
     assert read_vm_record(tmp_path / "absent") is None
     path.write_text('{"version": 1, "spec": {}}')
     with pytest.raises(RecordDamaged, match="not the record of a VM"):
