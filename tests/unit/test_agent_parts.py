@@ -67,12 +67,12 @@ def test_a_vm_record_and_back(tmp_path: Path, end: VmState | None) -> None:
         record = VmRecord(spec, accelerator, 12.5, qemu, end, {"disk-a": plan})
         record.write(path)
         assert read_vm_record(path) == record
-    claim = Claim("web", "a", 7, "c" * 32, ("i" * 32,))
-    leaves = DepartureRecord("d" * 32, "b", "10.0.0.2:7443", True, Phase.COMMIT, Mode.POSTCOPY)
-    comes = ArrivalRecord("d" * 32, "a", False, 7, ("i" * 32,), Arrival.PROMISED)
-    for moving in (replace(record, departure=leaves), replace(record, arrival=comes)):
-        replace(moving, claim=claim).write(path)
-        assert read_vm_record(path) == replace(moving, claim=claim)
+        claim = Claim("web", "a", 7, "c" * 32, ("i" * 32,))
+        leaves = DepartureRecord("d" * 32, "b", "10.0.0.2:7443", True, Phase.COMMIT, Mode.POSTCOPY)
+        comes = ArrivalRecord("d" * 32, "a", False, 7, ("i" * 32,), Arrival.PROMISED)
+        for moving in (replace(record, departure=leaves), replace(record, arrival=comes)):
+            replace(moving, claim=claim).write(path)
+            assert read_vm_record(path) == replace(moving, claim=claim)
     assert read_vm_record(tmp_path / "absent") is None
     path.write_text('{"version": 1, "spec": {}}')
     with pytest.raises(RecordDamaged, match="not the record of a VM"):
