@@ -161,8 +161,8 @@ class Departure:
     async def begin(self, policy: MovePolicy, stack: AsyncExitStack) -> None:
         """Holds the VM, tells the store, and goes to work; `stack` holds what is needed for it.
 
-        Raises StateConflict, Unavailable, OutcomeUnknown: nothing was begun then, or what was is
-        undone by the next try.
+        Raises StateConflict, Unavailable, OutcomeUnknown: nothing was begun then, or what was told
+        to the store is taken back by the next try.
         """
         self.policy = policy
         await self.vm.machine.hold(Request.DEPART)
@@ -174,6 +174,8 @@ class Departure:
                 )
             await self._connect(stack)
             assert self._claim is not None
+            if (await self._registry.check(self._claim)).custody is Custody.MOVING:
+                await self._registry.end_move(self._claim)
             before = time.monotonic()
             await self._registry.begin_move(self._claim, self.record.destination)
             self._limit(time.monotonic() - before)
@@ -190,9 +192,9 @@ class Departure:
     async def resume(self, stack: AsyncExitStack) -> None:
         """Goes on from the record of an agent that has ended meanwhile."""
         await self._connect(stack)
-        self.figures.stopped_at = time.monotonic()
         self._state = replace(self._state, guest_stopped=True, until=0.0)
-        await sweep(self._wire_files)
+        if self.record.phase is not Phase.POSTCOPY:
+            await sweep(self._wire_files)
         acts: list[Act] = []
         match self.record.phase:
             case Phase.PREPARE | Phase.PRECOPY | Phase.SWITCHOVER:
@@ -203,6 +205,10 @@ class Departure:
                 acts = [Act.LET_RUN, Act.END_SOURCE]
             case Phase.ABANDONED:
                 self._keep(self._go_back(), "go back")
+            case Phase.POSTCOPY:
+                self._told = True
+                self._keep(self._watch_destination(), "destination")
+                self._keep(self._watch_stream(), "stream")
         self._go_to_work(acts)
 
     def _go_to_work(self, acts: list[Act]) -> None:
@@ -213,7 +219,13 @@ class Departure:
         self._keep(self._watch_machine(), "end of QEMU")
 
     async def detach(self) -> None:
-        """Leaves everything as it is, for another agent to go on with."""
+        """Leaves everything as it is, for another agent to go on with.
+
+        But while the VM can still stay it does: QEMU would stop the guest, and wait for somebody.
+        """
+        if self._state.may_cancel and not self.over:
+            with contextlib.suppress(SempervirtError):
+                await self.cancel()
         if self.over:
             return
         for task in (self._owner, *self._tasks):
@@ -653,7 +665,7 @@ class Departure:
         if self.record.running and status in ("paused", "postmigrate", "finish-migrate"):
             await execute("cont")
             status = "running"
-        if self.figures.stopped_at is not None and status == "running":
+        if self._state.guest_stopped and status == "running":
             await stream.announce(execute)
         return status
 
