@@ -21,6 +21,7 @@ from sempervirt.api.schemas import MigrateRequest
 from sempervirt.core.errors import ImageLocked, NotAllowed, StateConflict
 from sempervirt.migration.events import Arrival
 from sempervirt.migration.messages import MigrationView, MovePolicy, RunRequest
+from sempervirt.vm.states import Runstate
 
 pytestmark = [pytest.mark.root, pytest.mark.guest, pytest.mark.slow, pytest.mark.timeout(240)]
 # Too short for all of the memory to be there: then something has to be decided.
@@ -159,3 +160,17 @@ async def refused(client: Client) -> None:
     ):
         with pytest.raises(NotAllowed, match="only another host"):
             await ask
+
+
+async def test_an_agent_that_is_told_to_end_leaves_no_guest_in_between() -> None:
+    """Nobody would let it go on when QEMU stops it for the switchover."""
+    async with at_home(FAR) as guest:
+        a, _ = guest.world.hosts
+        await begin(guest, MovePolicy())
+        await until(a, "precopy", over=False)
+        await a.end_agent()
+        await unharmed(guest, a)
+        await a.start_agent()
+        async with a.client() as client:
+            assert (await client.vm(VM)).state is Runstate.RUNNING
+        await a.semper("vm", "migrate", VM, "--to", "b")

@@ -93,6 +93,12 @@ class Host:
             self._agent.kill()
             self._agent.wait()
 
+    async def end_agent(self) -> None:
+        """SIGTERM; the VMs run on."""
+        if self._agent is not None:
+            self._agent.terminate()
+            await asyncio.to_thread(self._agent.wait, DEADLINE_S)
+
     @property
     def agent_runs(self) -> bool:
         """Whether it does."""
