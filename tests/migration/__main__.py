@@ -20,19 +20,23 @@ from tests.migration.kills import Outcome, campaign, chosen
 from tests.migration.network import FAR, GIGABIT, UNLIMITED
 from tests.migration.phases import ORDER
 
+# A move that fails by itself just before the strike is over, too.
+PHASES = (*ORDER, "abandoned")
 LINKS = {"unlimited": UNLIMITED, "gigabit": GIGABIT, "far": FAR}
 
 
 def table(outcomes: Sequence[Outcome]) -> Table:
-    """Victims by phases: how many strikes fell, and at which of them the VM was rightly lost."""
+    """Victims by the phases in which the strikes fell, and how many of these ended the VM, which
+    only the death of its own QEMU may.
+    """
     drawn = Table(title="Strikes (of which ended the VM)", title_justify="left")
     drawn.add_column("victim")
-    for name in (*ORDER, "nobody there", "problems", "settled within, s"):
+    for name in (*PHASES, "nobody there", "problems", "settled within, s"):
         drawn.add_column(name, justify="right")
     for victim in VICTIMS:
         of_victim = [outcome for outcome in outcomes if outcome.strike.victim == victim]
         hit = [outcome for outcome in of_victim if outcome.hit]
-        cells = [_count([o for o in hit if o.strike.phase == phase]) for phase in ORDER]
+        cells = [_count([o for o in hit if o.at == phase]) for phase in PHASES]
         settled = max((outcome.settled_s for outcome in of_victim), default=0.0)
         drawn.add_row(
             victim,
