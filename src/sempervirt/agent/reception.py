@@ -259,7 +259,15 @@ class Reception:
             for act in acts:
                 self._begin_act(act)
             if state.phase is Arrival.LOST:
+                await self._give_back()
                 await self._finish()
+
+    async def _give_back(self) -> None:
+        """The VM was this host's, and has ended: whoever runs it next may claim it."""
+        claim = self.vm.record.claim or self._claim
+        self.vm.record = replace(self.vm.record, claim=claim, arrival=None)
+        self.vm.keep_record()
+        await self.vm.give_back()
 
     def _entered(self, before: Incoming) -> None:
         state = self._state
