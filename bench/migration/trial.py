@@ -23,7 +23,7 @@ from sempervirt.core.errors import SempervirtError
 from sempervirt.guest import DebianImage, ProbeClient
 from sempervirt.vm.qmp import Monitor
 
-BOOT_S = 120.0
+BOOT_S = 240.0
 BEATS_S = 60.0
 # Enough to know its clock, before and after.
 BEATS = 60
