@@ -259,6 +259,7 @@ impl<'a> Carrier<'a> {
                 for repair in &repairs.frames {
                     self.channel.send(repair)?;
                 }
+                self.progress.mismatched(repairs.mismatched.len());
                 locked(&self.flow).mismatched.extend(repairs.mismatched);
             }
             Some(Kind::Credit) => {

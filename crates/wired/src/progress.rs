@@ -58,6 +58,7 @@ pub(crate) struct Progress {
     told: Mutex<Told>,
     indexed: AtomicU64,
     wire: (AtomicU64, AtomicU64),
+    mismatches: AtomicU64,
     backlog: AtomicU64,
     /// 0 as long as it is not known.
     link: AtomicU64,
@@ -80,6 +81,7 @@ impl Progress {
             told: Mutex::new(told),
             indexed: AtomicU64::new(0),
             wire: (AtomicU64::new(0), AtomicU64::new(0)),
+            mismatches: AtomicU64::new(0),
             backlog: AtomicU64::new(0),
             link: AtomicU64::new(0),
         }
@@ -120,6 +122,11 @@ impl Progress {
         self.wire.1.store(received, Ordering::Relaxed);
     }
 
+    /// So many more references did not match; the encoder may hear of the last ones too late.
+    pub(crate) fn mismatched(&self, references: usize) {
+        self.mismatches.fetch_add(references as u64, Ordering::Relaxed);
+    }
+
     /// Bytes of the stream under way, and what the link carries.
     pub(crate) fn flow(&self, backlog: u64, link: Option<u64>) {
         self.backlog.store(backlog, Ordering::Relaxed);
@@ -154,7 +161,7 @@ impl Progress {
             "zero_pages": source.zero_pages,
             "pages": source.pages,
             "references": source.references.max(destination.references),
-            "mismatches": source.mismatches.max(destination.mismatches),
+            "mismatches": get(&self.mismatches).max(destination.mismatches),
             "repaired": destination.repaired,
             "other_bytes": source.raw_bytes,
             "passes_through": told.lost,
