@@ -102,6 +102,8 @@ GONE_S = 10.0
 WIRE_READY_S = 120.0
 RELEASE_S = 5.0
 QEMU_S = 10.0
+# QEMU says at once whether the guest runs; its blackout goes on meanwhile.
+ANSWER_S = 1.0
 TELL_AGAIN_S = 0.2
 TELL_FOR_S = 5.0
 Work = Callable[[], Awaitable[None]]
@@ -530,7 +532,7 @@ class Departure:
         """
         assert self._claim is not None
         if self._state.mode is Mode.PRECOPY:
-            if (await self.vm.machine.execute("query-status"))["running"]:
+            if await self._guest_runs():
                 self._post(NotCommitted("the guest runs on: the migration has failed"))
                 return
             self.vm.machine.suspend(on=True)
@@ -544,6 +546,14 @@ class Departure:
             self._post(NotCommitted(str(error)))
         else:
             self._post(Committed())
+
+    async def _guest_runs(self) -> bool:
+        """Raises Unavailable for a QEMU that is silent, as one is that waits for a disk."""
+        try:
+            async with asyncio.timeout(ANSWER_S):
+                return bool((await self.vm.machine.execute("query-status"))["running"])
+        except TimeoutError as error:
+            raise Unavailable("QEMU does not say whether the guest stands still") from error
 
     async def _withdraw(self) -> None:
         """While the store is silent nothing is known, and it is asked again."""
