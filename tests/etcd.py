@@ -25,12 +25,16 @@ class Etcd:
     """Starts at `start`; keeps its data until `remove`."""
 
     def __init__(
-        self, trust: Path | None = None, *, namespace: str = "", address: str = "127.0.0.1"
+        self,
+        trust: Path | None = None,
+        *,
+        namespace: str = "",
+        address: str = "127.0.0.1",
+        memory: Path = Path("/dev/shm"),
     ) -> None:
         """With `trust`, a host's certificates, it speaks to members of that cluster alone."""
         self._trust = trust
         self._namespace = namespace
-        memory = Path("/dev/shm")
         self._place = Path(
             tempfile.mkdtemp(prefix="sv-etcd-", dir=memory if memory.is_dir() else None)
         )

@@ -116,11 +116,11 @@ class Host:
 class World:
     """Made by `opened`."""
 
-    def __init__(self, network: Network, place: Path) -> None:
+    def __init__(self, network: Network, place: Path, memory: Path) -> None:
         self.network = network
         self.images = place / "images"
         self.images.mkdir()
-        self.etcd = Etcd(namespace=network.net, address=STORE)
+        self.etcd = Etcd(namespace=network.net, address=STORE, memory=memory)
         self.relay = Relay(self.etcd.port, namespace=network.net, address=STORE)
         self.a, self.b = (Host(network, name, place) for name in "ab")
 
@@ -158,9 +158,10 @@ class World:
         If it is `relayed`, they reach etcd through `relay`, which can swallow its answers.
         """
         place = Path(tempfile.mkdtemp(prefix="sv-", dir="/tmp"))
-        network = await asyncio.to_thread(Network, link, place)
+        memory = Path(tempfile.mkdtemp(prefix="sv-", dir="/dev/shm"))
+        network = await asyncio.to_thread(Network, link, place, memory)
         try:
-            world = cls(network, place)
+            world = cls(network, place, memory)
             try:
                 await world.relay.start()
                 await world._begin(world.relay.url if relayed else world.etcd.url)
