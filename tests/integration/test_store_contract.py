@@ -294,6 +294,19 @@ async def test_ownership_moves_with_a_greater_epoch_and_the_old_claim_is_refused
     assert (await source.claim("web", "a", ["i1"])).epoch == new.epoch + 1
 
 
+async def test_only_its_owner_may_claim_a_vm_again(store: Store) -> None:
+    """It alone knows that it does not run it, after a crash for example, also of a move."""
+    registry = Registry(store)
+    old = await registry.claim("web", "a", ["i1"])
+    await registry.begin_move(old, "b")
+    with pytest.raises(StateConflict, match="being moved from a to b"):
+        await registry.claim("web", "b", ["i1"])
+    new = await registry.claim("web", "a", ["i1"])
+    assert new.epoch == old.epoch + 1
+    with pytest.raises(StaleClaim):  # the move is over with it
+        await registry.hand_over(old)
+
+
 async def test_giving_up_and_handing_over_exclude_each_other(connect: Open) -> None:
     source, late = Registry(connect()), Registry(connect())
     for turn in range(8):
