@@ -6,10 +6,11 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help demo setup system-packages venv binaries guest debian-guest test lint format wheel \
-	lock fuzz torture restarts saved-states corruption moves migration-kills bench scale fresh clean
+	lock fuzz torture restarts saved-states corruption moves migration-kills bench bench-migrate \
+	scale fresh clean
 
 help: ## this list
-	@echo "sempervirt: keeps QEMU/KVM virtual machines running through the death of their storage backend"
+	@echo "sempervirt: keeps QEMU/KVM virtual machines running, and moves them"
 	@echo
 	@awk -F ' *## *' '/^[a-z-]+:.*## /  { sub(/:.*/, "", $$1); printf "  make %-16s %s\n", $$1, $$2 } \
 	                  /^## /            { printf "\n%s\n", substr($$0, 4) }' Makefile
