@@ -135,8 +135,12 @@ pub fn read(path: &Path) -> Result<Option<Record>, Denied> {
 /// # Errors
 /// [`Denied`].
 pub fn check_unclaimed(image: &Path) -> Result<(), Denied> {
-    let path =
-        record_path(image).map_err(|source| Denied::Io { path: image.to_owned(), source })?;
+    let path = match record_path(image) {
+        Ok(path) => path,
+        // An open file without a name, /proc/PID/fd/N: nothing stands beside it.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(source) => return Err(Denied::Io { path: image.to_owned(), source }),
+    };
     match read(&path)? {
         Some(record) if record.epoch > 0 && !record.released => {
             Err(Denied::Claimed { path, record: Box::new(record) })

@@ -92,6 +92,14 @@ fn a_claimed_image_is_for_its_holder() {
     check_unclaimed(&image).unwrap();
 }
 
+#[test]
+fn an_open_file_without_a_name_is_nobodys() {
+    use std::os::fd::AsRawFd;
+
+    let file = tempfile::tempfile().unwrap();
+    check_unclaimed(Path::new(&format!("/proc/self/fd/{}", file.as_raw_fd()))).unwrap();
+}
+
 /// Every length of a write that was cut off: what is there is the claim before it or the whole
 /// new one, and the same claim is admitted again.
 #[test]
