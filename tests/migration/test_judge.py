@@ -13,7 +13,7 @@ from tests.migration.guest import Guest
 from tests.migration.journal import Journal
 from tests.migration.judge import Judge
 from tests.migration.network import UNLIMITED
-from tests.migration.world import World, program
+from tests.migration.world import DEADLINE_S, POLL_S, World, program
 from tests.namespaces import within
 
 pytestmark = [pytest.mark.root, pytest.mark.guest, pytest.mark.slow]
@@ -42,6 +42,9 @@ async def test_a_second_writer_is_found_by_the_image_and_by_the_journal() -> Non
     """A program on the other host that asks neither for the lock nor for the epoch."""
     async with under_judgement() as judge:
         world = judge.guest.world
+        async with asyncio.timeout(DEADLINE_S):
+            while judge.journal.order(judge.since) != ["a"]:  # noqa: ASYNC110
+                await asyncio.sleep(POLL_S)  # poll interval
         write = ("write", "--device", str(judge.guest.image), "--seconds", "1", "--writers", "1")
         process = await asyncio.create_subprocess_exec(
             *within(world.b.namespace, program("semper-probe"), *write, "--span-bytes", str(MIB)),
