@@ -19,7 +19,7 @@ from sempervirt.agent.saving import Changes
 from sempervirt.core.errors import InvalidRequest, SempervirtError, StateConflict, Unavailable
 from sempervirt.guest import ProbeClient
 from sempervirt.host import process
-from sempervirt.vm import handover, memory, saved
+from sempervirt.vm import handover, memory
 from sempervirt.vm.spec import NicSpec, VmSpec
 from sempervirt.vm.states import Runstate
 
@@ -196,7 +196,7 @@ async def test_a_save_that_fails_leaves_the_guest_running(
 
     monkeypatch.setattr(handover, "give", strike)
     if victim == "no room":
-        monkeypatch.setenv(saved.SAVED_ENVIRONMENT, "/bin/false")
+        monkeypatch.setenv("SEMPERVIRT_SAVED", "/bin/false")
     if victim == "backend":  # what it had done is done: nobody needs it for the save
         await agent.save_vm("web", file)
         assert vm.run is Runstate.STOPPED

@@ -23,7 +23,7 @@ from sempervirt.core.errors import (
 )
 from sempervirt.core.queue_map import Binding
 from sempervirt.disk import takeover
-from sempervirt.disk.backend import BLKD_ENVIRONMENT, Blkd, DiskOptions, ImageTitle, Launch
+from sempervirt.disk.backend import Blkd, DiskOptions, ImageTitle, Launch
 from sempervirt.disk.control import ask
 from sempervirt.disk.record import DiskRecord, RecordedProcess, read_disk_record
 from sempervirt.disk.running import LOGS_KEPT, DiskFiles, describe_end, refusal
@@ -124,9 +124,9 @@ def test_the_title_of_a_backend(tmp_path: Path) -> None:
 
 def test_where_the_backend_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Blkd(Path("/a/b")).binary() == "/a/b"
-    monkeypatch.setenv(BLKD_ENVIRONMENT, "/chosen")
+    monkeypatch.setenv("SEMPERVIRT_BLKD", "/chosen")
     assert Blkd().binary() == "/chosen"
-    monkeypatch.delenv(BLKD_ENVIRONMENT)
+    monkeypatch.delenv("SEMPERVIRT_BLKD")
     monkeypatch.setenv("PATH", "/nonexistent")
     monkeypatch.setattr("sys.executable", "/nonexistent/python")
     with pytest.raises(Unavailable, match="not installed"):

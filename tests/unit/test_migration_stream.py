@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from sempervirt.core.errors import StateConflict, Unavailable
+from sempervirt.host.programs import find_program
 from sempervirt.migration import stream
 from sempervirt.migration.convergence import Sample
-from sempervirt.migration.wire import WireDisk, WireFiles, find_program
+from sempervirt.migration.wire import PROGRAM, WireDisk, WireFiles
 
 
 def test_the_figures_of_qemu_in_our_units() -> None:
@@ -87,4 +88,4 @@ def test_a_host_without_the_wire_says_so(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("SEMPERVIRT_WIRED", raising=False)
     with pytest.raises(Unavailable, match="semper-wired is not installed"):
-        find_program()
+        find_program(PROGRAM)

@@ -17,7 +17,7 @@ def stand_in(place: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
     program = place / "saved"
     program.write_text(f"#!/bin/sh\n{script}\n")
     program.chmod(0o755)
-    monkeypatch.setenv(saved.SAVED_ENVIRONMENT, str(program))
+    monkeypatch.setenv("SEMPERVIRT_SAVED", str(program))
 
 
 async def test_progress_is_passed_on_and_the_last_line_counts(

@@ -4,18 +4,15 @@ disk by another program.
 
 from __future__ import annotations
 
-import os
-import shutil
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from sempervirt.core.errors import Unavailable
 from sempervirt.core.queue_map import ThreadMap, format_map
+from sempervirt.host.programs import find_program
 
-BLKD_ENVIRONMENT = "SEMPERVIRT_BLKD"
+PROGRAM = "semper-blkd"
 
 
 @dataclass(frozen=True)
@@ -107,14 +104,7 @@ class Blkd:
         """`path`, or the first of: $SEMPERVIRT_BLKD, beside the interpreter, on the PATH."""
         if self.path is not None:
             return str(self.path)
-        chosen = os.environ.get(BLKD_ENVIRONMENT)
-        beside = Path(sys.executable).with_name("semper-blkd")
-        found = chosen or (str(beside) if beside.exists() else shutil.which("semper-blkd"))
-        if not found:
-            raise Unavailable(
-                "semper-blkd is not installed", remedy=f"run make setup, or set {BLKD_ENVIRONMENT}"
-            )
-        return found
+        return find_program(PROGRAM)
 
     def argv(self, launch: Launch) -> list[str]:
         """The command line, in the order of semper-blkd --help."""

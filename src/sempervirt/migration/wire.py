@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import re
-import shutil
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,10 +16,11 @@ from sempervirt.disk import control
 from sempervirt.host import process
 from sempervirt.host.process import Process
 from sempervirt.host.procfs import find_by_argument, identify
+from sempervirt.host.programs import find_program
 from sempervirt.trust.authority import CERTIFICATE_FILE as AUTHORITY_FILE
 from sempervirt.trust.identity import CERTIFICATE_FILE, KEY_FILE
 
-WIRED_ENVIRONMENT = "SEMPERVIRT_WIRED"
+PROGRAM = "semper-wired"
 POLL_S = 0.02
 END_GRACE_S = 2.0
 
@@ -117,7 +115,7 @@ class Wire:
         wire = cls(files)
         files.control.unlink(missing_ok=True)
         argv = [
-            find_program(),
+            find_program(PROGRAM),
             end,
             f"--migration={migration}",
             f"--ca={trust / AUTHORITY_FILE}",
@@ -188,16 +186,3 @@ async def sweep(files: WireFiles) -> None:
             await left.end(0)
     for path in (files.stream, files.control):
         path.unlink(missing_ok=True)
-
-
-def find_program() -> str:
-    """$SEMPERVIRT_WIRED, beside the interpreter, or on the PATH. Raises Unavailable."""
-    beside = Path(sys.executable).with_name("semper-wired")
-    found = os.environ.get(WIRED_ENVIRONMENT) or (
-        str(beside) if beside.exists() else shutil.which("semper-wired")
-    )
-    if not found:
-        raise Unavailable(
-            "semper-wired is not installed", remedy=f"run make setup, or set {WIRED_ENVIRONMENT}"
-        )
-    return found

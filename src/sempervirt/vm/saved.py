@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +22,9 @@ from sempervirt.core.errors import (
     Unavailable,
 )
 from sempervirt.host import process
+from sempervirt.host.programs import find_program
 
-SAVED_ENVIRONMENT = "SEMPERVIRT_SAVED"
+PROGRAM = "semper-saved"
 WORK_DEADLINE_S = 600.0
 # Exit codes of semper-saved.
 _DISK, _UNUSABLE = 3, 4
@@ -53,19 +52,6 @@ class Shown:
     file: int
     vm: dict[str, Any]
     images: dict[str, Path]
-
-
-def find_program() -> str:
-    """$SEMPERVIRT_SAVED, beside the interpreter, or on the PATH. Raises Unavailable."""
-    beside = Path(sys.executable).with_name("semper-saved")
-    found = os.environ.get(SAVED_ENVIRONMENT) or (
-        str(beside) if beside.exists() else shutil.which("semper-saved")
-    )
-    if not found:
-        raise Unavailable(
-            "semper-saved is not installed", remedy=f"run make setup, or set {SAVED_ENVIRONMENT}"
-        )
-    return found
 
 
 async def save(
@@ -138,7 +124,7 @@ async def _run(*arguments: str, progress: OnProgress | None = None) -> dict[str,
 
     try:
         done = await process.run(
-            [find_program(), *arguments], timeout_s=WORK_DEADLINE_S, on_line=tell
+            [find_program(PROGRAM), *arguments], timeout_s=WORK_DEADLINE_S, on_line=tell
         )
     except CommandFailed as error:
         raise _told(error) from error

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sempervirt.core.errors import CommandFailed, Unavailable
+from sempervirt.core.errors import CommandFailed
 from sempervirt.disk.tuning.figures import Figures
 from sempervirt.host import process
 
-LOAD_ENVIRONMENT = "SEMPERVIRT_LOAD"
+PROGRAM = "semper-load"
 REPORT_VERSION = 1
 READ_PERCENT = 70
 _PATIENCE_S = 10.0
@@ -40,22 +37,6 @@ def loads(*, cached_on_disk: bool, read_only: bool = False) -> list[Load]:
     percent = 100 if read_only else READ_PERCENT
     found = [Load("4k-d1", 1, percent), Load("4k-d32", 32, percent)]
     return [Load("4k-d32-cold", 32, 100, cold=True), *found] if cached_on_disk else found
-
-
-def find_load() -> str:
-    """The program: $SEMPERVIRT_LOAD, beside the interpreter, or on the PATH.
-
-    Raises Unavailable when it is not installed.
-    """
-    beside = Path(sys.executable).with_name("semper-load")
-    found = os.environ.get(LOAD_ENVIRONMENT) or (
-        str(beside) if beside.exists() else shutil.which("semper-load")
-    )
-    if not found:
-        raise Unavailable(
-            "semper-load is not installed", remedy=f"run make setup, or set {LOAD_ENVIRONMENT}"
-        )
-    return found
 
 
 async def measure(

@@ -18,7 +18,7 @@ from sempervirt.disk.storage import StorageKey, storage_key
 from sempervirt.disk.tuning import driver, plan
 from sempervirt.disk.tuning.candidates import Candidate, blkd_candidates, qemu_candidates
 from sempervirt.disk.tuning.judgement import Bounds
-from sempervirt.disk.tuning.load import Load, find_load, loads
+from sempervirt.disk.tuning.load import PROGRAM, Load, loads
 from sempervirt.disk.tuning.report import (
     PlannedRace,
     PlannedStorage,
@@ -29,6 +29,7 @@ from sempervirt.disk.tuning.report import (
 from sempervirt.disk.tuning.scratch import check_room
 from sempervirt.disk.tuning.served import Blkd, QemuStorageDaemon, Server, check_unused
 from sempervirt.host import process
+from sempervirt.host.programs import find_program
 
 DEVICES: tuple[DeviceType, ...] = ("vhost-user-blk", "virtio-blk", "virtio-scsi", "virtio-net")
 STORAGE_DAEMON = "qemu-storage-daemon"
@@ -169,7 +170,7 @@ async def prepare(request: Request) -> Prepared:
         raise InvalidRequest(
             "no storage is named", remedy="name an image, or the directory that images lie in"
         )
-    load_program = find_load()
+    load_program = find_program(PROGRAM)
     host = await fingerprint(request.blkd, await qemu_version(request.qemu))
     queues = request.queues or min(_QUEUES, max(2, host.cpus))
     obstacle = "" if shutil.which(STORAGE_DAEMON) else f"{STORAGE_DAEMON} is not installed"
