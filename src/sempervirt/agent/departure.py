@@ -18,13 +18,14 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sempervirt.agent.claims import claimed_images
 from sempervirt.agent.cluster import Cluster
+from sempervirt.agent.journey import Journey
 from sempervirt.agent.record import DepartureRecord
 from sempervirt.agent.vm import Vm
 from sempervirt.api.client import Client
@@ -36,7 +37,6 @@ from sempervirt.core.errors import (
     Unavailable,
 )
 from sempervirt.disk.disk import Disk
-from sempervirt.host import background
 from sempervirt.migration import convergence, states, stream
 from sempervirt.migration.convergence import (
     ConvergencePolicy,
@@ -82,9 +82,9 @@ from sempervirt.migration.messages import (
 )
 from sempervirt.migration.states import Bounds, Migration
 from sempervirt.migration.stream import Told
-from sempervirt.migration.wire import Wire, WireDisk, WireFiles, sweep
+from sempervirt.migration.wire import Wire, sweep
 from sempervirt.store.records import Custody
-from sempervirt.store.registry import Claim, Registry, StaleClaim
+from sempervirt.store.registry import Claim, StaleClaim
 from sempervirt.vm import handover
 from sempervirt.vm.spec import VmSpec
 from sempervirt.vm.states import Request, Runstate
@@ -130,33 +130,24 @@ class Figures:
     ended: float | None = None
 
 
-class Departure:
+class Departure(Journey[SourceEvent]):
     """One VM on its way to another host. Made by `begin`, or by `resume` after a restart."""
 
     def __init__(self, vm: Vm, cluster: Cluster, record: DepartureRecord) -> None:
-        self.vm = vm
+        super().__init__(vm, cluster, record.id, "departure")
         self.record = record
         self.policy = MovePolicy()
         self.figures = Figures(time.time(), memory=vm.spec.memory)
-        self._cluster = cluster
-        self._registry = Registry(cluster.store)
         self._claim = vm.record.claim
         self._state = Migration(Bounds(), 0.0, phase=record.phase, mode=record.mode)
         self._track = convergence.begin(ConvergencePolicy())
         self._decides = ConvergencePolicy()
-        self._queue: asyncio.Queue[SourceEvent] = asyncio.Queue()
-        self._stack = AsyncExitStack()
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._owner: asyncio.Task[None] | None = None
-        self._wire_files = WireFiles(vm.machine.files.directory)
-        self._wire: Wire | None = None
         self._bandwidth = stream.UNKNOWN_BANDWIDTH
         self._address = ""
         self._served: dict[str, int] = {}
         self._new_claim: Claim | None = None
         self._client: Client | None = None
         self._back = self._told = self._recovering = False
-        self._over = asyncio.Event()
 
     # Its life
 
@@ -215,8 +206,7 @@ class Departure:
 
     def _go_to_work(self, acts: list[Act]) -> None:
         self.vm.moving = self
-        self.vm.machine.listen(self._heard)
-        self._owner = background.start(self._own(acts), f"departure of {self.vm.name}")
+        self._begin_work(self._own(acts), self._heard)
         self._keep(self._tick(), "ticks")
         self._keep(self._watch_machine(), "end of QEMU")
 
@@ -228,25 +218,7 @@ class Departure:
         if self._state.may_cancel and not self.over:
             with contextlib.suppress(SempervirtError):
                 await self.cancel()
-        if self.over:
-            return
-        for task in (self._owner, *self._tasks):
-            if task is not None:
-                task.cancel()
-        self.vm.machine.listen(None)
-        if self._wire is not None:
-            self._wire.forget()
-        await self._stack.aclose()
-
-    @property
-    def id(self) -> str:
-        """The same on both hosts."""
-        return self.record.id
-
-    @property
-    def over(self) -> bool:
-        """Whether nothing follows any more."""
-        return self._over.is_set()
+        await super().detach()
 
     @property
     def phase(self) -> Phase:
@@ -324,9 +296,6 @@ class Departure:
 
     # The owner task
 
-    def _post(self, event: SourceEvent) -> None:
-        self._queue.put_nowait(event)
-
     async def _own(self, acts: list[Act]) -> None:
         """Steps until nothing can follow."""
         self._begin_acts(acts)
@@ -376,32 +345,17 @@ class Departure:
     def _write(self) -> bool:
         self.record = replace(self.record, phase=self._state.phase, mode=self._state.mode)
         self.vm.record = replace(self.vm.record, departure=self.record)
-        try:
-            self.vm.write_record()
-        except OSError as error:
-            log.error("record vm=%s not written: %s", self.vm.name, error)  # noqa: TRY400
-            return False
-        return True
+        return self.vm.keep_record()
 
     async def _finish(self) -> None:
         self.figures.ended = time.time()
         if self._state.phase is Phase.ABANDONED:
             self.vm.record = replace(self.vm.record, departure=None)
             self.vm.keep_record()
-        if self._wire is not None:
-            await self._wire.end()
+        await self._end_wire()
         self.vm.machine.listen(None)
         self._over.set()
-        current = asyncio.current_task()
-        for task in self._tasks:
-            if task is not current:
-                task.cancel()
-        await self._stack.aclose()
-
-    def _keep(self, work: Coroutine[Any, Any, None], what: str) -> None:
-        task = background.start(work, f"departure of {self.vm.name}: {what}")
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        await self._end_tasks()
 
     # What is to be done
 
@@ -475,18 +429,9 @@ class Departure:
         self._keep(self._watch_stream(), "stream")
 
     async def _start_wire(self, address: str) -> None:
-        disks = [
-            WireDisk(
-                name,
-                disk.setup.options.image,
-                disk.setup.options.direct,
-                disk.setup.files.control(disk.generation),
-            )
-            for name, disk in self.vm.disks.items()
-        ]
-        if self._wire is not None:
-            await self._wire.end()
+        await self._end_wire()
         await sweep(self._wire_files)
+        disks = self._wire_disks()
         trust, peer = self._cluster.identity.directory, self.record.destination
         self._wire = Wire.source(self._wire_files, trust, self.id, peer, address, disks)
         await self._wire.wait("state", ("ready",), WIRE_READY_S)
@@ -651,8 +596,7 @@ class Departure:
         if self.figures.stopped_at is not None and status == "running":
             blackout_s = time.monotonic() - self.figures.stopped_at
             self.figures.blackout_ms = round(blackout_s * 1e3, 1)
-        if self._wire is not None:
-            await self._wire.end()
+        await self._end_wire()
         self.vm.machine.release(status)
         self._back = True
         self._post(Tick())

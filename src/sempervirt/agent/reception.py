@@ -16,7 +16,7 @@ import ipaddress
 import logging
 import socket
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from itertools import pairwise
@@ -24,10 +24,10 @@ from typing import Any
 
 from sempervirt.agent.claims import claim_of, put_on_record, title_of
 from sempervirt.agent.cluster import Cluster
+from sempervirt.agent.journey import Journey
 from sempervirt.agent.record import ArrivalRecord
 from sempervirt.agent.vm import Vm
 from sempervirt.core.errors import NotFound, SempervirtError, StateConflict, Unavailable
-from sempervirt.host import background
 from sempervirt.host.changes import Changes
 from sempervirt.migration import arrival, stream
 from sempervirt.migration.arrival import Incoming
@@ -48,9 +48,9 @@ from sempervirt.migration.events import (
     ToldToRun,
 )
 from sempervirt.migration.messages import ArrivalAnswer
-from sempervirt.migration.wire import Wire, WireDisk, WireFiles, sweep
+from sempervirt.migration.wire import Wire, sweep
 from sempervirt.store.records import Custody, Ownership
-from sempervirt.store.registry import Claim, Registry, StaleClaim
+from sempervirt.store.registry import Claim, StaleClaim
 from sempervirt.vm.states import Request, Runstate
 
 log = logging.getLogger(__name__)
@@ -63,31 +63,23 @@ TAKE_AGAIN_S = 0.2
 RUNS_S = 30.0
 
 
-class Reception:
+class Reception(Journey[DestinationEvent]):
     """One VM on its way to this host."""
 
     def __init__(self, vm: Vm, cluster: Cluster, record: ArrivalRecord) -> None:
-        self.vm = vm
+        super().__init__(vm, cluster, record.id, "arrival")
         self.record = record
         self.changes = Changes()
         self.address = ""
         self.drained = False
-        self._cluster = cluster
-        self._registry = Registry(cluster.store)
         self._epoch = record.epoch
         # One that was about to run does so again: nothing of that does harm twice.
         runs = record.phase is Arrival.RUNNING
         self._state = Incoming(phase=Arrival.PROMISED if runs else record.phase)
         self._claim: Claim | None = None
-        self._queue: asyncio.Queue[DestinationEvent] = asyncio.Queue()
-        self._stack = AsyncExitStack()
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._owner: asyncio.Task[None] | None = None
-        self._files = WireFiles(vm.machine.files.directory)
-        self._wire: Wire | None = None
         self._heard_at = time.monotonic()
         self._forget: Callable[[], Awaitable[None]] | None = None
-        self._runs, self._over = asyncio.Event(), asyncio.Event()
+        self._runs = asyncio.Event()
 
     # Its life
 
@@ -95,26 +87,18 @@ class Reception:
         """Has QEMU wait for the stream. Raises Unavailable, StateConflict; `vm` is left then."""
         machine = self.vm.machine
         await machine.hold(Request.ARRIVE)
-        await sweep(self._files)
+        await sweep(self._wire_files)
         execute = machine.execute
-        await stream.prepare_destination(execute, self._files.stream, postcopy=postcopy)
+        await stream.prepare_destination(execute, self._wire_files.stream, postcopy=postcopy)
         await self._start_wire()
         self._post(Ready())
 
     async def _start_wire(self) -> None:
-        disks = [
-            WireDisk(
-                name,
-                disk.setup.options.image,
-                disk.setup.options.direct,
-                disk.setup.files.control(disk.generation),
-            )
-            for name, disk in self.vm.disks.items()
-        ]
         settings, trust = self._cluster.settings, self._cluster.identity.directory
         listen = await asyncio.to_thread(_listen_address, settings.address)
+        source, disks = self.record.source, self._wire_disks()
         self._wire = Wire.destination(
-            self._files, trust, self.record.id, self.record.source, f"{listen}:0", disks
+            self._wire_files, trust, self.id, source, f"{listen}:0", disks
         )
         self.address = str(await self._wire.wait("address", (), WIRE_S))
 
@@ -122,8 +106,7 @@ class Reception:
         """From now on it goes its way. `forget` drops the VM if it does not come."""
         self._stack, self._forget = stack, forget
         self.vm.moving = self
-        self.vm.machine.listen(self._heard)
-        self._owner = background.start(self._own(), f"arrival of {self.vm.name}")
+        self._begin_work(self._own(), self._heard)
         self._keep(self._tick(), "ticks")
         self._keep(self._watch_machine(), "end of QEMU")
         self._keep(self._watch_stream(), "stream")
@@ -131,31 +114,9 @@ class Reception:
     async def resume(self, stack: AsyncExitStack, forget: Callable[[], Awaitable[None]]) -> None:
         """Goes on from the record of an agent that has ended meanwhile."""
         if self._state.phase is not Arrival.PROMISED:
-            await sweep(self._files)
+            await sweep(self._wire_files)
             self._post(StreamFailed("the agent here began anew"))
         self.go_to_work(stack, forget)
-
-    async def detach(self) -> None:
-        """Leaves everything as it is, for another agent to go on with."""
-        if self.over:
-            return
-        for task in (self._owner, *self._tasks):
-            if task is not None:
-                task.cancel()
-        self.vm.machine.listen(None)
-        if self._wire is not None:
-            self._wire.forget()
-        await self._stack.aclose()
-
-    @property
-    def id(self) -> str:
-        """The same on both hosts."""
-        return self.record.id
-
-    @property
-    def over(self) -> bool:
-        """Whether nothing follows any more."""
-        return self._over.is_set()
 
     def shown(self) -> tuple[Runstate, str] | None:
         """What the VM is because of this, if that is not what QEMU alone would tell."""
@@ -198,17 +159,15 @@ class Reception:
         self._post(PromiseAsked())
         await self._reach(Arrival.PROMISED)
 
-    async def recover(self) -> str:
-        """Has QEMU take up a stream that broke in postcopy; gives the address of the new wire.
+    async def recover(self) -> None:
+        """Has QEMU take up a stream that broke in postcopy, on a new wire.
 
         Raises StateConflict, Unavailable.
         """
-        if self._wire is not None:
-            await self._wire.end()
-        await sweep(self._files)
-        await stream.take_up(self.vm.machine.execute, self._files.stream)
+        await self._end_wire()
+        await sweep(self._wire_files)
+        await stream.take_up(self.vm.machine.execute, self._wire_files.stream)
         await self._start_wire()
-        return self.address
 
     async def run(self, epoch: int, claim: str) -> None:
         """The VM is this host's; returns when the guest runs. Raises StateConflict, Unavailable."""
@@ -240,9 +199,6 @@ class Reception:
                 raise StateConflict(f"VM {self.vm.name} did not arrive: {self._state.why}")
 
     # The owner task
-
-    def _post(self, event: DestinationEvent) -> None:
-        self._queue.put_nowait(event)
 
     async def _own(self) -> None:
         while not self.over:
@@ -279,30 +235,15 @@ class Reception:
     def _write(self, state: Incoming) -> bool:
         self.record = replace(self.record, phase=state.phase)
         self.vm.record = replace(self.vm.record, arrival=self.record)
-        try:
-            self.vm.write_record()
-        except OSError as error:
-            log.error("record vm=%s not written: %s", self.vm.name, error)  # noqa: TRY400
-            return False
-        return True
+        return self.vm.keep_record()
 
     async def _finish(self) -> None:
         self.vm.machine.listen(None)
         self._over.set()
         self._post(Tick())
         self.changes.notify()
-        if self._wire is not None:
-            await self._wire.end()
-        current = asyncio.current_task()
-        for task in self._tasks:
-            if task is not current:
-                task.cancel()
-        await self._stack.aclose()
-
-    def _keep(self, work: Coroutine[Any, Any, None], what: str) -> None:
-        task = background.start(work, f"arrival of {self.vm.name}: {what}")
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        await self._end_wire()
+        await self._end_tasks()
 
     # What is to be done
 

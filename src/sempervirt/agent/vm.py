@@ -33,10 +33,6 @@ class Move(Protocol):
     """A migration of a VM, from here or to here, as the VM sees it."""
 
     @property
-    def id(self) -> str:
-        """The same on both hosts."""
-
-    @property
     def over(self) -> bool:
         """Whether nothing follows any more."""
 
@@ -198,12 +194,16 @@ class Vm:
                 disk.entitle(title)
         self.keep_record()
 
-    def keep_record(self) -> None:
-        """As `write_record`; a failure is logged: the next agent finds the former one, and asks."""
+    def keep_record(self) -> bool:
+        """As `write_record`, and whether that worked; a failure is logged: the next agent finds
+        the former record, and asks the processes.
+        """
         try:
             self.write_record()
         except OSError as error:
             log.error("record vm=%s not written: %s", self.name, error)  # noqa: TRY400
+            return False
+        return True
 
     async def detach(self) -> None:
         """Leaves QEMU and the backends running, for another agent to adopt."""
