@@ -2,7 +2,7 @@
 
 Everything is the same but how memory travels: the same QEMU, the same limit to the downtime (QEMU's
 300 ms), the same backends that hand the disks over, no limit on bandwidth but the link's own. Only
-semper-wired encrypts. With it QEMU is told how fast the link is; without, QEMU sees that.
+semper-wired encrypts. With it QEMU is steered as the agent does it (sempervirt.migration.steering).
 """
 
 import asyncio
@@ -13,6 +13,9 @@ from typing import Any
 
 from bench.migration.ends import QMP_S, End, ask, program
 from bench.migration.waiting import MoveError, until
+from sempervirt.migration import stream
+from sempervirt.migration.convergence import ConvergencePolicy
+from sempervirt.migration.steering import Steering
 from sempervirt.trust.authority import CERTIFICATE_FILE as AUTHORITY_FILE
 from sempervirt.trust.authority import Authority, Issued
 from sempervirt.trust.identity import CERTIFICATE_FILE, KEY_FILE, Identity
@@ -21,9 +24,8 @@ from sempervirt.vm.qmp import Monitor
 MOVE_S = 240.0
 WIRED_S = 60.0
 CHANNELS = 2
-STEER_S = 0.05
-# Until the wire has seen what the link carries.
-UNKNOWN_BYTES_S = 10_000_000
+# As often as the agent.
+LOOK_S = 0.1
 _ports = itertools.count(41000)
 
 
@@ -39,6 +41,7 @@ class Way:
 
     async def move(self, here: End, there: End, source: Monitor, target: Monitor) -> dict[str, Any]:
         """Moves the guest; returns when QEMU says that it is done, with what was told of it."""
+        steering = Steering(ConvergencePolicy())
         for monitor in (source, target):
             await self._prepare(monitor)
         to = f"tcp:{there.address}:{next(_ports)}"
@@ -48,17 +51,17 @@ class Way:
         await target.execute("migrate-incoming", {"uri": target_uri}, timeout_s=QMP_S)
         if self.wired:
             await lay_wire(here, there)
-            await expect(source, UNKNOWN_BYTES_S)
+            await steering.begin(source.execute_within(QMP_S))
         for disk in here.hardware.disks:
             await ask(here.control(disk), "handover", armed=True)
         await source.execute("migrate", {"uri": source_uri}, timeout_s=QMP_S)
-        steering = asyncio.create_task(steer(here, source)) if self.wired else None
+        steers = asyncio.create_task(steer(steering, here, source)) if self.wired else None
         try:
             told = await wait_completed(source, target)
         finally:
-            if steering is not None:
-                steering.cancel()
-                await asyncio.gather(steering, return_exceptions=True)
+            if steers is not None:
+                steers.cancel()
+                await asyncio.gather(steers, return_exceptions=True)
         if self.wired:
             for end in (here, there):
                 await end.ended("wired", WIRED_S)
@@ -92,27 +95,18 @@ async def wait_completed(source: Monitor, target: Monitor) -> dict[str, Any]:
     return {"qemu": info}
 
 
-async def expect(source: Monitor, bytes_s: int) -> None:
-    """What QEMU is to reckon with when it decides whether the rest fits into its limit."""
-    parameters = {"avail-switchover-bandwidth": bytes_s}
-    await source.execute("migrate-set-parameters", parameters, timeout_s=QMP_S)
-
-
-async def steer(here: End, source: Monitor) -> None:
-    """The policy of docs/design/wire.md: QEMU reckons with what the link carries.
-
-    The wire tells how much. QEMU's own guess is how fast references leave it. Ends with the wire.
-    """
-    last = UNKNOWN_BYTES_S
+async def steer(steering: Steering, here: End, source: Monitor) -> None:
+    """What the agent does while a guest moves. Ends with the wire."""
+    execute = source.execute_within(QMP_S)
     while True:
+        told = await stream.look(execute)
         try:
-            seen = (await ask(here.path("wired.control"), "status"))["switchover_bandwidth"]
+            status = await ask(here.path("wired.control"), "status")
         except (OSError, ValueError):
             return
-        if seen is not None and seen != last:
-            await expect(source, seen)
-            last = seen
-        await asyncio.sleep(STEER_S)
+        if told.status == "active" and told.sample:
+            await steering.steer(execute, told.sample, status)
+        await asyncio.sleep(LOOK_S)
 
 
 def certify(*ends: End) -> None:

@@ -11,7 +11,8 @@ import pytest
 from sempervirt.core.errors import StateConflict, Unavailable
 from sempervirt.host.programs import find_program
 from sempervirt.migration import stream
-from sempervirt.migration.convergence import Sample
+from sempervirt.migration.convergence import ConvergencePolicy, Sample
+from sempervirt.migration.steering import Steering
 from sempervirt.migration.wire import PROGRAM, WireDisk, WireFiles
 
 
@@ -60,14 +61,34 @@ def test_a_qemu_that_knows_no_bandwidth_reckons_by_itself() -> None:
 
 def test_what_an_earlier_move_or_restart_has_set_is_put_back() -> None:
     qemu = Qemu()
-    asyncio.run(stream.prepare_source(qemu.execute, postcopy=False, blackout_s=0.3))
+    asyncio.run(stream.prepare_source(qemu.execute, postcopy=False))
     (_, parameters), (_, capabilities) = qemu.told
     assert parameters["mode"] == "normal"
-    assert parameters["downtime-limit"] == 300
+    assert parameters["max-bandwidth"] == 0
     wanted = {item["capability"]: item["state"] for item in capabilities["capabilities"]}
     assert not wanted["x-ignore-shared"]
     assert not wanted["postcopy-ram"]
     assert wanted["pause-before-switchover"]
+
+
+def test_qemu_is_told_what_the_link_carries_and_what_was_decided() -> None:
+    qemu = Qemu()
+
+    async def steer() -> None:
+        steering = Steering(ConvergencePolicy(blackout_s=0.4))
+        await steering.begin(qemu.execute)
+        for passes in range(1, 4):
+            sample = Sample(passes, passes, 50_000_000, 1e9, 1e8)
+            await steering.steer(qemu.execute, sample, {"switchover_bandwidth": 10**8})
+
+    asyncio.run(steer())
+    told = [parameters for _, parameters in qemu.told]
+    assert told == [
+        {"downtime-limit": 100},
+        {"avail-switchover-bandwidth": round(stream.UNKNOWN_BANDWIDTH)},
+        {"avail-switchover-bandwidth": 10**8},
+        {"downtime-limit": 400},
+    ]
 
 
 def test_a_guest_that_arrives_runs_before_the_switches_are_told() -> None:

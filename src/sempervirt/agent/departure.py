@@ -42,10 +42,8 @@ from sempervirt.migration.convergence import (
     ConvergencePolicy,
     GiveUp,
     GoPostcopy,
-    RaiseLimit,
     Sample,
 )
-from sempervirt.migration.convergence import Throttle as ThrottleGuest
 from sempervirt.migration.events import (
     Act,
     AnswerLost,
@@ -81,6 +79,7 @@ from sempervirt.migration.messages import (
     WireView,
 )
 from sempervirt.migration.states import Bounds, Migration
+from sempervirt.migration.steering import Steering
 from sempervirt.migration.stream import Told
 from sempervirt.migration.wire import Wire, sweep
 from sempervirt.store.records import Custody
@@ -94,8 +93,6 @@ log = logging.getLogger(__name__)
 TICK_S = 0.1
 LOOK_S = 0.1
 DEADLINE_GRACE_S = 30.0
-# QEMU is told of a bandwidth that differs by more than this part.
-BANDWIDTH_PART = 0.05
 # The destination answers at the latest then, also if nothing has changed.
 ASK_WAIT_S = 1.0
 GONE_S = 10.0
@@ -129,6 +126,11 @@ class Figures:
     timeline_ms: dict[str, float] = field(default_factory=dict)
     ended: float | None = None
 
+    def goes_on(self) -> None:
+        """The guest runs again, here or there."""
+        if self.stopped_at is not None:
+            self.blackout_ms = round((time.monotonic() - self.stopped_at) * 1e3, 1)
+
 
 class Departure(Journey[SourceEvent]):
     """One VM on its way to another host. Made by `begin`, or by `resume` after a restart."""
@@ -140,9 +142,7 @@ class Departure(Journey[SourceEvent]):
         self.figures = Figures(time.time(), memory=vm.spec.memory)
         self._claim = vm.record.claim
         self._state = Migration(Bounds(), 0.0, phase=record.phase, mode=record.mode)
-        self._track = convergence.begin(ConvergencePolicy())
-        self._decides = ConvergencePolicy()
-        self._bandwidth = stream.UNKNOWN_BANDWIDTH
+        self._steering = Steering(ConvergencePolicy())
         self._address = ""
         self._served: dict[str, int] = {}
         self._new_claim: Claim | None = None
@@ -268,7 +268,7 @@ class Departure(Journey[SourceEvent]):
     def view(self) -> MigrationView:
         """All that is known."""
         figures, told = self.figures, self.figures.told
-        sample = replace(told.sample, bandwidth=self._bandwidth) if told and told.sample else None
+        sample = self._steering.reckoned(told.sample) if told and told.sample else None
         expected_s = convergence.expected_blackout_s(sample) if sample else float("inf")
         return MigrationView(
             id=self.id,
@@ -287,8 +287,8 @@ class Departure(Journey[SourceEvent]):
             passes=sample.passes if sample else 0,
             dirtied=sample.dirtied if sample else 0.0,
             expected_blackout_ms=None if expected_s == float("inf") else expected_s * 1e3,
-            limit_ms=self._track.limit_s * 1e3,
-            throttle=self._track.throttle,
+            limit_ms=self._steering.track.limit_s * 1e3,
+            throttle=self._steering.track.throttle,
             blackout_ms=figures.blackout_ms,
             timeline_ms=figures.timeline_ms,
             wire=_wire_view(self._wire.status) if self._wire else None,
@@ -421,10 +421,8 @@ class Departure(Journey[SourceEvent]):
             await disk.hand_over(armed=True)
         await self._start_wire(self._address)
         execute = vm.machine.execute
-        await stream.prepare_source(
-            execute, postcopy=self.policy.postcopy, blackout_s=self._track.limit_s
-        )
-        await stream.reckon(execute, self._bandwidth)
+        await stream.prepare_source(execute, postcopy=self.policy.postcopy)
+        await self._steering.begin(execute)
         await stream.start(execute, self._wire_files.stream)
         self._keep(self._watch_stream(), "stream")
 
@@ -551,15 +549,13 @@ class Departure(Journey[SourceEvent]):
                     log.warning("migrate vm=%s it is not told: %s", self.vm.name, error)
                     return
             else:
-                if self.figures.stopped_at is not None:
-                    blackout_s = time.monotonic() - self.figures.stopped_at
-                    self.figures.blackout_ms = round(blackout_s * 1e3, 1)
-                    log.info(
-                        "migrate vm=%s blackout_ms=%.1f after its stop: %s",
-                        self.vm.name,
-                        self.figures.blackout_ms,
-                        self.figures.timeline_ms,
-                    )
+                self.figures.goes_on()
+                log.info(
+                    "migrate vm=%s blackout_ms=%s after its stop: %s",
+                    self.vm.name,
+                    self.figures.blackout_ms,
+                    self.figures.timeline_ms,
+                )
                 return
             await asyncio.sleep(TELL_AGAIN_S)
 
@@ -571,7 +567,7 @@ class Departure(Journey[SourceEvent]):
                 await self.vm.machine.kill(because)
             except SempervirtError as error:
                 log.error("migrate vm=%s %s", self.vm.name, error)  # noqa: TRY400
-                await asyncio.sleep(1.0)
+                await asyncio.sleep(ASK_WAIT_S)
         await self.vm.wait_settled()
         self._post(Tick())
 
@@ -593,9 +589,8 @@ class Departure(Journey[SourceEvent]):
                 await asyncio.sleep(TELL_AGAIN_S)
             else:
                 break
-        if self.figures.stopped_at is not None and status == "running":
-            blackout_s = time.monotonic() - self.figures.stopped_at
-            self.figures.blackout_ms = round(blackout_s * 1e3, 1)
+        if status == "running":
+            self.figures.goes_on()
         await self._end_wire()
         self.vm.machine.release(status)
         self._back = True
@@ -709,26 +704,14 @@ class Departure(Journey[SourceEvent]):
             case Phase.PRECOPY | Phase.SWITCHOVER:
                 self._judge(told.status, failure or told.error or "QEMU says no more")
                 if self._state.phase is Phase.PRECOPY and told.status == "active" and told.sample:
-                    await self._reckon()
-                    await self._push(replace(told.sample, bandwidth=self._bandwidth))
+                    await self._push(told.sample)
             case Phase.POSTCOPY if told.status == stream.BROKEN and not self._recovering:
                 self._post(StreamFailed(failure or "the connection broke"))
 
-    async def _reckon(self) -> None:
-        """Has QEMU reckon with what the link carries, as the wire has seen it."""
-        seen = self._wire.status.get("switchover_bandwidth") if self._wire else None
-        if isinstance(seen, int) and abs(seen - self._bandwidth) > self._bandwidth * BANDWIDTH_PART:
-            self._bandwidth = float(seen)
-            await stream.reckon(self.vm.machine.execute, self._bandwidth)
-
     async def _push(self, sample: Sample) -> None:
-        self._track, decision = convergence.decide(self._track, sample, self._decides)
-        execute = self.vm.machine.execute
+        wire = self._wire.status if self._wire else {}
+        decision = await self._steering.steer(self.vm.machine.execute, sample, wire)
         match decision:
-            case RaiseLimit(blackout_s):
-                await stream.limit_blackout(execute, blackout_s)
-            case ThrottleGuest(percent):
-                await stream.throttle(execute, percent)
             case GoPostcopy():
                 self._post(PostcopyChosen())
             case GiveUp(reason):
@@ -740,14 +723,14 @@ class Departure(Journey[SourceEvent]):
         """Of the guest's blackout the store and the word to the destination take their part."""
         own_s = 2 * store_s
         policy = self.policy
-        self._decides = ConvergencePolicy(
+        decides = ConvergencePolicy(
             blackout_s=max(LEAST_BLACKOUT_S, policy.blackout_s - own_s),
             blackout_max_s=max(LEAST_BLACKOUT_S, policy.blackout_max_s - own_s),
             deadline_s=policy.deadline_s,
             throttle_max=policy.throttle_max,
             postcopy=policy.postcopy,
         )
-        self._track = convergence.begin(self._decides)
+        self._steering = Steering(decides)
 
     def _writable(self) -> list[Disk]:
         return [disk for disk in self.vm.disks.values() if not disk.setup.options.read_only]

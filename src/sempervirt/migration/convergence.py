@@ -2,8 +2,11 @@
 
 QEMU sends memory in passes; each pass sends what the guest dirtied during the one before. The
 guest's blackout would last for what remains, divided by the bandwidth: its *expected blackout*.
-While that falls, there is nothing to decide. A migration is *stalled* when, for `stall_passes`
-passes, the best expected blackout has not fallen by a tenth. Then, in this order:
+While that falls, there is nothing to decide. QEMU stops the guest as soon as the rest fits into
+its limit, although one more short pass would often leave next to nothing. So the limit begins as a
+part of what the policy allows (`HOPE`), and is the whole of it once `HOPE_PASSES` passes brought no
+progress. A migration is *stalled* when then, for `stall_passes` passes, the best expected blackout
+has not fallen by a tenth. Then, in this order:
 
 1. the limit on the blackout is raised to what is expected, if the policy's bound allows that;
 2. the guest's processors are throttled, in steps (auto-converge), if the policy allows it;
@@ -20,6 +23,8 @@ from dataclasses import dataclass, replace
 
 # What counts as progress of the expected blackout.
 PROGRESS = 0.9
+HOPE = 0.25
+HOPE_PASSES = 2
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,7 @@ Decision = RaiseLimit | Throttle | GoPostcopy | GiveUp | None
 
 def begin(policy: ConvergencePolicy) -> Track:
     """Nothing was seen yet."""
-    return Track(limit_s=policy.blackout_s)
+    return Track(limit_s=policy.blackout_s * HOPE)
 
 
 def expected_blackout_s(sample: Sample) -> float:
@@ -104,8 +109,13 @@ def decide(track: Track, sample: Sample, policy: ConvergencePolicy) -> tuple[Tra
     expected_s = expected_blackout_s(sample)
     if expected_s <= track.limit_s:
         return track, None  # QEMU stops the guest by itself
-    track = _observe(track, sample, expected_s, policy)
     late = sample.elapsed_s >= policy.deadline_s
+    hopes = track.limit_s < policy.blackout_s
+    track = _observe(track, sample, expected_s, HOPE_PASSES if hopes else policy.stall_passes)
+    if hopes and (track.stalled or late):
+        track = replace(_anew(track, sample), limit_s=policy.blackout_s)
+        if expected_s <= track.limit_s or not late:
+            return track, RaiseLimit(track.limit_s)
     if not track.stalled and not late:
         return track, None
     # A pass ends some time after this sample: a little more than expected.
@@ -126,10 +136,10 @@ def decide(track: Track, sample: Sample, policy: ConvergencePolicy) -> tuple[Tra
     return track, None
 
 
-def _observe(track: Track, sample: Sample, expected_s: float, policy: ConvergencePolicy) -> Track:
+def _observe(track: Track, sample: Sample, expected_s: float, patience: int) -> Track:
     if expected_s < track.best_s * PROGRESS:
         return replace(track, best_s=expected_s, best_pass=sample.passes, stalled=False)
-    return replace(track, stalled=sample.passes - track.best_pass >= policy.stall_passes)
+    return replace(track, stalled=sample.passes - track.best_pass >= patience)
 
 
 def _anew(track: Track, sample: Sample) -> Track:

@@ -47,7 +47,7 @@ class Told:
     sample: Sample | None
 
 
-async def prepare_source(execute: Execute, *, postcopy: bool, blackout_s: float) -> None:
+async def prepare_source(execute: Execute, *, postcopy: bool) -> None:
     """Settings of the QEMU that the VM leaves. Raises as `execute`."""
     capabilities = CAPABILITIES | {
         "pause-before-switchover": True,
@@ -59,7 +59,6 @@ async def prepare_source(execute: Execute, *, postcopy: bool, blackout_s: float)
         capabilities,
         {
             "max-bandwidth": 0,
-            "downtime-limit": milliseconds(blackout_s),
             "cpu-throttle-initial": MIN_THROTTLE,
             "cpu-throttle-increment": MIN_THROTTLE,
             "max-cpu-throttle": MIN_THROTTLE,
