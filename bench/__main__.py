@@ -23,9 +23,10 @@ from bench.backends import (
     contrib,
 )
 from bench.cases import BY_NAME
+from bench.kept import KeptError
 from bench.migration.program import main as migrate
 from bench.options import parse
-from bench.results import Results, ResultsError, Sample
+from bench.results import Results, Sample
 from bench.sections import MarkersError
 from bench.storages import StorageError, prepared
 from bench.suites import PEERS, SUITES, Suite
@@ -56,7 +57,7 @@ def main() -> int:
             for results in measured:
                 section = SUITES[results.suite].section
                 section.write(options.update, markdown.document(results))
-    except (MissingError, StorageError, ResultsError, MarkersError) as error:
+    except (MissingError, StorageError, KeptError, MarkersError) as error:
         print(f"bench: error: {error}", file=sys.stderr)
         return 2
     for results in measured:

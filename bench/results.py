@@ -1,21 +1,14 @@
 """What a run measured, as values and as a JSON file."""
 
-import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 from bench.cases import BY_NAME
+from bench.kept import Kept
 from bench.load import Figures
 from bench.ratios import Spread, paired, spread
 from bench.verdicts import Metric
-
-VERSION = 1
-
-
-class ResultsError(Exception):
-    """A file that does not hold results of this version."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +25,7 @@ class Sample:
 
 
 @dataclass
-class Results:
+class Results(Kept):
     """All measurements of a run. `reference` names the backend that ratios refer to."""
 
     reference: str
@@ -70,29 +63,6 @@ class Results:
             if (sample.storage, sample.case, sample.backend) == (storage, case, backend)
             and sample.figures is not None
         }
-
-    def write(self, path: Path) -> None:
-        """Write the file at once, or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new = path.with_suffix(".new")
-        new.write_text(json.dumps({"version": VERSION, **asdict(self)}, indent=1) + "\n")
-        new.replace(path)
-
-    @classmethod
-    def read(cls, path: Path) -> "Results":
-        """Read what `write` wrote. Raises ResultsError if it is something else."""
-        try:
-            data = json.loads(path.read_text())
-            if data.pop("version") != VERSION:
-                raise ResultsError(f"{path} was written by another version of the bench")
-            samples = [
-                Sample(**{**one, "figures": one["figures"] and Figures(**one["figures"])})
-                for one in data.pop("samples")
-            ]
-            before, after = data.pop("load_average")
-            return cls(**data, samples=samples, load_average=(before, after))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ResultsError(f"{path} holds no results: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,13 @@
 """What a migration bench keeps, and what follows from it."""
 
-import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from bench.kept import Kept
 from bench.ratios import Spread, paired, spread
 
-VERSION = 1
 Metric = Literal["wire_mb", "total_s", "migrate_s", "blackout_ms", "stopped_ms", "echo_ms", "cpu_s"]
-
-
-class FiguresError(Exception):
-    """A file that holds no such figures."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +44,7 @@ class Sample:
 
 
 @dataclass
-class Results:
+class Results(Kept):
     """All measurements of a run."""
 
     machine: dict[str, str]
@@ -90,29 +84,6 @@ class Results:
         return paired(
             self.values(link, guest, way, metric), self.values(link, guest, reference, metric)
         )
-
-    def write(self, path: Path) -> None:
-        """Write the file at once, or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new = path.with_suffix(".new")
-        new.write_text(json.dumps({"version": VERSION, **asdict(self)}, indent=1) + "\n")
-        new.replace(path)
-
-    @classmethod
-    def read(cls, path: Path) -> "Results":
-        """Read what `write` wrote. Raises FiguresError if it is something else."""
-        try:
-            data = json.loads(path.read_text())
-            if data.pop("version") != VERSION:
-                raise FiguresError(f"{path} was written by another version of the bench")
-            samples = [
-                Sample(**{**one, "figures": one["figures"] and Figures(**one["figures"])})
-                for one in data.pop("samples")
-            ]
-            before, after = data.pop("load_average")
-            return cls(**data, samples=samples, load_average=(before, after))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise FiguresError(f"{path} holds no figures of migrations: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ from rich.console import Console
 from tests.migration.network import FAR, GIGABIT, UNLIMITED, Link
 
 from bench import machine, schedule
+from bench.kept import KeptError
 from bench.migration import show
-from bench.migration.figures import FiguresError, Results, Sample
+from bench.migration.figures import Results, Sample
 from bench.migration.guests import GUESTS, Guest
 from bench.migration.trial import Setting, measure
 from bench.migration.waiting import MoveError
@@ -61,7 +62,7 @@ def main(arguments: list[str]) -> int:
         results = Results.read(options.earlier) if options.earlier else _measure(options, console)
         if options.update:
             MIGRATE.write(options.update, show.document(results))
-    except (FiguresError, MarkersError, NotFound) as error:
+    except (KeptError, MarkersError, NotFound) as error:
         print(f"bench: error: {error}", file=sys.stderr)
         return 2
     show.show(results, console)

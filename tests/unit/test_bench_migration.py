@@ -6,8 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from bench.kept import KeptError
 from bench.migration import show
-from bench.migration.figures import Figures, FiguresError, Results, Sample, judgements
+from bench.migration.figures import Figures, Results, Sample, judgements
 from bench.migration.program import main, parse
 from bench.migration.pulse import Beat, gap_ms, jump_ms, steps_ms
 from bench.sections import MIGRATE
@@ -94,7 +95,7 @@ def test_a_file_gives_back_what_was_written(tmp_path: Path) -> None:
     assert Results.read(tmp_path / "r.json") == results
     for text in ("{}", "[", '{"version": 0}'):
         (tmp_path / "r.json").write_text(text)
-        with pytest.raises(FiguresError):
+        with pytest.raises(KeptError):
             Results.read(tmp_path / "r.json")
 
 

@@ -17,8 +17,9 @@ from bench.backends import (
 )
 from bench.cases import BY_NAME, PARITY
 from bench.driver import pinned
+from bench.kept import KeptError
 from bench.load import Figures, LoadError, arguments, figures
-from bench.results import Results, ResultsError, Row, Sample
+from bench.results import Results, Row, Sample
 from bench.sections import BENCH, COST, IDLE, MIGRATE, SCALE, MarkersError
 from bench.storages import Storage, StorageError, file_system, prepared
 from bench.suites import SUITES
@@ -80,7 +81,7 @@ def test_a_file_gives_back_what_was_written(tmp_path: Path) -> None:
 def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
     for text in ("{}", "[", '{"version": 0}'):
         (tmp_path / "r.json").write_text(text)
-        with pytest.raises(ResultsError):
+        with pytest.raises(KeptError):
             Results.read(tmp_path / "r.json")
 
 
