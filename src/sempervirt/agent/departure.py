@@ -20,11 +20,13 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from sempervirt.agent.claims import claimed_images
 from sempervirt.agent.cluster import Cluster
+from sempervirt.agent.departing import RELEASE_S, DepartingDisks, Transfer
+from sempervirt.agent.figures import Figures
 from sempervirt.agent.journey import Journey
 from sempervirt.agent.record import DepartureRecord
 from sempervirt.agent.vm import Vm
@@ -36,7 +38,6 @@ from sempervirt.core.errors import (
     StateConflict,
     Unavailable,
 )
-from sempervirt.disk.disk import Disk
 from sempervirt.migration import convergence, states, stream
 from sempervirt.migration.convergence import (
     ConvergencePolicy,
@@ -49,7 +50,6 @@ from sempervirt.migration.events import (
     AnswerLost,
     Arrival,
     CancelAsked,
-    Committed,
     DestinationEnded,
     DestinationGone,
     DisksReleased,
@@ -67,9 +67,7 @@ from sempervirt.migration.events import (
     SourceEnded,
     SourceEvent,
     StreamFailed,
-    Superseded,
     Tick,
-    Withdrawn,
 )
 from sempervirt.migration.messages import (
     ArrivalRequest,
@@ -80,10 +78,8 @@ from sempervirt.migration.messages import (
 )
 from sempervirt.migration.states import Bounds, Migration
 from sempervirt.migration.steering import Steering
-from sempervirt.migration.stream import Told
 from sempervirt.migration.wire import Wire, sweep
-from sempervirt.store.records import Custody
-from sempervirt.store.registry import Claim, StaleClaim
+from sempervirt.store.registry import Claim
 from sempervirt.vm import handover
 from sempervirt.vm.spec import VmSpec
 from sempervirt.vm.states import Request, Runstate
@@ -97,7 +93,6 @@ DEADLINE_GRACE_S = 30.0
 ASK_WAIT_S = 1.0
 GONE_S = 10.0
 WIRE_READY_S = 120.0
-RELEASE_S = 5.0
 QEMU_S = 10.0
 # QEMU says at once whether the guest runs; its blackout goes on meanwhile.
 ANSWER_S = 1.0
@@ -105,31 +100,8 @@ TELL_AGAIN_S = 0.2
 TELL_FOR_S = 5.0
 Work = Callable[[], Awaitable[None]]
 Failure = Callable[[str], SourceEvent]
-MILESTONES: dict[type[SourceEvent], str] = {
-    DisksReleased: "disks released",
-    Loaded: "memory there",
-    Committed: "handed over",
-}
 # The least that QEMU is given for the guest's blackout, whatever the rest of it takes.
 LEAST_BLACKOUT_S = 0.02
-
-
-@dataclass
-class Figures:
-    """What is told about a migration beside its state."""
-
-    started: float
-    memory: int = 0
-    told: Told | None = None
-    stopped_at: float | None = None
-    blackout_ms: float | None = None
-    timeline_ms: dict[str, float] = field(default_factory=dict)
-    ended: float | None = None
-
-    def goes_on(self) -> None:
-        """The guest runs again, here or there."""
-        if self.stopped_at is not None:
-            self.blackout_ms = round((time.monotonic() - self.stopped_at) * 1e3, 1)
 
 
 class Departure(Journey[SourceEvent]):
@@ -140,12 +112,13 @@ class Departure(Journey[SourceEvent]):
         self.record = record
         self.policy = MovePolicy()
         self.figures = Figures(time.time(), memory=vm.spec.memory)
-        self._claim = vm.record.claim
+        if vm.record.claim is None:
+            raise StateConflict(f"VM {vm.name} is not claimed by this host")
+        self._transfer = Transfer(self._registry, vm.record.claim, record.destination)
+        self._disks = DepartingDisks(vm)
         self._state = Migration(Bounds(), 0.0, phase=record.phase, mode=record.mode)
         self._steering = Steering(ConvergencePolicy())
         self._address = ""
-        self._served: dict[str, int] = {}
-        self._new_claim: Claim | None = None
         self._client: Client | None = None
         self._back = self._told = self._recovering = False
 
@@ -166,12 +139,7 @@ class Departure(Journey[SourceEvent]):
                     remedy="make room in the state directory",
                 )
             await self._connect(stack)
-            assert self._claim is not None
-            if (await self._registry.check(self._claim)).custody is Custody.MOVING:
-                await self._registry.end_move(self._claim)
-            before = time.monotonic()
-            await self._registry.begin_move(self._claim, self.record.destination)
-            self._limit(time.monotonic() - before)
+            self._limit(await self._transfer.begin())
         except BaseException:
             self.vm.record = replace(self.vm.record, departure=None)
             self.vm.keep_record()
@@ -281,7 +249,7 @@ class Departure(Journey[SourceEvent]):
             why=self._state.why,
             may_cancel=self._state.may_cancel,
             started=figures.started,
-            elapsed_s=(figures.ended or time.time()) - figures.started,
+            elapsed_s=figures.elapsed_s,
             memory=figures.memory,
             remaining=sample.remaining_bytes if sample else figures.memory,
             passes=sample.passes if sample else 0,
@@ -303,7 +271,7 @@ class Departure(Journey[SourceEvent]):
             event = await self._queue.get()
             before = self._state
             self._state, acts = states.step(before, event, time.monotonic())
-            self._mark(event)
+            self.figures.mark(event)
             if self._state.phase is not before.phase:
                 self._entered(before)
                 if not self._write() and self._state.phase is Phase.COMMIT:
@@ -326,21 +294,14 @@ class Departure(Journey[SourceEvent]):
                 return phase.is_end and gone
 
     def _entered(self, before: Migration) -> None:
-        phase, now = self._state.phase, time.monotonic()
+        phase = self._state.phase
         if phase is Phase.SWITCHOVER:
-            self.figures.stopped_at = now
+            self.figures.guest_stopped()
         why = f" ({self._state.why})" if self._state.why else ""
         text = f"to {self.record.destination}: {before.phase.value} -> {phase.value}{why}"
         self.vm.machine.journal.note(time.time(), "migration", text)
         level = logging.WARNING if phase in (Phase.UNKNOWN, Phase.LOST) else logging.INFO
         log.log(level, "migrate vm=%s %s", self.vm.name, text)
-
-    def _mark(self, event: SourceEvent) -> None:
-        """Notes what the guest waited for, in milliseconds after its stop."""
-        name = MILESTONES.get(type(event))
-        if name is not None and self.figures.stopped_at is not None:
-            after_ms = (time.monotonic() - self.figures.stopped_at) * 1e3
-            self.figures.timeline_ms.setdefault(name, round(after_ms, 1))
 
     def _write(self) -> bool:
         self.record = replace(self.record, phase=self._state.phase, mode=self._state.mode)
@@ -393,13 +354,13 @@ class Departure(Journey[SourceEvent]):
 
     async def _prepare(self) -> None:
         vm, peer = self.vm, self._peer
-        assert self._claim is not None
-        images = dict(zip(_claimed_disks(vm.spec), self._claim.images, strict=True))
+        claim = self._transfer.claim
+        images = dict(zip(_claimed_disks(vm.spec), claim.images, strict=True))
         answer = await peer.prepare_arrival(
             ArrivalRequest(
                 id=self.id,
                 source=self._cluster.settings.host,
-                epoch=self._claim.epoch,
+                epoch=claim.epoch,
                 spec=vm.pinned_spec,
                 machine=await handover.machine_type(vm.machine.execute),
                 accelerator=vm.record.accelerator.kind,
@@ -413,14 +374,9 @@ class Departure(Journey[SourceEvent]):
         self._post(Prepared())
 
     async def _start_stream(self) -> None:
-        vm = self.vm
-        for disk in self._writable():
-            await disk.freeze()
-        for disk in self._writable():
-            self._served[disk.name] = disk.generation
-            await disk.hand_over(armed=True)
+        await self._disks.arm()
         await self._start_wire(self._address)
-        execute = vm.machine.execute
+        execute = self.vm.machine.execute
         await stream.prepare_source(execute, postcopy=self.policy.postcopy)
         await self._steering.begin(execute)
         await stream.start(execute, self._wire_files.stream)
@@ -456,39 +412,19 @@ class Departure(Journey[SourceEvent]):
         await self._peer.promise_arrival(self.id)
 
     async def _release_disks(self) -> None:
-        """The backends let go by themselves when QEMU stopped the queues. It has to be the same
-        ones: one that died in between has left requests behind.
-        """
-        deadline = time.monotonic() + RELEASE_S
-        for disk in self._writable():
-            while await disk.hand_over(armed=True):
-                if time.monotonic() > deadline:
-                    raise Unavailable(f"the backend of disk {disk.name} keeps the image")
-                await asyncio.sleep(0.001)
-            if disk.generation != self._served.get(disk.name):
-                raise Unavailable(f"the backend of disk {disk.name} has just changed")
+        await self._disks.released()
         self._post(DisksReleased())
 
     async def _hand_over(self) -> None:
         """QEMU lets the guest run on by itself when its migration fails. So it has to stand still
         now, and from now on QEMU itself does; in postcopy it has more to send.
         """
-        assert self._claim is not None
         if self._state.mode is Mode.PRECOPY:
             if await self._guest_runs():
                 self._post(NotCommitted("the guest runs on: the migration has failed"))
                 return
             self.vm.machine.suspend(on=True)
-        try:
-            self._new_claim = await self._registry.hand_over(self._claim)
-        except StaleClaim:
-            self._post(Superseded())
-        except OutcomeUnknown as error:
-            self._post(AnswerLost(str(error)))
-        except SempervirtError as error:
-            self._post(NotCommitted(str(error)))
-        else:
-            self._post(Committed())
+        self._post(await self._transfer.commit())
 
     async def _guest_runs(self) -> bool:
         """Raises Unavailable for a QEMU that is silent, as one is that waits for a disk."""
@@ -499,16 +435,8 @@ class Departure(Journey[SourceEvent]):
             raise Unavailable("QEMU does not say whether the guest stands still") from error
 
     async def _withdraw(self) -> None:
-        """While the store is silent nothing is known, and it is asked again."""
-        assert self._claim is not None
-        try:
-            await self._registry.end_move(self._claim)
-        except StaleClaim:
-            self._post(Superseded())
-        except SempervirtError as error:
-            log.debug("migrate vm=%s %s", self.vm.name, error)
-        else:
-            self._post(Withdrawn())
+        if (answer := await self._transfer.withdraw()) is not None:
+            self._post(answer)
 
     async def _abort_destination(self) -> None:
         """It also learns of it from the store."""
@@ -517,26 +445,11 @@ class Departure(Journey[SourceEvent]):
 
     async def _let_run(self) -> None:
         """Tells the destination; if it cannot be reached, it learns of it from the store."""
-        await self._make_certain()
-        if self._new_claim is not None:
-            await self._tell(self._new_claim)
+        await self._transfer.make_certain()
+        if self._transfer.handed is not None:
+            await self._tell(self._transfer.handed)
         self._told = True
         self._post(Tick())
-
-    async def _make_certain(self) -> None:
-        """An operator may have said that the destination owns the VM: the store has to know."""
-        assert self._claim is not None
-        while self._new_claim is None:
-            try:
-                owned = await self._registry.check(self._claim)
-                if owned.custody is not Custody.MOVING:
-                    await self._registry.begin_move(self._claim, self.record.destination)
-                self._new_claim = await self._registry.hand_over(self._claim)
-            except StaleClaim:
-                return  # it does
-            except SempervirtError as error:
-                log.info("migrate vm=%s %s", self.vm.name, error)
-                await asyncio.sleep(ASK_WAIT_S)
 
     async def _tell(self, claim: Claim) -> None:
         request = RunRequest(epoch=claim.epoch, claim=claim.id)
@@ -549,7 +462,7 @@ class Departure(Journey[SourceEvent]):
                     log.warning("migrate vm=%s it is not told: %s", self.vm.name, error)
                     return
             else:
-                self.figures.goes_on()
+                self.figures.guest_runs()
                 log.info(
                     "migrate vm=%s blackout_ms=%s after its stop: %s",
                     self.vm.name,
@@ -577,12 +490,7 @@ class Departure(Journey[SourceEvent]):
         self.vm.machine.suspend(on=False)
         while not self.vm.run.is_end:
             try:
-                # Before a standby is there: it would take the image first.
-                for disk in self._writable():
-                    if disk.generation:
-                        await disk.hand_over(armed=False)
-                for disk in self._writable():
-                    disk.thaw()
+                await self._disks.take_back()
                 status = await self._let_go_on()
             except SempervirtError as error:
                 log.warning("migrate vm=%s does not go on yet: %s", self.vm.name, error)
@@ -590,7 +498,7 @@ class Departure(Journey[SourceEvent]):
             else:
                 break
         if status == "running":
-            self.figures.goes_on()
+            self.figures.guest_runs()
         await self._end_wire()
         self.vm.machine.release(status)
         self._back = True
@@ -599,16 +507,7 @@ class Departure(Journey[SourceEvent]):
     async def _let_go_on(self) -> str:
         """Ends QEMU's migration and has the guest run, if it ran before; tells what QEMU does."""
         execute = self.vm.machine.execute
-        deadline = time.monotonic() + QEMU_S
-        while True:
-            told = await stream.look(execute)
-            if told.status in ("none", "completed", *stream.FAILED):
-                break
-            if told.status != "cancelling":
-                await execute("migrate_cancel")
-            if time.monotonic() > deadline:
-                raise Unavailable(f"QEMU does not end its migration ({told.status})")
-            await asyncio.sleep(0.01)
+        await stream.cancel(execute, QEMU_S)
         await stream.throttle(execute, stream.MIN_THROTTLE)
         status = str((await execute("query-status"))["status"])
         if self.record.running and status in ("paused", "postmigrate", "finish-migrate"):
@@ -623,15 +522,11 @@ class Departure(Journey[SourceEvent]):
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK_S)
-            if self._state.phase in (Phase.PRECOPY, Phase.SWITCHOVER):
-                self._watch_disks()
+            # Not by way of QEMU: it may be silent for as long as a disk is not served.
+            disk = self._disks.ended()
+            if disk is not None and self._state.phase in (Phase.PRECOPY, Phase.SWITCHOVER):
+                self._post(StreamFailed(f"the backend of disk {disk} ended"))
             self._post(Tick())
-
-    def _watch_disks(self) -> None:
-        """Not by way of QEMU: it may be silent for as long as one of its disks is not served."""
-        for disk in self._writable():
-            if disk.generation != self._served.get(disk.name, disk.generation):
-                self._post(StreamFailed(f"the backend of disk {disk.name} ended"))
 
     async def _watch_machine(self) -> None:
         await self.vm.machine.wait_ended()
@@ -731,9 +626,6 @@ class Departure(Journey[SourceEvent]):
             postcopy=policy.postcopy,
         )
         self._steering = Steering(decides)
-
-    def _writable(self) -> list[Disk]:
-        return [disk for disk in self.vm.disks.values() if not disk.setup.options.read_only]
 
     @property
     def _peer(self) -> Client:

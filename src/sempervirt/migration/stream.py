@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sempervirt.core.errors import StateConflict
+from sempervirt.core.errors import StateConflict, Unavailable
 from sempervirt.migration.convergence import Sample
 
 Execute = Callable[..., Awaitable[Any]]
@@ -101,6 +102,17 @@ async def reckon(execute: Execute, bandwidth: float) -> None:
 async def finish(execute: Execute) -> None:
     """Sends what is left of a guest that stands still."""
     await execute("migrate-continue", {"state": "pre-switchover"})
+
+
+async def cancel(execute: Execute, timeout_s: float) -> None:
+    """Ends it, whatever it does; returns when it is over. Raises Unavailable; as `execute`."""
+    deadline = time.monotonic() + timeout_s
+    while (told := await look(execute)).status not in ("none", "completed", *FAILED):
+        if told.status != "cancelling":
+            await execute("migrate_cancel")
+        if time.monotonic() > deadline:
+            raise Unavailable(f"QEMU does not end its migration ({told.status})")
+        await asyncio.sleep(POLL_S)
 
 
 async def limit_blackout(execute: Execute, blackout_s: float) -> None:
