@@ -11,6 +11,7 @@
 //! | [`request`] | a guest | `semper_blkd`: from chain to I/O; the configuration space |
 //! | [`messages`] | a front end and its guest | `semper_blkd`: the vhost-user device with its threads |
 //! | [`control`] | a local client | `semper_blkd`: the lines of the control socket |
+//! | [`epoch`] | who writes beside an image, a crash | `semper_epoch`: the epoch record |
 //! | [`map`] | who gives a map | `semper_blockmap`: the export format |
 //! | [`saved`] | who gives a saved state | `semper_saved`: the format |
 //! | [`stream`] | a QEMU and its guest | `semper_wire`: any migration stream comes out as it went in |
@@ -19,6 +20,7 @@
 
 mod bytes;
 mod control;
+mod epoch;
 mod erratic;
 mod ground;
 mod map;
@@ -30,6 +32,7 @@ mod saved;
 mod wire;
 
 pub use control::control;
+pub use epoch::epoch;
 pub use map::map;
 pub use messages::messages;
 pub use region::region;
@@ -42,12 +45,13 @@ pub use wire::{destination, source, stream};
 pub type Attack = fn(&[u8]);
 
 /// All attacks, by the names that the fuzz targets have.
-pub const ALL: [(&str, Attack); 10] = [
+pub const ALL: [(&str, Attack); 11] = [
     ("ring", ring),
     ("region", region),
     ("request", request),
     ("messages", messages),
     ("control", control),
+    ("epoch", epoch),
     ("map", map),
     ("saved", saved),
     ("stream", stream),

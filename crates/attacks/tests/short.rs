@@ -46,6 +46,11 @@ fn random_control_lines() {
 }
 
 #[test]
+fn random_epoch_records() {
+    random_inputs("epoch", 10_000);
+}
+
+#[test]
 fn random_maps() {
     random_inputs("map", 10_000);
 }
