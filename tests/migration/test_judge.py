@@ -22,11 +22,15 @@ MIB = 1 << 20
 
 @asynccontextmanager
 async def under_judgement() -> AsyncIterator[Judge]:
-    """A guest at home on host a, whose writers have begun."""
+    """A guest at home on host a, whose writers have been seen to write."""
     async with World.opened(UNLIMITED) as world, Guest.booted(world, world.a) as guest:
         with Journal.kept(guest.image, world.namespaces) as journal:
             async with guest.outside() as client:
-                yield Judge(guest, journal, client)
+                judge = Judge(guest, journal, client)
+                async with asyncio.timeout(DEADLINE_S):
+                    while judge.journal.order(judge.since) != ["a"]:  # noqa: ASYNC110
+                        await asyncio.sleep(POLL_S)  # poll interval
+                yield judge
 
 
 async def test_a_guest_that_is_left_alone_is_found_well() -> None:
@@ -42,9 +46,6 @@ async def test_a_second_writer_is_found_by_the_image_and_by_the_journal() -> Non
     """A program on the other host that asks neither for the lock nor for the epoch."""
     async with under_judgement() as judge:
         world = judge.guest.world
-        async with asyncio.timeout(DEADLINE_S):
-            while judge.journal.order(judge.since) != ["a"]:  # noqa: ASYNC110
-                await asyncio.sleep(POLL_S)  # poll interval
         write = ("write", "--device", str(judge.guest.image), "--seconds", "1", "--writers", "1")
         process = await asyncio.create_subprocess_exec(
             *within(world.b.namespace, program("semper-probe"), *write, "--span-bytes", str(MIB)),
