@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pytest
 from bench import fleet, idle, scale
 
-pytestmark = [pytest.mark.guest, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.guest, pytest.mark.timeout(420)]
 
 SHAPE = fleet.Shape(vms=4, disks=16, queues=4)
 IDLE_S = 5.0
