@@ -28,6 +28,7 @@ async def under_judgement() -> AsyncIterator[Judge]:
             async with guest.outside() as client:
                 judge = Judge(guest, journal, client)
                 async with asyncio.timeout(DEADLINE_S):
+                    # A thread keeps the journal, with no event to wait for.
                     while judge.journal.order(judge.since) != ["a"]:  # noqa: ASYNC110
                         await asyncio.sleep(POLL_S)  # poll interval
                 yield judge
