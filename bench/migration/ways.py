@@ -15,7 +15,7 @@ from bench.migration.ends import QMP_S, End, ask, program
 from bench.migration.waiting import MoveError, until
 from sempervirt.migration import stream
 from sempervirt.migration.convergence import ConvergencePolicy
-from sempervirt.migration.steering import Steering
+from sempervirt.migration.steering import LOOK_S, Steering
 from sempervirt.trust.authority import CERTIFICATE_FILE as AUTHORITY_FILE
 from sempervirt.trust.authority import Authority, Issued
 from sempervirt.trust.identity import CERTIFICATE_FILE, KEY_FILE, Identity
@@ -24,8 +24,6 @@ from sempervirt.vm.qmp import Monitor
 MOVE_S = 240.0
 WIRED_S = 60.0
 CHANNELS = 2
-# As often as the agent.
-LOOK_S = 0.1
 _ports = itertools.count(41000)
 
 

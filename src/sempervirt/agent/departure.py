@@ -77,7 +77,7 @@ from sempervirt.migration.messages import (
     WireView,
 )
 from sempervirt.migration.states import Bounds, Migration
-from sempervirt.migration.steering import Steering
+from sempervirt.migration.steering import LOOK_S, Steering
 from sempervirt.migration.wire import Wire, sweep
 from sempervirt.store.registry import Claim
 from sempervirt.vm import handover
@@ -87,7 +87,6 @@ from sempervirt.vm.states import Request, Runstate
 log = logging.getLogger(__name__)
 
 TICK_S = 0.1
-LOOK_S = 0.1
 DEADLINE_GRACE_S = 30.0
 # The destination answers at the latest then, also if nothing has changed.
 ASK_WAIT_S = 1.0
@@ -98,6 +97,7 @@ QEMU_S = 10.0
 ANSWER_S = 1.0
 TELL_AGAIN_S = 0.2
 TELL_FOR_S = 5.0
+KILL_AGAIN_S = 1.0
 Work = Callable[[], Awaitable[None]]
 Failure = Callable[[str], SourceEvent]
 # The least that QEMU is given for the guest's blackout, whatever the rest of it takes.
@@ -463,12 +463,13 @@ class Departure(Journey[SourceEvent]):
                     return
             else:
                 self.figures.guest_runs()
-                log.info(
-                    "migrate vm=%s blackout_ms=%s after its stop: %s",
-                    self.vm.name,
-                    self.figures.blackout_ms,
-                    self.figures.timeline_ms,
-                )
+                if self.figures.blackout_ms is not None:
+                    log.info(
+                        "migrate vm=%s blackout_ms=%.1f after its stop: %s",
+                        self.vm.name,
+                        self.figures.blackout_ms,
+                        self.figures.timeline_ms,
+                    )
                 return
             await asyncio.sleep(TELL_AGAIN_S)
 
@@ -480,7 +481,7 @@ class Departure(Journey[SourceEvent]):
                 await self.vm.machine.kill(because)
             except SempervirtError as error:
                 log.error("migrate vm=%s %s", self.vm.name, error)  # noqa: TRY400
-                await asyncio.sleep(ASK_WAIT_S)
+                await asyncio.sleep(KILL_AGAIN_S)
         await self.vm.wait_settled()
         self._post(Tick())
 

@@ -94,7 +94,12 @@ Decision = RaiseLimit | Throttle | GoPostcopy | GiveUp | None
 
 def begin(policy: ConvergencePolicy) -> Track:
     """Nothing was seen yet."""
-    return Track(limit_s=policy.blackout_s * HOPE)
+    return Track(limit_s=_whole(policy) * HOPE)
+
+
+def _whole(policy: ConvergencePolicy) -> float:
+    """What is meant for the guest, within the bound."""
+    return min(policy.blackout_s, policy.blackout_max_s)
 
 
 def expected_blackout_s(sample: Sample) -> float:
@@ -110,12 +115,11 @@ def decide(track: Track, sample: Sample, policy: ConvergencePolicy) -> tuple[Tra
     if expected_s <= track.limit_s:
         return track, None  # QEMU stops the guest by itself
     late = sample.elapsed_s >= policy.deadline_s
-    hopes = track.limit_s < policy.blackout_s
+    whole_s = _whole(policy)
+    hopes = track.limit_s < whole_s
     track = _observe(track, sample, expected_s, HOPE_PASSES if hopes else policy.stall_passes)
-    if hopes and (track.stalled or late):
-        track = replace(_anew(track, sample), limit_s=policy.blackout_s)
-        if expected_s <= track.limit_s or not late:
-            return track, RaiseLimit(track.limit_s)
+    if hopes and (expected_s <= whole_s if late else track.stalled):
+        return replace(_anew(track, sample), limit_s=whole_s), RaiseLimit(whole_s)
     if not track.stalled and not late:
         return track, None
     # A pass ends some time after this sample: a little more than expected.

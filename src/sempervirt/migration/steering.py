@@ -18,6 +18,8 @@ from sempervirt.migration.convergence import (
     Track,
 )
 
+# Between two reports of QEMU.
+LOOK_S = 0.1
 # QEMU is told of a bandwidth that differs by more than this part.
 BANDWIDTH_PART = 0.05
 
