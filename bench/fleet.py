@@ -76,10 +76,10 @@ class Fleet:
 
     @property
     def pids(self) -> dict[str, list[int]]:
-        """The processes by kind: backends that serve, standbys that wait, the agent."""
+        """The processes by kind: backends that serve, spares that wait, the agent."""
         return {
             "backend": [disk.active_pid for disk in self.disks if disk.active_pid is not None],
-            "standby": [disk.standby_pid for disk in self.disks if disk.standby_pid is not None],
+            "spare": [disk.spare_pid for disk in self.disks if disk.spare_pid is not None],
             "agent": [self.agent_pid],
         }
 
@@ -88,7 +88,7 @@ class Fleet:
 async def running(shape: Shape, **disk_keys: Any) -> AsyncIterator[Fleet]:
     """Run a fleet for the duration of the block; keys of the VM file's disks as arguments.
 
-    When the block begins each disk is guarded by a standby and each queue was started by its guest.
+    When the block begins each disk is guarded by a spare and each queue was started by its guest.
     Raises FleetError otherwise.
     """
     async with AsyncExitStack() as stack:

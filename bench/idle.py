@@ -1,7 +1,7 @@
 """What disks without I/O cost: ``python -m bench.idle``.
 
 Guests under emulation start every queue of their disks and then leave them alone; meanwhile the
-processor time of each backend, of each standby and of the agent is taken from its own clock. The
+processor time of each backend, of each spare and of the agent is taken from its own clock. The
 agent asks backends less and less often when nothing happens, so they are left alone for a while
 first.
 """
@@ -44,7 +44,7 @@ class Idleness:
     uses: list[Use]
 
     def objections(self) -> Iterator[str]:
-        """Why it is too much: all backends together, or all standbys, may use so much."""
+        """Why it is too much: all backends together, or all spares, may use so much."""
         for use in self.uses:
             if use.kind != "agent" and use.all_percent >= LIMIT_PERCENT:
                 yield f"{use.processes} × {use.kind}: {use.all_percent:.3f} % of a processor"

@@ -67,8 +67,8 @@ class Scale:
 
     @property
     def disk_kib(self) -> float:
-        """A disk with its standby and one queue."""
-        return self.few.typical("backend").pss + self.few.typical("standby").pss
+        """A disk with its spare and one queue."""
+        return self.few.typical("backend").pss + self.few.typical("spare").pss
 
     @property
     def queue_kib(self) -> float:
@@ -88,7 +88,7 @@ class Scale:
             yield f"a backend with more queues has {many} threads instead of {few}"
 
 
-KINDS = ("backend", "standby")
+KINDS = ("backend", "spare")
 
 
 async def measure(shape: fleet.Shape) -> Fleet:
@@ -131,14 +131,14 @@ def document(scale: Scale, on: dict[str, str]) -> str:
 def summary(scale: Scale) -> str:
     """What follows, in a few sentences."""
     started = "; ".join(
-        f"{one.shape}: all served after {one.served_s:.1f} s, all guarded by a standby after "
+        f"{one.shape}: all served after {one.served_s:.1f} s, all guarded by a spare after "
         f"{one.guarded_s:.1f} s"
         for one in (scale.few, scale.many)
     )
     return (
         "Memory is the proportional share (PSS), the median over the processes of a kind; guest "
         "memory counts as far as the backend has touched it. "
-        f"A disk with its standby costs {scale.disk_kib:.0f} KiB, each further queue "
+        f"A disk with its spare costs {scale.disk_kib:.0f} KiB, each further queue "
         f"{scale.queue_kib:.0f} KiB. Threads that serve the queues of a disk: "
         f"{scale.many.io_threads} for {scale.many.shape.queues}. "
         f"From the first request to the agent: {started}."

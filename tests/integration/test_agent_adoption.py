@@ -68,7 +68,7 @@ async def test_a_killed_agent_is_not_noticed_by_the_guest(
             await probe.write_start("serial:loaded", writers=16, span_bytes=8 * MIB)
             disk = await wait_disk(client, is_guarded)
             first.kill()
-        # No agent: the standby takes over by itself.
+        # No agent: the spare takes over by itself.
         assert disk.active_pid is not None
         os.kill(disk.active_pid, signal.SIGKILL)
         before = (await probe.stats()).completions
@@ -77,7 +77,7 @@ async def test_a_killed_agent_is_not_noticed_by_the_guest(
             await client.agent()
         async with semperd():
             adopted = await wait_disk(client, is_guarded)
-            assert adopted.active_pid == disk.standby_pid
+            assert adopted.active_pid == disk.spare_pid
             again = await client.vm("web")
             assert (again.state, again.pid) == (Runstate.RUNNING, view.pid)
             assert adopted.active_pid is not None
@@ -155,7 +155,7 @@ async def test_an_agent_that_keeps_vms_and_one_that_does_not(
 ) -> None:
     async with Agent.open(replace(config, keep_vms=True)) as agent:
         vm = await agent.run_vm(firmware_spec())
-        await agent.disks["web/root"].wait_standby_ready(DEADLINE_S)
+        await agent.disks["web/root"].wait_spare_ready(DEADLINE_S)
         pid = vm.pid
     async with Agent.open(config) as agent:
         assert agent.vm("web").pid == pid

@@ -137,7 +137,7 @@ async def test_every_page_that_equals_a_block_is_found(
     # The next backend knows which blocks were used, and finds the same pages by content.
     await kill_active(disk)
     await vm.resume()
-    await disk.wait_standby_ready(READY_S)
+    await disk.wait_spare_ready(READY_S)
     await vm.pause()
     export = await exported(disk)
     again = export.by_offset()
@@ -146,7 +146,7 @@ async def test_every_page_that_equals_a_block_is_found(
 
 
 async def kill_active(disk: Disk) -> None:
-    await disk.wait_standby_ready(READY_S)
+    await disk.wait_spare_ready(READY_S)
     assert disk.active_pid is not None
     count = disk.restart_count
     os.kill(disk.active_pid, signal.SIGKILL)

@@ -171,7 +171,7 @@ async def test_queues_and_their_threads(semper: Semper, semperd: Semperd, vm_fil
         listed = (await semper("disk", "list")).out
         assert listed.splitlines()[1].split()[:2] == ["web/own", "qemu"]
         own = await semper("disk", "show", "web/own")
-        assert "served by QEMU itself, without a standby" in own.out
+        assert "served by QEMU itself, without a spare" in own.out
 
         for option in ([], ["--show"]):
             table = await semper("disk", "threads", "web/root", *option)

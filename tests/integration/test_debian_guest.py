@@ -66,7 +66,7 @@ async def run(client: ProbeClient, *argv: str) -> Ran:
 async def kill_backend(agent: Agent, name: str) -> None:
     """SIGKILL to the backend of a disk; returns when another one serves."""
     disk = agent.disks[f"debian/{name}"]
-    await disk.wait_standby_ready(READY_S)
+    await disk.wait_spare_ready(READY_S)
     pid, count = disk.active_pid, disk.restart_count
     assert pid is not None
     os.kill(pid, signal.SIGKILL)

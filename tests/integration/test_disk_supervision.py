@@ -102,14 +102,14 @@ async def wait_restarts(disk: Disk, count: int) -> None:
     )
 
 
-async def test_the_standby_takes_over_and_is_replaced(started: Started, setup: DiskSetup) -> None:
+async def test_the_spare_takes_over_and_is_replaced(started: Started, setup: DiskSetup) -> None:
     disk = await started.start(setup)
     for count in range(1, 6):
-        await disk.wait_standby_ready(READY_S)
-        standby = disk.standby_pid
+        await disk.wait_spare_ready(READY_S)
+        spare = disk.spare_pid
         kill(disk.active_pid)
         await wait_restarts(disk, count)
-        assert disk.active_pid == standby
+        assert disk.active_pid == spare
         await disk.wait_serving(READY_S)
     assert (await disk.status())["pid"] == disk.active_pid
     assert disk.restart_count == 5
@@ -117,36 +117,36 @@ async def test_the_standby_takes_over_and_is_replaced(started: Started, setup: D
     assert len(setup.files.logs()) <= 6  # those of the last five, and of the present ones
 
 
-async def test_without_a_standby_a_new_backend_starts_at_once(
+async def test_without_a_spare_a_new_backend_starts_at_once(
     started: Started, setup: DiskSetup
 ) -> None:
-    disk = await started.start(replace(setup, policy=Policy(standby=False)))
+    disk = await started.start(replace(setup, policy=Policy(spare=False)))
     first = disk.active_pid
     kill(first)
     await wait_restarts(disk, 1)
     assert disk.active_pid not in (None, first)
     await disk.wait_serving(READY_S)
-    assert disk.standby_pid is None
+    assert disk.spare_pid is None
 
 
 async def test_both_backends_killed_together(started: Started, setup: DiskSetup) -> None:
     disk = await started.start(setup)
-    await disk.wait_standby_ready(READY_S)
-    kill(disk.standby_pid)
+    await disk.wait_spare_ready(READY_S)
+    kill(disk.spare_pid)
     kill(disk.active_pid)
     await wait_restarts(disk, 1)
-    await disk.wait_standby_ready(READY_S)
+    await disk.wait_spare_ready(READY_S)
 
 
-async def test_a_killed_standby_is_replaced_and_the_active_one_stays(
+async def test_a_killed_spare_is_replaced_and_the_active_one_stays(
     started: Started, setup: DiskSetup
 ) -> None:
     disk = await started.start(setup)
-    await disk.wait_standby_ready(READY_S)
-    active, standby = disk.active_pid, disk.standby_pid
+    await disk.wait_spare_ready(READY_S)
+    active, spare = disk.active_pid, disk.spare_pid
     kill(standby)
     await disk.changes.wait_until(
-        lambda: disk.standby_pid not in (standby, None), timeout_s=READY_S, what="a new standby"
+        lambda: disk.spare_pid not in (spare, None), timeout_s=READY_S, what="a new spare"
     )
     assert disk.active_pid == active
     assert not disk.restarts
@@ -156,7 +156,7 @@ async def test_upgrade_serves_from_the_new_binary(
     started: Started, setup: DiskSetup, place: Path
 ) -> None:
     disk = await started.start(setup)
-    await disk.wait_standby_ready(READY_S)
+    await disk.wait_spare_ready(READY_S)
     copy = shutil.copy2(setup.command.binary(), place / "new-blkd")
     await disk.upgrade(str(copy))
     assert disk.active_pid is not None
@@ -164,8 +164,8 @@ async def test_upgrade_serves_from_the_new_binary(
     assert disk.upgrade_count == 1
     assert disk.restart_count == 0
     assert disk.restarts[-1].planned
-    await disk.wait_standby_ready(READY_S)
-    assert program_of(disk.standby_pid) == copy
+    await disk.wait_spare_ready(READY_S)
+    assert program_of(disk.spare_pid) == copy
 
 
 @pytest.mark.parametrize(
@@ -186,13 +186,13 @@ async def test_a_broken_binary_is_not_upgraded_to(
     started: Started, setup: DiskSetup, place: Path, text: str, message: str
 ) -> None:
     disk = await started.start(setup)
-    await disk.wait_standby_ready(READY_S)
+    await disk.wait_spare_ready(READY_S)
     active = disk.active_pid
     with pytest.raises(Unavailable, match=message):
         await disk.upgrade(program(place / "broken", text))
     assert disk.active_pid == active
     assert not disk.restarts
-    await disk.wait_standby_ready(READY_S)
+    await disk.wait_spare_ready(READY_S)
     assert disk.binary == setup.command.binary()
 
 
@@ -203,7 +203,7 @@ async def test_a_replaced_file_does_not_become_the_backend_by_accident(
     installed, new = place / "semper-blkd", place / "new"
     shutil.copy2(setup.command.binary(), installed)
     disk = await started.start(replace(setup, command=Blkd(installed)))
-    await disk.wait_standby_ready(READY_S)
+    await disk.wait_spare_ready(READY_S)
     text = """[ "$1" = --print-capabilities ] || exit 7
         echo '{"type": "block", "features": ["blk-file"]}'"""
     program(new, text)
@@ -211,19 +211,19 @@ async def test_a_replaced_file_does_not_become_the_backend_by_accident(
     assert disk.upgrade_available
     with pytest.raises(Unavailable, match="exit code 7"):
         await disk.upgrade()
-    kill(disk.active_pid)  # with or without a standby: the old program serves
+    kill(disk.active_pid)  # with or without a spare: the old program serves
     await wait_restarts(disk, 1)
-    await disk.wait_standby_ready(READY_S)
-    kill(disk.standby_pid)
+    await disk.wait_spare_ready(READY_S)
+    kill(disk.spare_pid)
     kill(disk.active_pid)
     await wait_restarts(disk, 2)
-    await disk.wait_standby_ready(READY_S)
+    await disk.wait_spare_ready(READY_S)
     # So it does for the next agent.
     disk = await started.adopt(replace(setup, command=Blkd(installed)))
-    kill(disk.standby_pid)
+    kill(disk.spare_pid)
     kill(disk.active_pid)
     await wait_restarts(disk, 1)
-    await disk.wait_standby_ready(READY_S)
+    await disk.wait_spare_ready(READY_S)
     assert disk.upgrade_available
 
 
@@ -231,7 +231,7 @@ async def test_two_upgrades_at_once_conflict(
     started: Started, setup: DiskSetup, place: Path
 ) -> None:
     disk = await started.start(setup)
-    await disk.wait_standby_ready(READY_S)
+    await disk.wait_spare_ready(READY_S)
     real, go = setup.command.binary(), place / "go"
     slow = program(
         place / "slow",
@@ -252,22 +252,22 @@ async def test_two_upgrades_at_once_conflict(
 async def test_crash_loop_backs_off_says_why_and_recovers(
     started: Started, setup: DiskSetup, place: Path
 ) -> None:
-    policy = Policy(active=Backoff(free=2, first_s=0.02, ceiling_s=0.2), steady_s=60)
+    policy = Policy(active_backoff=Backoff(free=2, first_s=0.02, ceiling_s=0.2), steady_s=60)
     bad = place / "bad-luck"
     text = f"""[ -e {bad} ] || exec {setup.command.binary()} "$@"
         echo 'semper-blkd: error: no luck; try again' >&2; exit 1"""
     binary = Path(program(place / "semper-blkd", text))
     disk = await started.start(replace(setup, command=Blkd(binary), policy=policy))
-    await disk.wait_standby_ready(READY_S)
+    await disk.wait_spare_ready(READY_S)
     bad.touch()
-    kill(disk.standby_pid)
+    kill(disk.spare_pid)
     kill(disk.active_pid)
     await disk.changes.wait_until(
         lambda: disk.condition == "failing", timeout_s=READY_S, what="the disk to be failing"
     )
     assert disk.reason == "exit code 1: no luck"
     bad.unlink()
-    await disk.wait_standby_ready(READY_S)
+    await disk.wait_spare_ready(READY_S)
 
 
 async def test_a_locked_image_is_refused_with_its_holder(
@@ -299,35 +299,35 @@ async def test_adopted_backends_are_supervised_as_before(
     started: Started, setup: DiskSetup
 ) -> None:
     disk = await started.start(setup)
-    await disk.wait_standby_ready(READY_S)
-    pids = disk.active_pid, disk.standby_pid
+    await disk.wait_spare_ready(READY_S)
+    pids = disk.active_pid, disk.spare_pid
     disk = await started.adopt(setup)
-    assert (disk.active_pid, disk.standby_pid) == pids
-    await disk.wait_standby_ready(READY_S)
+    assert (disk.active_pid, disk.spare_pid) == pids
+    await disk.wait_spare_ready(READY_S)
     kill(disk.active_pid)
     await wait_restarts(disk, 1)
     assert disk.active_pid == pids[1]
-    await disk.wait_standby_ready(READY_S)
-    assert disk.standby_pid not in pids
+    await disk.wait_spare_ready(READY_S)
+    assert disk.spare_pid not in pids
 
 
-async def test_the_standby_took_over_while_no_agent_ran(started: Started, setup: DiskSetup) -> None:
+async def test_the_spare_took_over_while_no_agent_ran(started: Started, setup: DiskSetup) -> None:
     disk = await started.start(setup)
-    await disk.wait_standby_ready(READY_S)
-    active, standby = disk.active_pid, disk.standby_pid
+    await disk.wait_spare_ready(READY_S)
+    active, spare = disk.active_pid, disk.spare_pid
     await kill_and_wait(active)  # nobody has seen it yet when the disk is adopted again
     disk = await started.adopt(setup)
-    assert disk.active_pid == standby
-    await disk.wait_standby_ready(READY_S)
+    assert disk.active_pid == spare
+    await disk.wait_spare_ready(READY_S)
 
 
 async def test_all_backends_ended_while_no_agent_ran(started: Started, setup: DiskSetup) -> None:
     disk = await started.start(setup)
-    await disk.wait_standby_ready(READY_S)
-    await kill_and_wait(disk.standby_pid)
+    await disk.wait_spare_ready(READY_S)
+    await kill_and_wait(disk.spare_pid)
     await kill_and_wait(disk.active_pid)
     disk = await started.adopt(setup)
-    await disk.wait_standby_ready(READY_S)
+    await disk.wait_spare_ready(READY_S)
 
 
 async def test_a_stale_socket_is_bound_again_and_handed_over(
@@ -336,37 +336,37 @@ async def test_a_stale_socket_is_bound_again_and_handed_over(
     """Where the kernel does not allow taking the listening socket back."""
     monkeypatch.setattr(lifecycle, "borrow_listener", lambda *_: None)
     disk = await started.start(setup)
-    await disk.wait_standby_ready(READY_S)
-    active, standby = disk.active_pid, disk.standby_pid
-    assert standby is not None
+    await disk.wait_spare_ready(READY_S)
+    active, spare = disk.active_pid, disk.spare_pid
+    assert spare is not None
     disk = await started.adopt(setup)
     assert start_ticks(standby) is None  # it would have listened where no path leads
     await disk.changes.wait_until(
         lambda: disk.upgrade_count == 1, timeout_s=READY_S, what="the hand-over"
     )
-    assert disk.active_pid not in (active, standby)
-    await disk.wait_standby_ready(READY_S)
+    assert disk.active_pid not in (active, spare)
+    await disk.wait_spare_ready(READY_S)
 
 
 async def test_an_unrecorded_backend_is_killed_at_adoption(
     started: Started, setup: DiskSetup
 ) -> None:
     disk = await started.start(setup)
-    await disk.wait_standby_ready(READY_S)
-    active, standby = disk.active_pid, disk.standby_pid
+    await disk.wait_spare_ready(READY_S)
+    active, spare = disk.active_pid, disk.spare_pid
     assert active is not None
-    assert standby is not None
+    assert spare is not None
     DiskRecord(9, setup.command.binary(), restarts=0, processes=()).write(setup.record)
     disk = await started.adopt(setup)
     assert start_ticks(active) is None
     assert start_ticks(standby) is None
-    await disk.wait_standby_ready(READY_S)
+    await disk.wait_spare_ready(READY_S)
     assert disk.generation >= 9
 
 
 async def test_sweep_ends_everything(started: Started, setup: DiskSetup) -> None:
     disk = await started.start(setup)
-    await disk.wait_standby_ready(READY_S)
+    await disk.wait_spare_ready(READY_S)
     started.disks.clear()
     await disk.detach()
     await sweep_disk(setup)
@@ -377,7 +377,7 @@ async def test_sweep_ends_everything(started: Started, setup: DiskSetup) -> None
 
 async def test_stop_leaves_nothing(started: Started, setup: DiskSetup) -> None:
     disk = await started.start(setup)
-    await disk.wait_standby_ready(READY_S)
+    await disk.wait_spare_ready(READY_S)
     started.disks.clear()
     await disk.stop()
     assert setup.files.find_processes() == []

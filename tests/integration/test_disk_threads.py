@@ -64,9 +64,9 @@ def setup(place: Path, disk_image: Path) -> DiskSetup:
 
 @pytest.fixture
 async def disk(setup: DiskSetup) -> AsyncIterator[Disk]:
-    """A disk of four queues that nobody uses, with its standby."""
+    """A disk of four queues that nobody uses, with its spare."""
     started = await start_disk(setup)
-    await started.wait_standby_ready(READY_S)
+    await started.wait_spare_ready(READY_S)
     yield started
     await started.stop()
 
@@ -87,9 +87,9 @@ async def map_of_active(disk: Disk) -> ThreadMap:
     return takeover.thread_map(await disk.status())
 
 
-async def map_of_standby(disk: Disk) -> ThreadMap:
-    assert disk.state.standby is not None
-    control = disk.setup.files.control(disk.state.standby.generation)
+async def map_of_spare(disk: Disk) -> ThreadMap:
+    assert disk.state.spare is not None
+    control = disk.setup.files.control(disk.state.spare.generation)
     return takeover.thread_map(await ask(control, "status"))
 
 
@@ -98,25 +98,25 @@ def arguments_of(pid: int | None) -> list[str]:
 
 
 async def take_over(disk: Disk) -> None:
-    """Kills the active backend and waits for the next standby."""
+    """Kills the active backend and waits for the next spare."""
     assert disk.active_pid is not None
     count = disk.restart_count
     os.kill(disk.active_pid, signal.SIGKILL)
     await disk.changes.wait_until(
         lambda: disk.restart_count > count, timeout_s=READY_S, what="the take-over"
     )
-    await disk.wait_standby_ready(READY_S)
+    await disk.wait_spare_ready(READY_S)
 
 
 async def test_every_process_of_a_disk_has_its_map(disk: Disk) -> None:
-    assert await map_of_active(disk) == await map_of_standby(disk) == AT_FIRST
+    assert await map_of_active(disk) == await map_of_spare(disk) == AT_FIRST
     await disk.rebind(Binding((0, 0, 1, 2), "test"))
     assert await map_of_active(disk) == (0, 0, 1, 2)
-    await eventually("the standby", lambda: is_on(map_of_standby(disk), (0, 0, 1, 2)))
-    assert "--thread-map=0,1,0,1" in arguments_of(disk.standby_pid)  # it was told, not restarted
+    await eventually("the spare", lambda: is_on(map_of_spare(disk), (0, 0, 1, 2)))
+    assert "--thread-map=0,1,0,1" in arguments_of(disk.spare_pid)  # it was told, not restarted
     await take_over(disk)
     assert await map_of_active(disk) == (0, 0, 1, 2)
-    assert "--thread-map=0,0,1,2" in arguments_of(disk.standby_pid)
+    assert "--thread-map=0,0,1,2" in arguments_of(disk.spare_pid)
     await disk.upgrade()
     assert await map_of_active(disk) == (0, 0, 1, 2)
     note = disk.journal.last("threads")
@@ -130,7 +130,7 @@ async def is_on(asked: Awaitable[ThreadMap], wanted: ThreadMap) -> bool:
 
 async def test_a_map_survives_the_agent_and_whatever_it_did_not_get_to(setup: DiskSetup) -> None:
     disk = await start_disk(setup)
-    await disk.wait_standby_ready(READY_S)
+    await disk.wait_spare_ready(READY_S)
     await disk.rebind(Binding((0, 0, 0, 0), "test"))
     # An agent that died after it had told the active process, and before it wrote that down.
     assert disk.state.active is not None
@@ -141,18 +141,18 @@ async def test_a_map_survives_the_agent_and_whatever_it_did_not_get_to(setup: Di
         assert adopted.plan is not None
         assert adopted.plan.binding == Binding((0, 0, 0, 0), "test")
         await eventually("the recorded map", lambda: is_on(map_of_active(adopted), (0, 0, 0, 0)))
-        await adopted.wait_standby_ready(READY_S)
+        await adopted.wait_spare_ready(READY_S)
         await take_over(adopted)
         assert await map_of_active(adopted) == (0, 0, 0, 0)
     finally:
         await adopted.stop()
 
 
-async def test_a_standby_that_was_not_told_is_told_once_it_serves(disk: Disk) -> None:
+async def test_a_spare_that_was_not_told_is_told_once_it_serves(disk: Disk) -> None:
     await disk.rebind(Binding((0, 0, 0, 1), "test"))
-    await eventually("the standby", lambda: is_on(map_of_standby(disk), (0, 0, 0, 1)))
-    assert disk.state.standby is not None
-    control = disk.setup.files.control(disk.state.standby.generation)
+    await eventually("the spare", lambda: is_on(map_of_spare(disk), (0, 0, 0, 1)))
+    assert disk.state.spare is not None
+    control = disk.setup.files.control(disk.state.spare.generation)
     await ask(control, "threads", map=[0, 1, 2, 3])  # as if it had not been
     await take_over(disk)
     await eventually("the successor", lambda: is_on(map_of_active(disk), (0, 0, 0, 1)))
@@ -184,7 +184,7 @@ async def test_a_backend_that_cannot_start_a_moved_queue_gives_up_its_place(
         return bool((await disk.status())["queues"][0]["enabled"])
 
     await eventually("the firmware to use the first queue", used)
-    await disk.wait_standby_ready(READY_S)
+    await disk.wait_spare_ready(READY_S)
     before = disk.active_pid
     assert before is not None
     member = disk.crew.get(disk.generation)
@@ -201,7 +201,7 @@ async def test_a_backend_that_cannot_start_a_moved_queue_gives_up_its_place(
         await disk.changes.wait_until(
             lambda: disk.active_pid not in (None, before), timeout_s=READY_S, what="the successor"
         )
-    await disk.wait_standby_ready(READY_S)
+    await disk.wait_spare_ready(READY_S)
     await disk.rebind(Binding((1, 0), "test"))
     assert disk.restart_count == 1
     status = await disk.status()
@@ -240,14 +240,14 @@ async def test_rebinding_and_kills_under_load_are_not_noticed(
                 await disk.rebind(Binding(next(maps), "test"))
                 assert await map_of_active(disk) == disk.state.binding.map
                 await completed(20)
-            await disk.wait_standby_ready(READY_S)
+            await disk.wait_spare_ready(READY_S)
             # A kill while the queues are being moved.
             moving = asyncio.create_task(disk.rebind(Binding(next(maps), "test")))
             assert disk.active_pid is not None
             os.kill(disk.active_pid, signal.SIGKILL)
             await moving
             await completed(PAUSE)
-            await disk.wait_standby_ready(READY_S)
+            await disk.wait_spare_ready(READY_S)
         moving = asyncio.create_task(disk.rebind(Binding(next(maps), "test")))
         await disk.upgrade()
         await moving
@@ -300,7 +300,7 @@ async def test_a_vm_runs_with_the_preset_of_its_storage(
     words = str(vm.plans["disk-root"])
     assert words == "2 queues on 2 threads, engine mmap (preset of 2026-11-23)"
     disk = agent.disks["web/root"]
-    await disk.wait_standby_ready(READY_S)
+    await disk.wait_spare_ready(READY_S)
     for _ in range(2):
         status = await disk.status()
         assert (status["engine"], status["poll_us"]) == ("mmap", 7)

@@ -44,8 +44,8 @@ async def completed(client: ProbeClient, more: int) -> None:
 
 
 async def kill_active(disk: Disk) -> None:
-    """SIGKILL to the active backend, once a standby is there; returns when its end was seen."""
-    await disk.wait_standby_ready(READY_S)
+    """SIGKILL to the active backend, once a spare is there; returns when its end was seen."""
+    await disk.wait_spare_ready(READY_S)
     pid, count = disk.active_pid, disk.restart_count
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
@@ -82,7 +82,7 @@ async def test_kills_upgrades_and_pauses_are_not_noticed(
         assert disk.active_pid is not None
         os.kill(disk.active_pid, signal.SIGKILL)
         await completed(client, PAUSE)
-        await disk.wait_standby_ready(READY_S)
+        await disk.wait_spare_ready(READY_S)
         await disk.upgrade()
         await completed(client, PAUSE)
         for _ in range(2):
@@ -91,7 +91,7 @@ async def test_kills_upgrades_and_pauses_are_not_noticed(
             await completed(client, PAUSE)
         await vm.pause()
         await kill_active(disk)
-        await disk.wait_standby_ready(READY_S)
+        await disk.wait_spare_ready(READY_S)
         await disk.upgrade()  # nothing is in flight, and the guest cannot react
         await vm.resume()
         await completed(client, PAUSE)

@@ -47,10 +47,10 @@ async def disk(agent: Agent, guest_spec: Spec) -> AsyncIterator[Disk]:
     """The disk of a guest that has booted; no backend of it may have died at the end."""
     await agent.run_vm(guest_spec(serial="mapped", engine="mmap"))
     disk = agent.disks["web/root"]
-    await disk.wait_standby_ready(READY_S)
-    pids = (disk.active_pid, disk.standby_pid)
+    await disk.wait_spare_ready(READY_S)
+    pids = (disk.active_pid, disk.spare_pid)
     yield disk
-    assert (disk.active_pid, disk.standby_pid) == pids
+    assert (disk.active_pid, disk.spare_pid) == pids
     assert disk.restart_count == 0
     status = await disk.status()
     assert status["engine"] == "mmap"

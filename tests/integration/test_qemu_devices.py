@@ -118,7 +118,7 @@ async def test_queues_are_on_the_threads_that_the_vm_file_names(
     assert all(after[name] > before[name] for name in before), (before, after)
 
 
-async def test_such_a_disk_has_no_standby_and_says_so(
+async def test_such_a_disk_has_no_spare_and_says_so(
     agent: Agent, client: Client, firmware_spec: Spec, image: Callable[[str], str]
 ) -> None:
     own = {"name": "own", "image": image("a"), "backend": "qemu", "queues": 2}
@@ -128,7 +128,7 @@ async def test_such_a_disk_has_no_standby_and_says_so(
     assert sorted(views) == ["web/ours", "web/own"]
     view = await client.disk("web/own")
     assert view == views["web/own"]
-    assert (view.condition, view.active_pid, view.standby_pid) == ("qemu", vm.pid, None)
+    assert (view.condition, view.active_pid, view.spare_pid) == ("qemu", vm.pid, None)
     assert view.size_bytes == 32 * MIB
     assert view.queues is not None
     assert view.queues.summary == "2 queues on 1 thread, engine threads (built-in default)"

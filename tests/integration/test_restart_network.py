@@ -283,7 +283,7 @@ asyncio.run(main())
         await vm.wait_state(Runstate.RUNNING, timeout_s=20)
         assert vm.record.number == 2
         async with EchoClient.connected("", GUEST) as client:
-            await agent.disks["web/root"].wait_standby_ready(20)
+            await agent.disks["web/root"].wait_spare_ready(20)
             await agent.restart_qemu("web")
             await client.wait_heard()
         assert interfaces() == {"lo", "br0", "tap0"}

@@ -200,5 +200,5 @@ asyncio.run(main())
         await vm.wait_state(Runstate.RUNNING, timeout_s=20)
         assert vm.record.restart is None
         assert vm.record.number == (2 if where in ("switch", "_go_on") else 1)
-        await agent.disks["web/root"].wait_standby_ready(20)
+        await agent.disks["web/root"].wait_spare_ready(20)
         assert (await agent.restart_qemu("web")).blackout_ms < BLACKOUT_MAX_MS

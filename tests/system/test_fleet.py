@@ -31,7 +31,7 @@ class Seen:
 
 @pytest.fixture(scope="module")
 def seen() -> Seen:
-    """64 disks with 256 queues, each disk with a standby."""
+    """64 disks with 256 queues, each disk with a spare."""
 
     async def look() -> Seen:
         async with fleet.running(SHAPE) as running:
@@ -42,7 +42,7 @@ def seen() -> Seen:
 
 def test_every_disk_is_served_and_guarded(seen: Seen) -> None:
     counts = {kind.name: kind.processes for kind in seen.size.kinds}
-    assert counts == {"backend": 64, "standby": 64, "agent": 1}
+    assert counts == {"backend": 64, "spare": 64, "agent": 1}
 
 
 def test_disks_without_io_use_no_processor_time(seen: Seen) -> None:

@@ -19,7 +19,7 @@ class StorageDaemon:
 
     aio: str = "threads"
     environment: Mapping[str, str] = field(default_factory=dict)
-    has_standby: bool = False
+    has_spare: bool = False
     has_control: bool = False
 
     def binary(self) -> str:

@@ -18,7 +18,7 @@ MACHINE = {
 def seen(queues: int, threads: int = 4, io_threads: int = 1) -> scale.Fleet:
     """A fleet in which a backend has 100 KiB of its own, and 50 for each queue."""
     own = Footprint(100 + 50 * queues, 20, 10 * queues, threads, 8)
-    kinds = [scale.Kind(name, queues, 64, own) for name in ("backend", "standby", "agent")]
+    kinds = [scale.Kind(name, queues, 64, own) for name in ("backend", "spare", "agent")]
     return scale.Fleet(fleet.Shape(4, 16, queues), 1.0, 2.0, io_threads, kinds)
 
 
@@ -58,6 +58,6 @@ def test_idle_backends_have_a_limit_together() -> None:
 
     quiet = idle.Idleness(seen(1).shape, 30.0, [use("backend", 0.09), use("agent", 3.0)])
     assert list(quiet.objections()) == []
-    busy = idle.Idleness(seen(1).shape, 30.0, [use("backend", 0.2), use("standby", 0.3)])
+    busy = idle.Idleness(seen(1).shape, 30.0, [use("backend", 0.2), use("spare", 0.3)])
     assert len(list(busy.objections())) == 2
-    assert "| standby | 20 | 0.300 |" in idle.document(busy, MACHINE)
+    assert "| spare | 20 | 0.300 |" in idle.document(busy, MACHINE)

@@ -96,14 +96,14 @@ def test_the_command_line_of_a_backend(tmp_path: Path) -> None:
         "--poll-us=0",
         "--serial=s1",
         "--direct",
-        "--standby",
+        "--spare",
         "--x",
     ]
     first = Launch("b", DiskOptions(Path("i"), read_only=True, block_size=4096), 3, Path("c"),
                    wait_for_lock=False, thread_map=(0, 0))  # fmt: skip
     argv = Blkd().argv(first)
     assert {"--read-only", "--block-size=4096"} <= set(argv)
-    assert "--standby" not in argv
+    assert "--spare" not in argv
     assert not any("thread" in argument or "poll" in argument for argument in argv)
 
 
@@ -258,8 +258,8 @@ def status(state: str = "running", **timeline: int | None) -> dict[str, Any]:
 
 
 def test_what_a_status_says() -> None:
-    assert takeover.is_prepared(status(standby_ready=1))
-    assert not takeover.is_prepared(status(standby_ready=None))
+    assert takeover.is_prepared(status(spare_ready=1))
+    assert not takeover.is_prepared(status(spare_ready=None))
     assert not takeover.is_prepared({})
     assert takeover.has_progressed(status(first_completion=5))
     assert takeover.thread_map({"queues": [{"thread": 1}, {"thread": 0}]}) == (1, 0)
@@ -271,7 +271,7 @@ def test_what_a_status_says() -> None:
     assert takeover.serves(listening, connection_expected=False)
     assert not takeover.serves(listening, connection_expected=True)
     assert takeover.serves(status("connected", lock_acquired=1), connection_expected=True)
-    assert not takeover.serves(status("standby"), connection_expected=False)
+    assert not takeover.serves(status("spare"), connection_expected=False)
 
 
 def test_milestones_count_from_when_the_end_was_seen() -> None:

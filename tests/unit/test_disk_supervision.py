@@ -50,8 +50,8 @@ POLICY = Policy(
     prepare_s=10,
     drain_s=10,
     verify_s=10,
-    active=Backoff(free=2, first_s=2, ceiling_s=4),
-    spare=Backoff(free=1, first_s=2, ceiling_s=4),
+    active_backoff=Backoff(free=2, first_s=2, ceiling_s=4),
+    spare_backoff=Backoff(free=1, first_s=2, ceiling_s=4),
 )
 OLD, NEW = "old", "new"
 BINDING = Binding((0, 1), "test")
@@ -89,10 +89,10 @@ class World:
         return (
             s.binary,
             backend(s.active),
-            backend(s.standby),
+            backend(s.spare),
             s.served,
             min(s.active_failures, 5),
-            min(s.standby_failures, 4),
+            min(s.spare_failures, 4),
             late,
             stop,
             s.stopping,
@@ -138,20 +138,20 @@ def carry_out(world: World, effect: Effect) -> World:
             return replace(world, alive=world.alive | {generation})
         case Terminate(generation):
             if state.stopping:
-                # A standby that is still there would take over from the one that ends.
-                assert state.standby is None
+                # A spare that is still there would take over from the one that ends.
+                assert state.spare is None
             else:
                 # The one that serves is told to go only when another is ready.
                 assert state.active is not None
                 assert generation == state.active.generation
-                assert state.standby is not None
-                assert state.standby.ready
+                assert state.spare is not None
+                assert state.spare.ready
             return replace(world, dying=world.dying | {generation})
         case Rebind(generation):
             # The active one has already done it.
             assert generation in world.alive
-            assert state.standby is not None
-            assert generation == state.standby.generation
+            assert state.spare is not None
+            assert generation == state.spare.generation
             return world
         case Kill(generation):
             return replace(world, dying=world.dying | {generation})
@@ -170,19 +170,19 @@ def carry_out(world: World, effect: Effect) -> World:
 def check(world: World) -> None:
     """The invariants."""
     state = world.state
-    known = {b.generation for b in (state.active, state.standby) if b}
+    known = {b.generation for b in (state.active, state.spare) if b}
     assert known <= world.alive, "a process is counted on that does not run"
     assert world.alive - known <= world.dying, "a process runs that nobody counts on"
-    assert len(known) == sum(1 for b in (state.active, state.standby) if b)
+    assert len(known) == sum(1 for b in (state.active, state.spare) if b)
     if state.frozen:
         # Nobody is left who waits for the image.
-        assert state.standby is None or state.standby.generation in world.dying
+        assert state.spare is None or state.spare.generation in world.dying
         assert state.upgrade is None
     elif state.served and not state.stopping:
         assert state.active or state.start_due is not None, "nobody serves, and nothing will"
-        guarded = state.standby or state.start_due is not None or state.upgrade
+        guarded = state.spare or state.start_due is not None or state.upgrade
         unserved = state.active and state.active.serving_since is None
-        assert guarded or unserved, "no standby, and none will be started"
+        assert guarded or unserved, "no spare, and none will be started"
     if state.upgrade and state.upgrade.phase is not Phase.PREPARING:
         assert state.upgrade.generation is not None
     assert 0 <= world.upgrades_asked - world.upgrades_answered <= 1
@@ -234,8 +234,8 @@ def settle(world: World, *, healthy: bool) -> World:
             world = after(world, Exited(min(world.alive), "it died"))
         elif state.active and state.active.serving_since is None:
             world = after(world, Serving(state.active.generation))
-        elif state.standby and not state.standby.ready:
-            world = after(world, Ready(state.standby.generation))
+        elif state.spare and not state.spare.ready:
+            world = after(world, Ready(state.spare.generation))
         elif (wake := next_wake(state)) is not None:
             world = after(world, Tick(), max(world.now, wake))
             if not healthy and world.now > 500:
@@ -268,20 +268,20 @@ def test_every_order_of_events_up_to_depth_twelve() -> None:
 
 
 def serving(**changes: object) -> World:
-    """A disk with a serving backend and a ready standby."""
+    """A disk with a serving backend and a ready spare."""
     world = settle(after(World(), Begin()), healthy=True)
     return replace(world, **changes)  # type: ignore[arg-type]
 
 
-def test_take_over_starts_the_next_standby_after_the_settling_time() -> None:
+def test_take_over_starts_the_next_spare_after_the_settling_time() -> None:
     world = serving()
     assert world.state.active
-    standby = world.state.standby
+    spare = world.state.spare
     state, effects = decide(
         world.state, Exited(world.state.active.generation, "killed"), world.now, POLICY
     )
-    assert state.active == standby
-    assert state.standby is None
+    assert state.active == spare
+    assert state.spare is None
     assert [type(effect) for effect in effects] == [TookOver]
     assert next_wake(state) == world.now + POLICY.settle_s
     assert decide(state, Tick(), world.now, POLICY)[1] == []
@@ -289,21 +289,21 @@ def test_take_over_starts_the_next_standby_after_the_settling_time() -> None:
     assert [type(effect) for effect in effects] == [Start]
 
 
-def test_without_a_standby_the_next_one_starts_at_once() -> None:
+def test_without_a_spare_the_next_one_starts_at_once() -> None:
     world = serving()
     assert world.state.active
-    assert world.state.standby
-    state, _ = decide(world.state, Exited(world.state.standby.generation, "died"), 0, POLICY)
+    assert world.state.spare
+    state, _ = decide(world.state, Exited(world.state.spare.generation, "died"), 0, POLICY)
     _, effects = decide(state, Exited(world.state.active.generation, "died"), 0, POLICY)
     assert any(isinstance(effect, Start) for effect in effects)
 
 
-def test_a_new_map_is_remembered_and_told_to_the_standby() -> None:
+def test_a_new_map_is_remembered_and_told_to_the_spare() -> None:
     before = serving()
     world = after(before, Rebound(BINDING))
     assert world.state == replace(before.state, binding=BINDING)
-    assert world.state.standby
-    alone = after(world, Exited(world.state.standby.generation, "died"))
+    assert world.state.spare
+    alone = after(world, Exited(world.state.spare.generation, "died"))
     assert decide(alone.state, Rebound(BINDING), alone.now, POLICY) == (alone.state, [])
     upgraded = settle(after(settle(alone, healthy=True), UpgradeAsked(NEW)), healthy=True)
     assert (upgraded.state.binary, upgraded.state.binding) == (NEW, BINDING)
@@ -328,7 +328,7 @@ def test_a_loop_of_crashes_backs_off_to_the_ceiling_and_goes_on() -> None:
     starts = world.state.next_generation
     later = settle(replace(world, now=0.0), healthy=False)
     tries = later.state.next_generation - starts
-    assert tries <= 500 / POLICY.active.ceiling_s + 5  # but no faster than the ceiling
+    assert tries <= 500 / POLICY.active_backoff.ceiling_s + 5  # but no faster than the ceiling
 
 
 def test_progress_ends_a_loop_of_crashes() -> None:
@@ -346,16 +346,16 @@ def test_progress_ends_a_loop_of_crashes() -> None:
 
 def test_upgrade_in_order() -> None:
     world = serving()
-    assert world.state.standby
+    assert world.state.spare
     old = world.state.active
     assert old
     world = after(world, UpgradeAsked(NEW))
-    world = after(world, Exited(world.state.standby.generation, "told to"))  # type: ignore[union-attr]
+    world = after(world, Exited(world.state.spare.generation, "told to"))  # type: ignore[union-attr]
     assert world.state.upgrade
-    assert world.state.standby
-    assert world.state.standby.binary == NEW
+    assert world.state.spare
+    assert world.state.spare.binary == NEW
     assert world.state.active == old
-    world = after(world, Ready(world.state.standby.generation))
+    world = after(world, Ready(world.state.spare.generation))
     assert world.state.upgrade
     assert world.state.upgrade.phase is Phase.SWITCHING
     assert world.dying == {old.generation}
@@ -373,8 +373,8 @@ def test_an_upgrade_that_is_late_keeps_the_old_binary(phase: Phase) -> None:
     world = after(serving(), UpgradeAsked(NEW))
     world = after(world, Exited(min(world.dying), "told to"))
     if phase is not Phase.PREPARING:
-        assert world.state.standby
-        world = after(world, Ready(world.state.standby.generation))
+        assert world.state.spare
+        world = after(world, Ready(world.state.spare.generation))
     if phase is Phase.VERIFYING:
         world = after(world, Exited(min(world.dying), "exit code 0"))
     assert world.state.upgrade
@@ -390,8 +390,8 @@ def test_an_upgrade_that_is_late_keeps_the_old_binary(phase: Phase) -> None:
     assert rest.state.binary == OLD
 
 
-def test_a_backend_without_standby_cannot_be_upgraded() -> None:
-    policy = replace(POLICY, standby=False)
+def test_a_backend_without_spare_cannot_be_upgraded() -> None:
+    policy = replace(POLICY, spare=False)
     state, _ = decide(State(binary=OLD), Begin(), 0, policy)
     state, _ = decide(state, Serving(1), 0, policy)
     state, effects = decide(state, Tick(), 0, policy)
@@ -403,8 +403,8 @@ def test_a_backend_without_standby_cannot_be_upgraded() -> None:
 
 def test_a_backend_that_does_not_drain_is_killed_at_the_end() -> None:
     world = after(serving(), StopAsked())
-    assert world.state.standby
-    world = after(world, Exited(world.state.standby.generation, "told to"))
+    assert world.state.spare
+    world = after(world, Exited(world.state.spare.generation, "told to"))
     assert world.state.active
     assert world.dying == {world.state.active.generation}
     _, effects = decide(world.state, Tick(), world.now + POLICY.drain_s, POLICY)
@@ -421,10 +421,10 @@ def test_the_one_that_got_the_lock_is_the_active_one() -> None:
     waits = world.state.active.generation
     assert world.state.start_due is not None
     world = after(world, Tick(), world.state.start_due)
-    assert world.state.standby is not None
-    won = world.state.standby.generation
+    assert world.state.spare is not None
+    won = world.state.spare.generation
     world = after(after(world, Ready(waits)), Serving(won))
     assert world.state.active is not None
-    assert world.state.standby is not None
-    assert (world.state.active.generation, world.state.standby.generation) == (won, waits)
+    assert world.state.spare is not None
+    assert (world.state.active.generation, world.state.spare.generation) == (won, waits)
     assert condition(world.state, POLICY) == "guarded"

@@ -101,11 +101,11 @@ pub(crate) struct Args {
 
     /// Prepare everything, then wait until the process that serves the image has ended.
     #[arg(long, conflicts_with = "read_only")]
-    pub standby: bool,
+    pub spare: bool,
 
     /// Accept a front end, but take the image only when its first queue starts: for the VM at the
     /// receiving end of a migration.
-    #[arg(long, conflicts_with_all = ["read_only", "standby"])]
+    #[arg(long, conflicts_with_all = ["read_only", "spare"])]
     pub incoming: bool,
 
     /// What the image itself knows about who may write it: the file beside it, IMAGE.epoch.

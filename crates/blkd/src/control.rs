@@ -281,7 +281,7 @@ impl Control {
             },
             "timeline_ns": {
                 "process_start": when(&timeline.process_start),
-                "standby_ready": when(&timeline.standby_ready),
+                "spare_ready": when(&timeline.spare_ready),
                 "lock_acquired": when(&timeline.lock_acquired),
                 "accepted": when(&timeline.accepted),
                 "started": when(&timeline.started),

@@ -56,7 +56,7 @@ mod armed {
 
     impl Hook for CrashHook {
         fn at(&mut self, point: Point) {
-            // Read late: a standby learns only when it serves how often its elders have died.
+            // Read late: a spare learns only when it serves how often its elders have died.
             let Some(plan) = self.plan.get_or_insert_with(plan_from_environment) else { return };
             if plan.point != point {
                 return;

@@ -43,13 +43,13 @@ pub(crate) fn run(args: Args, shared: Shared) -> Result<(), Failure> {
     let options =
         OpenOptions { read_only: args.read_only, direct: args.direct, block_size: args.block_size };
     let mut image = Image::open(blk_file, options).map_err(Failure::Image)?;
-    // A standby has no business with the socket's name; it inherits the socket itself.
+    // A spare has no business with the socket's name; it inherits the socket itself.
     let listener = listen(&args)?;
     let title = Title::new(&args);
     let control_listener =
         args.control_socket.as_deref().map(bind).transpose().map_err(Failure::Listen)?;
-    if args.standby {
-        shared.set_phase(Phase::Standby);
+    if args.spare {
+        shared.set_phase(Phase::Spare);
     } else if !args.incoming {
         image.try_lock().map_err(Failure::Lock)?;
         title.admit(&image).map_err(Failure::Denied)?;
@@ -82,8 +82,8 @@ pub(crate) fn run(args: Args, shared: Shared) -> Result<(), Failure> {
             .map_err(system("start the control thread"))?;
     }
     watch_signals(&disk, &device).map_err(system("start the signal thread"))?;
-    if args.standby {
-        mark(&disk.shared.timeline.standby_ready);
+    if args.spare {
+        mark(&disk.shared.timeline.spare_ready);
         disk.image.wait_lock().map_err(Failure::Lock)?;
         disk.title.admit(&disk.image).map_err(Failure::Denied)?;
         mark(&disk.shared.timeline.lock_acquired);
@@ -352,7 +352,7 @@ fn watch_signals(disk: &Arc<Disk>, device: &Arc<Mutex<Device>>) -> io::Result<()
         let mut signal = 0;
         // SAFETY: both live across the call; the signals are blocked in all threads.
         unsafe { libc::sigwait(&signal_set(), &mut signal) };
-        if disk.shared.phase() == Phase::Standby {
+        if disk.shared.phase() == Phase::Spare {
             std::process::exit(0);
         }
         log::info!("ending signal={signal}");

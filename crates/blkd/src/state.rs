@@ -14,7 +14,7 @@ use crate::postcopy::Stage;
 #[derive(Debug, Default)]
 pub(crate) struct Timeline {
     pub process_start: AtomicU64,
-    pub standby_ready: AtomicU64,
+    pub spare_ready: AtomicU64,
     pub lock_acquired: AtomicU64,
     pub accepted: AtomicU64,
     pub started: AtomicU64,
@@ -42,7 +42,7 @@ pub(crate) fn mark(milestone: &AtomicU64) {
 #[repr(u8)]
 pub(crate) enum Phase {
     /// Prepared; waits for the image lock.
-    Standby,
+    Spare,
     /// Owns the image; no front end is connected.
     Listening,
     /// A front end is connected; no queue runs.
@@ -56,7 +56,7 @@ pub(crate) enum Phase {
 impl Phase {
     pub(crate) fn name(self) -> &'static str {
         match self {
-            Phase::Standby => "standby",
+            Phase::Spare => "spare",
             Phase::Listening => "listening",
             Phase::Connected => "connected",
             Phase::Running => "running",
@@ -144,7 +144,7 @@ impl Shared {
 
     pub(crate) fn phase(&self) -> Phase {
         match self.phase.load(Ordering::Acquire) {
-            x if x == Phase::Standby as u8 => Phase::Standby,
+            x if x == Phase::Spare as u8 => Phase::Spare,
             x if x == Phase::Listening as u8 => Phase::Listening,
             x if x == Phase::Connected as u8 => Phase::Connected,
             x if x == Phase::Running as u8 => Phase::Running,

@@ -7,7 +7,7 @@
 //!
 //! Read locks do not exclude each other, though: two of our processes that check each other's
 //! bytes at the same time would both give up. So one further byte, the *gate*, is write-locked by
-//! a backend that writes. It makes a queue: a standby sleeps in the kernel until the gate is free.
+//! a backend that writes. It makes a queue: a spare sleeps in the kernel until the gate is free.
 //!
 //! The locks belong to the open file, not to the process. They are released when its last
 //! reference is gone, and an I/O request that the kernel still carries out for a process that was

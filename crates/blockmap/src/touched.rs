@@ -169,10 +169,10 @@ mod tests {
         let path = std::env::temp_dir().join(format!("semper-touched-{}", std::process::id()));
         let first = Touched::of_file(&path, [1; 32], 5000).unwrap();
         first.set(7);
-        let standby = Touched::of_file(&path, [1; 32], 5000).unwrap();
+        let spare = Touched::of_file(&path, [1; 32], 5000).unwrap();
         first.set(4999);
-        assert_eq!(set(&standby), [7, 4999], "also what is touched while it waits");
-        drop((first, standby));
+        assert_eq!(set(&spare), [7, 4999], "also what is touched while it waits");
+        drop((first, spare));
         assert_eq!(set(&Touched::of_file(&path, [1; 32], 5000).unwrap()), [7, 4999]);
         assert_eq!(set(&Touched::of_file(&path, [2; 32], 5000).unwrap()), [], "another disk");
         Touched::of_file(&path, [2; 32], 5000).unwrap().set(1);

@@ -35,7 +35,7 @@ class DepartingDisks:
         self._served: dict[str, int] = {}
 
     async def arm(self) -> None:
-        """From now on there is no standby, and each backend lets go when its queues stop."""
+        """From now on there is no spare, and each backend lets go when its queues stop."""
         for disk in self._writable():
             await disk.freeze()
         for disk in self._writable():
@@ -57,7 +57,7 @@ class DepartingDisks:
 
     async def take_back(self) -> None:
         """Undoes `arm`. Raises as `Disk.hand_over`."""
-        # Before a standby is there: it would take the image first.
+        # Before a spare is there: it would take the image first.
         for disk in self._writable():
             if disk.generation:
                 await disk.hand_over(armed=False)

@@ -68,7 +68,7 @@ def disk_setup(
             poll_us=plan.poll_us,
         ),
         command=command,
-        policy=replace(config.policy, standby=config.policy.standby and command.has_standby),
+        policy=replace(config.policy, spare=config.policy.spare and command.has_spare),
         files=files,
         record=config.vm_state_dir(spec.name) / f"disk-{disk.name}.json",
         title=title,

@@ -141,7 +141,7 @@ class DiskView(BaseModel):
     """A disk of a running VM. `backend` is the active backend's own status, if it answers.
 
     For a disk that QEMU itself serves the condition is "qemu", `active_pid` is QEMU's, and
-    there is no standby.
+    there is no spare.
     """
 
     name: str
@@ -153,8 +153,8 @@ class DiskView(BaseModel):
     binary: str
     upgrade_available: bool = Field(description="the installed program is another one")
     active_pid: int | None
-    standby_pid: int | None
-    standby_ready: bool
+    spare_pid: int | None
+    spare_ready: bool
     generation: int
     restart_count: int
     upgrade_count: int

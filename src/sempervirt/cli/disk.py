@@ -46,21 +46,21 @@ UPGRADE_HINT = " (another one is installed: see semper disk upgrade)"
 def list_disks(output: OutputOption = Output.TABLE) -> None:
     """List the disks of all running VMs.
 
-    A guarded disk has a standby backend that takes over when the active one ends. Disks in the
+    A guarded disk has a spare backend that takes over when the active one ends. Disks in the
     condition qemu are served by QEMU itself, and have none.
     """
     views = ask_agent(lambda client: client.disks())
     if output is Output.JSON:
         print_json(views)
         return
-    table = listing("disk", "condition", "size", "active", "standby", "restarts", "image")
+    table = listing("disk", "condition", "size", "active", "spare", "restarts", "image")
     for view in views:
         table.add_row(
             view.name,
             styled(view.condition),
             _size(view),
             str(view.active_pid or "-"),
-            str(view.standby_pid or "-"),
+            str(view.spare_pid or "-"),
             str(view.restart_count),
             str(view.image),
         )
@@ -91,7 +91,7 @@ def upgrade(
 ) -> None:
     """Replace the running backend by the installed binary; the guest goes on.
 
-    A standby from the new binary is prepared first. If anything about it fails, the present
+    A spare from the new binary is prepared first. If anything about it fails, the present
     one goes on serving.
     """
     absolute = binary.absolute() if binary else None
@@ -111,13 +111,13 @@ def _rows(view: DiskView) -> list[tuple[str, str | None]]:
     backend = view.backend or {}
     if view.condition == "qemu":
         return _own_rows(view)
-    standby = f"{view.standby_pid} ({'ready' if view.standby_ready else 'preparing'})"
+    spare = f"{view.spare_pid} ({'ready' if view.spare_ready else 'preparing'})"
     rows: list[tuple[str, str | None]] = [
         ("disk", view.name),
         ("condition", view.condition),
         ("image", f"{view.image} ({_size(view)}{', read-only' if view.read_only else ''})"),
         ("active", f"{view.active_pid or 'none'}, generation {view.generation}"),
-        ("standby", standby if view.standby_pid else "none"),
+        ("spare", spare if view.spare_pid else "none"),
         ("binary", view.binary + (UPGRADE_HINT if view.upgrade_available else "")),
         ("state", backend.get("state")),
         ("engine", _engine(backend)),
@@ -136,7 +136,7 @@ def _own_rows(view: DiskView) -> list[tuple[str, str | None]]:
     """A disk that QEMU itself serves."""
     return [
         ("disk", view.name),
-        ("condition", "qemu: served by QEMU itself, without a standby"),
+        ("condition", "qemu: served by QEMU itself, without a spare"),
         ("image", f"{view.image} ({_size(view)}{', read-only' if view.read_only else ''})"),
         ("pid", str(view.active_pid)),
         ("queues", view.queues.summary if view.queues else None),

@@ -8,7 +8,7 @@ from sempervirt.demo.stall import STEPS, Spread
 from sempervirt.demo.verdict import Verdict
 
 STEP_NAMES = {
-    "lock_acquired": "image lock passed to the standby",
+    "lock_acquired": "image lock passed to the spare",
     "accepted": "QEMU connected again",
     "started": "queues started",
     "replayed": "unfinished requests done again",

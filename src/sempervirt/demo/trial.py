@@ -42,7 +42,7 @@ DISK = "data"
 SERIAL = "trial"
 BOOT_ATTEMPTS = 3
 EMULATOR_SIGNALS = (signal.SIGABRT, signal.SIGSEGV)
-# After a take-over: for the guest to notice, and for the next standby to be ready.
+# After a take-over: for the guest to notice, and for the next spare to be ready.
 SETTLE_DEADLINE_S = 20.0
 
 
@@ -257,7 +257,7 @@ class Trial:
         return stall
 
     async def terminate_backend(self) -> Stall:
-        """SIGTERM to the backend that serves: it drains, and its standby goes on."""
+        """SIGTERM to the backend that serves: it drains, and its spare goes on."""
 
         async def terminate() -> None:
             self._signal_active(signal.SIGTERM)
@@ -356,8 +356,8 @@ class Trial:
 
     async def wait_guarded(self) -> None:
         """Waits until the disk is as well served as it can be. Raises Unavailable."""
-        if self.disk.setup.policy.standby:
-            await self.disk.wait_standby_ready(SETTLE_DEADLINE_S)
+        if self.disk.setup.policy.spare:
+            await self.disk.wait_spare_ready(SETTLE_DEADLINE_S)
         else:
             await self.disk.wait_serving(SETTLE_DEADLINE_S)
 

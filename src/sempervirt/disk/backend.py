@@ -72,7 +72,7 @@ class BackendCommand(Protocol):
     """A program that serves a disk over vhost-user."""
 
     @property
-    def has_standby(self) -> bool:
+    def has_spare(self) -> bool:
         """Whether a second process can wait for the image's lock."""
 
     @property
@@ -97,7 +97,7 @@ class Blkd:
     path: Path | None = None
     extra: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
-    has_standby: bool = True
+    has_spare: bool = True
     has_control: bool = True
 
     def binary(self) -> str:
@@ -136,5 +136,5 @@ class Blkd:
         if launch.title is not None and not options.read_only:
             argv += launch.title.argv()
         if launch.wait_for_lock:
-            argv.append("--standby")
+            argv.append("--spare")
         return [*argv, *self.extra]

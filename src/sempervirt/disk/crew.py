@@ -100,7 +100,7 @@ class Crew:
         )
 
     def promote(self, generation: int) -> None:
-        """A standby has become the active one."""
+        """A spare has become the active one."""
         if (member := self.get(generation)) is not None:
             member.promoted.set()
 
@@ -123,7 +123,7 @@ class Crew:
 
     def record(self, state: State, restarts: int) -> None:
         """Writes down who runs, if that has changed."""
-        roles = (("active", state.active), ("standby", state.standby))
+        roles = (("active", state.active), ("spare", state.spare))
         record = DiskRecord(
             next_generation=state.next_generation,
             binary=state.binary,

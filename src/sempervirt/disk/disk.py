@@ -133,14 +133,14 @@ class Disk:
         return self._pid(self._state.active.generation if self._state.active else None)
 
     @property
-    def standby_pid(self) -> int | None:
+    def spare_pid(self) -> int | None:
         """The process that waits to take over."""
-        return self._pid(self._state.standby.generation if self._state.standby else None)
+        return self._pid(self._state.spare.generation if self._state.spare else None)
 
     @property
-    def standby_ready(self) -> bool:
-        """Whether a standby has prepared everything."""
-        return self._state.standby is not None and self._state.standby.ready
+    def spare_ready(self) -> bool:
+        """Whether a spare has prepared everything."""
+        return self._state.spare is not None and self._state.spare.ready
 
     @property
     def binary(self) -> str:
@@ -203,9 +203,9 @@ class Disk:
             "a serving backend",
         )
 
-    async def wait_standby_ready(self, timeout_s: float) -> None:
-        """Waits until a backend serves and a standby is ready. Raises Unavailable."""
-        await self._wait(lambda: self.condition == "guarded", timeout_s, "a standby")
+    async def wait_spare_ready(self, timeout_s: float) -> None:
+        """Waits until a backend serves and a spare is ready. Raises Unavailable."""
+        await self._wait(lambda: self.condition == "guarded", timeout_s, "a spare")
 
     async def _wait(self, condition: Callable[[], bool], timeout_s: float, what: str) -> None:
         what = f"{what} of disk {self.name}"
@@ -233,7 +233,7 @@ class Disk:
     async def rebind(self, binding: Binding) -> None:
         """Moves queues to other threads; the guest goes on, and no request is lost.
 
-        Returns when the active backend has done so; the standby and all later ones follow, also
+        Returns when the active backend has done so; the spare and all later ones follow, also
         after a restart of the agent. Raises InvalidRequest for a map that does not fit,
         Unavailable or OutcomeUnknown when no backend did it by the deadline: the former map
         stays the one that counts.
@@ -264,7 +264,7 @@ class Disk:
             await asyncio.sleep(REBIND_RETRY_S)
 
     async def freeze(self) -> None:
-        """Ends the standby; from now on nothing is started, and nobody waits for the image.
+        """Ends the spare; from now on nothing is started, and nobody waits for the image.
 
         Raises StateConflict while the disk is being upgraded, Unavailable.
         """
@@ -272,13 +272,13 @@ class Disk:
             raise StateConflict(f"disk {self.name} is being upgraded", remedy="wait for its end")
         self.post(Freeze())
         await self._wait(
-            lambda: self._state.frozen and self._state.standby is None,
+            lambda: self._state.frozen and self._state.spare is None,
             FREEZE_DEADLINE_S,
-            "the end of the standby",
+            "the end of the spare",
         )
 
     def thaw(self) -> None:
-        """The disk has a standby again, and successors."""
+        """The disk has a spare again, and successors."""
         self.post(Thaw())
 
     async def hand_over(self, *, armed: bool) -> bool:
@@ -318,7 +318,7 @@ class Disk:
                 lambda: self.stopped, timeout_s=STOP_DEADLINE_S, what="the backends' end"
             )
         except Unavailable as error:
-            pids = [pid for pid in (self.active_pid, self.standby_pid) if pid]
+            pids = [pid for pid in (self.active_pid, self.spare_pid) if pid]
             raise OutcomeUnknown(
                 f"disk {self.name}: the backend {pids} does not end",
                 remedy="look at its kernel stack in /proc/PID/stack; the storage may hang",
@@ -376,7 +376,7 @@ class Disk:
                 active = self.generation == generation
                 self.crew.start(effect, self._state.binding, active=active)
             case Rebind(generation):
-                self.keep(self._follow(self.crew.get(generation)), "threads of the standby")
+                self.keep(self._follow(self.crew.get(generation)), "threads of the spare")
             case Terminate(generation):
                 self.crew.send_signal(generation, signal.SIGTERM)
             case Kill(generation):

@@ -72,16 +72,16 @@ def _is_up(disk: Disk, *, awaits: bool) -> bool:
 async def adopt_disk(setup: DiskSetup, *, frozen: bool = False) -> Disk:
     """Takes over the backends that an earlier agent started; guests go on meanwhile.
 
-    With `frozen` a standby is killed and none is started, until `thaw`.
+    With `frozen` a spare is killed and none is started, until `thaw`.
 
     The listening socket is taken back from a backend that holds it. Where that is not
-    allowed, a new one is bound at the same path: then the old standby, which listens on a
+    allowed, a new one is bound at the same path: then the old spare, which listens on a
     socket without a path, is killed before that, and the active one hands over to a process
     with the new socket as in an upgrade. Processes that nobody recorded are killed.
     """
     record = read_disk_record(setup.record) or DiskRecord(1, setup.command.binary() + "#", 0, ())
     alive = [item for item in record.processes if item.identity.is_alive()]
-    alive.sort(key=lambda item: item.role)  # "active" before "standby"
+    alive.sort(key=lambda item: item.role)  # "active" before "spare"
     for pid in await processes.kill_orphans(setup.files, {item.identity.pid for item in alive}):
         log.warning("adopt disk=%s killed unrecorded backend pid=%d", setup.name, pid)
     listener = None
@@ -101,7 +101,7 @@ async def adopt_disk(setup: DiskSetup, *, frozen: bool = False) -> Disk:
         binary=backends[0].binary if backends else programs.hold_if_there(path_of(record.binary)),
         next_generation=record.next_generation,
         active=backends[0] if backends else None,
-        standby=backends[1] if len(backends) > 1 else None,
+        spare=backends[1] if len(backends) > 1 else None,
         served=True,
         start_due=None if len(backends) > 1 or frozen else 0.0,
         binding=record.binding or setup.binding,
@@ -114,10 +114,10 @@ async def adopt_disk(setup: DiskSetup, *, frozen: bool = False) -> Disk:
     if stale:
         disk.keep(_hand_over(disk), "hand over")
     log.info(
-        "adopt disk=%s active=%s standby=%s socket=%s",
+        "adopt disk=%s active=%s spare=%s socket=%s",
         setup.name,
         disk.active_pid,
-        disk.standby_pid,
+        disk.spare_pid,
         "bound again" if stale else "taken back",
     )
     return disk
@@ -130,7 +130,7 @@ async def sweep_disk(setup: DiskSetup) -> None:
     """
     record = read_disk_record(setup.record)
     recorded = sorted(record.processes if record else (), key=lambda item: item.role)
-    for item in reversed(recorded):  # the standby first: it would take over
+    for item in reversed(recorded):  # the spare first: it would take over
         adopted = process.adopt(item.identity, lambda _end: None)
         grace_s = setup.policy.drain_s if item.role == "active" else 0
         if adopted is not None and await adopted.end(grace_s) is None:
@@ -167,7 +167,7 @@ def _admit(disk: Disk, item: RecordedProcess, token: str, *, active: bool) -> No
 async def _hand_over(disk: Disk) -> None:
     """From an active process with a stale socket to one with the present socket."""
     try:
-        await disk.wait_standby_ready(START_DEADLINE_S)
+        await disk.wait_spare_ready(START_DEADLINE_S)
         await disk.upgrade(disk.binary)
     except SempervirtError as error:
         log.error("adopt disk=%s keeps a backend with a stale socket: %s", disk.name, error)  # noqa: TRY400

@@ -21,7 +21,7 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class RecordedProcess:
-    """One process of a disk. `role` is "active" or "standby"."""
+    """One process of a disk. `role` is "active" or "spare"."""
 
     role: str
     generation: int

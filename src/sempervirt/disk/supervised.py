@@ -14,7 +14,7 @@ from sempervirt.core.queue_map import Binding
 # A kill every now and then must cost nothing, so the first restarts are not delayed at all;
 # eight starts of a backend are less work than one delay too many for a guest.
 RESTARTS = Backoff(free=8, first_s=0.05, ceiling_s=5.0)
-# A standby that cannot start hurts nobody at once: patience spares the processors.
+# A spare that cannot start hurts nobody at once: patience spares the processors.
 SPARES = Backoff(free=1, first_s=0.5, ceiling_s=10.0)
 
 
@@ -22,14 +22,14 @@ SPARES = Backoff(free=1, first_s=0.5, ceiling_s=10.0)
 class Policy:
     """How patient supervision is. All times in seconds."""
 
-    standby: bool = True
+    spare: bool = True
     settle_s: float = 0.2
     steady_s: float = 1.0
     prepare_s: float = 15.0
     drain_s: float = 15.0
     verify_s: float = 15.0
-    active: Backoff = RESTARTS
-    spare: Backoff = SPARES
+    active_backoff: Backoff = RESTARTS
+    spare_backoff: Backoff = SPARES
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,10 @@ class State:
     binary: str
     next_generation: int = 1
     active: Backend | None = None
-    standby: Backend | None = None
+    spare: Backend | None = None
     served: bool = False
     active_failures: int = 0
-    standby_failures: int = 0
+    spare_failures: int = 0
     start_due: float | None = None
     upgrade: Upgrade | None = None
     stopping: bool = False
@@ -170,7 +170,7 @@ SupervisionEvent = (
 
 @dataclass(frozen=True)
 class Start:
-    """Start a process; with `wait_for_lock` as a standby, otherwise refusing a locked image."""
+    """Start a process; with `wait_for_lock` as a spare, otherwise refusing a locked image."""
 
     generation: int
     binary: str

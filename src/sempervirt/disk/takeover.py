@@ -9,7 +9,7 @@ from typing import Any
 from sempervirt.core.durations import elapsed_ms
 from sempervirt.core.queue_map import ThreadMap
 
-# The order in which a standby becomes the one that serves.
+# The order in which a spare becomes the one that serves.
 STEPS = ("lock_acquired", "accepted", "started", "replayed", "first_completion")
 CONNECTED_STATES = ("connected", "running")
 
@@ -38,11 +38,11 @@ def milestones(timeline_ns: Mapping[str, Any], seen_ns: int) -> dict[str, float 
 
 
 def is_prepared(status: Mapping[str, Any]) -> bool:
-    """Whether a process that is to have the image later, a standby or the end of a migration, has
+    """Whether a process that is to have the image later, a spare or the end of a migration, has
     everything ready.
     """
     waits = (status.get("claim") or {}).get("state") == "awaited"
-    return waits or (status.get("timeline_ns") or {}).get("standby_ready") is not None
+    return waits or (status.get("timeline_ns") or {}).get("spare_ready") is not None
 
 
 def holds_image(status: Mapping[str, Any]) -> bool:

@@ -115,35 +115,35 @@ fn a_crash_keeps_the_claim_and_an_orderly_end_releases_it() {
 }
 
 #[test]
-fn a_standby_holds_its_claim_against_the_record_when_it_gets_the_image() {
+fn a_spare_holds_its_claim_against_the_record_when_it_gets_the_image() {
     let site = Site::new(1 << 20);
     let mine = title(&site, 7, FIRST, "aachen");
     let mut active = start(&site, &mine, &[]);
     serves(&active);
     for killed in [true, false] {
-        let standby = start(&site, &mine, &["--standby"]);
-        standby.wait_status("/state", &json!("standby"));
-        assert_eq!(standby.status()["claim"]["state"], json!("given"));
+        let spare = start(&site, &mine, &["--spare"]);
+        spare.wait_status("/state", &json!("spare"));
+        assert_eq!(spare.status()["claim"]["state"], json!("given"));
         if killed {
             active.kill()
         } else {
             _ = active.terminate()
         }
-        serves(&standby);
-        assert_eq!(standby.status()["claim"]["state"], json!("admitted"));
+        serves(&spare);
+        assert_eq!(spare.status()["claim"]["state"], json!("admitted"));
         assert!(!present(&site).released);
-        active = standby;
+        active = spare;
     }
-    // The image is given away while a standby waits: it must not take over.
-    let mut standby = start(&site, &mine, &["--standby"]);
-    standby.wait_status("/state", &json!("standby"));
+    // The image is given away while a spare waits: it must not take over.
+    let mut spare = start(&site, &mine, &["--spare"]);
+    spare.wait_status("/state", &json!("spare"));
     let (claim, holder) = (semper_epoch::Id([0x22; 16]), semper_epoch::Holder::new("berlin"));
     let claim = semper_epoch::Claim { epoch: 8, id: claim };
     semper_epoch::admit(&record_of(&site), claim, &holder.unwrap()).unwrap();
     // Its end must not touch what is another's now.
     assert_eq!(active.terminate().code(), Some(0));
-    assert_eq!(standby.wait_exit().code(), Some(3));
-    assert!(standby.log().contains("is held by berlin under epoch 8"), "{}", standby.log());
+    assert_eq!(spare.wait_exit().code(), Some(3));
+    assert!(spare.log().contains("is held by berlin under epoch 8"), "{}", spare.log());
     assert_eq!((present(&site).epoch, present(&site).released), (8, false));
 }
 

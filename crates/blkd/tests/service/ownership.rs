@@ -1,4 +1,4 @@
-//! The image lock, the standby, and the end on request.
+//! The image lock, the spare, and the end on request.
 
 use std::os::unix::fs::OpenOptionsExt;
 use std::process::Command;
@@ -103,7 +103,7 @@ fn what_we_lock_qemu_respects() {
 }
 
 #[test]
-fn a_standby_takes_over_by_itself_when_the_active_process_is_killed() {
+fn a_spare_takes_over_by_itself_when_the_active_process_is_killed() {
     for &engine in ENGINES {
         let site = Site::new(1 << 20);
         let mut active = site.start(&[engine]);
@@ -112,11 +112,11 @@ fn a_standby_takes_over_by_itself_when_the_active_process_is_killed() {
         machine.connect(&site.socket()).unwrap();
         let mut expected = [0u8; 12];
         for round in 0..5u8 {
-            let standby = site.start(&[engine, "--standby"]);
-            let status = wait_until("a standby that is ready", || {
-                Some(standby.status()).filter(|s| s["timeline_ns"]["standby_ready"].is_u64())
+            let spare = site.start(&[engine, "--spare"]);
+            let status = wait_until("a spare that is ready", || {
+                Some(spare.status()).filter(|s| s["timeline_ns"]["spare_ready"].is_u64())
             });
-            assert_eq!(status["state"], json!("standby"));
+            assert_eq!(status["state"], json!("spare"));
             assert_eq!(status["timeline_ns"]["lock_acquired"], json!(null));
             // Some of these are in the middle of it when the process dies.
             active.fault(json!({"op": "write", "delay_ms": 20, "every": 3}));
@@ -127,31 +127,31 @@ fn a_standby_takes_over_by_itself_when_the_active_process_is_killed() {
             active.kill();
             machine.disconnect();
             machine.connect(&site.socket()).unwrap();
-            assert_eq!(machine.wait_all(&standby), Waited::Answered);
+            assert_eq!(machine.wait_all(&spare), Waited::Answered);
             for (n, value) in expected.iter().enumerate() {
-                let answer = machine.ask(&standby, &Ask::read(n as u64 * 8, 4096));
+                let answer = machine.ask(&spare, &Ask::read(n as u64 * 8, 4096));
                 assert_eq!(answer.data, vec![*value; 4096], "{engine} round {round} block {n}");
             }
-            active = standby;
+            active = spare;
         }
     }
 }
 
 #[test]
-fn of_two_standbys_one_takes_over_and_the_other_waits_on() {
+fn of_two_spares_one_takes_over_and_the_other_waits_on() {
     let site = Site::new(1 << 20);
     let mut active = site.start(&[]);
     active.wait_status("/state", &json!("listening"));
-    let standbys = [site.start(&["--standby"]), site.start(&["--standby"])];
-    for standby in &standbys {
-        standby.wait_status("/state", &json!("standby"));
+    let spares = [site.start(&["--spare"]), site.start(&["--spare"])];
+    for spare in &spares {
+        spare.wait_status("/state", &json!("spare"));
     }
     active.kill();
     wait_until("one of two", || {
-        let serving = standbys.iter().filter(|s| s.status()["state"] == json!("listening"));
+        let serving = spares.iter().filter(|s| s.status()["state"] == json!("listening"));
         (serving.count() == 1).then_some(())
     });
-    let waiting = standbys.iter().filter(|s| s.status()["state"] == json!("standby"));
+    let waiting = spares.iter().filter(|s| s.status()["state"] == json!("spare"));
     assert_eq!(waiting.count(), 1);
 }
 
@@ -172,13 +172,13 @@ fn a_killed_backend_can_be_replaced_at_once() {
 }
 
 #[test]
-fn a_standby_ends_when_told_to() {
+fn a_spare_ends_when_told_to() {
     let site = Site::new(1 << 20);
     let active = site.start(&[]);
     active.wait_status("/state", &json!("listening"));
-    let mut standby = site.start(&["--standby"]);
-    standby.wait_status("/state", &json!("standby"));
-    assert_eq!(standby.terminate().code(), Some(0));
+    let mut spare = site.start(&["--spare"]);
+    spare.wait_status("/state", &json!("spare"));
+    assert_eq!(spare.terminate().code(), Some(0));
     assert_eq!(active.status()["state"], json!("listening"));
 }
 
@@ -233,13 +233,13 @@ fn the_lock_is_free_before_the_memory_of_the_dead_process_is() {
             let files = std::fs::read_dir(format!("/proc/{keeper}/fd")).unwrap().count();
             (files == 1).then_some(())
         });
-        let standby = site.start(&[engine, "--standby"]);
-        standby.wait_status("/state", &json!("standby"));
+        let spare = site.start(&[engine, "--spare"]);
+        spare.wait_status("/state", &json!("spare"));
         // SAFETY: signals to a process of ours.
         unsafe { libc::kill(keeper, libc::SIGSTOP) };
         active.kill();
         wait_until("the lock", || {
-            standby.status()["timeline_ns"]["lock_acquired"].is_u64().then_some(())
+            spare.status()["timeline_ns"]["lock_acquired"].is_u64().then_some(())
         });
         assert!(!is_gone(keeper));
         // SAFETY: as above.
@@ -247,7 +247,7 @@ fn the_lock_is_free_before_the_memory_of_the_dead_process_is() {
         wait_until("the end of the undertaker", || is_gone(keeper).then_some(()));
         machine.disconnect();
         machine.connect(&site.socket()).unwrap();
-        assert_eq!(machine.ask(&standby, &Ask::read(0, 4096)).data, [1; 4096]);
+        assert_eq!(machine.ask(&spare, &Ask::read(0, 4096)).data, [1; 4096]);
     }
 }
 

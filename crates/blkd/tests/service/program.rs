@@ -38,7 +38,7 @@ fn wrong_usage_is_refused() {
     refused(&[&image, "--socket-path=/tmp/never.sock", serial], 2, &["serial", "20"]);
     assert_eq!(run(&[&image, "--fd=3", "--socket-path=/tmp/never.sock"]).0, 2);
     assert_eq!(run(&[&image, "--engine=steam"]).0, 2);
-    assert_eq!(run(&[&image, "--standby", "--read-only"]).0, 2);
+    assert_eq!(run(&[&image, "--spare", "--read-only"]).0, 2);
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! SIGKILL at any instant under load, with a standby that takes over: what a guest sees, without
+//! SIGKILL at any instant under load, with a spare that takes over: what a guest sees, without
 //! the guest. (That a loss would be noticed is shown in `recovery`, where one is certain.)
 
 use std::collections::HashMap;
@@ -100,13 +100,13 @@ fn stamp(block: u64, number: u64) -> Vec<u8> {
     bytes
 }
 
-fn ready_standby(site: &Site, options: &[&str]) -> Backend {
-    let options: Vec<&str> = options.iter().copied().chain(["--standby"]).collect();
-    let standby = site.start(&options);
-    wait_until("a standby that is ready", || {
-        standby.status()["timeline_ns"]["standby_ready"].is_u64().then_some(())
+fn ready_spare(site: &Site, options: &[&str]) -> Backend {
+    let options: Vec<&str> = options.iter().copied().chain(["--spare"]).collect();
+    let spare = site.start(&options);
+    wait_until("a spare that is ready", || {
+        spare.status()["timeline_ns"]["spare_ready"].is_u64().then_some(())
     });
-    standby
+    spare
 }
 
 fn survives(kills: u32, options: &[&str]) {
@@ -121,7 +121,7 @@ fn survives_on(site: Site, kills: u32, options: &[&str], meanwhile: impl Fn(u32,
     machine.connect(&site.socket()).unwrap();
     let mut load = Load::new();
     for kill in 0..kills {
-        let standby = ready_standby(&site, options);
+        let spare = ready_spare(&site, options);
         let target = load.answers + 1 + load.dice.below(300);
         while load.answers < target {
             load.fill(&mut machine);
@@ -134,7 +134,7 @@ fn survives_on(site: Site, kills: u32, options: &[&str], meanwhile: impl Fn(u32,
         active.kill();
         machine.disconnect();
         machine.connect(&site.socket()).unwrap();
-        active = standby;
+        active = spare;
     }
     assert_eq!(machine.wait_all(&active), Waited::Answered);
     load.judge(&mut machine);
