@@ -20,7 +20,7 @@ from sempervirt.core.queue_map import counted
 from sempervirt.demo.trial import BOOT_ATTEMPTS, emulator_died
 from sempervirt.guest import ProbeClient, ProbeGone, ProbeSilent
 from sempervirt.guest import image as guest_image
-from sempervirt.vm.spec import VmSpec
+from sempervirt.qemu.spec import VmSpec
 
 PROBE = "org.sempervirt.probe"
 MIB = 1 << 20

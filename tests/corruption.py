@@ -32,6 +32,10 @@ from pathlib import Path
 from typing import Any, Self
 
 from rich.console import Console
+
+from lab.plain_qemu import DEADLINE_S, QMP_S, wait_migration
+from sempervirt.qemu.qmp import Monitor
+from sempervirt.trust.authority import Authority
 from tests.integration.test_wired import (
     DISK,
     MEMORY,
@@ -43,10 +47,6 @@ from tests.integration.test_wired import (
     start_writers,
     stop_writers,
 )
-from tests.plain_qemu import DEADLINE_S, QMP_S, wait_migration
-
-from sempervirt.trust.authority import Authority
-from sempervirt.vm.qmp import Monitor
 
 MIB = 1 << 20
 PAGE = 4096

@@ -13,14 +13,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from tests.migration.network import TAP, Network
-from tests.namespaces import within
-
 from bench.migration.waiting import MoveError, until
 from bench.processes import processor_ns
+from lab.namespaces import within
+from lab.network import TAP, Network
 from sempervirt.core.errors import Unavailable
 from sempervirt.guest import GuestImage
-from sempervirt.vm.qmp import Monitor
+from sempervirt.qemu.qmp import Monitor
 
 PROBE = "org.sempervirt.probe"
 MAC = "52:54:00:4d:49:47"

@@ -7,7 +7,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from rich.console import Console
-from tests.migration.network import FAR, GIGABIT, UNLIMITED, Link
 
 from bench import machine, schedule
 from bench.kept import KeptError
@@ -18,6 +17,7 @@ from bench.migration.trial import Setting, measure
 from bench.migration.waiting import MoveError
 from bench.migration.ways import WAYS, Way
 from bench.sections import MIGRATE, MarkersError
+from lab.network import FAR, GIGABIT, UNLIMITED, Link
 from sempervirt.core.errors import NotFound
 from sempervirt.guest import debian
 

@@ -10,18 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.migration.client import PORT, EchoClient
-from tests.migration.network import GUEST, Link, Network
-
 from bench.migration.ends import End, Hardware
 from bench.migration.figures import Figures
 from bench.migration.guests import Guest
 from bench.migration.pulse import BEAT_MS, Instants, Pulse, gap_ms, jump_ms, steps_ms
 from bench.migration.waiting import MoveError, until
 from bench.migration.ways import Way, certify
+from lab.client import PORT, EchoClient
+from lab.network import GUEST, Link, Network
 from sempervirt.core.errors import SempervirtError
 from sempervirt.guest import DebianImage, ProbeClient
-from sempervirt.vm.qmp import Monitor
+from sempervirt.qemu.qmp import Monitor
 
 BOOT_S = 240.0
 BEATS_S = 60.0

@@ -2,7 +2,7 @@
 
 Everything is the same but how memory travels: the same QEMU, the same limit to the downtime (QEMU's
 300 ms), the same backends that hand the disks over, no limit on bandwidth but the link's own. Only
-semper-wired encrypts. With it QEMU is steered as the agent does it (sempervirt.migration.steering).
+semper-wired encrypts; QEMU is steered as the agent does it (sempervirt.migration.source.steering).
 """
 
 import asyncio
@@ -14,12 +14,12 @@ from typing import Any
 from bench.migration.ends import QMP_S, End, ask, program
 from bench.migration.waiting import MoveError, until
 from sempervirt.migration import stream
-from sempervirt.migration.convergence import ConvergencePolicy
-from sempervirt.migration.steering import LOOK_S, Steering
+from sempervirt.migration.source.convergence import ConvergencePolicy
+from sempervirt.migration.source.steering import LOOK_S, Steering
+from sempervirt.qemu.qmp import Monitor
 from sempervirt.trust.authority import CERTIFICATE_FILE as AUTHORITY_FILE
 from sempervirt.trust.authority import Authority, Issued
 from sempervirt.trust.identity import CERTIFICATE_FILE, KEY_FILE, Identity
-from sempervirt.vm.qmp import Monitor
 
 MOVE_S = 240.0
 WIRED_S = 60.0

@@ -20,11 +20,11 @@ import pytest
 from sempervirt.agent import Agent, AgentConfig
 from sempervirt.api.client import Client
 from sempervirt.core.errors import AgentUnavailable
-from sempervirt.disk.supervised import Policy
+from sempervirt.disk.state import Policy
 from sempervirt.guest import image as guest_image
 from sempervirt.host.procfs import find_by_argument
-from sempervirt.vm.link import Patience
-from sempervirt.vm.spec import VmSpec
+from sempervirt.qemu.link import Patience
+from sempervirt.qemu.spec import VmSpec
 
 MIB = 1 << 20
 AGENT_START_S = 30.0

@@ -13,14 +13,14 @@ from dataclasses import replace
 import pytest
 
 from sempervirt.agent import Agent, AgentConfig
-from sempervirt.agent.record import read_vm_record
 from sempervirt.api.client import Client
 from sempervirt.api.schemas import DiskView, VmView
 from sempervirt.core.errors import AgentUnavailable, StateConflict
 from sempervirt.guest import ProbeClient
 from sempervirt.host.procfs import start_ticks
-from sempervirt.vm.spec import VmSpec
-from sempervirt.vm.states import Runstate
+from sempervirt.qemu.spec import VmSpec
+from sempervirt.qemu.state import Runstate
+from sempervirt.vm.record import read_vm_record
 
 pytestmark = pytest.mark.timeout(120)
 Spec = Callable[..., VmSpec]

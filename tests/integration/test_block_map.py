@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from sempervirt.agent import Agent, Vm
-from sempervirt.disk.disk import Disk
+from sempervirt.disk.driver import Disk
 from sempervirt.guest import ProbeClient
 from sempervirt.guest.reports import Ran
-from sempervirt.vm.spec import VmSpec
+from sempervirt.qemu.spec import VmSpec
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(180)]
 Spec = Callable[..., VmSpec]

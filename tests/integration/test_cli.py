@@ -21,7 +21,7 @@ from sempervirt.agent import AgentConfig
 from sempervirt.api.client import Client
 from sempervirt.core.errors import AgentUnavailable, NotFound
 from sempervirt.guest import image as guest_image
-from sempervirt.vm.states import Runstate
+from sempervirt.qemu.state import Runstate
 
 pytestmark = pytest.mark.timeout(120)
 Semperd = Callable[[], AbstractAsyncContextManager["subprocess.Popen[bytes]"]]

@@ -6,6 +6,7 @@ In short what `make corruption` does 200 times.
 from __future__ import annotations
 
 import pytest
+
 from tests import corruption
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(600)]

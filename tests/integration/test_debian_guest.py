@@ -15,8 +15,8 @@ import pytest
 from sempervirt.agent import Agent, Vm
 from sempervirt.guest import ProbeClient, ProbeGone, ProbeSilent, debian
 from sempervirt.guest.reports import Ran
-from sempervirt.vm.spec import VmSpec
-from sempervirt.vm.states import Runstate
+from sempervirt.qemu.spec import VmSpec
+from sempervirt.qemu.state import Runstate
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(180)]
 MIB = 1 << 20
@@ -71,7 +71,7 @@ async def kill_backend(agent: Agent, name: str) -> None:
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
     await disk.changes.wait_until(
-        lambda: disk.restart_count > count and disk.crew.connected,
+        lambda: disk.restart_count > count and disk.backends.connected,
         timeout_s=READY_S,
         what="the take-over",
     )

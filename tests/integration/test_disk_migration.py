@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.plain_qemu import DEADLINE_S, QMP_S, PlainHost, ask, wait_migration, wait_running
 
+from lab.plain_qemu import DEADLINE_S, QMP_S, PlainHost, ask, wait_migration, wait_running
 from sempervirt.core.errors import StateConflict
-from sempervirt.vm.qmp import Monitor
+from sempervirt.qemu.qmp import Monitor
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(180)]
 MIB = 1 << 20

@@ -17,12 +17,12 @@ from sempervirt.core.durations import Backoff
 from sempervirt.core.errors import ImageLocked, InvalidRequest, StateConflict, Unavailable
 from sempervirt.disk import lifecycle
 from sempervirt.disk.backend import Blkd, DiskOptions
-from sempervirt.disk.disk import Disk
+from sempervirt.disk.driver import Disk
 from sempervirt.disk.lifecycle import adopt_disk, start_disk, sweep_disk
 from sempervirt.disk.record import DiskRecord
 from sempervirt.disk.running import DiskFiles
 from sempervirt.disk.setup import DiskSetup
-from sempervirt.disk.supervised import Policy
+from sempervirt.disk.state import Policy
 from sempervirt.disk.volume import inspect
 from sempervirt.host import process
 from sempervirt.host.procfs import identify, start_ticks
@@ -144,7 +144,7 @@ async def test_a_killed_spare_is_replaced_and_the_active_one_stays(
     disk = await started.start(setup)
     await disk.wait_spare_ready(READY_S)
     active, spare = disk.active_pid, disk.spare_pid
-    kill(standby)
+    kill(spare)
     await disk.changes.wait_until(
         lambda: disk.spare_pid not in (spare, None), timeout_s=READY_S, what="a new spare"
     )
@@ -340,7 +340,7 @@ async def test_a_stale_socket_is_bound_again_and_handed_over(
     active, spare = disk.active_pid, disk.spare_pid
     assert spare is not None
     disk = await started.adopt(setup)
-    assert start_ticks(standby) is None  # it would have listened where no path leads
+    assert start_ticks(spare) is None  # it would have listened where no path leads
     await disk.changes.wait_until(
         lambda: disk.upgrade_count == 1, timeout_s=READY_S, what="the hand-over"
     )
@@ -359,7 +359,7 @@ async def test_an_unrecorded_backend_is_killed_at_adoption(
     DiskRecord(9, setup.command.binary(), restarts=0, processes=()).write(setup.record)
     disk = await started.adopt(setup)
     assert start_ticks(active) is None
-    assert start_ticks(standby) is None
+    assert start_ticks(spare) is None
     await disk.wait_spare_ready(READY_S)
     assert disk.generation >= 9
 

@@ -22,18 +22,18 @@ from sempervirt.core.errors import InvalidRequest
 from sempervirt.core.queue_map import Binding, Choice, DevicePlan, ThreadMap
 from sempervirt.disk import takeover
 from sempervirt.disk.backend import Blkd, DiskOptions
-from sempervirt.disk.control import ask
-from sempervirt.disk.disk import Disk
+from sempervirt.disk.driver import Disk
 from sempervirt.disk.fingerprint import fingerprint
 from sempervirt.disk.lifecycle import adopt_disk, start_disk
 from sempervirt.disk.presets import Preset, PresetStore
 from sempervirt.disk.running import DiskFiles
 from sempervirt.disk.setup import DiskSetup
+from sempervirt.disk.state import Policy
 from sempervirt.disk.storage import storage_key
-from sempervirt.disk.supervised import Policy
 from sempervirt.disk.volume import inspect
 from sempervirt.guest import ProbeClient
-from sempervirt.vm.spec import VmSpec
+from sempervirt.host.control import ask
+from sempervirt.qemu.spec import VmSpec
 
 pytestmark = pytest.mark.timeout(120)
 Spec = Callable[..., VmSpec]
@@ -187,7 +187,7 @@ async def test_a_backend_that_cannot_start_a_moved_queue_gives_up_its_place(
     await disk.wait_spare_ready(READY_S)
     before = disk.active_pid
     assert before is not None
-    member = disk.crew.get(disk.generation)
+    member = disk.backends.get(disk.generation)
     assert member is not None
     reader, writer = await asyncio.open_unix_connection(str(member.control))
     writer.write(b'{"id":1,"cmd":"status"}\n')

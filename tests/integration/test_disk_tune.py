@@ -33,8 +33,8 @@ from sempervirt.disk.tuning.report import TuneReport
 from sempervirt.disk.tuning.scratch import check_room, scratch_image
 from sempervirt.disk.tuning.tune import Tuning, Watch, alone
 from sempervirt.host.procfs import command_name, find_by_argument
-from sempervirt.vm.features import find_qemu
-from sempervirt.vm.spec import VmSpec
+from sempervirt.qemu.features import find_qemu
+from sempervirt.qemu.spec import VmSpec
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -11,11 +11,11 @@ from contextlib import asynccontextmanager
 import pytest
 
 from sempervirt.agent import Agent, Vm
-from sempervirt.disk.disk import Disk
+from sempervirt.disk.driver import Disk
 from sempervirt.guest import ProbeClient
 from sempervirt.guest.reports import Stats
-from sempervirt.vm.spec import VmSpec
-from sempervirt.vm.states import Runstate
+from sempervirt.qemu.spec import VmSpec
+from sempervirt.qemu.state import Runstate
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(120)]
 Spec = Callable[..., VmSpec]

@@ -19,16 +19,14 @@ from pathlib import Path
 
 import pytest
 from cryptography import x509
-from tests.etcd import Etcd
 
+from lab.etcd import Etcd
 from sempervirt.agent.agent import Agent
-from sempervirt.agent.cluster import Cluster, begin_cluster, read_settings
-from sempervirt.agent.config import AgentConfig
-from sempervirt.agent.joining import join_cluster
-from sempervirt.agent.membership import Membership
-from sempervirt.agent.moving import side_of
 from sempervirt.api.client import Client
 from sempervirt.api.server import serving_hosts
+from sempervirt.cluster.cluster import Cluster, begin_cluster, read_settings
+from sempervirt.cluster.joining import join_cluster
+from sempervirt.cluster.membership import Membership
 from sempervirt.core.errors import (
     AgentUnavailable,
     InvalidRequest,
@@ -38,13 +36,15 @@ from sempervirt.core.errors import (
     StateConflict,
     Unavailable,
 )
+from sempervirt.migration.sides import side_of
+from sempervirt.qemu.spec import VmSpec
 from sempervirt.store import epoch
 from sempervirt.store.etcd import EtcdStore
 from sempervirt.trust.authority import Authority, Issued
 from sempervirt.trust.identity import Identity, Peer, Role
 from sempervirt.trust.invitation import PREFIX, Invitation, parse_invitation
 from sempervirt.trust.keyfiles import KeyExposed
-from sempervirt.vm.spec import VmSpec
+from sempervirt.vm.config import AgentConfig
 
 pytestmark = pytest.mark.timeout(120)
 DEADLINE_S = 30.0

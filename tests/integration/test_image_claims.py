@@ -14,8 +14,8 @@ import pytest
 
 from sempervirt.core.errors import ImageLocked, InvalidRequest, Unavailable
 from sempervirt.disk.backend import Blkd, DiskOptions, ImageTitle, Launch
-from sempervirt.disk.control import ask
 from sempervirt.disk.running import refusal
+from sempervirt.host.control import ask
 from sempervirt.host.process import Exit
 from sempervirt.store import epoch
 from sempervirt.store.registry import Claim, StaleClaim

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from sempervirt.agent import Agent
-from sempervirt.disk.disk import Disk
+from sempervirt.disk.driver import Disk
 from sempervirt.guest import ProbeClient, ProbeRefused
-from sempervirt.vm.spec import VmSpec
+from sempervirt.qemu.spec import VmSpec
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(120)]
 Spec = Callable[..., VmSpec]

@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 
 from sempervirt.agent import Agent, AgentConfig
-from sempervirt.agent.host import HostFacts, HostProbe
-from sempervirt.agent.vm import Vm
 from sempervirt.api.client import Client
 from sempervirt.api.server import serving
 from sempervirt.core.errors import ImageLocked, InvalidRequest, Unavailable
 from sempervirt.core.queue_map import Binding
 from sempervirt.guest import ProbeClient
-from sempervirt.vm.spec import VmSpec
+from sempervirt.qemu.facts import HostFacts, HostProbe
+from sempervirt.qemu.spec import VmSpec
+from sempervirt.vm.vm import Vm
 
 pytestmark = pytest.mark.timeout(120)
 Spec = Callable[..., VmSpec]

@@ -22,16 +22,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
-from tests.migration.client import EchoClient
-from tests.namespaces import CLONE_NEWNET, Undertaker, enter, ip
 
+from lab.client import EchoClient
+from lab.namespaces import CLONE_NEWNET, Undertaker, enter, ip
 from sempervirt.agent import Agent, AgentConfig
 from sempervirt.core.errors import InvalidRequest
 from sempervirt.guest import ProbeClient
 from sempervirt.host import tap as taps
 from sempervirt.host.packets import Kept
-from sempervirt.vm.spec import VmSpec
-from sempervirt.vm.states import Runstate
+from sempervirt.qemu.spec import VmSpec
+from sempervirt.qemu.state import Runstate
 
 pytestmark = [pytest.mark.root, pytest.mark.guest, pytest.mark.timeout(120)]
 Spec = Callable[..., VmSpec]
@@ -225,7 +225,7 @@ async def test_a_restart_that_fails_leaves_the_tap_alone(
         raise InvalidRequest("struck")
 
     async with EchoClient.connected("", GUEST) as client:
-        monkeypatch.setattr("sempervirt.vm.handover.take", fail)
+        monkeypatch.setattr("sempervirt.qemu.handover.take", fail)
         with pytest.raises(InvalidRequest, match="struck"):
             await agent.restart_qemu("web")
         await client.wait_heard()
@@ -255,8 +255,8 @@ from pathlib import Path
 from sempervirt.agent import Agent, AgentConfig
 from sempervirt.host import tap as taps
 from sempervirt.guest import ProbeClient
-from sempervirt.vm import tap
-from sempervirt.vm.spec import VmSpec
+from sempervirt.qemu import tap
+from sempervirt.qemu.spec import VmSpec
 def removed(*arguments):
     taps.Remover("semper0").remove()
     die()

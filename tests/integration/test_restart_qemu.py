@@ -16,9 +16,9 @@ import pytest
 from sempervirt.agent import Agent, AgentConfig
 from sempervirt.core.errors import SempervirtError, StateConflict, Unavailable
 from sempervirt.guest import ProbeClient
-from sempervirt.vm import handover, successor
-from sempervirt.vm.spec import VmSpec
-from sempervirt.vm.states import Runstate
+from sempervirt.qemu import handover, successor
+from sempervirt.qemu.spec import VmSpec
+from sempervirt.qemu.state import Runstate
 
 pytestmark = pytest.mark.timeout(120)
 Spec = Callable[..., VmSpec]
@@ -80,7 +80,9 @@ async def test_a_paused_vm_stays_paused_and_its_disk_outlives_its_backend(
     assert disk.active_pid is not None
     os.kill(disk.active_pid, signal.SIGKILL)
     await disk.changes.wait_until(
-        lambda: disk.generation > generation and disk.crew.connected, timeout_s=20, what="take-over"
+        lambda: disk.generation > generation and disk.backends.connected,
+        timeout_s=20,
+        what="take-over",
     )
     assert (await agent.restart_qemu("web")).pid == vm.pid
     await vm.kill()
@@ -172,9 +174,9 @@ import asyncio, os, signal, sys
 from dataclasses import replace
 from pathlib import Path
 from sempervirt.agent import Agent, AgentConfig
-from sempervirt.agent import restart
-from sempervirt.vm.machine import Machine
-from sempervirt.vm.spec import VmSpec
+from sempervirt.renewal import restart
+from sempervirt.qemu.driver import Machine
+from sempervirt.qemu.spec import VmSpec
 owner = Machine if {where!r} == "switch" else restart._Restart
 real = getattr(owner, {where!r})
 async def die(*arguments):
@@ -198,7 +200,7 @@ asyncio.run(main())
     async with Agent.open(config) as agent:
         vm = agent.vm("web")
         await vm.wait_state(Runstate.RUNNING, timeout_s=20)
-        assert vm.record.restart is None
+        assert vm.work is None
         assert vm.record.number == (2 if where in ("switch", "_go_on") else 1)
         await agent.disks["web/root"].wait_spare_ready(20)
         assert (await agent.restart_qemu("web")).blackout_ms < BLACKOUT_MAX_MS

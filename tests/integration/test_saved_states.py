@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 
 from sempervirt.agent import Agent, AgentConfig
-from sempervirt.agent.saving import Changes
 from sempervirt.core.errors import InvalidRequest, SempervirtError, StateConflict, Unavailable
 from sempervirt.guest import ProbeClient
 from sempervirt.host import process
-from sempervirt.vm import handover, memory
-from sempervirt.vm.spec import NicSpec, VmSpec
-from sempervirt.vm.states import Runstate
+from sempervirt.qemu import handover, memory
+from sempervirt.qemu.spec import NicSpec, VmSpec
+from sempervirt.qemu.state import Runstate
+from sempervirt.renewal.saving import Changes
 
 pytestmark = pytest.mark.timeout(180)
 Spec = Callable[..., VmSpec]
@@ -238,8 +238,8 @@ async def test_an_agent_that_dies_meanwhile_is_followed_by_one_that_settles_it(
 import asyncio, os, signal, sys
 from pathlib import Path
 from sempervirt.agent import Agent, AgentConfig
-from sempervirt.vm import saved
-from sempervirt.vm.spec import NicSpec, VmSpec
+from sempervirt.qemu import saved
+from sempervirt.qemu.spec import NicSpec, VmSpec
 async def die(*arguments):
     await asyncio.sleep(0.5)
     os.kill(os.getpid(), signal.SIGKILL)

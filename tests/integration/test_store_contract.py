@@ -13,8 +13,8 @@ from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
 
 import pytest
-from tests.etcd import Etcd
 
+from lab.etcd import Etcd
 from sempervirt.core.errors import NotFound, StateConflict
 from sempervirt.store.etcd import EtcdStore
 from sempervirt.store.port import (

@@ -12,8 +12,8 @@ from contextlib import aclosing, closing, contextmanager
 from pathlib import Path
 
 import pytest
-from tests.etcd import Etcd, Relay
 
+from lab.etcd import Etcd, Relay
 from sempervirt.core.errors import OutcomeUnknown, Unavailable
 from sempervirt.host.records import RecordDamaged, RecordNewer
 from sempervirt.store.etcd import EtcdStore

@@ -19,8 +19,8 @@ from sempervirt.core.errors import (
     Unavailable,
 )
 from sempervirt.guest import ProbeClient
-from sempervirt.vm.spec import VmSpec
-from sempervirt.vm.states import Runstate
+from sempervirt.qemu.spec import VmSpec
+from sempervirt.qemu.state import Runstate
 
 pytestmark = pytest.mark.timeout(90)
 Spec = Callable[..., VmSpec]

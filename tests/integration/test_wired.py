@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.plain_qemu import DEADLINE_S, QMP_S, PlainHost, ask, running, wait_migration
 
+from lab.plain_qemu import DEADLINE_S, QMP_S, PlainHost, ask, running, wait_migration
 from sempervirt.guest import ProbeClient
+from sempervirt.qemu.qmp import Monitor
 from sempervirt.trust.authority import CERTIFICATE_FILE as AUTHORITY_FILE
 from sempervirt.trust.authority import Authority, Issued
 from sempervirt.trust.identity import CERTIFICATE_FILE, KEY_FILE, Identity
-from sempervirt.vm.qmp import Monitor
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(180)]
 MIB = 1 << 20

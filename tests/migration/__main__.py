@@ -15,9 +15,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+
+from lab.network import FAR, GIGABIT, UNLIMITED
 from tests.migration.faults import VICTIMS
 from tests.migration.kills import Outcome, campaign, chosen
-from tests.migration.network import FAR, GIGABIT, UNLIMITED
 from tests.migration.phases import ORDER
 
 # A move that fails by itself just before the strike is over, too.

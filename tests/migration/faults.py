@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from tests.migration.world import QEMU, Host, World
+from lab.world import QEMU, Host, World
 
 PROGRAMS = {"qemu": QEMU, "backend": "semper-blkd", "wire": "semper-wired"}
 PROCESSES = tuple(f"{side} {what}" for side in ("source", "destination") for what in PROGRAMS)

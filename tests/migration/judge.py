@@ -17,11 +17,10 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-from tests.migration.client import EchoClient
-from tests.migration.guest import LOAD, VM, Guest
-from tests.migration.journal import Journal
-from tests.migration.world import Host
-
+from lab.client import EchoClient
+from lab.guest import LOAD, VM, Guest
+from lab.journal import Journal
+from lab.world import Host
 from sempervirt.core.errors import NotFound
 from sempervirt.guest import ProbeGone, ProbeSilent
 from sempervirt.guest.reports import Stats

@@ -15,18 +15,17 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.migration import faults
-from tests.migration.guest import VM, Guest
-from tests.migration.journal import Journal
-from tests.migration.judge import QUIET, Judge
-from tests.migration.network import GIGABIT, Link
-from tests.migration.phases import ORDER, Phases
-from tests.migration.world import POLL_S, Host, World
-
+from lab.guest import VM, Guest
+from lab.journal import Journal
+from lab.network import GIGABIT, Link
+from lab.world import POLL_S, Host, World
 from sempervirt.api.schemas import MigrateRequest
 from sempervirt.core.errors import SempervirtError
 from sempervirt.guest import ProbeGone, ProbeSilent
 from sempervirt.store.records import Custody, Ownership
+from tests.migration import faults
+from tests.migration.judge import QUIET, Judge
+from tests.migration.phases import ORDER, Phases
 
 # Seconds after the beginning of a phase within which a strike falls.
 WITHIN_S = {"prepare": 0.3, "precopy": 1.0, "switchover": 0.03, "commit": 0.02, "done": 0.3}

@@ -19,11 +19,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from tests.migration.client import EchoClient
-from tests.migration.guest import VM, Guest
+
+from lab.client import EchoClient
+from lab.guest import VM, Guest
+from lab.network import FAR, GIGABIT, UNLIMITED, Link
+from lab.world import POLL_S, QEMU, Host, World
 from tests.migration.judge import faults_of
-from tests.migration.network import FAR, GIGABIT, UNLIMITED, Link
-from tests.migration.world import POLL_S, QEMU, Host, World
 
 LINKS = (UNLIMITED, GIGABIT, FAR)
 PROGRAMS = (QEMU, "semper-blkd", "semper-wired")

@@ -7,7 +7,7 @@ import re
 import time
 from typing import BinaryIO
 
-from tests.migration.world import Host
+from lab.world import Host
 
 PHASE = re.compile(rb"migrate vm=\S+ to \S+: \w+ -> (\w+)")
 LOOK_S = 0.001

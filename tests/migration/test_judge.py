@@ -9,12 +9,13 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from tests.migration.guest import Guest
-from tests.migration.journal import Journal
+
+from lab.guest import Guest
+from lab.journal import Journal
+from lab.namespaces import within
+from lab.network import UNLIMITED
+from lab.world import DEADLINE_S, POLL_S, World, program
 from tests.migration.judge import Judge
-from tests.migration.network import UNLIMITED
-from tests.migration.world import DEADLINE_S, POLL_S, World, program
-from tests.namespaces import within
 
 pytestmark = [pytest.mark.root, pytest.mark.guest, pytest.mark.slow]
 MIB = 1 << 20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from tests.migration.kills import Outcome, campaign, chosen
 
 pytestmark = [pytest.mark.root, pytest.mark.guest, pytest.mark.slow, pytest.mark.timeout(900)]

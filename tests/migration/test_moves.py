@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+
+from lab.network import Link
 from tests.migration.moves import LINKS, there_and_back
-from tests.migration.network import Link
 
 pytestmark = [pytest.mark.root, pytest.mark.guest, pytest.mark.slow, pytest.mark.timeout(300)]
 MOVES = 4

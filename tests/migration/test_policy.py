@@ -10,18 +10,18 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
-from tests.migration.guest import VM, Guest
-from tests.migration.judge import faults_of
-from tests.migration.network import FAR, UNLIMITED, Link
-from tests.migration.phases import Phases
-from tests.migration.world import DEADLINE_S, POLL_S, Host, World
 
+from lab.guest import VM, Guest
+from lab.network import FAR, UNLIMITED, Link
+from lab.world import DEADLINE_S, POLL_S, Host, World
 from sempervirt.api.client import Client
 from sempervirt.api.schemas import MigrateRequest
 from sempervirt.core.errors import ImageLocked, NotAllowed, StateConflict
-from sempervirt.migration.events import Arrival
 from sempervirt.migration.messages import MigrationView, MovePolicy, RunRequest
-from sempervirt.vm.states import Runstate
+from sempervirt.qemu.state import Runstate
+from sempervirt.vm.phases import Arrival
+from tests.migration.judge import faults_of
+from tests.migration.phases import Phases
 
 pytestmark = [pytest.mark.root, pytest.mark.guest, pytest.mark.slow, pytest.mark.timeout(240)]
 # Too short for all of the memory to be there: then something has to be decided.

@@ -11,16 +11,16 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import BinaryIO
 
 import pytest
-from tests.migration.client import INTERVAL_S
-from tests.migration.guest import VM, Guest
-from tests.migration.journal import Journal
+
+from lab.client import INTERVAL_S
+from lab.guest import VM, Guest
+from lab.journal import Journal
+from lab.network import UNLIMITED, Link
+from lab.world import DEADLINE_S, POLL_S, Host, World
+from sempervirt.store.records import Custody
 from tests.migration.judge import QUIET, Judge
 from tests.migration.kills import begin_move
-from tests.migration.network import UNLIMITED, Link
 from tests.migration.phases import Phases
-from tests.migration.world import DEADLINE_S, POLL_S, Host, World
-
-from sempervirt.store.records import Custody
 
 pytestmark = [pytest.mark.root, pytest.mark.guest, pytest.mark.slow, pytest.mark.timeout(240)]
 UNKNOWN = "unknown"

@@ -14,8 +14,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from tests.migration.network import FAR, GIGABIT, UNLIMITED, Link, Network
-from tests.namespaces import inside, namespaces
+
+from lab.namespaces import inside, namespaces
+from lab.network import FAR, GIGABIT, UNLIMITED, Link, Network
 
 pytestmark = pytest.mark.root
 PORT = 5000
@@ -114,8 +115,8 @@ async def test_a_test_that_is_killed_leaves_nothing(tmp_path: Path) -> None:
     script = f"""
 import subprocess, time
 from pathlib import Path
-from tests.migration.network import FAR, Network
-from tests.namespaces import within
+from lab.network import FAR, Network
+from lab.namespaces import within
 network = Network(FAR, Path({str(place)!r}))
 sleeper = within(network.host("a"), "sleep", "1000")
 print(network.tag, subprocess.Popen(sleeper).pid, flush=True)

@@ -9,6 +9,7 @@ import asyncio
 from dataclasses import dataclass
 
 import pytest
+
 from bench import fleet, idle, scale
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(420)]

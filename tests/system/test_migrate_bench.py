@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from bench.__main__ import main
 from bench.migration.figures import Results
 

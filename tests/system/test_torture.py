@@ -10,6 +10,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
+from sempervirt.demo.trial import TrialSetup
+from sempervirt.demo.verdict import Verdict
 from tests.torture import campaigns
 from tests.torture.campaigns import PLANS, Life, Plan
 from tests.torture.cells import (
@@ -22,9 +25,6 @@ from tests.torture.cells import (
     few_cells,
 )
 from tests.torture.peers import controls
-
-from sempervirt.demo.trial import TrialSetup
-from sempervirt.demo.verdict import Verdict
 
 pytestmark = pytest.mark.timeout(240)
 

@@ -8,10 +8,10 @@ import signal
 from contextlib import suppress
 
 import pytest
-from tests.torture.cells import Cell
 
 from sempervirt.demo.trial import VM, Trial
 from sempervirt.guest.errors import ProbeGone
+from tests.torture.cells import Cell
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(120)]
 

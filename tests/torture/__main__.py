@@ -16,6 +16,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+
+from sempervirt.core.errors import SempervirtError
+from sempervirt.demo import report
+from sempervirt.demo.verdict import Verdict
+from sempervirt.guest.errors import ProbeGone, ProbeSilent
 from tests.torture import campaigns, pictures
 from tests.torture.cells import (
     EVENT_CELLS,
@@ -26,11 +31,6 @@ from tests.torture.cells import (
     engines_and_storages,
 )
 from tests.torture.peers import controls
-
-from sempervirt.core.errors import SempervirtError
-from sempervirt.demo import report
-from sempervirt.demo.verdict import Verdict
-from sempervirt.guest.errors import ProbeGone, ProbeSilent
 
 console = Console(stderr=True)
 

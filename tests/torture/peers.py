@@ -6,11 +6,10 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from tests.torture.cells import REBOUND, Cell
-
 from sempervirt.core.errors import Unavailable
 from sempervirt.demo.trial import Load, TrialSetup
 from sempervirt.disk.backend import Blkd, Launch
+from tests.torture.cells import REBOUND, Cell
 
 
 @dataclass(frozen=True)

@@ -10,21 +10,22 @@ from pathlib import Path
 
 import pytest
 
-from sempervirt.agent.config import default_run_dir, default_state_dir
 from sempervirt.agent.lock import agent_lock
-from sempervirt.agent.logs import log_to_stderr
-from sempervirt.agent.main import main
-from sempervirt.agent.notify import notify
-from sempervirt.agent.record import ArrivalRecord, DepartureRecord, VmRecord, read_vm_record
 from sempervirt.core.errors import StateConflict
 from sempervirt.core.queue_map import Binding, Choice, DevicePlan
+from sempervirt.daemon.logs import log_to_stderr
+from sempervirt.daemon.main import main
+from sempervirt.daemon.notify import notify
 from sempervirt.host.procfs import ProcessId
 from sempervirt.host.records import RecordDamaged
-from sempervirt.migration.events import Arrival, Mode, Phase
+from sempervirt.qemu.accel import Accelerator
+from sempervirt.qemu.spec import VmSpec
+from sempervirt.qemu.state import End, Runstate, VmState
 from sempervirt.store.registry import Claim
-from sempervirt.vm.accel import Accelerator
-from sempervirt.vm.spec import VmSpec
-from sempervirt.vm.states import End, Runstate, VmState
+from sempervirt.vm.config import default_run_dir, default_state_dir
+from sempervirt.vm.phases import Arrival, Mode, Phase
+from sempervirt.vm.record import VmRecord, read_vm_record
+from sempervirt.vm.work import Arriving, Departing, Restarting, Restoring, Saving, Work
 
 
 def test_directories_of_root_and_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,13 +69,19 @@ def test_a_vm_record_and_back(tmp_path: Path, end: VmState | None) -> None:
         record.write(path)
         assert read_vm_record(path) == record
         claim = Claim("web", "a", 7, "c" * 32, ("i" * 32,))
-        leaves = DepartureRecord("d" * 32, "b", "10.0.0.2:7443", True, Phase.COMMIT, Mode.POSTCOPY)
-        comes = ArrivalRecord("d" * 32, "a", False, 7, ("i" * 32,), Arrival.PROMISED)
-        for moving in (replace(record, departure=leaves), replace(record, arrival=comes)):
-            replace(moving, claim=claim).write(path)
-            assert read_vm_record(path) == replace(moving, claim=claim)
+        works: tuple[Work, ...] = (
+            Restarting(2, resume=True, switched=True, qemu=ProcessId(9, 8, "boot")),
+            Saving(resume=False),
+            Restoring(),
+            Departing("d" * 32, "b", "10.0.0.2:7443", True, Phase.COMMIT, Mode.POSTCOPY),
+            Arriving("d" * 32, "a", False, 7, ("i" * 32,), Arrival.PROMISED),
+        )
+        for work in works:
+            busy = replace(record, work=work, claim=claim)
+            busy.write(path)
+            assert read_vm_record(path) == busy
     assert read_vm_record(tmp_path / "absent") is None
-    path.write_text('{"version": 1, "spec": {}}')
+    path.write_text('{"version": 2, "spec": {}}')
     with pytest.raises(RecordDamaged, match="not the record of a VM"):
         read_vm_record(path)
 

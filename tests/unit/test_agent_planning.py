@@ -11,15 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sempervirt.agent import planning
-from sempervirt.agent.config import AgentConfig
-from sempervirt.agent.planning import (
-    Offer,
-    offer_of,
-    plan_devices,
-    plan_nic,
-    plans_of_record,
-)
 from sempervirt.core.errors import Unavailable
 from sempervirt.core.queue_map import Binding, DevicePlan, check_map
 from sempervirt.disk.backend import Blkd
@@ -27,8 +18,17 @@ from sempervirt.disk.fingerprint import HostFingerprint, fingerprint
 from sempervirt.disk.presets import DeviceType, Preset, PresetStore, Stale
 from sempervirt.disk.storage import NO_STORAGE, StorageKey, storage_key
 from sempervirt.disk.threads import Wish, plan
-from sempervirt.vm.command_line import Features
-from sempervirt.vm.spec import NicSpec, VmSpec
+from sempervirt.qemu.command_line import Features
+from sempervirt.qemu.spec import NicSpec, VmSpec
+from sempervirt.vm import planning
+from sempervirt.vm.config import AgentConfig
+from sempervirt.vm.planning import (
+    Offer,
+    offer_of,
+    plan_devices,
+    plan_nic,
+    plans_of_record,
+)
 
 HOST = HostFingerprint(cpu="Z80", cpus=8, kernel="6.1")
 FEATURES = Features(

@@ -24,7 +24,7 @@ from sempervirt.core.errors import (
     OutcomeUnknown,
     SempervirtError,
 )
-from sempervirt.vm.spec import VmSpec
+from sempervirt.qemu.spec import VmSpec
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "reference" / "openapi.json"
 

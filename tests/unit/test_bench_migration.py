@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from bench.kept import KeptError
 from bench.migration import show
 from bench.migration.figures import Figures, Results, Sample, judgements

@@ -4,10 +4,11 @@ import itertools
 import random
 
 import pytest
-from bench.ratios import Spread, paired, sign_test, spread
-from bench.verdicts import COST_GOALS, PEER_GOALS, Verdict, compare
 from hypothesis import given
 from hypothesis import strategies as st
+
+from bench.ratios import Spread, paired, sign_test, spread
+from bench.verdicts import COST_GOALS, PEER_GOALS, Verdict, compare
 
 POSITIVE = st.floats(min_value=1e-3, max_value=1e6)
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from bench import markdown, parity, plot
 from bench.backends import (
     CONTRIB,

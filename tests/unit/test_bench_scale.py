@@ -4,6 +4,7 @@ import os
 import time
 
 import pytest
+
 from bench import fleet, idle, scale
 from bench.processes import Footprint, footprint, processor_ns
 from bench.sections import SCALE

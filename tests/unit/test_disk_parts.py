@@ -24,10 +24,10 @@ from sempervirt.core.errors import (
 from sempervirt.core.queue_map import Binding
 from sempervirt.disk import takeover
 from sempervirt.disk.backend import Blkd, DiskOptions, ImageTitle, Launch
-from sempervirt.disk.control import ask
 from sempervirt.disk.record import DiskRecord, RecordedProcess, read_disk_record
 from sempervirt.disk.running import LOGS_KEPT, DiskFiles, describe_end, refusal
 from sempervirt.disk.volume import inspect
+from sempervirt.host.control import ask
 from sempervirt.host.process import Exit
 from sempervirt.host.procfs import ProcessId
 from sempervirt.host.records import RecordDamaged

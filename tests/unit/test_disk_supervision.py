@@ -14,7 +14,8 @@ import pytest
 
 from sempervirt.core.durations import Backoff
 from sempervirt.core.queue_map import Binding
-from sempervirt.disk.supervised import (
+from sempervirt.disk.decide import condition, decide, next_wake
+from sempervirt.disk.state import (
     Backend,
     Begin,
     Effect,
@@ -42,7 +43,6 @@ from sempervirt.disk.supervised import (
     UpgradeEnded,
     UpgradeRefused,
 )
-from sempervirt.disk.supervision import condition, decide, next_wake
 
 POLICY = Policy(
     settle_s=1,

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sempervirt.migration.convergence import (
+from sempervirt.migration.source.convergence import (
     HOPE,
     HOPE_PASSES,
     ConvergencePolicy,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sempervirt.migration.obstacles import HostSide, ImageSeen, obstacles
-from sempervirt.vm.spec import VmSpec
+from sempervirt.qemu.spec import VmSpec
 
 GIB = 1 << 30
 HERE = HostSide(

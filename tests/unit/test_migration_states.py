@@ -14,12 +14,11 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from sempervirt.migration import arrival, states
-from sempervirt.migration.arrival import Incoming
+from sempervirt.migration.destination import decide as arrival
+from sempervirt.migration.destination.decide import Incoming
 from sempervirt.migration.events import (
     Act,
     AnswerLost,
-    Arrival,
     CancelAsked,
     Committed,
     DestinationEnded,
@@ -30,10 +29,8 @@ from sempervirt.migration.events import (
     GuestStopped,
     Hopeless,
     Loaded,
-    Mode,
     NotCommitted,
     OwnershipSeen,
-    Phase,
     PostcopyChosen,
     Prepared,
     PromiseAsked,
@@ -52,7 +49,9 @@ from sempervirt.migration.events import (
     ToldToRun,
     Withdrawn,
 )
-from sempervirt.migration.states import Bounds, Migration
+from sempervirt.migration.source import decide as states
+from sempervirt.migration.source.decide import Bounds, Migration
+from sempervirt.vm.phases import Arrival, Mode, Phase
 
 # A tick comes when its time has come: all times in a world are 0, and it ticks at 1.
 NOW, LATER = 0.0, 1.0

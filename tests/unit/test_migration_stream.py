@@ -11,8 +11,8 @@ import pytest
 from sempervirt.core.errors import StateConflict, Unavailable
 from sempervirt.host.programs import find_program
 from sempervirt.migration import stream
-from sempervirt.migration.convergence import ConvergencePolicy, Sample
-from sempervirt.migration.steering import Steering
+from sempervirt.migration.source.convergence import ConvergencePolicy, Sample
+from sempervirt.migration.source.steering import Steering
 from sempervirt.migration.wire import PROGRAM, WireDisk, WireFiles
 
 

@@ -12,9 +12,9 @@ import pytest
 
 from sempervirt.core.errors import InvalidRequest, Unavailable
 from sempervirt.core.queue_map import Binding, Choice, DevicePlan
-from sempervirt.vm.command_line import Features, build, disk_id, nic_id
-from sempervirt.vm.files import VmFiles
-from sempervirt.vm.spec import VmSpec
+from sempervirt.qemu.command_line import Features, build, disk_id, nic_id
+from sempervirt.qemu.files import VmFiles
+from sempervirt.qemu.spec import VmSpec
 
 FEATURES = Features(
     version="10.0.2",

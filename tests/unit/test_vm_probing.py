@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from sempervirt.core.errors import CommandFailed, Unavailable
-from sempervirt.vm import accel, accel_rom, features
-from sempervirt.vm.accel import Accelerator, choose
-from sempervirt.vm.features import judge
+from sempervirt.qemu import accel, accel_rom, features
+from sempervirt.qemu.accel import Accelerator, choose
+from sempervirt.qemu.features import judge
 
 SCHEMA = [
     {"name": "1", "meta-type": "object", "members": [{"name": "server"}, {"name": "tls-creds"}]},

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from sempervirt.vm.runstate import QUIT_DEADLINE_S, step
-from sempervirt.vm.states import (
+from sempervirt.qemu.decide import QUIT_DEADLINE_S, step
+from sempervirt.qemu.state import (
     Accept,
     Asked,
     Done,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sempervirt.core.errors import InvalidRequest, SempervirtError, StateConflict, Unavailable
-from sempervirt.vm import saved
+from sempervirt.qemu import saved
 
 FIGURES = {"memory": 8, "file": 7, "zero_pages": 1, "block_pages": 2, "data_pages": 3}
 

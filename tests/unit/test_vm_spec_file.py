@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from sempervirt.core.errors import InvalidRequest, SpecError
-from sempervirt.vm.spec import VmSpec
-from sempervirt.vm.spec_file import load_spec, parse_spec
-from sempervirt.vm.toml_lines import find_line
+from sempervirt.qemu.spec import VmSpec
+from sempervirt.qemu.spec_file import load_spec, parse_spec
+from sempervirt.qemu.toml_lines import find_line
 
 FILE = Path("/vms/web.toml")
 

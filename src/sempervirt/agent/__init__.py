@@ -1,4 +1,4 @@
-"""The agent of one host: configuration, wiring, adoption, the run loop.
+"""The agent of one host: which VMs there are, what can be asked of them, and adoption.
 
 async with Agent.open(AgentConfig.default()) as agent:
     vm = await agent.run_vm(load_spec(Path("web.toml")))
@@ -6,7 +6,7 @@ async with Agent.open(AgentConfig.default()) as agent:
 """
 
 from sempervirt.agent.agent import Agent
-from sempervirt.agent.config import AgentConfig
-from sempervirt.agent.vm import Vm
+from sempervirt.vm.config import AgentConfig
+from sempervirt.vm.vm import Vm
 
 __all__ = ["Agent", "AgentConfig", "Vm"]

@@ -15,20 +15,22 @@ import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import assert_never
 
-from sempervirt.agent.claims import give_back
-from sempervirt.agent.config import AgentConfig
-from sempervirt.agent.record import VmRecord, read_vm_record
-from sempervirt.agent.resumption import end_unfinished, settle_restart
-from sempervirt.agent.vm import Vm
-from sempervirt.agent.wiring import adopted_setups
 from sempervirt.core.errors import SempervirtError
-from sempervirt.disk.disk import Disk
+from sempervirt.disk.driver import Disk
 from sempervirt.disk.lifecycle import adopt_disk, sweep_disk
 from sempervirt.host.procfs import ProcessId, find_by_argument, identify
-from sempervirt.vm.files import VmFiles
-from sempervirt.vm.machine import Machine
-from sempervirt.vm.states import Request
+from sempervirt.qemu.driver import Machine
+from sempervirt.qemu.files import VmFiles
+from sempervirt.qemu.state import Request
+from sempervirt.renewal.resumption import end_unfinished, settle_restart
+from sempervirt.vm.claims import give_back
+from sempervirt.vm.config import AgentConfig
+from sempervirt.vm.record import VmRecord, read_vm_record
+from sempervirt.vm.setup import adopted_setups
+from sempervirt.vm.vm import Vm
+from sempervirt.vm.work import Arriving, Departing, Restarting, Restoring, Saving, Work
 
 log = logging.getLogger(__name__)
 
@@ -71,8 +73,7 @@ async def _adopt(config: AgentConfig, record: VmRecord, path: Path) -> Vm:
         disks = await _adopt_disks(config, record)
     else:
         await _sweep_disks(config, record)
-    held = Request.DEPART if record.departure else Request.ARRIVE if record.arrival else None
-    leaving = record.departure.farewell if record.departure else ""
+    held, leaving = _held_for(record.work)
     machine = Machine.adopt(spec, files, identity, config.patience, held, leaving)
     machine.started = record.started
     with contextlib.suppress(OSError):
@@ -90,11 +91,24 @@ def _find_qemu(files: VmFiles) -> ProcessId | None:
 
 async def _adopt_disks(config: AgentConfig, record: VmRecord) -> dict[str, Disk]:
     setups = adopted_setups(config, record)
-    moves = record.departure is not None or record.arrival is not None
+    moves = isinstance(record.work, Departing | Arriving)
     disks = await asyncio.gather(
         *(adopt_disk(setup, frozen=moves and not setup.options.read_only) for setup in setups)
     )
     return {setup.short_name: disk for setup, disk in zip(setups, disks, strict=True)}
+
+
+def _held_for(work: Work | None) -> tuple[Request | None, str]:
+    """The request that the VM stays held for, and why its QEMU is about to be killed."""
+    match work:
+        case Departing():
+            return Request.DEPART, work.farewell
+        case Arriving():
+            return Request.ARRIVE, ""
+        case Restarting() | Saving() | Restoring() | None:
+            return None, ""
+        case _:
+            assert_never(work)
 
 
 async def _sweep_disks(config: AgentConfig, record: VmRecord) -> None:

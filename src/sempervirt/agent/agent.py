@@ -13,26 +13,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from sempervirt.agent import adoption, claims
-from sempervirt.agent.config import AgentConfig
-from sempervirt.agent.host import HostFacts, HostProbe
+from sempervirt.agent import adoption
 from sempervirt.agent.lock import agent_lock
-from sempervirt.agent.planning import offer_of, plan_devices
-from sempervirt.agent.record import ArrivalRecord, VmRecord
-from sempervirt.agent.restart import Program, Restarted, restart_qemu
-from sempervirt.agent.saving import (
-    NO_CHANGES,
-    Changes,
-    Origin,
-    Plan,
-    Saving,
-    check_accelerator,
-    copy_images,
-    plan_of,
-    save_vm,
-)
-from sempervirt.agent.vm import Vm
-from sempervirt.agent.wiring import disk_setup, inspect_images, prepare_directories
 from sempervirt.core.errors import (
     InvalidRequest,
     NotFound,
@@ -43,15 +25,35 @@ from sempervirt.core.errors import (
 )
 from sempervirt.core.names import split_disk_name, suggest
 from sempervirt.disk.backend import ImageTitle
-from sempervirt.disk.disk import Disk
+from sempervirt.disk.driver import Disk
 from sempervirt.disk.lifecycle import start_disk
+from sempervirt.qemu import accel, features, memory, saved
+from sempervirt.qemu.command_line import Incoming, build, disk_id
+from sempervirt.qemu.driver import Machine
+from sempervirt.qemu.facts import HostFacts, HostProbe
+from sempervirt.qemu.files import VmFiles
+from sempervirt.qemu.spec import DiskSpec, VmSpec
+from sempervirt.qemu.state import Runstate
+from sempervirt.renewal.restart import Program, Restarted, restart_qemu
+from sempervirt.renewal.saving import (
+    NO_CHANGES,
+    Changes,
+    Origin,
+    Plan,
+    Saving,
+    check_accelerator,
+    copy_images,
+    plan_of,
+    save_vm,
+)
 from sempervirt.store.registry import Claim
-from sempervirt.vm import accel, features, memory, saved
-from sempervirt.vm.command_line import Incoming, build, disk_id
-from sempervirt.vm.files import VmFiles
-from sempervirt.vm.machine import Machine
-from sempervirt.vm.spec import DiskSpec, VmSpec
-from sempervirt.vm.states import Runstate
+from sempervirt.vm import claims
+from sempervirt.vm.config import AgentConfig
+from sempervirt.vm.planning import offer_of, plan_devices
+from sempervirt.vm.record import VmRecord
+from sempervirt.vm.setup import disk_setup, inspect_images, prepare_directories
+from sempervirt.vm.vm import Vm
+from sempervirt.vm.work import Arriving, Restoring
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +69,7 @@ class Beginning:
 
     machine: str = ""
     origin: Origin | None = None
-    arrival: ArrivalRecord | None = None
+    arrival: Arriving | None = None
     host: str = ""
 
     def title(self, claim: Claim | None, disk: DiskSpec) -> ImageTitle | None:
@@ -263,7 +265,7 @@ class Agent:
                 remedy = f"its QEMU may still run; settle it: semper vm kill {name}"
             raise StateConflict(f"VM {name} is {present.run.value}", remedy=remedy)
 
-    async def receive_vm(self, spec: VmSpec, machine: str, host: str, arrival: ArrivalRecord) -> Vm:
+    async def receive_vm(self, spec: VmSpec, machine: str, host: str, arrival: Arriving) -> Vm:
         """Starts a VM that is to come from another host.
 
         Its backends await their claim, and QEMU, of the versioned `machine`, its state. Raises
@@ -295,8 +297,7 @@ class Agent:
             accelerator,
             time.time(),
             plans=plans,
-            restoring=origin is not None,
-            arrival=beginning.arrival,
+            work=Restoring() if origin is not None else beginning.arrival,
         )
         disks: dict[str, Disk] = {}
         with memory.created(spec.memory) as memory_fd:
@@ -350,7 +351,7 @@ class Agent:
 
     async def _claimed(self, record: VmRecord, path: Path) -> VmRecord:
         """With a claim, unless the VM comes from a host that has one."""
-        if record.arrival is not None:
+        if isinstance(record.work, Arriving):
             return record
         record = replace(record, claim=await claims.take(self.config, record.spec))
         self._write_first(record, path)

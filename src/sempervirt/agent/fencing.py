@@ -10,12 +10,12 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import aclosing
 
-from sempervirt.agent.claims import claim_of, put_on_record
-from sempervirt.agent.vm import Vm
 from sempervirt.core.errors import SempervirtError
 from sempervirt.store.port import Store
 from sempervirt.store.records import Ownership, parse
 from sempervirt.store.registry import Claim
+from sempervirt.vm.claims import claim_of, put_on_record
+from sempervirt.vm.vm import Vm
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ async def _compare(vm: Vm, claim: Claim, owned: Ownership, host: str) -> None:
         except SempervirtError as error:
             log.error("claim vm=%s %s", vm.name, error)  # noqa: TRY400
             return
-        vm.entitle(newer)
+        vm.set_claim(newer)
         return
     whose = owned.owner or "another host"
     log.error("claim vm=%s belongs to %s, epoch %d: ended", vm.name, whose, owned.epoch)

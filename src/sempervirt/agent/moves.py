@@ -10,14 +10,8 @@ import secrets
 from contextlib import AsyncExitStack
 
 from sempervirt.agent.agent import Agent
-from sempervirt.agent.claims import claim_of
-from sempervirt.agent.cluster import Cluster, Member
-from sempervirt.agent.departure import Departure
-from sempervirt.agent.moving import find_destination, membership_obstacles, side_of
-from sempervirt.agent.reception import Reception
-from sempervirt.agent.record import ArrivalRecord, DepartureRecord
-from sempervirt.agent.vm import Vm
 from sempervirt.api.client import Client
+from sempervirt.cluster.cluster import Cluster, Member
 from sempervirt.core.errors import (
     InvalidRequest,
     NotFound,
@@ -25,13 +19,19 @@ from sempervirt.core.errors import (
     StateConflict,
     Unavailable,
 )
+from sempervirt.migration.destination.driver import Reception
 from sempervirt.migration.events import Resolved, Side
 from sempervirt.migration.messages import ArrivalRequest, MovePolicy
 from sempervirt.migration.obstacles import Obstacle, obstacles
+from sempervirt.migration.sides import find_destination, membership_obstacles, side_of
+from sempervirt.migration.source.driver import Departure
+from sempervirt.qemu.state import Runstate
 from sempervirt.store import epoch
 from sempervirt.store.records import Custody
 from sempervirt.store.registry import Claim, Registry
-from sempervirt.vm.states import Runstate
+from sempervirt.vm.claims import claim_of
+from sempervirt.vm.vm import Vm
+from sempervirt.vm.work import Arriving, Departing
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ async def depart(agent: Agent, name: str, to: str, policy: MovePolicy) -> Depart
                 f"VM {name} cannot move to {to}: " + "; ".join(item.what for item in found),
                 remedy=f"see what can be done: semper vm migrate {name} --to {to} --dry-run",
             )
-        record = DepartureRecord(
+        record = Departing(
             secrets.token_hex(16), to, member.host.address, vm.run is Runstate.RUNNING
         )
         departure = Departure(vm, cluster, record)
@@ -113,7 +113,7 @@ async def receive(agent: Agent, request: ArrivalRequest, source: str) -> Recepti
         cluster = await stack.enter_async_context(Cluster.opened(agent.config))
         settings = cluster.settings
         images = tuple(request.images.values())
-        record = ArrivalRecord(request.id, source, request.running, request.epoch, images)
+        record = Arriving(request.id, source, request.running, request.epoch, images)
         vm = await agent.receive_vm(request.spec, request.machine, settings.host, record)
         reception = Reception(vm, cluster, record)
         vm.moving = reception
@@ -152,7 +152,7 @@ async def resume_all(agent: Agent) -> None:
     held, and the next agent tries again.
     """
     for vm in list(agent.vms.values()):
-        if vm.settled or (vm.record.departure is None and vm.record.arrival is None):
+        if vm.settled or not isinstance(vm.work, Departing | Arriving):
             continue
         try:
             await _resume(agent, vm)
@@ -163,11 +163,11 @@ async def resume_all(agent: Agent) -> None:
 async def _resume(agent: Agent, vm: Vm) -> None:
     async with AsyncExitStack() as stack:
         cluster = await stack.enter_async_context(Cluster.opened(agent.config))
-        if vm.record.departure is not None:
-            departure = Departure(vm, cluster, vm.record.departure)
+        if isinstance(vm.work, Departing):
+            departure = Departure(vm, cluster, vm.work)
             await departure.resume(stack.pop_all())
-        elif vm.record.arrival is not None:
-            reception = Reception(vm, cluster, vm.record.arrival)
+        elif isinstance(vm.work, Arriving):
+            reception = Reception(vm, cluster, vm.work)
             await reception.resume(stack.pop_all(), lambda: agent.forget_vm(vm.name))
 
 

@@ -12,9 +12,9 @@ from fastapi import FastAPI
 
 import sempervirt
 from sempervirt.agent.agent import Agent
-from sempervirt.agent.cluster import Cluster
 from sempervirt.api import failures, migration
 from sempervirt.api.routes import router
+from sempervirt.cluster.cluster import Cluster
 
 
 def build_app(agent: Agent | None = None, cluster: Cluster | None = None) -> FastAPI:

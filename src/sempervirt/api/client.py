@@ -43,10 +43,10 @@ from sempervirt.core.errors import (
     from_wire,
 )
 from sempervirt.core.names import split_disk_name
-from sempervirt.migration.events import Arrival
 from sempervirt.migration.messages import ArrivalAnswer, ArrivalRequest, MigrationView, RunRequest
 from sempervirt.migration.obstacles import HostSide
-from sempervirt.vm.spec import VmSpec
+from sempervirt.qemu.spec import VmSpec
+from sempervirt.vm.phases import Arrival
 
 READ_TIMEOUT_S = 20.0
 # Beside what it was asked to wait, another host answers at once.

@@ -8,8 +8,6 @@ from fastapi import APIRouter, Depends, Query, Request, status
 
 from sempervirt.agent import moves
 from sempervirt.agent.agent import Agent
-from sempervirt.agent.cluster import Cluster, read_settings
-from sempervirt.agent.moving import find_destination, side_of
 from sempervirt.api.routes import AgentHere, VmHere
 from sempervirt.api.schemas import (
     ErrorView,
@@ -20,11 +18,13 @@ from sempervirt.api.schemas import (
     ResolvedView,
     ResolveRequest,
 )
+from sempervirt.cluster.cluster import Cluster, read_settings
 from sempervirt.core.errors import NotAllowed
-from sempervirt.migration.events import Arrival
 from sempervirt.migration.messages import ArrivalAnswer, ArrivalRequest, MigrationView, RunRequest
+from sempervirt.migration.sides import find_destination, side_of
+from sempervirt.qemu.spec import VmSpec
 from sempervirt.trust.identity import Peer
-from sempervirt.vm.spec import VmSpec
+from sempervirt.vm.phases import Arrival
 
 router = APIRouter(prefix="/v1", responses={"default": {"model": ErrorView}}, tags=["migration"])
 

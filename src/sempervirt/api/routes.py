@@ -10,9 +10,6 @@ from fastapi import APIRouter, Depends, Query, Request, status
 from fastapi.responses import StreamingResponse
 
 from sempervirt.agent.agent import Agent
-from sempervirt.agent.cluster import Cluster, check_address
-from sempervirt.agent.saving import Changes
-from sempervirt.agent.vm import Vm
 from sempervirt.api.schemas import (
     AgentView,
     DiskView,
@@ -33,13 +30,16 @@ from sempervirt.api.schemas import (
     VmView,
 )
 from sempervirt.api.views import agent_view, disk_view, host_view, own_disk_view, vm_view
+from sempervirt.cluster.cluster import Cluster, check_address
 from sempervirt.core.errors import InvalidRequest, NotAllowed
 from sempervirt.core.names import suggest
 from sempervirt.core.queue_map import Binding, spread
 from sempervirt.disk.running import DiskFiles
 from sempervirt.host import process
+from sempervirt.qemu.spec import VmSpec
+from sempervirt.renewal.saving import Changes
 from sempervirt.trust.identity import Peer
-from sempervirt.vm.spec import VmSpec
+from sempervirt.vm.vm import Vm
 
 router = APIRouter(prefix="/v1", responses={"default": {"model": ErrorView}})
 

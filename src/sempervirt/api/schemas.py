@@ -8,8 +8,8 @@ from typing import Any, Self
 from pydantic import BaseModel, Field, model_validator
 
 from sempervirt.migration.messages import MigrationView, MovePolicy
-from sempervirt.vm.spec import VmSpec
-from sempervirt.vm.states import Runstate
+from sempervirt.qemu.spec import VmSpec
+from sempervirt.qemu.state import Runstate
 
 API_VERSION = 1
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import uvicorn
 
 from sempervirt.agent.agent import Agent
-from sempervirt.agent.membership import Membership
 from sempervirt.api.app import build_app
 from sempervirt.api.peers import guarded_protocol
+from sempervirt.cluster.membership import Membership
 from sempervirt.host.sockets import listen_tcp, listen_unix
 
 # Longer than any request but a stop with a long grace.

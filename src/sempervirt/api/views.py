@@ -7,8 +7,6 @@ from dataclasses import asdict
 
 import sempervirt
 from sempervirt.agent.agent import Agent
-from sempervirt.agent.host import HostFacts
-from sempervirt.agent.vm import Vm
 from sempervirt.api.schemas import (
     AgentView,
     DiskView,
@@ -23,11 +21,14 @@ from sempervirt.api.schemas import (
 from sempervirt.core.errors import InvalidRequest, SempervirtError
 from sempervirt.core.events import Journal
 from sempervirt.core.queue_map import DevicePlan
-from sempervirt.disk.disk import Disk
+from sempervirt.disk.driver import Disk
 from sempervirt.disk.takeover import Restart
 from sempervirt.disk.volume import inspect
-from sempervirt.vm.command_line import disk_id
-from sempervirt.vm.spec import DiskSpec
+from sempervirt.migration.source.driver import Departure
+from sempervirt.qemu.command_line import disk_id
+from sempervirt.qemu.facts import HostFacts
+from sempervirt.qemu.spec import DiskSpec
+from sempervirt.vm.vm import Vm
 
 
 def agent_view(agent: Agent) -> AgentView:
@@ -78,7 +79,7 @@ def vm_view(vm: Vm) -> VmView:
         console=files.console,
         end=_end_view(vm),
         work=WorkView(**asdict(vm.progress)) if vm.progress else None,
-        migration=vm.moving.view() if vm.moving else None,
+        migration=vm.moving.view() if isinstance(vm.moving, Departure) else None,
         events=_events(vm.machine.journal),
         spec=vm.spec,
     )

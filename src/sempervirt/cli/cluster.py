@@ -6,11 +6,11 @@ from datetime import timedelta
 
 from pydantic import BaseModel
 
-from sempervirt.agent.cluster import Cluster, Member, begin_cluster
-from sempervirt.agent.config import AgentConfig
-from sempervirt.agent.joining import join_cluster
-from sempervirt.agent.wiring import prepare_directories
+from sempervirt.cluster.cluster import Cluster, Member, begin_cluster
+from sempervirt.cluster.joining import join_cluster
 from sempervirt.trust.invitation import Invitation, parse_invitation
+from sempervirt.vm.config import AgentConfig
+from sempervirt.vm.setup import prepare_directories
 
 __all__ = ["begin_cluster", "invite", "join_cluster", "members", "parse_invitation", "prepared"]
 

@@ -9,8 +9,6 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
 from sempervirt.agent.agent import Agent
-from sempervirt.agent.config import AgentConfig
-from sempervirt.agent.logs import log_to_stderr
 from sempervirt.agent.moves import resume_all
 from sempervirt.api.client import Client
 from sempervirt.api.schemas import VmView
@@ -18,8 +16,10 @@ from sempervirt.api.server import serving
 from sempervirt.cli.output import err, out, print_json_line
 from sempervirt.cli.watch import Watch
 from sempervirt.core.errors import AgentUnavailable, StateConflict
-from sempervirt.vm.spec import VmSpec
-from sempervirt.vm.states import Runstate
+from sempervirt.daemon.logs import log_to_stderr
+from sempervirt.qemu.spec import VmSpec
+from sempervirt.qemu.state import Runstate
+from sempervirt.vm.config import AgentConfig
 
 
 async def run(spec: VmSpec, *, detach: bool, grace_s: float, json: bool) -> int:

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sempervirt.agent.config import AgentConfig
-from sempervirt.agent.host import HostProbe
 from sempervirt.api.client import Client
 from sempervirt.api.schemas import HostView
 from sempervirt.api.views import host_view
@@ -26,6 +24,8 @@ from sempervirt.cli.output import (
     styled,
 )
 from sempervirt.core.durations import format_duration
+from sempervirt.qemu.facts import HostProbe
+from sempervirt.vm.config import AgentConfig
 
 if TYPE_CHECKING:
     from sempervirt.cli.cluster import MemberView

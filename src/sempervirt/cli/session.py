@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from sempervirt.agent.config import AgentConfig
 from sempervirt.api.client import Client
+from sempervirt.vm.config import AgentConfig
 
 Result = TypeVar("Result")
 

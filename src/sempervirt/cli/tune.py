@@ -12,7 +12,6 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from sempervirt.agent.config import default_state_dir
 from sempervirt.cli import tune_output
 from sempervirt.cli.output import Output, OutputOption, err, out, print_json
 from sempervirt.core.errors import InvalidRequest, Unavailable
@@ -22,7 +21,8 @@ from sempervirt.disk.tuning import preparation
 from sempervirt.disk.tuning.judgement import Bounds
 from sempervirt.disk.tuning.preparation import Prepared, Request
 from sempervirt.disk.tuning.tune import Tuning, alone
-from sempervirt.vm.features import find_qemu
+from sempervirt.qemu.features import find_qemu
+from sempervirt.vm.config import default_state_dir
 
 Result = TypeVar("Result")
 TERMINATED = 128 + signal.SIGTERM

@@ -30,8 +30,8 @@ from sempervirt.cli.output import (
 from sempervirt.cli.session import ask_agent
 from sempervirt.core.errors import StateConflict
 from sempervirt.core.sizes import format_size
-from sempervirt.vm.spec_file import load_spec
-from sempervirt.vm.states import Runstate
+from sempervirt.qemu.spec_file import load_spec
+from sempervirt.qemu.state import Runstate
 
 app = typer.Typer(no_args_is_help=True, help="Virtual machines.")
 

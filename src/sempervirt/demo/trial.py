@@ -28,11 +28,11 @@ from sempervirt.core.queue_map import Binding, ThreadMap
 from sempervirt.demo.stall import Stall, stall_ms, steps_ms
 from sempervirt.demo.verdict import Verdict
 from sempervirt.disk.backend import BackendCommand, Blkd
-from sempervirt.disk.disk import Disk
+from sempervirt.disk.driver import Disk
 from sempervirt.guest import image as guest_image
 from sempervirt.guest.errors import ProbeGone, ProbeSilent
 from sempervirt.guest.probe import ClockOffset, ProbeClient
-from sempervirt.vm.spec import ChannelSpec, DiskSpec, VmSpec
+from sempervirt.qemu.spec import ChannelSpec, DiskSpec, VmSpec
 
 log = logging.getLogger(__name__)
 

@@ -6,12 +6,12 @@ import logging
 
 from sempervirt.core.errors import OutcomeUnknown, SempervirtError, Unavailable
 from sempervirt.disk import running as processes
-from sempervirt.disk.disk import Disk
+from sempervirt.disk.driver import Disk
 from sempervirt.disk.program import Programs, path_of
 from sempervirt.disk.record import DiskRecord, RecordedProcess, read_disk_record
 from sempervirt.disk.running import Running
 from sempervirt.disk.setup import DiskSetup
-from sempervirt.disk.supervised import Backend, Begin, Exited, Freeze, State, Tick
+from sempervirt.disk.state import Backend, Begin, Exited, Freeze, State, Tick
 from sempervirt.host import process
 from sempervirt.host.records import remove_record
 from sempervirt.host.sockets import borrow_listener, listen_unix
@@ -54,9 +54,9 @@ async def start_disk(setup: DiskSetup) -> Disk:
         return disk
     refused = disk.refused or disk.reason
     await disk.stop()
-    if disk.crew.last_end is None:
+    if disk.backends.last_end is None:
         raise Unavailable(f"disk {setup.name}: {refused}")
-    raise processes.refusal(setup.name, *disk.crew.last_end)
+    raise processes.refusal(setup.name, *disk.backends.last_end)
 
 
 def _is_up(disk: Disk, *, awaits: bool) -> bool:
@@ -148,7 +148,7 @@ def _hold(programs: Programs, item: RecordedProcess) -> str:
 
 def _admit(disk: Disk, item: RecordedProcess, token: str, *, active: bool) -> None:
     generation = item.generation
-    adopted = process.adopt(item.identity, lambda end: disk.crew.ended(generation, end))
+    adopted = process.adopt(item.identity, lambda end: disk.backends.ended(generation, end))
     if adopted is None:
         disk.post(Exited(generation, "ended while it was being adopted"))
         return
@@ -161,7 +161,7 @@ def _admit(disk: Disk, item: RecordedProcess, token: str, *, active: bool) -> No
         files.log(generation),
         item.listen_fd,
     )
-    disk.crew.admit(member, active=active)
+    disk.backends.admit(member, active=active)
 
 
 async def _hand_over(disk: Disk) -> None:

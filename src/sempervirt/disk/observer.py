@@ -14,9 +14,9 @@ from typing import Any
 
 from sempervirt.core.errors import SempervirtError
 from sempervirt.disk import takeover
-from sempervirt.disk.control import ask
 from sempervirt.disk.running import Running
-from sempervirt.disk.supervised import Progressed, Ready, Serving, SupervisionEvent
+from sempervirt.disk.state import Progressed, Ready, Serving, SupervisionEvent
+from sempervirt.host.control import ask
 
 # Seconds between two questions: while it starts (grows), just promoted, and when all is well; the
 # last grows while nothing happens.

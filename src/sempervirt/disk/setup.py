@@ -8,7 +8,7 @@ from pathlib import Path
 from sempervirt.core.queue_map import Binding, DevicePlan
 from sempervirt.disk.backend import BackendCommand, DiskOptions, ImageTitle
 from sempervirt.disk.running import DiskFiles
-from sempervirt.disk.supervised import Policy
+from sempervirt.disk.state import Policy
 from sempervirt.disk.volume import Volume
 
 

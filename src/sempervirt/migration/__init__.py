@@ -1,6 +1,6 @@
-"""Moving a running VM to another host: the decisions, and what they are carried out with.
+"""Moving a running VM to another host.
 
-`states` is the source's state machine, `arrival` the destination's, `convergence` decides how
-hard to push: all pure. `stream` is QEMU's migration, `wire` a process of semper-wired, `messages`
-what the hosts say to each other. The drivers are the agent's (`departure`, `reception`).
+`source` and `destination` are the two ends: each a pure machine (`state`, `decide`) and its driver.
+`wire` is a process of semper-wired, `stream` is QEMU's own migration, `messages` is what the hosts
+say to each other, `obstacles` is every reason that would stop a move.
 """

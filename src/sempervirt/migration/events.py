@@ -10,43 +10,6 @@ from dataclasses import dataclass
 from enum import Enum
 
 
-class Phase(Enum):
-    """Of the source; see `states`."""
-
-    PREPARE = "prepare"
-    PRECOPY = "precopy"
-    SWITCHOVER = "switchover"
-    COMMIT = "commit"
-    POSTCOPY = "postcopy"
-    DONE = "done"
-    ABANDONED = "abandoned"
-    UNKNOWN = "unknown"
-    LOST = "lost"
-
-    @property
-    def is_end(self) -> bool:
-        """Whether the migration is over."""
-        return self in (Phase.DONE, Phase.ABANDONED, Phase.LOST)
-
-
-class Arrival(Enum):
-    """Of the destination; see `arrival`."""
-
-    PREPARING = "preparing"
-    INCOMING = "incoming"
-    PROMISED = "promised"
-    RUNNING = "running"
-    ABORTED = "aborted"
-    LOST = "lost"
-
-
-class Mode(Enum):
-    """Whether the memory is at the destination before the guest runs there, or follows it."""
-
-    PRECOPY = "precopy"
-    POSTCOPY = "postcopy"
-
-
 class Side(Enum):
     """Whom evidence names as the VM's owner."""
 

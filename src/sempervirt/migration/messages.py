@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pydantic import BaseModel, Field
 
-from sempervirt.migration.events import Arrival
-from sempervirt.vm.spec import VmSpec
+from sempervirt.qemu.spec import VmSpec
+from sempervirt.vm.phases import Arrival
 
 
 class ArrivalRequest(BaseModel):

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from sempervirt.core.sizes import format_size
-from sempervirt.vm.spec import DiskSpec, VmSpec
+from sempervirt.qemu.spec import DiskSpec, VmSpec
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sempervirt.core.errors import StateConflict, Unavailable
-from sempervirt.migration.convergence import Sample
+from sempervirt.migration.source.convergence import Sample
 
 Execute = Callable[..., Awaitable[Any]]
 PAGE_BYTES = 4096

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sempervirt.core.errors import SempervirtError, Unavailable
-from sempervirt.disk import control
-from sempervirt.host import process
+from sempervirt.host import control, process
 from sempervirt.host.process import Process
 from sempervirt.host.procfs import find_by_argument, identify
 from sempervirt.host.programs import find_program

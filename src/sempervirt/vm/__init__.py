@@ -1,1 +1,1 @@
-"""One QEMU process: its description, its command line, its monitor and its runstates."""
+"""A VM as a whole: its QEMU and its disks, its record, its claim, the work that goes on with it."""

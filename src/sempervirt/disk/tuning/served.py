@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Protocol
 
 from sempervirt.core.errors import CommandFailed, OutcomeUnknown, Unavailable
-from sempervirt.disk import control, takeover
+from sempervirt.disk import takeover
 from sempervirt.disk.running import refusal
 from sempervirt.disk.storage import StorageKey
 from sempervirt.disk.tuning.candidates import Candidate
-from sempervirt.host import process
+from sempervirt.host import control, process
 from sempervirt.host.process import Exit, Process, tail_of
 
 _START_S = 10.0

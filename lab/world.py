@@ -1,0 +1,201 @@
+"""Two hosts that share an image directory: agents, etcd, and the way between them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+
+from lab.etcd import Etcd, Relay
+from lab.namespaces import inside, within
+from lab.network import STORE, Link, Network
+from sempervirt.agent import AgentConfig
+from sempervirt.api.client import Client
+from sempervirt.host.procfs import command_name
+from sempervirt.store.etcd import EtcdStore
+from sempervirt.store.records import Ownership
+from sempervirt.store.registry import Registry
+
+DEADLINE_S = 60.0
+PORT = 7443
+POLL_S = 0.05
+SERVES = "serve hosts"
+QEMU = "qemu-system-x86"
+
+
+class Host:
+    """One host: its directories, its namespace, its agent."""
+
+    def __init__(self, network: Network, name: str, place: Path) -> None:
+        self.network = network
+        self.name = name
+        self.config = AgentConfig(place / name / "s", place / name / "r")
+        self.namespace = network.host(name)
+        self.address = f"{network.address(name)}:{PORT}"
+        self.log = place / name / "semperd.log"
+        self._agent: subprocess.Popen[bytes] | None = None
+        self.log.parent.mkdir()
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def _environment(self) -> dict[str, str]:
+        own = {
+            "SEMPERVIRT_STATE_DIR": str(self.config.state_dir),
+            "SEMPERVIRT_RUN_DIR": str(self.config.run_dir),
+            "COLUMNS": "160",
+        }
+        return {**os.environ, **own}
+
+    async def semper(self, *arguments: str, code: int = 0) -> str:
+        """What the command line says on this host; its complaint, if `code` is not 0."""
+        process = await asyncio.create_subprocess_exec(
+            *within(self.namespace, program("semper"), *arguments),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env=self._environment,
+        )
+        async with asyncio.timeout(DEADLINE_S):
+            out, err = await process.communicate()
+        words = " ".join(arguments)
+        assert process.returncode == code, f"{self.name}: semper {words}: {err.decode()}"
+        return (err if code else out).decode()
+
+    def client(self) -> AbstractAsyncContextManager[Client]:
+        """For the agent's API."""
+        return Client.connect(self.config.socket)
+
+    async def start_agent(self) -> None:
+        """Returns when it serves, also the other host."""
+        seen = self.log.stat().st_size if self.log.exists() else 0
+        self._agent = self._launch()
+        async with asyncio.timeout(DEADLINE_S):
+            while SERVES not in self.log.read_bytes()[seen:].decode():
+                assert self._agent.poll() is None, self.log_tail()
+                await asyncio.sleep(POLL_S)  # poll interval
+
+    def _launch(self) -> subprocess.Popen[bytes]:
+        argv = within(self.namespace, program("semperd"))
+        with self.log.open("ab") as output:
+            return subprocess.Popen(argv, stderr=output, env=self._environment)
+
+    def kill_agent(self) -> None:
+        """SIGKILL; the VMs run on."""
+        if self._agent is not None:
+            self._agent.kill()
+            self._agent.wait()
+
+    async def end_agent(self) -> None:
+        """SIGTERM; the VMs run on."""
+        if self._agent is not None:
+            self._agent.terminate()
+            await asyncio.to_thread(self._agent.wait, DEADLINE_S)
+
+    @property
+    def agent_runs(self) -> bool:
+        """Whether it does."""
+        return self._agent is not None and self._agent.poll() is None
+
+    def processes(self, program: str) -> list[int]:
+        """The pids of one of our programs, or of "qemu-system-x86", on this host."""
+        return [pid for pid in self.network.pids(self.name) if command_name(pid) == program[:15]]
+
+    def log_tail(self, lines: int = 20) -> str:
+        """The end of what the agent wrote."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+
+class World:
+    """Made by `opened`."""
+
+    def __init__(self, network: Network, place: Path, memory: Path) -> None:
+        self.network = network
+        self.images = place / "images"
+        self.images.mkdir()
+        self.etcd = Etcd(namespace=network.net, address=STORE, memory=memory)
+        self.relay = Relay(self.etcd.port, namespace=network.net, address=STORE)
+        self.a, self.b = (Host(network, name, place) for name in "ab")
+
+    @property
+    def hosts(self) -> tuple[Host, Host]:
+        """Both."""
+        return self.a, self.b
+
+    @property
+    def namespaces(self) -> dict[str, str]:
+        """By host."""
+        return {host.name: host.namespace for host in self.hosts}
+
+    async def ownership(self, vm: str) -> Ownership:
+        """What the store says of a VM. Raises NotFound, Unavailable."""
+
+        async def find() -> Ownership:
+            store = EtcdStore([self.etcd.url])
+            try:
+                return await Registry(store).find(vm)
+            finally:
+                await store.close()
+
+        return await asyncio.to_thread(inside, self.network.net, lambda: asyncio.run(find()))
+
+    def other(self, host: Host) -> Host:
+        """The one that it is not."""
+        return self.b if host is self.a else self.a
+
+    @classmethod
+    @asynccontextmanager
+    async def opened(cls, link: Link, *, relayed: bool = False) -> AsyncIterator[World]:
+        """Two hosts of one cluster, whose agents see each other.
+
+        If it is `relayed`, they reach etcd through `relay`, which can swallow its answers.
+        """
+        place = Path(tempfile.mkdtemp(prefix="sv-", dir="/tmp"))
+        memory = Path(tempfile.mkdtemp(prefix="sv-", dir="/dev/shm"))
+        network = await asyncio.to_thread(Network, link, place, memory)
+        try:
+            world = cls(network, place, memory)
+            try:
+                await world.relay.start()
+                await world._begin(world.relay.url if relayed else world.etcd.url)
+                yield world
+            finally:
+                await world._end()
+        finally:
+            await asyncio.to_thread(network.close)
+
+    async def _begin(self, store: str) -> None:
+        await asyncio.to_thread(self.etcd.start)
+        listen = ("--listen", self.a.address)
+        await self.a.semper("host", "init", "a", *listen, "--store", store)
+        await self.a.start_agent()
+        token = self.b.log.with_name("token")
+        token.write_text(await self.a.semper("host", "add", "b"))
+        await self.b.semper("host", "join", str(token), "--listen", self.b.address)
+        await self.b.start_agent()
+        await self.wait_members()
+
+    async def wait_members(self) -> None:
+        """Until the store knows that both agents live."""
+        async with asyncio.timeout(DEADLINE_S):
+            while True:
+                members = json.loads(await self.a.semper("host", "list", "--output", "json"))
+                if [member["state"] for member in members] == ["alive", "alive"]:
+                    return
+
+    async def _end(self) -> None:
+        for host in self.hosts:
+            host.kill_agent()
+        await self.relay.close()
+        await asyncio.to_thread(self.etcd.remove)
+
+
+def program(name: str) -> str:
+    """The path of an installed program."""
+    return str(Path(sys.executable).with_name(name))

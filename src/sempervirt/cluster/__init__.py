@@ -1,0 +1,1 @@
+"""The cluster that a host belongs to: settings, members, presence, and the client of a peer."""

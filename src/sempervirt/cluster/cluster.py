@@ -1,0 +1,262 @@
+"""The cluster that this host belongs to: its settings, its store, its identity.
+
+STATE_DIR/cluster.json   {"version": 1, "cluster": "lab", "host": "a", "address": "10.0.0.1:7443",
+                          "store": ["https://10.0.0.1:2379", …] or []}
+STATE_DIR/trust/         keys and certificates (sempervirt.trust)
+STATE_DIR/store.db       the store, where "store" is empty: SQLite, for this host alone
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass
+from datetime import datetime, timedelta
+
+from sempervirt.core.errors import InvalidRequest, NotAllowed, NotFound, StateConflict
+from sempervirt.core.names import check_name, suggest
+from sempervirt.host.records import RecordDamaged, read_record, write_record
+from sempervirt.store.etcd import EtcdStore
+from sempervirt.store.port import Delete, Put, Snapshot, Store, Write
+from sempervirt.store.records import Host, Presence, Revocation, Token, ValueT, parse
+from sempervirt.store.sqlite import SqliteStore
+from sempervirt.trust.authority import Authority, Issued
+from sempervirt.trust.identity import Identity, Peer, Role
+from sempervirt.trust.invitation import Invitation, invite
+from sempervirt.vm.config import AgentConfig
+
+VERSION = 1
+PORT = 7443
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The content of cluster.json. `store` holds etcd's endpoints; none: SQLite."""
+
+    cluster: str
+    host: str
+    address: str
+    store: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Member:
+    """A host of the cluster, as `semper host list` shows it."""
+
+    host: Host
+    presence: Presence | None
+    revoked: bool
+
+
+class Cluster:
+    """This host's membership. Made by `opened`, which does not ask the store for anything."""
+
+    def __init__(self, config: AgentConfig, settings: Settings, store: Store) -> None:
+        self.config = config
+        self.settings = settings
+        self.store = store
+        self.identity = Identity(config.trust_dir)
+
+    @classmethod
+    @asynccontextmanager
+    async def opened(cls, config: AgentConfig) -> AsyncIterator[Cluster]:
+        """Raises StateConflict when this host belongs to no cluster."""
+        settings = read_settings(config)
+        if settings is None:
+            raise StateConflict(
+                "this host belongs to no cluster",
+                remedy="begin one: semper host init NAME; or join one: semper host join",
+            )
+        store = open_store(config, settings)
+        try:
+            yield cls(config, settings, store)
+        finally:
+            await store.close()
+
+    async def members(self) -> list[Member]:
+        """All hosts, by name."""
+        state = await self.store.read()
+        present = {presence.host: presence for presence in _values(Presence, state, "alive/")}
+        return [
+            Member(host, present.get(host.name), f"revoked/{host.serial}" in state.entries)
+            for host in _values(Host, state, "hosts/")
+        ]
+
+    async def invite(self, host: str, valid: timedelta, now: datetime | None = None) -> Invitation:
+        """An invitation for a host, which may be one that joins again. Earlier ones end.
+
+        Raises InvalidRequest, StateConflict where there is no authority or no shared store.
+        """
+        _check(host)
+        if host == self.settings.host:
+            raise InvalidRequest(f"{host} is this host, and belongs to the cluster already")
+        if not self.settings.store:
+            raise StateConflict(
+                "the store of this cluster is a file of this host, which others cannot reach",
+                remedy="give it etcd: semper host init NAME --store http://127.0.0.1:2379",
+            )
+        authority = Authority.load(self.identity.directory)
+        invitation = invite(
+            authority, host, self.settings.host, self.settings.address, valid=valid, now=now
+        )
+        token = Token(host=host, fingerprint=invitation.fingerprint, expires=invitation.expires)
+        state = await self.store.read("tokens/")
+        key = f"tokens/{host}"
+        await self.store.commit([Put(key, token.text())], expect={key: state.revision_of(key)})
+        return invitation
+
+    async def admit(self, peer: Peer, request: str, address: str) -> Issued:
+        """The certificate for a host that shows an invitation, which is used up by it.
+
+        Raises NotAllowed for an invitation that was used, withdrawn or has expired.
+        """
+        if peer.role is not Role.INVITATION:
+            raise NotAllowed("only an invitation asks for a certificate")
+        authority = Authority.load(self.identity.directory)
+        issued = authority.issue_host(request, peer.host, address)
+        state = await self.store.read()
+        key = f"tokens/{peer.host}"
+        entry = state.entries.get(key)
+        token = parse(Token, key, entry.value) if entry else None
+        if token is None or token.fingerprint != peer.fingerprint:
+            raise NotAllowed(
+                f"this join token for {peer.host} was used already, or withdrawn",
+                remedy=f"make another one: semper host add {peer.host}",
+            )
+        if token.expires <= time.time():
+            raise NotAllowed(
+                f"this join token for {peer.host} has expired",
+                remedy=f"make another one: semper host add {peer.host}",
+            )
+        writes = [Delete(key), *_registration(state, peer.host, address, issued)]
+        await self.store.commit(writes, expect=_expected(state, writes))
+        return issued
+
+    async def revoke(self, host: str, reason: str) -> None:
+        """Makes a host a stranger. Raises NotFound, InvalidRequest for this host itself."""
+        if host == self.settings.host:
+            raise InvalidRequest(f"{host} is this host: revoke it from another one")
+        state = await self.store.read()
+        known = {entry.name: entry for entry in _values(Host, state, "hosts/")}
+        if host not in known:
+            raise NotFound(f"there is no host {host}", remedy=suggest(host, known))
+        writes: list[Write] = [_revocation(known[host], reason)]
+        if f"tokens/{host}" in state.entries:
+            writes.append(Delete(f"tokens/{host}"))
+        await self.store.commit(writes, expect=_expected(state, writes))
+
+
+async def begin_cluster(
+    config: AgentConfig, cluster: str, host: str, address: str, store: Sequence[str]
+) -> Issued:
+    """Makes the authority, this host's certificate and its entry. Raises StateConflict.
+
+    May be repeated after Unavailable: what was made stays, and the certificates may serve for
+    etcd itself.
+    """
+    _check(host)
+    present = read_settings(config)
+    settings = Settings(cluster, host, check_address(address), tuple(store))
+    if present is not None and present != settings:
+        raise StateConflict(
+            f"this host belongs to the cluster {present.cluster} as {present.host} already",
+            remedy=f"see {config.cluster_file}",
+        )
+    identity = Identity(config.trust_dir)
+    if present is None:
+        authority = Authority.create(config.trust_dir, cluster)
+        issued = authority.issue_host(identity.request(host), host, address)
+        identity.keep(issued.pem, Issued(authority.certificate).pem)
+        write_settings(config, settings)
+    own = identity.certificate
+    assert own is not None
+    opened = open_store(config, settings)
+    try:
+        state = await opened.read()
+        if f"hosts/{host}" not in state.entries:
+            writes = _registration(state, host, address, own)
+            await opened.commit(writes, expect=_expected(state, writes))
+    finally:
+        await opened.close()
+    return own
+
+
+def read_settings(config: AgentConfig) -> Settings | None:
+    """This host's settings, None when it belongs to no cluster. Raises RecordDamaged."""
+    content = read_record(config.cluster_file, VERSION)
+    if content is None:
+        return None
+    try:
+        return Settings(
+            cluster=str(content["cluster"]),
+            host=check_name(content["host"]),
+            address=check_address(content["address"]),
+            store=tuple(content["store"]),
+        )
+    except (KeyError, TypeError, ValueError, InvalidRequest) as error:
+        raise RecordDamaged(f"{config.cluster_file} is damaged: {error}") from error
+
+
+def write_settings(config: AgentConfig, settings: Settings) -> None:
+    """Puts the settings in force."""
+    write_record(config.cluster_file, VERSION, asdict(settings), durable=True)
+
+
+def open_store(config: AgentConfig, settings: Settings) -> Store:
+    """The store; etcd behind https is shown this host's certificate. Raises Unavailable."""
+    if not settings.store:
+        return SqliteStore.open(config.state_dir / "store.db")
+    secure = any(endpoint.startswith("https:") for endpoint in settings.store)
+    tls = Identity(config.trust_dir).client_context() if secure else None
+    return EtcdStore(settings.store, tls=tls)
+
+
+def check_address(address: str) -> str:
+    """`address`, if it is "HOST:PORT". Raises InvalidRequest."""
+    host, colon, port = address.rpartition(":")
+    if not (host and colon and port.isdecimal() and 0 < int(port) < 65536) or (
+        ":" in host and not host.startswith("[")
+    ):
+        raise InvalidRequest(
+            f'"{address}" is not an address', remedy=f"write HOST:PORT, for example 10.0.0.1:{PORT}"
+        )
+    return address
+
+
+def _check(host: str) -> None:
+    try:
+        check_name(host)
+    except ValueError as error:
+        raise InvalidRequest(str(error)) from error
+
+
+def _registration(state: Snapshot, name: str, address: str, issued: Issued) -> list[Write]:
+    """The entry of a host that joins; what it had before counts no more."""
+    host = Host(
+        name=name,
+        address=address,
+        serial=issued.serial,
+        not_after=issued.not_after,
+        joined=time.time(),
+    )
+    writes: list[Write] = [Put(f"hosts/{name}", host.text())]
+    earlier = state.entries.get(f"hosts/{name}")
+    if earlier is not None:
+        was = parse(Host, f"hosts/{name}", earlier.value)
+        writes.append(_revocation(was, "joined again"))
+    return writes
+
+
+def _revocation(host: Host, reason: str) -> Put:
+    entry = Revocation(serial=host.serial, host=host.name, time=time.time(), reason=reason)
+    return Put(f"revoked/{host.serial}", entry.text())
+
+
+def _expected(state: Snapshot, writes: Sequence[Write]) -> dict[str, int]:
+    return {write.key: state.revision_of(write.key) for write in writes}
+
+
+def _values(kind: type[ValueT], state: Snapshot, prefix: str) -> list[ValueT]:
+    found = ((key, entry) for key, entry in state.entries.items() if key.startswith(prefix))
+    return [parse(kind, key, entry.value) for key, entry in found]

@@ -1,0 +1,109 @@
+"""What an agent does for as long as it is a member: shows that it lives, and learns who is revoked.
+
+Neither ever harms a VM. A store that cannot be reached is logged once and tried again; meanwhile
+the VMs run on, and what was known of revocations stays in force.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
+
+from sempervirt.cluster.cluster import Cluster
+from sempervirt.core.durations import Backoff
+from sempervirt.core.errors import SempervirtError
+from sempervirt.host import background
+from sempervirt.host.procfs import boot_id
+from sempervirt.store.port import Lease, Put
+from sempervirt.store.records import Presence
+
+log = logging.getLogger(__name__)
+
+# A host that is cut off counts as silent this long after it was heard last.
+LEASE_S = 10.0
+RENEWALS = 3
+BACKOFF = Backoff(free=0, first_s=0.5, ceiling_s=5.0)
+
+
+class Membership:
+    """Made by `kept`. `revoked` is empty until `known` is set."""
+
+    def __init__(self, cluster: Cluster, lease_s: float = LEASE_S) -> None:
+        self.cluster = cluster
+        self.revoked: frozenset[str] = frozenset()
+        self.known = asyncio.Event()
+        self._lease_s = lease_s
+        self._lease: Lease | None = None
+
+    @classmethod
+    @asynccontextmanager
+    async def kept(cls, cluster: Cluster, lease_s: float = LEASE_S) -> AsyncIterator[Membership]:
+        """Shows that this host is alive until the block is left."""
+        membership = cls(cluster, lease_s)
+        tasks = [
+            background.start(persist(membership._announce, "presence"), "presence"),
+            background.start(persist(membership._follow, "revocations"), "revocations"),
+        ]
+        try:
+            yield membership
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await membership._leave()
+
+    def is_revoked(self, serial: str) -> bool:
+        """Whether a certificate counts no more."""
+        return serial in self.revoked
+
+    async def _announce(self, worked: Callable[[], None]) -> None:
+        store, host = self.cluster.store, self.cluster.settings.host
+        key = f"alive/{host}"
+        self._lease = await store.grant(self._lease_s)
+        entry = Presence(host=host, boot_id=boot_id(), pid=os.getpid(), since=time.time())
+        state = await store.read(key)
+        put = Put(key, entry.text(), self._lease)
+        await store.commit([put], expect={key: state.revision_of(key)})
+        while True:
+            worked()
+            await asyncio.sleep(self._lease.ttl_s / RENEWALS)
+            self._lease = await store.renew(self._lease)
+
+    async def _follow(self, worked: Callable[[], None]) -> None:
+        async with aclosing(self.cluster.store.watch("revoked/")) as states:
+            async for state in states:
+                worked()
+                self.revoked = frozenset(key.removeprefix("revoked/") for key in state.entries)
+                self.known.set()
+
+    async def _leave(self) -> None:
+        if self._lease is None:
+            return
+        try:
+            await self.cluster.store.revoke(self._lease)
+        except SempervirtError as error:
+            log.info("presence is left to end by itself: %s", error)
+
+
+async def persist(work: Callable[[Callable[[], None]], Awaitable[None]], what: str) -> None:
+    """Begins `work` again whenever the store fails it; says so when that begins and ends."""
+    failures = 0
+
+    def worked() -> None:
+        nonlocal failures
+        if failures:
+            log.info("%s: the store answers again", what)
+        failures = 0
+
+    while True:
+        try:
+            await work(worked)
+        except SempervirtError as error:
+            failures += 1
+            if failures == 1:
+                log.warning("%s: %s", what, error)
+        await asyncio.sleep(BACKOFF.delay_s(max(1, failures)))

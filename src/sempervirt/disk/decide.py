@@ -1,0 +1,341 @@
+"""Which backend processes a disk should have: a pure decision.
+
+Two processes hold the same listening socket. The *active* one holds the image's lock and
+serves; the *spare* has prepared everything and blocks in the kernel on that lock. When the
+active one ends, the kernel hands the lock over and the spare serves, without anybody's
+help: what is decided here is only what to start next, when, and from which binary.
+
+                Begin                     Serving                     Ready
+    (nothing) ────────► active starting ─────────► unguarded ─────────────────► guarded
+                              │                       ▲  ▲                         │
+                first exit:   │                       │  └── spare exits ◄───────┤
+                Refused ◄─────┘         takes over by │      (restart, back-off)   │
+                                        the lock      └── active exits ◄───────────┤
+                                                                                   │
+    unguarded, active exits ──► a new one at once ──► … ──► back-off ──► failing   │
+    Stop: spare killed, then active terminated (drains), then Stopped  ◄─────────┘
+
+- The active one exits, a spare is there: it *is* the active one from now on. The next
+  spare starts `settle_s` later, so as not to compete with the recovery for a processor.
+- The active one exits, none is there: a new one starts at once, waiting for the lock (the
+  dead one's kernel I/O may hold it for a moment). If this goes on without progress (no guest
+  request completed, not steady for `steady_s`), starts are delayed more and more: a crash
+  loop. At the ceiling the disk is called failing, and is still retried.
+- The spare serves while the active one still waits for the lock (both were started when
+  nobody held it): they change places.
+- A spare exits: it is replaced after `settle_s` or the back-off; the guest notices nothing.
+- Upgrade: PREPARING replaces the spare by one from the new binary; once it is ready,
+  SWITCHING terminates the active one; the new one takes over and VERIFYING waits until it
+  serves. Failure in PREPARING leaves the old one serving throughout; failure in VERIFYING
+  ends the new one, and the old binary takes over again. Starts in between use the old binary.
+- Rebinding of queues to threads: the active process does it, and then the map is remembered,
+  for the spare and every later process. A process with another map serves as well: whoever
+  is seen to serve so is told (`disk`). So nothing has to be done about a death in between.
+- Frozen, while the VM moves to another host or comes from one: the spare, which would take the
+  image as soon as the active one lets go of it, is killed, and whoever ends has no successor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from sempervirt.disk.state import (
+    Backend,
+    Begin,
+    Decision,
+    Effect,
+    Exited,
+    Freeze,
+    Kill,
+    Phase,
+    Policy,
+    Progressed,
+    Ready,
+    Rebind,
+    Rebound,
+    Refused,
+    Serving,
+    Start,
+    State,
+    StopAsked,
+    Stopped,
+    SupervisionEvent,
+    Terminate,
+    Thaw,
+    Tick,
+    TookOver,
+    Upgrade,
+    UpgradeAsked,
+    UpgradeEnded,
+    UpgradeRefused,
+)
+
+
+def decide(state: State, event: SupervisionEvent, now: float, policy: Policy) -> Decision:
+    """The next state, and what has to be done to get there."""
+    match event:
+        case Begin():
+            return _start_active(state, wait_for_lock=False)
+        case Ready(generation):
+            return _ready(state, generation, now, policy)
+        case Serving(generation):
+            return _serving(state, generation, now)
+        case Progressed(generation):
+            if state.active is not None and state.active.generation == generation:
+                return replace(state, active=replace(state.active, progressed=True)), []
+            return state, []
+        case Exited(generation, reason):
+            return _exited(state, generation, reason, now, policy)
+        case UpgradeAsked(binary):
+            return _upgrade_asked(state, binary, now, policy)
+        case Rebound(binding):
+            spare = [Rebind(state.spare.generation)] if state.spare else []
+            return replace(state, binding=binding), [*spare]
+        case Freeze() | Thaw():
+            return _frozen(state, event, now)
+        case StopAsked():
+            return _stop_asked(state, now, policy)
+        case Tick():
+            return _tick(state, now, policy)
+
+
+def next_wake(state: State) -> float | None:
+    """When a Tick is due."""
+    times = [
+        state.start_due,
+        state.upgrade.deadline if state.upgrade else None,
+        state.stop_deadline,
+    ]
+    return min((time for time in times if time is not None), default=None)
+
+
+def condition(state: State, policy: Policy) -> str:
+    """One word for a person: what the disk's redundancy is like."""
+    active = state.active
+    if state.stopping:
+        return "stopped" if active is None and state.spare is None else "stopping"
+    serving = active is not None and active.serving_since is not None
+    if not serving and policy.active_backoff.at_ceiling(state.active_failures):
+        return "failing"
+    if active is None:
+        if state.frozen:
+            return "frozen"
+        return "backing-off" if state.served else "stopped"
+    if active.serving_since is None:
+        return "recovering" if state.served else "starting"
+    if state.spare is not None and state.spare.ready:
+        return "guarded"
+    return "unguarded"
+
+
+def _is_steady(backend: Backend | None, now: float, policy: Policy) -> bool:
+    if backend is None or backend.serving_since is None:
+        return False
+    return backend.progressed or now - backend.serving_since >= policy.steady_s
+
+
+def _start_active(state: State, *, wait_for_lock: bool) -> Decision:
+    generation = state.next_generation
+    state = replace(state, active=Backend(generation, state.binary), next_generation=generation + 1)
+    return state, [Start(generation, state.binary, wait_for_lock)]
+
+
+def _start_spare(state: State, binary: str) -> Decision:
+    generation = state.next_generation
+    state = replace(
+        state,
+        spare=Backend(generation, binary),
+        next_generation=generation + 1,
+        start_due=None,
+    )
+    return state, [Start(generation, binary, wait_for_lock=True)]
+
+
+def _ready(state: State, generation: int, now: float, policy: Policy) -> Decision:
+    if state.active is not None and state.active.generation == generation:
+        return replace(state, active=replace(state.active, ready=True)), []
+    if state.spare is None or state.spare.generation != generation:
+        return state, []
+    state = replace(state, spare=replace(state.spare, ready=True), spare_failures=0)
+    upgrade = state.upgrade
+    if upgrade is None or upgrade.generation != generation or state.active is None:
+        return state, []
+    upgrade = replace(upgrade, phase=Phase.SWITCHING, deadline=now + policy.drain_s)
+    return replace(state, upgrade=upgrade), [Terminate(state.active.generation)]
+
+
+def _serving(state: State, generation: int, now: float) -> Decision:
+    if state.spare is not None and state.spare.generation == generation:
+        # Both waited for the lock, and the one that was started later got it.
+        state = replace(state, active=state.spare, spare=state.active)
+    active = state.active
+    if active is None or active.generation != generation or active.serving_since is not None:
+        return state, []
+    first = not state.served
+    state = replace(state, served=True, active=replace(active, ready=True, serving_since=now))
+    alone = state.spare is None and state.start_due is None and state.upgrade is None
+    if first or alone:
+        return replace(state, start_due=None if state.frozen else now), []
+    upgrade = state.upgrade
+    if upgrade and upgrade.phase is Phase.VERIFYING and upgrade.generation == generation:
+        return replace(state, binary=upgrade.binary, upgrade=None), [UpgradeEnded("")]
+    return state, []
+
+
+def _exited(state: State, generation: int, reason: str, now: float, policy: Policy) -> Decision:
+    if state.active is not None and state.active.generation == generation:
+        return _active_exited(state, state.active, reason, now, policy)
+    if state.spare is not None and state.spare.generation == generation:
+        return _spare_exited(state, state.spare, reason, now, policy)
+    return state, []
+
+
+def _active_exited(
+    state: State, dead: Backend, reason: str, now: float, policy: Policy
+) -> Decision:
+    if state.stopping:
+        return _stop_further(replace(state, active=None))
+    if state.frozen:
+        left = replace(state, active=None)
+        return left, [TookOver(dead.generation, None, planned=False, reason=reason)]
+    if not state.served:
+        return replace(state, active=None, stopping=True), [Refused(reason)]
+    upgrade = state.upgrade
+    planned = upgrade is not None and upgrade.phase is Phase.SWITCHING
+    if not planned:
+        failures = 0 if _is_steady(dead, now, policy) else state.active_failures
+        state = replace(state, active_failures=failures + 1)
+    effects: list[Effect] = []
+    if upgrade is not None and upgrade.generation == dead.generation:
+        state = replace(state, upgrade=None)
+        effects.append(UpgradeEnded(f"the new backend ended ({reason}); the old binary serves"))
+    elif upgrade is not None and upgrade.generation is not None:
+        upgrade = replace(upgrade, phase=Phase.VERIFYING, deadline=now + policy.verify_s)
+        state = replace(state, upgrade=upgrade)
+    elif upgrade is not None:  # the old spare, told to end, takes over if it still can
+        state = replace(state, upgrade=None)
+        effects.append(UpgradeEnded(f"the backend ended meanwhile ({reason})"))
+    state, more = _succeed(state, now, policy)
+    successor = state.active.generation if state.active else None
+    took_over = TookOver(dead.generation, successor, planned, reason)
+    return state, [*more, took_over, *effects]
+
+
+def _succeed(state: State, now: float, policy: Policy) -> Decision:
+    """Finds the successor of a dead active process: the spare, or a new one."""
+    if state.spare is not None:
+        due = now + policy.settle_s
+        return replace(state, active=state.spare, spare=None, start_due=due), []
+    delay_s = policy.active_backoff.delay_s(state.active_failures)
+    if delay_s > 0:
+        return replace(state, active=None, start_due=now + delay_s), []
+    state = replace(state, start_due=now + policy.settle_s if policy.spare else None)
+    return _start_active(state, wait_for_lock=True)
+
+
+def _spare_exited(state: State, dead: Backend, reason: str, now: float, policy: Policy) -> Decision:
+    state = replace(state, spare=None)
+    if state.stopping:
+        return _stop_further(state)
+    if state.frozen:
+        return state, []
+    upgrade = state.upgrade
+    if upgrade is not None and upgrade.generation is None:
+        state, effects = _start_spare(state, upgrade.binary)
+        assert state.spare is not None
+        return replace(state, upgrade=replace(upgrade, generation=state.spare.generation)), effects
+    effects = []
+    if upgrade is not None and upgrade.generation == dead.generation:
+        # In SWITCHING the active one was told to end: its exit starts the old binary again.
+        effects.append(UpgradeEnded(f"the new backend ended ({reason}); the old binary serves"))
+        state = replace(state, upgrade=None)
+    failures = state.spare_failures + 1
+    delay_s = max(policy.settle_s, policy.spare_backoff.delay_s(failures))
+    return replace(state, spare_failures=failures, start_due=now + delay_s), effects
+
+
+def _frozen(state: State, event: Freeze | Thaw, now: float) -> Decision:
+    if isinstance(event, Thaw):
+        # A spare would take the image from one that awaits its first queue.
+        waits = state.active is not None and state.active.serving_since is None
+        due = None if waits else now
+        return replace(state, frozen=False, served=True, start_due=due), []
+    effects: list[Effect] = []
+    if state.upgrade is not None:
+        effects.append(UpgradeEnded("the VM moves"))
+    if state.spare is not None:
+        effects.append(Kill(state.spare.generation))
+    return replace(state, frozen=True, upgrade=None, start_due=None), effects
+
+
+def _upgrade_asked(state: State, binary: str, now: float, policy: Policy) -> Decision:
+    if state.frozen:
+        return state, [UpgradeRefused("the VM moves")]
+    if state.stopping or state.active is None or state.active.serving_since is None:
+        return state, [UpgradeRefused("the disk is not being served now")]
+    if not policy.spare:
+        return state, [UpgradeRefused("this backend can have no spare")]
+    if state.upgrade is not None:
+        return state, [UpgradeRefused("another upgrade is under way")]
+    upgrade = Upgrade(binary, Phase.PREPARING, now + policy.prepare_s)
+    state = replace(state, upgrade=upgrade, start_due=None)
+    if state.spare is not None:
+        return state, [Kill(state.spare.generation)]
+    state, effects = _start_spare(state, binary)
+    assert state.spare is not None
+    return replace(state, upgrade=replace(upgrade, generation=state.spare.generation)), effects
+
+
+def _stop_asked(state: State, now: float, policy: Policy) -> Decision:
+    effects: list[Effect] = []
+    if state.upgrade is not None:
+        effects.append(UpgradeEnded("the disk was stopped"))
+    state = replace(
+        state,
+        stopping=True,
+        start_due=None,
+        upgrade=None,
+        stop_deadline=now + policy.drain_s,
+    )
+    if state.spare is not None:
+        return state, [*effects, Kill(state.spare.generation)]
+    state, more = _stop_further(state)
+    return state, [*effects, *more]
+
+
+def _stop_further(state: State) -> Decision:
+    """The spare goes first: otherwise it would take over from the one that ends."""
+    if state.spare is not None:
+        return replace(state, active=None), []
+    if state.active is not None:
+        return state, [Terminate(state.active.generation)]
+    return replace(state, stop_deadline=None), [Stopped()]
+
+
+def _tick(state: State, now: float, policy: Policy) -> Decision:
+    if state.stop_deadline is not None and now >= state.stop_deadline:
+        state = replace(state, stop_deadline=None)
+        return state, [Kill(b.generation) for b in (state.spare, state.active) if b]
+    if state.upgrade is not None and now >= state.upgrade.deadline:
+        return _upgrade_late(state, state.upgrade, now, policy)
+    if state.start_due is None or now < state.start_due or state.stopping:
+        return state, []
+    if state.active is None:
+        due = now + policy.settle_s if policy.spare else None
+        return _start_active(replace(state, start_due=due), wait_for_lock=True)
+    if state.spare is None and policy.spare:
+        return _start_spare(state, state.binary)
+    return replace(state, start_due=None), []
+
+
+def _upgrade_late(state: State, upgrade: Upgrade, now: float, policy: Policy) -> Decision:
+    """A deadline of the upgrade passed."""
+    if upgrade.phase is Phase.SWITCHING:
+        # It does not drain. Killing it is safe: what is in flight will be replayed.
+        later = replace(upgrade, deadline=now + policy.drain_s)
+        effects: list[Effect] = [Kill(state.active.generation)] if state.active else []
+        return replace(state, upgrade=later), effects
+    what = "was not prepared" if upgrade.phase is Phase.PREPARING else "did not serve"
+    failure = f"the new backend {what} in time; the old binary serves"
+    effects = [] if upgrade.generation is None else [Kill(upgrade.generation)]
+    return replace(state, upgrade=None), [*effects, UpgradeEnded(failure)]

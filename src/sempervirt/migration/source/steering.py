@@ -1,0 +1,62 @@
+"""How hard QEMU is pushed: carries out what `convergence` decides, and has QEMU reckon with what
+the link carries, as the wire has seen it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from sempervirt.migration import stream
+from sempervirt.migration.source import convergence
+from sempervirt.migration.source.convergence import (
+    ConvergencePolicy,
+    Decision,
+    RaiseLimit,
+    Sample,
+    Throttle,
+    Track,
+)
+
+# Between two reports of QEMU.
+LOOK_S = 0.1
+# QEMU is told of a bandwidth that differs by more than this part.
+BANDWIDTH_PART = 0.05
+
+
+class Steering:
+    """Of one migration, from its first pass to its switchover."""
+
+    def __init__(self, policy: ConvergencePolicy) -> None:
+        self.policy = policy
+        self.track: Track = convergence.begin(policy)
+        self._bandwidth = stream.UNKNOWN_BANDWIDTH
+
+    def reckoned(self, sample: Sample) -> Sample:
+        """What QEMU reports, with the bandwidth of the link."""
+        return replace(sample, bandwidth=self._bandwidth)
+
+    async def begin(self, execute: stream.Execute) -> None:
+        """What QEMU is told before it sends. Raises as `execute`."""
+        await stream.limit_blackout(execute, self.track.limit_s)
+        await stream.reckon(execute, self._bandwidth)
+
+    async def steer(
+        self, execute: stream.Execute, sample: Sample, wire: Mapping[str, Any]
+    ) -> Decision:
+        """Acts upon a report of QEMU and the wire's status; gives what was decided.
+
+        Postcopy and giving up are left to the caller. Raises as `execute`.
+        """
+        seen = wire.get("switchover_bandwidth")
+        if isinstance(seen, int) and abs(seen - self._bandwidth) > self._bandwidth * BANDWIDTH_PART:
+            self._bandwidth = float(seen)
+            await stream.reckon(execute, self._bandwidth)
+        self.track, decision = convergence.decide(self.track, self.reckoned(sample), self.policy)
+        match decision:
+            case RaiseLimit(blackout_s):
+                await stream.limit_blackout(execute, blackout_s)
+            case Throttle(percent):
+                await stream.throttle(execute, percent)
+        return decision

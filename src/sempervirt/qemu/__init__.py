@@ -1,0 +1,1 @@
+"""One QEMU process: its description, its command line, its monitor and its runstates."""

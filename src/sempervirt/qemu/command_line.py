@@ -1,0 +1,294 @@
+"""The QEMU command line of a VM: a pure function of its description and QEMU's features."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sempervirt.core.errors import InvalidRequest, Unavailable
+from sempervirt.core.queue_map import DevicePlan
+from sempervirt.qemu.files import VmFiles
+from sempervirt.qemu.spec import DiskSpec, NicSpec, VmSpec
+
+# How long QEMU waits before it connects to a disk's socket again. The socket stays open while
+# backends change, so the first try succeeds, and this is the whole of the delay that QEMU
+# adds to a take-over; 1 ms is the least that the option can say.
+RECONNECT_MS = 1
+
+# The property that binds queues of a device to several iothreads.
+MAPPING = "iothread-vq-mapping"
+
+SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+
+
+@dataclass(frozen=True)
+class Features:
+    """What the installed QEMU can do; see `features`.
+
+    `mapped_devices` are the types of disk whose queues can be bound to several threads, `aio`
+    the ways in which QEMU itself does I/O.
+    """
+
+    version: str
+    machines: frozenset[str] = frozenset()
+    devices: frozenset[str] = frozenset()
+    disk_properties: frozenset[str] = frozenset()
+    mapped_devices: frozenset[str] = frozenset()
+    aio: frozenset[str] = frozenset()
+    chardev_options: frozenset[str] = frozenset()
+    netdevs: frozenset[str] = frozenset()
+    sandbox: bool = False
+
+
+@dataclass(frozen=True)
+class Incoming:
+    """The state of another QEMU that this one is to take over: its machine, by its versioned
+    name.
+    """
+
+    machine: str
+
+
+def build(
+    spec: VmSpec,
+    features: Features,
+    *,
+    qemu: str,
+    accel: str,
+    files: VmFiles,
+    disk_sockets: Mapping[str, Path],
+    plans: Mapping[str, DevicePlan],
+    memory_fd: int,
+    block_devices: Collection[Path] = (),
+    incoming: Incoming | None = None,
+    tap_files: Mapping[int, Sequence[int]] | None = None,
+) -> list[str]:
+    """The argument vector. Raises Unavailable when this QEMU lacks something needed.
+
+    `memory_fd` is the file with the guest's memory, inherited by QEMU; `plans` says how each
+    device's queues are served, by QEMU's id: "disk-NAME", "net0", …;
+    `block_devices` are the images that are no files; `tap_files` are open files of
+    /dev/net/tun, one for each pair of queues, for the networks (by position) whose taps QEMU is
+    not to open by itself.
+    """
+    machine = incoming.machine if incoming else spec.machine
+    _require(spec, features, machine)
+    size_mib = spec.memory >> 20
+    argv = [qemu, "-name", f"guest={spec.name},debug-threads=on"]
+    argv += ["-no-user-config", "-nodefaults", "-display", "none", "-msg", "timestamp=on"]
+    if features.sandbox:
+        argv += ["-sandbox", SANDBOX]
+    argv += ["-machine", f"{machine},memory-backend=memory"]
+    argv += ["-accel", "tcg,thread=multi" if accel == "tcg" else accel]
+    argv += ["-cpu", spec.cpu or ("host" if accel == "kvm" else "max")]
+    argv += ["-smp", str(spec.vcpus), "-m", f"{size_mib}M"]
+    # Shared, because the backends read and write the guest's memory directly.
+    memory = f"memory-backend-file,id=memory,size={size_mib}M,share=on"
+    argv += ["-object", f"{memory},mem-path=/proc/self/fd/{memory_fd}"]
+    panic = "pause" if spec.on_crash == "pause" else "shutdown"
+    reboot = "reset" if spec.on_reboot == "reset" else "shutdown"
+    argv += ["-action", f"reboot={reboot},panic={panic},shutdown=poweroff"]
+    argv += ["-chardev", f"socket,id=monitor,path={_quote(files.monitor)},server=on,wait=off"]
+    argv += ["-mon", "chardev=monitor,mode=control"]
+    argv += _console(files)
+    argv += _boot(spec)
+    for index, disk in enumerate(spec.disks):
+        boot = index if spec.kernel is None else None
+        plan = plans[disk_id(disk)]
+        if disk.backend == "qemu":
+            argv += _own_disk(disk, plan, boot, block_device=disk.image in block_devices)
+        else:
+            argv += _disk(disk, plan, features, disk_sockets[disk.name], boot)
+    for index, nic in enumerate(spec.nics):
+        files_of_tap = (tap_files or {}).get(index, ())
+        argv += _nic(index, nic, spec.mac(index), plans[nic_id(index)], files_of_tap)
+    argv += _channels(spec, files)
+    if "virtio-rng-pci" in features.devices:
+        argv += ["-device", "virtio-rng-pci"]
+    if "pvpanic" in features.devices:
+        argv += ["-device", "pvpanic"]
+    if incoming is not None:
+        argv += ["-S", "-incoming", "defer"]
+    return argv
+
+
+def _require(spec: VmSpec, features: Features, machine: str) -> None:
+    remedy = "install a QEMU that has it"
+    served = any(disk.backend == "blkd" for disk in spec.disks)
+    if served and not features.disk_properties:
+        raise Unavailable("this QEMU has no device vhost-user-blk-pci", remedy=remedy)
+    if served and not features.chardev_options & {"reconnect-ms", "reconnect"}:
+        raise Unavailable("this QEMU cannot reconnect a socket", remedy=remedy)
+    if features.machines and machine not in features.machines:
+        raise InvalidRequest(f'this QEMU has no machine "{machine}"', remedy='choose "q35" or "pc"')
+    for nic in spec.nics:
+        if nic.type not in features.netdevs:
+            raise Unavailable(f"this QEMU has no network of type {nic.type}", remedy=remedy)
+
+
+def _quote(value: Path | str) -> str:
+    """A value within a QEMU option list, where a comma is written twice."""
+    return str(value).replace(",", ",,")
+
+
+def _console(files: VmFiles) -> list[str]:
+    chardev = f"socket,id=console,path={_quote(files.console)},server=on,wait=off"
+    chardev += f",logfile={_quote(files.console_log)},logappend=on"
+    return ["-chardev", chardev, "-serial", "chardev:console"]
+
+
+def _boot(spec: VmSpec) -> list[str]:
+    argv = ["-bios", str(spec.firmware)] if spec.firmware else []
+    if spec.kernel:
+        argv += ["-kernel", str(spec.kernel)]
+    if spec.initrd:
+        argv += ["-initrd", str(spec.initrd)]
+    if spec.cmdline:
+        argv += ["-append", spec.cmdline]
+    return argv
+
+
+def disk_id(disk: DiskSpec) -> str:
+    """What QEMU calls a disk."""
+    return f"disk-{disk.name}"
+
+
+def nic_id(index: int) -> str:
+    """What QEMU calls a network."""
+    return f"net{index}"
+
+
+def _disk(
+    disk: DiskSpec, plan: DevicePlan, features: Features, socket: Path, boot: int | None
+) -> list[str]:
+    """A disk that semper-blkd serves."""
+    # Whole seconds are all that QEMU before 8.2 can wait.
+    again = (
+        f"reconnect-ms={RECONNECT_MS}"
+        if "reconnect-ms" in features.chardev_options
+        else "reconnect=1"
+    )
+    name = disk_id(disk)
+    chardev = f"socket,id=char-{name},path={_quote(socket)},server=off,{again}"
+    device = f"vhost-user-blk-pci,id={name},chardev=char-{name}"
+    device += f",num-queues={plan.binding.queues},queue-size={disk.queue_size}"
+    if boot is not None:
+        device += f",bootindex={boot}"
+    return ["-chardev", chardev, "-device", device]
+
+
+def _own_disk(
+    disk: DiskSpec, plan: DevicePlan, boot: int | None, *, block_device: bool
+) -> list[str]:
+    """A disk that QEMU itself serves: threads, image, and the device with its queues."""
+    name = disk_id(disk)
+    argv = []
+    poll = "" if plan.poll_us is None else f",poll-max-ns={plan.poll_us * 1000}"
+    for thread in range(plan.binding.threads):
+        argv += ["-object", f"iothread,id={_thread_id(name, thread)}{poll}"]
+    argv += ["-blockdev", json.dumps(_image(disk, plan, block_device))]
+    properties: dict[str, Any] = {"drive": name, "serial": disk.serial}
+    # The guest is told of every error, as by semper-blkd; by itself QEMU pauses it at some.
+    properties |= {"rerror": "report", "werror": "report"}
+    if disk.block_size is not None:
+        properties |= {"logical_block_size": disk.block_size}
+        properties |= {"physical_block_size": disk.block_size}
+    if boot is not None:
+        properties |= {"bootindex": boot}
+    if disk.bus == "virtio-scsi":
+        controller = {
+            "driver": "virtio-scsi-pci",
+            "id": f"{name}-bus",
+            "num_queues": plan.binding.queues,
+            "virtqueue_size": disk.queue_size,
+            **_threads(name, plan),
+        }
+        unit = {"driver": "scsi-hd", "id": name, "bus": f"{name}-bus.0", **properties}
+        return [*argv, "-device", json.dumps(controller), "-device", json.dumps(unit)]
+    device = {
+        "driver": "virtio-blk-pci",
+        "id": name,
+        "num-queues": plan.binding.queues,
+        "queue-size": disk.queue_size,
+        **_threads(name, plan),
+        **properties,
+    }
+    return [*argv, "-device", json.dumps(device)]
+
+
+def _image(disk: DiskSpec, plan: DevicePlan, block_device: bool) -> dict[str, Any]:
+    """The raw image; QEMU locks it, against semper-blkd too."""
+    cache = {"direct": disk.direct, "no-flush": False}
+    return {
+        "driver": "raw",
+        "node-name": disk_id(disk),
+        "read-only": disk.read_only,
+        "discard": "unmap",
+        "cache": cache,
+        "file": {
+            "driver": "host_device" if block_device else "file",
+            "filename": str(disk.image),
+            "aio": plan.engine.value,
+            "discard": "unmap",
+            "cache": cache,
+        },
+    }
+
+
+def _threads(name: str, plan: DevicePlan) -> dict[str, Any]:
+    """The device's threads; every QEMU can give it one."""
+    thread_map = plan.binding.map
+    if plan.binding.threads == 1:
+        return {"iothread": _thread_id(name, 0)}
+    return {
+        MAPPING: [
+            {
+                "iothread": _thread_id(name, thread),
+                "vqs": [queue for queue, at in enumerate(thread_map) if at == thread],
+            }
+            for thread in range(plan.binding.threads)
+        ]
+    }
+
+
+def _thread_id(name: str, thread: int) -> str:
+    return f"{name}-thread-{thread}"
+
+
+def _nic(
+    index: int, nic: NicSpec, mac: str, plan: DevicePlan, tap_files: Sequence[int]
+) -> list[str]:
+    name = nic_id(index)
+    netdev = f"user,id={name}"
+    # An empty romfile: nothing boots from the network, and the ROM may not be installed.
+    device = f"virtio-net-pci,netdev={name},mac={mac},romfile="
+    pairs = plan.binding.queues
+    if nic.tap is not None:
+        netdev = f"tap,id={name},ifname={_quote(nic.tap)},script=no,downscript=no"
+        if tap_files:
+            option = "fds" if pairs > 1 else "fd"
+            netdev = f"tap,id={name},{option}={':'.join(map(str, tap_files))}"
+        if plan.engine.value == "vhost":
+            netdev += ",vhost=on"
+    if pairs > 1:
+        netdev += "" if tap_files else f",queues={pairs}"
+        # An interrupt for each queue, one for control and one for changes of configuration.
+        device += f",mq=on,vectors={2 * pairs + 2}"
+    return ["-netdev", netdev, "-device", device]
+
+
+def _channels(spec: VmSpec, files: VmFiles) -> list[str]:
+    if not spec.channels:
+        return []
+    argv = ["-device", "virtio-serial-pci,id=channels"]
+    for index, channel in enumerate(spec.channels):
+        path = _quote(files.channel(channel))
+        argv += ["-chardev", f"socket,id=channel{index},path={path},server=on,wait=off"]
+        argv += [
+            "-device",
+            f"virtserialport,bus=channels.0,chardev=channel{index},name={channel.name}",
+        ]
+    return argv

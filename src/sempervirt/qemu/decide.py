@@ -1,0 +1,260 @@
+"""The runstates of a VM: a pure state machine.
+
+                       monitor answers
+       STARTING ─────────────────────────► RUNNING ◄──── resume ──── PAUSED
+           │                                 │ │ └────── pause ───────► ▲
+           │                guest panicked,  │ │                        │
+           │                internal error   │ └── stop ──► STOPPING    │
+           │                      HALTED ◄───┘             │  │         │
+           │                                               │  └ quit, then SIGKILL,
+           ▼       monitor silent or lost                  │    at their deadlines
+        UNKNOWN ◄──── from any state above but STOPPING    │
+           └─────── the monitor answers again ──► what it says
+                                                           ▼
+       any state ───────────── QEMU ends ─────────► STOPPED  or  CRASHED
+
+- STOPPED: the end was wanted: the guest powered off, or somebody asked for it. CRASHED: it
+  was not. `End` says more, with the exit code.
+- `stop` presses the power button and gives the guest a grace period; then QEMU is told to
+  quit; if that is not obeyed either, it is killed. A paused guest cannot react to a button:
+  `stop` is refused.
+- UNKNOWN: a command was sent and not answered, or the monitor ended while the process lives.
+  QEMU may still write to the disks. Nothing but asking again (which goes on by itself) or
+  `kill` leads out of it.
+- RUNNING and PAUSED can be *held*, by a restart of QEMU, a save or a migration: work of many
+  steps, each of which may pause the guest and let it go on. Meanwhile other requests are refused,
+  and what QEMU tells of pauses is not passed on. `switch` is the one step of it that cannot be
+  undone: this QEMU is killed, and another, which has taken over its state, is the VM from then on.
+- `kill` works in every state. It is the fence: once the process is seen to have ended, the
+  VM's disks are free.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from sempervirt.qemu.state import (
+    Accept,
+    Asked,
+    Done,
+    End,
+    Ended,
+    Execute,
+    KillProcess,
+    NotDone,
+    QemuEvent,
+    Refusal,
+    Refuse,
+    Released,
+    Request,
+    Runstate,
+    Silent,
+    StatusTold,
+    Step,
+    SwitchProcess,
+    Tick,
+    VmEffect,
+    VmEvent,
+    VmState,
+)
+
+QUIT_DEADLINE_S = 10.0
+ASKED = "asked to power off"
+
+_BUSY = {
+    Request.RESTART: "a restart of QEMU",
+    Request.SAVE: "a save",
+    Request.RESTORE: "its restoration",
+    Request.DEPART: "its migration to another host",
+    Request.ARRIVE: "its migration to this host",
+}
+
+# They go on when the monitor falls silent, and keep others from touching a VM that two hosts have.
+_MOVES = (Request.DEPART, Request.ARRIVE)
+
+# What QEMU's own runstates mean here; the others (migration, say) hold the guest still.
+_FROM_QEMU = {
+    "running": Runstate.RUNNING,
+    "guest-panicked": Runstate.HALTED,
+    "internal-error": Runstate.HALTED,
+    "io-error": Runstate.HALTED,
+    "watchdog": Runstate.HALTED,
+    "shutdown": Runstate.HALTED,
+}
+
+
+def step(state: VmState, event: VmEvent, now: float) -> Step:
+    """The next state, and what has to be done."""
+    if state.run.is_end:
+        if isinstance(event, Asked):
+            return state, [_conflict(event.request, f"the VM is {state.run.value}")]
+        return state, []
+    match event:
+        case Asked():
+            return _asked(state, event, now)
+        case Done():
+            return _done(state)
+        case NotDone(reason):
+            return _not_done(state, reason)
+        case Silent(reason):
+            return _silent(state, reason)
+        case StatusTold(status):
+            return _status_told(state, status), []
+        case QemuEvent(name, cause):
+            return _qemu_event(state, name, cause, now), []
+        case Released(status):
+            return _released(state, status), []
+        case Ended(exit_code, signal):
+            return _ended(state, exit_code, signal)
+        case Tick():
+            return _tick(state, now)
+
+
+def _conflict(request: Request, reason: str) -> Refuse:
+    return Refuse(request, Refusal.CONFLICT, reason)
+
+
+def _asked(state: VmState, asked: Asked, now: float) -> Step:
+    request = asked.request
+    if request is Request.KILL:
+        return replace(state, killed_because=asked.because), [KillProcess(), Accept(request)]
+    if state.run is Runstate.UNKNOWN:
+        reason = f"the VM's state is unknown ({state.why})"
+        return state, [Refuse(request, Refusal.CONFLICT, reason)]
+    if request is Request.SWITCH:
+        return _switch(state)
+    if (busy := state.pending or state.held) is not None:
+        return state, [_conflict(request, f"the VM is busy with {_BUSY.get(busy, busy.value)}")]
+    match request, state.run:
+        case (_, (Runstate.RUNNING | Runstate.PAUSED)) if request in _BUSY:
+            return replace(state, held=request), [Accept(request)]
+        case (Request.PAUSE, Runstate.PAUSED) | (Request.RESUME, Runstate.RUNNING):
+            return state, [Accept(request)]
+        case Request.PAUSE, Runstate.RUNNING:
+            return replace(state, pending=request), [Execute("stop")]
+        case Request.RESUME, Runstate.PAUSED:
+            return replace(state, pending=request), [Execute("cont")]
+        case Request.STOP, Runstate.RUNNING:
+            stopping = replace(
+                state, run=Runstate.STOPPING, deadline=now + asked.grace_s, why=ASKED
+            )
+            return stopping, [Execute("system_powerdown"), Accept(request)]
+        case Request.STOP, Runstate.STOPPING:
+            return state, [Accept(request)]
+        case _:
+            return state, [_conflict(request, f"the VM is {state.run.value}")]
+
+
+def _switch(state: VmState) -> Step:
+    live = state.run in (Runstate.RUNNING, Runstate.PAUSED)
+    if state.held is not Request.RESTART or not live or state.killed_because:
+        reason = state.killed_because or f"the VM is {state.run.value}"
+        return state, [_conflict(Request.SWITCH, reason)]
+    return state, [SwitchProcess(), Accept(Request.SWITCH)]
+
+
+def _done(state: VmState) -> Step:
+    if state.pending is None:
+        return state, []
+    run = Runstate.PAUSED if state.pending is Request.PAUSE else Runstate.RUNNING
+    accept: list[VmEffect] = [Accept(state.pending)]
+    if state.run not in (Runstate.RUNNING, Runstate.PAUSED):
+        return replace(state, pending=None), accept  # overtaken by an event
+    return replace(state, run=run, why="", pending=None), accept
+
+
+def _not_done(state: VmState, reason: str) -> Step:
+    if state.pending is None:
+        return state, []
+    return replace(state, pending=None), [Refuse(state.pending, Refusal.NOT_DONE, reason)]
+
+
+def _released(state: VmState, status: str) -> VmState:
+    if state.held is None:
+        return state
+    state = replace(state, held=None)
+    # If it became unknown meanwhile, only asking leads out of that.
+    return state if state.run is Runstate.UNKNOWN else _status_told(state, status)
+
+
+def _silent(state: VmState, reason: str) -> Step:
+    effects: list[VmEffect] = []
+    if state.pending is not None:
+        effects.append(Refuse(state.pending, Refusal.UNKNOWN, reason))
+    if state.run is Runstate.STOPPING:  # it may be on its way out; the deadline decides
+        return replace(state, pending=None), effects
+    held = state.held if state.held in _MOVES else None
+    unknown = replace(state, run=Runstate.UNKNOWN, why=reason, pending=None, held=held)
+    return unknown, effects
+
+
+def _status_told(state: VmState, status: str) -> VmState:
+    held = state.held is not None and state.run is not Runstate.UNKNOWN
+    if state.run is Runstate.STOPPING or state.pending is not None or held:
+        return state
+    run = _FROM_QEMU.get(status, Runstate.PAUSED)
+    if run is state.run:
+        return state
+    return replace(state, run=run, why=status if run is Runstate.HALTED else "")
+
+
+def _qemu_event(state: VmState, name: str, cause: str, now: float) -> VmState:
+    live = state.run in (Runstate.RUNNING, Runstate.PAUSED) and state.held is None
+    match name:
+        case "STOP" if live and state.pending is None:
+            return replace(state, run=Runstate.PAUSED)
+        case "RESUME" if live or state.run is Runstate.HALTED:
+            return replace(state, run=Runstate.RUNNING, why="")
+        case "GUEST_PANICKED" if state.run is not Runstate.STOPPING:
+            return replace(state, run=Runstate.HALTED, why="the guest panicked")
+        case "RESET":
+            return replace(state, resets=state.resets + 1)
+        case "SHUTDOWN":
+            deadline = now + QUIT_DEADLINE_S
+            return replace(
+                state,
+                run=Runstate.STOPPING,
+                shutdown_cause=cause or "unknown",
+                told_to_quit=True,
+                deadline=deadline,
+            )
+        case _:
+            return state
+
+
+def _ended(state: VmState, exit_code: int | None, signal: int | None) -> Step:
+    run, reason = _judge_end(state, exit_code, signal)
+    effects: list[VmEffect] = []
+    if state.pending is not None:
+        effects.append(Refuse(state.pending, Refusal.NOT_DONE, f"the VM ended: {reason}"))
+    end = End(reason, exit_code, signal)
+    ended = replace(state, run=run, why=reason, pending=None, held=None, deadline=None, end=end)
+    return ended, effects
+
+
+def _judge_end(state: VmState, exit_code: int | None, signal: int | None) -> tuple[Runstate, str]:
+    if state.killed_because:
+        return Runstate.STOPPED, state.killed_because
+    if state.shutdown_cause.startswith("guest") and not signal:
+        if state.shutdown_cause == "guest-panic":
+            return Runstate.CRASHED, "the guest panicked"
+        return Runstate.STOPPED, "the guest powered off"
+    if state.told_to_quit and exit_code in (0, None) and not signal:
+        if state.why == ASKED:
+            return Runstate.STOPPED, "the guest did not power off in time and was cut off"
+        return Runstate.STOPPED, f"QEMU was told to quit ({state.shutdown_cause})"
+    if signal is not None:
+        return Runstate.CRASHED, f"QEMU was killed by signal {signal}"
+    if exit_code is None:
+        return Runstate.CRASHED, "QEMU ended while no agent ran; how is not known"
+    return Runstate.CRASHED, f"QEMU ended by itself with exit code {exit_code}"
+
+
+def _tick(state: VmState, now: float) -> Step:
+    if state.deadline is None or now < state.deadline:
+        return state, []
+    if not state.told_to_quit:
+        later = replace(state, told_to_quit=True, deadline=now + QUIT_DEADLINE_S)
+        return later, [Execute("quit")]
+    because = "neither the guest nor QEMU ended in time: killed"
+    return replace(state, killed_because=because, deadline=None), [KillProcess()]

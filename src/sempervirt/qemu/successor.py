@@ -1,0 +1,163 @@
+"""A QEMU that is to take over a VM from another one on the same host.
+
+    start ──► waits, with the guest's memory mapped ──► `take` ──► holds the state, paused ──► go
+      └───────────────────────── `discard` ──────────────┘
+
+Both processes map the same memory; only one of them may ever run the guest. This one is
+started with its processors stopped, and `go` is called only after the other was seen to have
+ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from sempervirt.core.errors import OutcomeUnknown, SempervirtError, Unavailable
+from sempervirt.host import process
+from sempervirt.host.process import Exit, Process
+from sempervirt.host.procfs import ProcessId
+from sempervirt.qemu import handover
+from sempervirt.qemu.qmp import Monitor
+
+CONNECT_POLL_S = 0.005
+START_DEADLINE_S = 30.0
+COMMAND_S = 10.0
+
+
+class Successor:
+    """Made by `start` or `adopt`; ends with `discard`, or lives on as the VM's QEMU."""
+
+    def __init__(self, name: str, monitor: Path) -> None:
+        self.name = name
+        self._path = monitor
+        self._monitor: Monitor | None = None
+        self._process: Process | None = None
+        self._heir: Callable[[Exit], None] | None = None
+
+    @classmethod
+    async def start(
+        cls, name: str, monitor: Path, argv: Sequence[str], log: Path, inherited: Sequence[int]
+    ) -> Successor:
+        """Starts it with descriptors of ours, and returns when its monitor answers.
+
+        Raises Unavailable with QEMU's own words if it does not; nothing is left then.
+        """
+        successor = cls(name, monitor)
+        try:
+            before = _size(log)
+            successor._process = process.spawn(
+                argv, log=log, on_exit=successor._ended, pass_fds=inherited
+            )
+            try:
+                await successor._connect()
+            except Unavailable as error:
+                said = _words(log, before)
+                raise Unavailable(f"the new QEMU did not start: {said or error.message}") from error
+        except BaseException:
+            await successor.discard()
+            raise
+        return successor
+
+    @classmethod
+    async def adopt(cls, name: str, monitor: Path, identity: ProcessId) -> Successor:
+        """One that an earlier agent started. Raises Unavailable when it does not answer."""
+        successor = cls(name, monitor)
+        successor._process = process.adopt(identity, successor._ended)
+        await successor._connect()
+        return successor
+
+    @property
+    def process(self) -> Process:
+        """It, once it was started."""
+        assert self._process is not None
+        return self._process
+
+    def bequeath(self, heir: Callable[[Exit], None]) -> None:
+        """From now on `heir` is told of its end."""
+        self._heir = heir
+        if self.process.exit is not None:
+            heir(self.process.exit)
+
+    async def take(self, state: Path) -> None:
+        """Loads the state of the devices. Raises Unavailable when this QEMU cannot."""
+        await handover.take(self.monitor.execute_within(COMMAND_S), state)
+
+    async def go(self) -> None:
+        """Lets the guest run on. Raises as `Monitor.execute`."""
+        await self.monitor.execute("cont", timeout_s=COMMAND_S)
+
+    async def settle(self) -> None:
+        """Puts back what a hand-over has set, and lets go of the monitor."""
+        try:
+            await handover.reset(self.monitor.execute_within(COMMAND_S))
+        finally:
+            await self.disconnect()
+
+    async def disconnect(self) -> None:
+        """Lets go of the monitor."""
+        if self._monitor is not None:
+            await self._monitor.close()
+            self._monitor = None
+
+    async def discard(self) -> None:
+        """Kills it. Raises OutcomeUnknown when it does not end."""
+        if self._monitor is not None:
+            await self.disconnect()
+        if self._process is not None and await self._process.end(0) is None:
+            raise OutcomeUnknown(f"the new QEMU of {self.name} does not end")
+
+    @property
+    def monitor(self) -> Monitor:
+        """Its monitor, while it is connected."""
+        if self._monitor is None:
+            raise Unavailable(f"the monitor of the new QEMU of {self.name} is not connected")
+        return self._monitor
+
+    def _ended(self, end: Exit) -> None:
+        if self._heir is not None:
+            self._heir(end)
+
+    async def _connect(self) -> None:
+        deadline = time.monotonic() + START_DEADLINE_S
+        while True:
+            try:
+                self._monitor = await Monitor.connect(self._path, self.name, COMMAND_S)
+            except OutcomeUnknown as error:
+                raise Unavailable(error.message) from error
+            except Unavailable:
+                if self._process is None or self._process.exit is not None:
+                    raise
+                if time.monotonic() > deadline:
+                    raise
+            else:
+                return
+            await asyncio.sleep(CONNECT_POLL_S)
+
+
+def _size(log: Path) -> int:
+    return log.stat().st_size if log.exists() else 0
+
+
+def _words(log: Path, start: int) -> str:
+    """What was written to `log` since it had `start` bytes; of several lines the last."""
+    try:
+        with log.open("rb") as file:
+            file.seek(start)
+            text = file.read(16 << 10).decode(errors="replace")
+    except OSError:
+        return ""
+    lines = [line for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else ""
+
+
+async def discard_quietly(successor: Successor | None) -> SempervirtError | None:
+    """Kills it, if there is one; what went wrong is given back."""
+    try:
+        if successor is not None:
+            await successor.discard()
+    except SempervirtError as error:
+        return error
+    return None

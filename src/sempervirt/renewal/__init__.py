@@ -1,0 +1,1 @@
+"""Another QEMU for a VM on the same host: restart of QEMU, save and restore."""

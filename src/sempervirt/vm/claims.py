@@ -1,0 +1,89 @@
+"""This host's claims on VMs and their images: taken before a VM starts, given back after its end.
+
+A host that belongs to no cluster claims nothing: the images' locks are all that it needs. In a
+cluster no VM is started before the store has given it to this host (docs/design/ownership.md).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from pathlib import Path
+
+from sempervirt.cluster.cluster import Cluster, read_settings
+from sempervirt.core.errors import SempervirtError
+from sempervirt.disk.backend import ImageTitle
+from sempervirt.qemu.spec import DiskSpec, VmSpec
+from sempervirt.store import epoch
+from sempervirt.store.records import Ownership
+from sempervirt.store.registry import Claim, Registry, StaleClaim
+from sempervirt.vm.config import AgentConfig
+
+log = logging.getLogger(__name__)
+
+
+def claimed_images(spec: VmSpec) -> list[Path]:
+    """The images of a VM that a claim covers: files that it may write.
+
+    A block device has nothing beside it that several hosts could read.
+    """
+    return [
+        disk.image for disk in spec.disks if not disk.read_only and not disk.image.is_block_device()
+    ]
+
+
+def title_of(claim: Claim | None, disk: DiskSpec) -> ImageTitle | None:
+    """By what right the backend of a disk writes; None where nothing is claimed."""
+    if claim is None or disk.read_only or disk.image.is_block_device():
+        return None
+    return ImageTitle(epoch.record_path(disk.image), claim.host, claim.epoch, claim.id)
+
+
+def awaited_title(host: str, disk: DiskSpec) -> ImageTitle | None:
+    """Of a backend that gets its claim later."""
+    if disk.read_only:
+        return None
+    return ImageTitle(epoch.record_path(disk.image), host)
+
+
+def claim_of(owned: Ownership) -> Claim:
+    """The claim that an entry of the store stands for."""
+    return Claim(owned.vm, owned.owner, owned.epoch, owned.claim, owned.images)
+
+
+async def take(config: AgentConfig, spec: VmSpec) -> Claim | None:
+    """Claims a VM for this host, and puts the claim on record at its images.
+
+    Raises StateConflict, which names the owner, Unavailable, and OutcomeUnknown: the VM must not
+    be started then.
+    """
+    if await asyncio.to_thread(read_settings, config) is None:
+        return None
+    paths = [epoch.record_path(image) for image in claimed_images(spec)]
+    images = await asyncio.to_thread(lambda: [epoch.identify(path) for path in paths])
+    async with Cluster.opened(config) as cluster:
+        claim = await Registry(cluster.store).claim(spec.name, cluster.settings.host, images)
+    await put_on_record(claim, spec)
+    return claim
+
+
+async def put_on_record(claim: Claim, spec: VmSpec) -> None:
+    """From now on no backend with an older claim may write the images.
+
+    Raises StaleClaim when a newer one is on record, Unavailable.
+    """
+    for image in claimed_images(spec):
+        await asyncio.to_thread(epoch.advance, epoch.record_path(image), claim)
+
+
+async def give_back(config: AgentConfig, claim: Claim) -> bool:
+    """Frees a VM that has ended; whether that is settled. A claim that is stale needs nothing."""
+    try:
+        async with Cluster.opened(config) as cluster:
+            await Registry(cluster.store).release(claim)
+    except StaleClaim as error:
+        log.info("release vm=%s %s", claim.vm, error)
+    except SempervirtError as error:
+        log.warning("release vm=%s is tried again later: %s", claim.vm, error)
+        return False
+    return True

@@ -1,0 +1,113 @@
+"""What an agent leaves for the next one about a VM.
+
+    {"version": 2, "spec": {…}, "accelerator": {"kind": "tcg", "reason": "…"},
+     "started": 1795384877.9, "plans": {"disk-root": {"device": "vhost-user-blk",
+        "binding": {"map": [0, 0], "source": "…"}, "engine": {"value": "…", "source": "…"},
+        "poll_us": 20 | null, "poll_source": "…"}, …},
+     "qemu": {"pid": 4711, "start_ticks": 1, "boot_id": "…"} | null, "number": 1,
+     "claim": {"vm": "…", "host": "a", "epoch": 7, "id": "…", "images": ["…"]} | null,
+     "work": {"kind": "restarting", "number": 2, "resume": true, "switched": false,
+              "qemu": {"pid": 4712, …} | null}
+           | {"kind": "saving", "resume": true} | {"kind": "restoring"}
+           | {"kind": "departing", "id": "…", "destination": "b", "address": "10.0.0.2:7443",
+              "phase": "precopy", "mode": "precopy", "running": true}
+           | {"kind": "arriving", "id": "…", "source": "a", "phase": "promised", "running": true,
+              "epoch": 7, "images": ["…"]} | null,
+     "end": {"run": "stopped", "reason": "…", "exit_code": 0, "signal": null} | null}
+
+`number` counts the QEMUs that this VM has had. `claim` is what the store gave this host, until it
+was given back. `work` is what went on with the VM when the record was written (`vm.work`).
+
+Neither `qemu` nor `end`: the agent ended between its intention and the start of QEMU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from sempervirt.core.queue_map import DevicePlan
+from sempervirt.host.procfs import ProcessId
+from sempervirt.host.records import RecordDamaged, read_record, write_record
+from sempervirt.qemu.accel import Accelerator
+from sempervirt.qemu.spec import VmSpec
+from sempervirt.qemu.state import End, Runstate, VmState
+from sempervirt.store.registry import Claim
+from sempervirt.vm.work import Work
+
+VERSION = 2
+_PLANS = TypeAdapter(dict[str, DevicePlan])
+_WORK: TypeAdapter[Work | None] = TypeAdapter(Work | None)
+
+
+@dataclass(frozen=True)
+class VmRecord:
+    """The content of the record; `plans` is how the queues of each device were to be served."""
+
+    spec: VmSpec
+    accelerator: Accelerator
+    started: float
+    qemu: ProcessId | None = None
+    end: VmState | None = None
+    plans: Mapping[str, DevicePlan] = field(default_factory=dict)
+    number: int = 1
+    claim: Claim | None = None
+    work: Work | None = None
+
+    def write(self, path: Path) -> None:
+        """Replaces the record at `path`."""
+        state = self.end
+        end = state and state.end and {"run": state.run.value, **asdict(state.end)}
+        content = {
+            "spec": self.spec.model_dump(mode="json"),
+            "accelerator": asdict(self.accelerator),
+            "started": self.started,
+            "plans": {name: asdict(plan) for name, plan in self.plans.items()},
+            "qemu": asdict(self.qemu) if self.qemu else None,
+            "number": self.number,
+            "claim": asdict(self.claim) if self.claim else None,
+            "work": _WORK.dump_python(self.work, mode="json"),
+            "end": end,
+        }
+        write_record(path, VERSION, content)
+
+    def ended(self, state: VmState) -> VmRecord:
+        """The record of the same VM after its end."""
+        return replace(self, end=state)
+
+
+def read_vm_record(path: Path) -> VmRecord | None:
+    """The record at `path`, None when there is none. Raises RecordDamaged."""
+    content = read_record(path, VERSION)
+    if content is None:
+        return None
+    try:
+        end = content["end"]
+        state = None
+        if end is not None:
+            run = Runstate(end.pop("run"))
+            state = VmState(run=run, why=end["reason"], end=End(**end))
+        return VmRecord(
+            spec=VmSpec.model_validate(content["spec"]),
+            accelerator=Accelerator(**content["accelerator"]),
+            started=float(content["started"]),
+            qemu=content["qemu"] and ProcessId(**content["qemu"]),
+            end=state,
+            plans=_PLANS.validate_python(content.get("plans", {})),
+            number=int(content.get("number", 1)),
+            claim=_claim(content.get("claim")),
+            work=_WORK.validate_python(content["work"]),
+        )
+    except (KeyError, TypeError, ValueError, ValidationError) as error:
+        raise RecordDamaged(
+            f"{path} is not the record of a VM: {error}",
+            remedy="move the file away and end the VM's processes by hand",
+        ) from error
+
+
+def _claim(content: dict[str, Any] | None) -> Claim | None:
+    return None if content is None else Claim(**{**content, "images": tuple(content["images"])})

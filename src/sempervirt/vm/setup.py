@@ -1,0 +1,102 @@
+"""Puts VM descriptions, directories and programs together."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from sempervirt.cluster.cluster import read_settings
+from sempervirt.core.errors import InvalidRequest, Unavailable
+from sempervirt.core.queue_map import DevicePlan
+from sempervirt.disk.backend import DiskOptions, ImageTitle
+from sempervirt.disk.running import DiskFiles
+from sempervirt.disk.setup import DiskSetup
+from sempervirt.disk.volume import Volume, inspect
+from sempervirt.host.sockets import check_socket_path
+from sempervirt.qemu.command_line import disk_id
+from sempervirt.qemu.spec import DiskSpec, VmSpec
+from sempervirt.vm.claims import awaited_title, title_of
+from sempervirt.vm.config import AgentConfig
+from sempervirt.vm.planning import plans_of_record
+from sempervirt.vm.record import VmRecord
+from sempervirt.vm.work import Arriving
+
+
+def prepare_directories(config: AgentConfig) -> None:
+    """Makes the state and run directories, for the owner only. Raises Unavailable."""
+    for directory in (config.state_dir, config.run_dir):
+        try:
+            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise Unavailable(
+                f"cannot make {directory}: {error.strerror}",
+                remedy="choose others by SEMPERVIRT_STATE_DIR and SEMPERVIRT_RUN_DIR",
+            ) from error
+
+
+def inspect_images(spec: VmSpec) -> dict[str, Volume]:
+    """The images of a VM's disks, by the disk's name. Raises InvalidRequest."""
+    return {disk.name: inspect(disk.image, read_only=disk.read_only) for disk in spec.disks}
+
+
+def disk_setup(
+    config: AgentConfig,
+    spec: VmSpec,
+    disk: DiskSpec,
+    plan: DevicePlan,
+    volume: Volume | None,
+    title: ImageTitle | None,
+) -> DiskSetup:
+    """How a disk is served. Raises InvalidRequest when a path is too long.
+
+    `volume` is None for an adopted disk whose image cannot be looked at any more: its guest
+    runs already.
+    """
+    command = config.backend
+    files = DiskFiles(config.vm_run_dir(spec.name), disk.name)
+    check_socket_path(files.control(10**9))
+    return DiskSetup(
+        name=f"{spec.name}/{disk.name}",
+        volume=volume,
+        plan=plan,
+        options=DiskOptions(
+            image=disk.image,
+            read_only=disk.read_only,
+            queues=plan.binding.queues,
+            engine=plan.engine.value,
+            direct=disk.direct,
+            block_size=disk.block_size,
+            serial=disk.serial,
+            poll_us=plan.poll_us,
+        ),
+        command=command,
+        policy=replace(config.policy, spare=config.policy.spare and command.has_spare),
+        files=files,
+        record=config.vm_state_dir(spec.name) / f"disk-{disk.name}.json",
+        title=title,
+    )
+
+
+def adopted_setups(config: AgentConfig, record: VmRecord) -> list[DiskSetup]:
+    """The setups of the disks that an earlier agent served by backends."""
+    spec = record.spec
+    settings = read_settings(config) if isinstance(record.work, Arriving) else None
+    plans = plans_of_record(spec, record.plans)
+    return [
+        disk_setup(
+            config,
+            spec,
+            disk,
+            plans[disk_id(disk)],
+            _volume_left(disk),
+            awaited_title(settings.host, disk) if settings else title_of(record.claim, disk),
+        )
+        for disk in spec.disks
+        if disk.backend == "blkd"
+    ]
+
+
+def _volume_left(disk: DiskSpec) -> Volume | None:
+    try:
+        return inspect(disk.image, read_only=disk.read_only)
+    except InvalidRequest:
+        return None

@@ -1,0 +1,93 @@
+"""The work on a whole VM that takes many steps: at most one at a time, and always on record.
+
+    none ── begin ──► Restarting, Saving, Restoring, Departing, Arriving ── end ──► none
+                          ▲        │
+                          └────────┘ advance; each of the three is on record when it returns
+
+An agent that begins anew reads the record, and what kind of work it was says how it goes on:
+
+- `Restarting`: two QEMUs may be there; `switched` says which of them is the VM.
+- `Saving`: the guest was paused for it, and goes on.
+- `Restoring`: the memory is not there and never will be; QEMU is ended.
+- `Departing`, `Arriving`: the machines of the migration go on from the phase.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from sempervirt.host.procfs import ProcessId
+from sempervirt.vm.phases import Arrival, Mode, Phase
+
+
+@dataclass(frozen=True)
+class Restarting:
+    """Another QEMU takes over. `number` counts the QEMUs of the VM; `resume`: the guest runs on.
+
+    Once `switched` the new QEMU, `qemu`, is the VM, and the one before has to be dead before the
+    guest runs on.
+    """
+
+    number: int
+    resume: bool
+    switched: bool = False
+    qemu: ProcessId | None = None
+    kind: Literal["restarting"] = "restarting"
+
+
+@dataclass(frozen=True)
+class Saving:
+    """The guest is paused for a save. `resume`: it ran, and runs on if the save fails."""
+
+    resume: bool
+    kind: Literal["saving"] = "saving"
+
+
+@dataclass(frozen=True)
+class Restoring:
+    """The guest's memory is being unpacked; QEMU waits for it."""
+
+    kind: Literal["restoring"] = "restoring"
+
+
+@dataclass(frozen=True)
+class Departing:
+    """A migration away, with the phase that it was in. `address` is that of the destination's
+    agent, "HOST:PORT"; `running`: the guest was not paused.
+    """
+
+    id: str
+    destination: str
+    address: str
+    running: bool
+    phase: Phase = Phase.PREPARE
+    mode: Mode = Mode.PRECOPY
+    kind: Literal["departing"] = "departing"
+
+    @property
+    def farewell(self) -> str:
+        """Why the QEMU here ends when the VM has moved; "" while it has not."""
+        return f"it runs on {self.destination} now" if self.phase is Phase.DONE else ""
+
+
+@dataclass(frozen=True)
+class Arriving:
+    """A migration to this host, with the phase that it was in. `epoch` is that of the source's
+    claim, `images` are the ids of what it covers; `running`: the guest is to run.
+    """
+
+    id: str
+    source: str
+    running: bool
+    epoch: int
+    images: tuple[str, ...]
+    phase: Arrival = Arrival.PREPARING
+    kind: Literal["arriving"] = "arriving"
+
+
+Work = Annotated[
+    Restarting | Saving | Restoring | Departing | Arriving, Field(discriminator="kind")
+]
