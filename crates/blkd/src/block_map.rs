@@ -7,9 +7,10 @@
 use std::io;
 use std::ops::ControlFlow;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::Instant;
 
 use semper_block::{Image, Op};
 use semper_blockmap::format::Export;
@@ -19,6 +20,8 @@ use semper_blockmap::{
 };
 use semper_ring::GuestMemory;
 use serde_json::{Value, json};
+
+use crate::state::seconds_of_now;
 
 /// Bytes that the content index may take unless the caller allows more or less.
 pub(crate) const DEFAULT_INDEX_BYTES: u64 = 128 << 20;
@@ -39,12 +42,34 @@ pub(crate) fn access(op: Op) -> Access {
 
 /// The map, and the work on it.
 pub(crate) struct DiskMap {
-    map: Arc<BlockMap>,
+    /// Of the disk in its present size.
+    content: Mutex<Arc<Content>>,
+    /// What the next process is to find.
+    file: Option<PathBuf>,
     counters: Vec<Arc<Counters>>,
     image: Arc<Image>,
+    /// The present memory table.
+    memory: Mutex<Option<Arc<GuestMemory>>>,
+    shared: AtomicBool,
+    progress: Mutex<Progress>,
+}
+
+/// What is made anew when the disk has another size.
+struct Content {
+    map: Arc<BlockMap>,
     /// Held by whoever verifies or exports.
     index: Mutex<ContentIndex>,
-    progress: Mutex<Progress>,
+    /// The touched blocks stand in the file.
+    kept: bool,
+}
+
+/// What may be done with the file of touched blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Keeping {
+    /// Another process may use it: one of this disk is used as well, any other is left alone.
+    Shared,
+    /// It is this process' own: one of another disk, or of another size of it, is made anew.
+    Own,
 }
 
 /// A verification, running or the last.
@@ -113,82 +138,137 @@ fn step_back() {
     unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, 19) };
 }
 
+fn attach(map: &BlockMap, memory: &Arc<GuestMemory>) {
+    let regions = memory.mapped().map(|(spec, host, file)| {
+        let key = RegionKey {
+            guest_addr: spec.guest_addr,
+            size: spec.size,
+            file_offset: spec.file_offset,
+            file,
+        };
+        (key, host.expose_provenance())
+    });
+    let memory = Memory { regions: regions.collect(), keep: Arc::clone(memory) as _ };
+    if let Err(error) = map.attach(memory) {
+        log::warn!("pages will not be associated with blocks error=\"{error}\"");
+    }
+}
+
+impl Content {
+    fn new(image: &Image, file: Option<&Path>, keeping: Keeping) -> io::Result<Self> {
+        let kept = file.and_then(|path| {
+            let make = match keeping {
+                Keeping::Shared => BlockMap::with_existing,
+                Keeping::Own => BlockMap::with_file,
+            };
+            let made = identity(image).and_then(|identity| make(image.capacity(), path, identity));
+            made.inspect_err(|error| match keeping {
+                // Tried again when the image is this process' own.
+                Keeping::Shared => log::debug!("no map to share error=\"{error}\""),
+                Keeping::Own => log::warn!(
+                    "the map will not outlive this process file={} error=\"{error}\"",
+                    path.display()
+                ),
+            })
+            .ok()
+        });
+        let is_kept = kept.is_some();
+        let map = Arc::new(kept.map_or_else(|| BlockMap::new(image.capacity()), Ok)?);
+        Ok(Self { map, index: Mutex::new(ContentIndex::new(random_key()?)), kept: is_kept })
+    }
+}
+
 impl DiskMap {
     /// A map for the image; the touched blocks stand in `file`, where one is given and has room.
     ///
     /// # Errors
     /// The kernel's, when it has no address space or no randomness.
-    pub(crate) fn new(image: &Arc<Image>, queues: usize, file: Option<&Path>) -> io::Result<Self> {
-        let kept = file.and_then(|path| {
-            let made = identity(image)
-                .and_then(|identity| BlockMap::with_file(image.capacity(), path, identity));
-            made.inspect_err(|error| {
-                log::warn!(
-                    "the map will not outlive this process file={} error=\"{error}\"",
-                    path.display()
-                );
-            })
-            .ok()
-        });
-        let map = kept.map_or_else(|| BlockMap::new(image.capacity()), Ok)?;
+    pub(crate) fn new(
+        image: &Arc<Image>,
+        queues: usize,
+        file: Option<&Path>,
+        keeping: Keeping,
+    ) -> io::Result<Self> {
         Ok(Self {
-            map: Arc::new(map),
+            content: Mutex::new(Arc::new(Content::new(image, file, keeping)?)),
+            file: file.map(Path::to_owned),
             counters: (0..queues).map(|_| Arc::default()).collect(),
             image: Arc::clone(image),
-            index: Mutex::new(ContentIndex::new(random_key()?)),
+            memory: Mutex::default(),
+            shared: AtomicBool::new(true),
             progress: Mutex::default(),
         })
     }
 
+    fn content(&self) -> Arc<Content> {
+        Arc::clone(&locked(&self.content))
+    }
+
+    /// The image was taken: brings the map to its size, and the file into use. No queue runs; what
+    /// was touched is kept, associations are not.
+    pub(crate) fn follow_image(&self) {
+        let old = self.content();
+        let waits_for_file = self.file.is_some() && !old.kept;
+        if old.map.capacity() == self.image.capacity() && !waits_for_file {
+            return;
+        }
+        let new = match Content::new(&self.image, self.file.as_deref(), Keeping::Own) {
+            Ok(new) => Arc::new(new),
+            Err(error) => {
+                // It stays right for the blocks that it knows of, and knows nothing of the others.
+                log::warn!("the page/block map keeps its size error=\"{error}\"");
+                return;
+            }
+        };
+        old.map.touched_blocks().for_each(|block| new.map.touch(block, 1));
+        new.map.set_shared(self.shared.load(Ordering::Relaxed));
+        if let Some(memory) = &*locked(&self.memory) {
+            attach(&new.map, memory);
+        }
+        *locked(&self.content) = new;
+    }
+
     /// Whether several threads record; see [`BlockMap::set_shared`].
     pub(crate) fn set_shared(&self, shared: bool) {
-        self.map.set_shared(shared);
+        self.shared.store(shared, Ordering::Relaxed);
+        self.content().map.set_shared(shared);
     }
 
     /// Puts a memory table into force; no queue runs. A map without memory records nothing.
     pub(crate) fn attach(&self, memory: &Arc<GuestMemory>) {
-        let regions = memory.mapped().map(|(spec, host, file)| {
-            let key = RegionKey {
-                guest_addr: spec.guest_addr,
-                size: spec.size,
-                file_offset: spec.file_offset,
-                file,
-            };
-            (key, host.expose_provenance())
-        });
-        let memory = Memory { regions: regions.collect(), keep: Arc::clone(memory) as _ };
-        if let Err(error) = self.map.attach(memory) {
-            log::warn!("pages will not be associated with blocks error=\"{error}\"");
-        }
+        *locked(&self.memory) = Some(Arc::clone(memory));
+        attach(&self.content().map, memory);
     }
 
     /// The front end is gone.
     pub(crate) fn detach(&self) {
-        self.map.detach();
+        *locked(&self.memory) = None;
+        self.content().map.detach();
     }
 
     /// For one queue, good for the present memory table.
     pub(crate) fn recorder(&self, queue: u16) -> Option<Recorder> {
-        Some(self.map.recorder(self.counters.get(usize::from(queue))?))
+        Some(self.content().map.recorder(self.counters.get(usize::from(queue))?))
     }
 
     /// The two counts that cost nothing to tell.
     pub(crate) fn counts(&self) -> Value {
-        let (recorded, dropped) = self.map.recorded();
+        let (recorded, dropped) = self.content().map.recorded();
         json!({"recorded": recorded, "dropped": dropped})
     }
 
     /// All that is known, at the cost of a look at every entry.
     pub(crate) fn stats(&self) -> Value {
-        let (recorded, dropped) = self.map.recorded();
-        let layout = self.map.layout();
+        let map = &self.content().map;
+        let (recorded, dropped) = map.recorded();
+        let layout = map.layout();
         let pages = layout.iter().flat_map(|l| l.regions()).map(|(_, n)| n as u64).sum::<u64>();
-        let (touched, blocks) = self.map.touched();
-        let (tables, versions, bits) = self.map.resident();
+        let (touched, blocks) = map.touched();
+        let (tables, versions, bits) = map.resident();
         let mut progress = locked(&self.progress).clone();
         // Who watches a verification asks often, and a large guest has many entries.
         if progress.running.is_none() {
-            let good = layout.iter().flat_map(|l| l.associations(&self.map)).count();
+            let good = layout.iter().flat_map(|l| l.associations(map)).count();
             progress.associated = good as u64;
             locked(&self.progress).associated = good as u64;
         }
@@ -208,7 +288,7 @@ impl DiskMap {
                 "touched": bits,
                 "index": index_bytes,
                 "total": tables + versions + bits + index_bytes,
-                "bound": self.map.bound() + DEFAULT_INDEX_BYTES,
+                "bound": map.bound() + DEFAULT_INDEX_BYTES,
             },
             "running": running.map(|r| json!({"step": r.step, "done": r.done, "total": r.total})),
             "verification": last.map(|v| verification(&v)),
@@ -217,7 +297,8 @@ impl DiskMap {
 
     /// Which sectors a page holds, or which pages hold a sector's block. Hints, by association.
     pub(crate) fn find(&self, address: Option<u64>, sector: Option<u64>) -> Result<Value, String> {
-        let layout = self.map.layout().ok_or("no guest is connected")?;
+        let map = &self.content().map;
+        let layout = map.layout().ok_or("no guest is connected")?;
         let regions = layout.regions();
         let page = semper_blockmap::PAGE_SIZE as u64;
         match (address, sector) {
@@ -229,11 +310,11 @@ impl DiskMap {
                     format!("no guest memory at address {address}; see the regions of the map")
                 })?;
                 let index = ((address - regions[region].0.guest_addr) / page) as usize;
-                let found = layout.block_in(&self.map, region, index);
+                let found = layout.block_in(map, region, index);
                 Ok(json!({"sector": found.map(|a| a.sector)}))
             }
             (None, Some(sector)) => {
-                let reverse = Reverse::build(&self.map, &layout);
+                let reverse = Reverse::build(map, &layout);
                 let address = |region: usize, index: usize| {
                     regions[region].0.guest_addr + index as u64 * page
                 };
@@ -257,8 +338,9 @@ impl DiskMap {
         let this = Arc::clone(self);
         let work = move || {
             step_back();
-            let layout = this.map.layout();
-            drop(this.verify(layout.as_deref(), &mut locked(&this.index), index_bytes));
+            let Content { map, index, .. } = &*this.content();
+            let layout = map.layout();
+            drop(this.verify(map, layout.as_deref(), &mut locked(index), index_bytes));
         };
         let spawned = std::thread::Builder::new().name("map".into()).spawn(work);
         if spawned.is_err() {
@@ -272,22 +354,23 @@ impl DiskMap {
     /// # Errors
     /// A sentence: somebody else works on the map.
     pub(crate) fn export(&self, verified: bool, index_bytes: u64) -> Result<Vec<u8>, String> {
-        let mut index = match self.index.try_lock() {
+        let Content { map, index, .. } = &*self.content();
+        let mut index = match index.try_lock() {
             Ok(index) => index,
             Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
             Err(TryLockError::WouldBlock) => {
                 return Err("a verification or an export is running; try again later".to_owned());
             }
         };
-        let layout = self.map.layout();
+        let layout = map.layout();
         let regions = layout.iter().flat_map(|l| l.regions()).map(|(key, _)| key).collect();
-        let capacity = self.map.capacity();
+        let capacity = map.capacity();
         let export = if verified {
             step_back();
-            let pairs = self.verify(layout.as_deref(), &mut index, index_bytes);
+            let pairs = self.verify(map, layout.as_deref(), &mut index, index_bytes);
             Export::of_pairs(capacity, regions, &pairs, &index)
         } else {
-            let hints: Vec<_> = layout.iter().flat_map(|l| l.associations(&self.map)).collect();
+            let hints: Vec<_> = layout.iter().flat_map(|l| l.associations(map)).collect();
             Export::of_hints(capacity, regions, &hints, &index)
         };
         Ok(export.to_bytes())
@@ -298,14 +381,15 @@ impl DiskMap {
     /// is left out: it has no content.
     pub(crate) fn blocks(&self, limit: Option<u64>) -> (Vec<u8>, usize) {
         let limit = usize::try_from(limit.unwrap_or(DEFAULT_BLOCKS)).unwrap_or(usize::MAX);
-        let layout = self.map.layout();
-        let pages = layout.iter().flat_map(|l| l.associations(&self.map));
+        let map = &self.content().map;
+        let layout = map.layout();
+        let pages = layout.iter().flat_map(|l| l.associations(map));
         let whole = pages.filter(|page| page.sector % SECTORS_PER_BLOCK == 0);
         let mut held: Vec<u64> = whole.map(|page| page.sector / SECTORS_PER_BLOCK).collect();
         held.sort_unstable();
         held.dedup();
-        let others = self.map.touched_blocks().filter(|block| held.binary_search(block).is_err());
-        let stamped = |block: u64| Some((block, self.map.stamp(block * SECTORS_PER_BLOCK)?));
+        let others = map.touched_blocks().filter(|block| held.binary_search(block).is_err());
+        let stamped = |block: u64| Some((block, map.stamp(block * SECTORS_PER_BLOCK)?));
         let first: Vec<_> = held.iter().copied().filter_map(stamped).take(limit).collect();
         let rest = others.filter_map(stamped).take(limit - first.len());
         let count = first.len();
@@ -316,11 +400,13 @@ impl DiskMap {
 
     /// Marks blocks as touched that were so on another host: first block and number, of each run.
     pub(crate) fn touch(&self, runs: &[(u64, u64)]) {
-        runs.iter().for_each(|&(first, count)| self.map.touch(first, count));
+        let map = &self.content().map;
+        runs.iter().for_each(|&(first, count)| map.touch(first, count));
     }
 
     fn verify(
         &self,
+        map: &BlockMap,
         layout: Option<&Layout>,
         index: &mut ContentIndex,
         index_bytes: u64,
@@ -330,16 +416,16 @@ impl DiskMap {
         let note = |step, done, total| {
             locked(&self.progress).running = Some(Running { step, done, total });
         };
-        let (touched, _) = self.map.touched();
+        let (touched, _) = map.touched();
         let limit = usize::try_from(index_bytes / BYTES_PER_BLOCK).unwrap_or(usize::MAX);
-        let refreshed = index.refresh(&self.map, &blocks, limit, &mut |done| {
+        let refreshed = index.refresh(map, &blocks, limit, &mut |done| {
             note("index", done, touched);
             ControlFlow::Continue(())
         });
         let (tally, pairs) = layout.map_or_else(Default::default, |layout| {
-            self.verify_pages(layout, index, &blocks, note)
+            self.verify_pages(map, layout, index, &blocks, note)
         });
-        let time = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |d| d.as_secs_f64());
+        let time = seconds_of_now();
         let seconds = began.elapsed().as_secs_f64();
         let mut progress = locked(&self.progress);
         progress.running = None;
@@ -352,6 +438,7 @@ impl DiskMap {
 
     fn verify_pages(
         &self,
+        map: &BlockMap,
         layout: &Layout,
         index: &ContentIndex,
         blocks: &ImageBlocks<'_>,
@@ -359,7 +446,7 @@ impl DiskMap {
     ) -> (Tally, Vec<Pair>) {
         let (mut tally, mut pairs) = (Tally::default(), Vec::new());
         let memory = layout.pages();
-        let mut verifier = Verifier::new((&self.map, layout), index, blocks, &memory);
+        let mut verifier = Verifier::new((map, layout), index, blocks, &memory);
         let regions = layout.regions();
         let total = regions.iter().map(|(_, pages)| *pages as u64).sum();
         let mut done = 0;

@@ -132,11 +132,11 @@ impl Control {
                 let mut device = self.device.lock().unwrap_or_else(PoisonError::into_inner);
                 device.set_hand_over(armed).map_err(|error| ("busy", error.to_string()))?;
                 drop(device);
-                Ok(json!({"armed": armed, "owns_image": self.owns_image()}))
+                Ok(json!({"armed": armed, "owns_image": self.disk.tenure.is_held()}))
             }
             "claim" => {
                 self.claim(request.epoch, request.claim.as_deref())?;
-                Ok(json!({"claim": self.disk.title.status()}))
+                Ok(json!({"claim": self.disk.tenure.claim()}))
             }
             "threads" => Ok(json!({"map": self.rebind(request.map)?.as_slice()})),
             other => {
@@ -210,17 +210,13 @@ impl Control {
         let claim = claim.ok_or_else(|| {
             (INVALID, "name the epoch, from 1, and the claim, 32 hexadecimal digits".to_owned())
         })?;
-        self.disk.title.give(claim).map_err(|message| (INVALID, message))?;
+        self.disk.tenure.give_claim(claim).map_err(|message| (INVALID, message))?;
         let mut device = self.device.lock().unwrap_or_else(PoisonError::into_inner);
         device.start_waiting().map_err(|error| ("in-use", error.to_string()))
     }
 
-    fn owns_image(&self) -> bool {
-        self.disk.shared.owns_image.load(Ordering::Relaxed)
-    }
-
     fn status(&self) -> Value {
-        let Disk { image, serial, shared, map, poll, title } = &*self.disk;
+        let Disk { image, serial, shared, map, poll, tenure } = &*self.disk;
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let when = |milestone: &AtomicU64| match get(milestone) {
             0 => Value::Null,
@@ -261,8 +257,9 @@ impl Control {
             "state": shared.phase().name(),
             "engine": self.engine,
             "direct": image.direct(),
-            "owns_image": self.owns_image(),
-            "claim": title.status(),
+            "owns_image": tenure.is_held(),
+            "standing": tenure.standing().name(),
+            "claim": tenure.claim(),
             "memory": shared.arrival().name(),
             "read_only": image.read_only(),
             "image": image.path().to_string_lossy(),

@@ -8,13 +8,12 @@
 //!
 //! Specification: QEMU `docs/interop/vhost-user.rst`. Parsing is the crate `vhost`'s.
 
-use std::cell::Cell;
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use semper_inflight::TrackedQueue;
 use semper_ring::{GuestMemory, RegionSpec, RingAddresses, SplitQueue};
@@ -33,7 +32,8 @@ use crate::failure::Failure;
 use crate::inflight_map::{self, InflightMap, Shape};
 use crate::postcopy::{Arrival, Userfault};
 use crate::queue::{Disk, QueueSetup};
-use crate::state::{Phase, mark};
+use crate::state::Phase;
+use crate::tenure::{Patience, Standing};
 use crate::threads::{ThreadMap, Threads};
 use crate::worker::{Order, Worker};
 
@@ -75,7 +75,6 @@ pub(crate) struct Device {
     offer: Offer,
     /// Give the image away as soon as no queue runs.
     hand_over: bool,
-    gave_away: Cell<bool>,
     features: u64,
     memory: Arc<GuestMemory>,
     inflight: Option<Arc<InflightMap>>,
@@ -99,7 +98,6 @@ impl Device {
             threads,
             offer,
             hand_over: false,
-            gave_away: Cell::new(false),
             features: 0,
             memory: Arc::new(GuestMemory::empty()),
             inflight: None,
@@ -126,7 +124,7 @@ impl Device {
     pub(crate) fn set_hand_over(&mut self, on: bool) -> Result<()> {
         self.hand_over = on;
         self.give_away();
-        if on || !self.gave_away.get() {
+        if on || self.disk.tenure.standing() != Standing::HandedOver {
             return Ok(());
         }
         self.own_image()?;
@@ -134,39 +132,25 @@ impl Device {
     }
 
     fn give_away(&self) {
-        let owns = &self.disk.shared.owns_image;
         let idle = self.vrings.iter().all(|vring| !vring.running);
-        if self.hand_over && idle && owns.swap(false, Ordering::Relaxed) {
-            self.gave_away.set(true);
-            self.disk.title.lapse();
-            self.disk.image.unlock();
-            log::info!("gave the image away image={}", self.disk.image.path().display());
+        if self.hand_over && idle {
+            self.disk.tenure.give_away();
         }
     }
 
-    /// Takes the image unless this process has it. If it was given away meanwhile, or its record
-    /// cannot be read, the process ends: it has nothing to serve.
+    /// Takes the image unless this process has it. If it is not for this process any more, the
+    /// process ends: it has nothing to serve.
     fn own_image(&self) -> Result<()> {
-        let shared = &self.disk.shared;
-        if shared.owns_image.load(Ordering::Relaxed) {
+        let Disk { tenure, image, map, .. } = &*self.disk;
+        if tenure.is_held() {
             return Ok(());
         }
-        let end = Instant::now() + LOCK_PATIENCE;
-        while let Err(error) = self.disk.image.try_lock() {
-            if Instant::now() > end {
-                return Err(failed(error));
-            }
-            std::thread::sleep(Duration::from_millis(1));
+        match tenure.take(Patience::For(LOCK_PATIENCE), map.as_deref()) {
+            Ok(()) => {}
+            Err(Failure::Lock(error)) => return Err(failed(error)),
+            Err(refused) => std::process::exit(refused.report().into()),
         }
-        if let Err(denied) = self.disk.title.admit(&self.disk.image) {
-            std::process::exit(Failure::Denied(denied).report().into());
-        }
-        // Whoever had it may have written on another host.
-        self.disk.image.drop_cache();
-        mark(&shared.timeline.lock_acquired);
-        shared.owns_image.store(true, Ordering::Relaxed);
-        self.gave_away.set(false);
-        log::info!("took the image image={}", self.disk.image.path().display());
+        log::info!("took the image image={}", image.path().display());
         Ok(())
     }
 
@@ -314,9 +298,14 @@ impl Device {
 
     /// What queues have to wait for.
     fn obstacle(&self) -> Option<&'static str> {
+        match self.disk.tenure.standing() {
+            Standing::AwaitingClaim => return Some("the claim on the image"),
+            Standing::HandedOver if self.hand_over => {
+                return Some("the image, which was given away");
+            }
+            _ => {}
+        }
         match self.arrival {
-            _ if self.disk.title.is_awaited() => Some("the claim on the image"),
-            _ if self.hand_over && self.gave_away.get() => Some("the image, which was given away"),
             Arrival::Listening { known: false, .. } => Some("a front end that serves page faults"),
             Arrival::Inherited => Some("the end of the postcopy"),
             _ => None,

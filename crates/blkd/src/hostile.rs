@@ -5,7 +5,6 @@
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -14,12 +13,13 @@ use semper_inflight::{NoHook, TrackedQueue};
 use semper_ring::ChainError;
 use vhost::vhost_user::BackendReqHandler;
 
-use crate::block_map::DiskMap;
+use crate::block_map::{DiskMap, Keeping};
 use crate::control::Control;
 use crate::device::{Device, Offer};
 use crate::queue::Disk;
 use crate::request::{ID_SIZE, Parsed, Rules, Slot, parse};
 use crate::state::Shared;
+use crate::tenure::{Standing, Tenure};
 use crate::threads::{Spawn, ThreadMap, Threads};
 use crate::title::Title;
 use crate::worker::Worker;
@@ -60,12 +60,13 @@ impl Target {
         let options = OpenOptions { read_only, ..OpenOptions::default() };
         let image = Image::open(path, options).expect("the target's image");
         let shared = Arc::new(Shared::new(num_queues));
-        shared.owns_image.store(true, Ordering::Relaxed);
         let (image, poll) = (Arc::new(image), Duration::from_micros(20));
-        let map = DiskMap::new(&image, num_queues.into(), None).expect("the target's map");
+        let map =
+            DiskMap::new(&image, num_queues.into(), None, Keeping::Own).expect("the target's map");
         let map = Some(Arc::new(map));
-        let title = Title::none();
-        let disk = Disk { image, serial: [b's'; ID_SIZE], shared, map, poll, title };
+        let (taken, their) = (Standing::Held, (Arc::clone(&image), Arc::clone(&shared)));
+        let tenure = Tenure::new(their.0, their.1, Title::none(), taken);
+        let disk = Disk { image, serial: [b's'; ID_SIZE], shared, map, poll, tenure };
         Self { disk: Arc::new(disk), device: OnceLock::new() }
     }
 

@@ -8,7 +8,7 @@
 //! ```
 //!
 //! Exit status: 0 ended as asked, 1 failed while running, 2 usage, 3 the image is another's (locked,
-//! or given away: see `title`), 4 the image or its epoch record cannot be used.
+//! or given away: see `tenure` and `title`), 4 the image or its epoch record cannot be used.
 //!
 //! The program is [`main`]; a library only so that fuzzers and tests reach its parsers.
 
@@ -32,6 +32,7 @@ mod queue;
 mod request;
 mod serve;
 mod state;
+mod tenure;
 mod threads;
 mod title;
 mod undertaker;

@@ -28,6 +28,7 @@ use super::{Engine, EventFd, Mailbox, Order, Thread};
 use crate::queue::{Disk, QueueSetup};
 use crate::request::ID_SIZE;
 use crate::state::Shared;
+use crate::tenure::{Standing, Tenure};
 use crate::title::Title;
 
 /// Blocks 0 and 1 are in different 4 KiB granules, so that a request can lie in both.
@@ -230,15 +231,17 @@ impl Explorer {
         let Case { setup, stops, eager, backwards } = case;
         let image = tempfile::NamedTempFile::new().unwrap();
         image.as_file().set_len(1 << 16).unwrap();
-        let opened = Image::open(image.path(), OpenOptions::default()).unwrap();
+        let opened = Arc::new(Image::open(image.path(), OpenOptions::default()).unwrap());
         let shared = Arc::new(Shared::new(1));
+        let (title, standing) = (Title::none(), Standing::Held);
+        let tenure = Tenure::new(Arc::clone(&opened), Arc::clone(&shared), title, standing);
         let disk = Arc::new(Disk {
-            image: Arc::new(opened),
+            image: opened,
             serial: [0; ID_SIZE],
             shared,
             map: None,
             poll: Duration::ZERO,
-            title: Title::none(),
+            tenure,
         });
         let world = Rc::new(RefCell::new(World::new(&setup)));
         WORLD.set(Some(Rc::clone(&world)));

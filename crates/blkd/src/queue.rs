@@ -10,7 +10,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::Sender;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use semper_block::{Absorbed, Engine, Image, Op, Submission};
 use semper_blockmap::Recorder;
@@ -24,8 +24,8 @@ use crate::overlap::Overlaps;
 use crate::request::{
     ID_SIZE, Parsed, Rules, STATUS_IOERR, STATUS_OK, STATUS_UNSUPPORTED, Slot, parse,
 };
-use crate::state::{LastError, QueueCounters, Shared, add, mark};
-use crate::title::Title;
+use crate::state::{LastError, QueueCounters, Shared, add, mark, seconds_of_now};
+use crate::tenure::Tenure;
 
 /// Requests taken from one queue before the others get their turn.
 const TURN: usize = 64;
@@ -43,8 +43,8 @@ pub(crate) struct Disk {
     pub map: Option<Arc<DiskMap>>,
     /// How long a thread may look for requests before it sleeps.
     pub poll: Duration,
-    /// By what right the image is written.
-    pub title: Title,
+    /// Whether the image is this process' own now.
+    pub tenure: Tenure,
 }
 
 /// Everything that is needed to start a queue.
@@ -432,9 +432,9 @@ impl Queue {
 
     fn host_error(&self, op: Op, offset: u64, length: u64, errno: i32) {
         add(&self.counters().errors, 1);
-        let time = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |d| d.as_secs_f64());
         let message = std::io::Error::from_raw_os_error(errno).to_string();
-        let error = LastError { op: op.name(), offset, length, errno, message, time };
+        let error =
+            LastError { op: op.name(), offset, length, errno, message, time: seconds_of_now() };
         self.disk.shared.report_host_error(error);
     }
 

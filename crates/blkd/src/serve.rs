@@ -17,7 +17,7 @@ use semper_control::bind;
 use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
 
 use crate::args::{Args, EngineKind};
-use crate::block_map::DiskMap;
+use crate::block_map::{DiskMap, Keeping};
 use crate::control::Control;
 use crate::device::{Device, Offer};
 use crate::failure::{Failure, system};
@@ -25,6 +25,7 @@ use crate::postcopy::{self, Stage, Userfault};
 use crate::queue::Disk;
 use crate::request::ID_SIZE;
 use crate::state::{Phase, Shared, mark};
+use crate::tenure::{Patience, Standing, Tenure};
 use crate::threads::{Spawn, ThreadMap, Threads};
 use crate::title::Title;
 use crate::undertaker;
@@ -42,29 +43,27 @@ pub(crate) fn run(args: Args, shared: Shared) -> Result<(), Failure> {
     let serial = serial_number(&args.serial)?;
     let options =
         OpenOptions { read_only: args.read_only, direct: args.direct, block_size: args.block_size };
-    let mut image = Image::open(blk_file, options).map_err(Failure::Image)?;
+    let image = Image::open(blk_file, options).map_err(Failure::Image)?;
     // A spare has no business with the socket's name; it inherits the socket itself.
     let listener = listen(&args)?;
-    let title = Title::new(&args);
     let control_listener =
         args.control_socket.as_deref().map(bind).transpose().map_err(Failure::Listen)?;
-    if args.spare {
-        shared.set_phase(Phase::Spare);
-    } else if !args.incoming {
-        image.try_lock().map_err(Failure::Lock)?;
-        title.admit(&image).map_err(Failure::Denied)?;
-        image.refresh_size().map_err(Failure::Image)?;
-        if args.direct {
-            image.drop_cache();
-        }
-        mark(&shared.timeline.lock_acquired);
-        shared.owns_image.store(true, Ordering::Relaxed);
+    let (image, shared) = (Arc::new(image), Arc::new(shared));
+    let standing = match (args.spare, args.incoming) {
+        (true, _) => Standing::Waiting,
+        (_, true) => Standing::Incoming,
+        _ => Standing::Opened,
+    };
+    let tenure = Tenure::new(Arc::clone(&image), Arc::clone(&shared), Title::new(&args), standing);
+    match standing {
+        Standing::Waiting => shared.set_phase(Phase::Spare),
+        Standing::Opened => tenure.take(Patience::None, None)?,
+        _ => {}
     }
 
     let poll = Duration::from_micros(args.poll_us.into());
-    let (image, shared) = (Arc::new(image), Arc::new(shared));
     let map = disk_map(&args, &image)?;
-    let disk = Arc::new(Disk { image, serial, shared, map, poll, title });
+    let disk = Arc::new(Disk { image, serial, shared, map, poll, tenure });
     let faults = FaultSwitch::default();
     let track = !args.no_inflight;
     // Without the in-flight region the next process could not know that memory is missing.
@@ -84,10 +83,7 @@ pub(crate) fn run(args: Args, shared: Shared) -> Result<(), Failure> {
     watch_signals(&disk, &device).map_err(system("start the signal thread"))?;
     if args.spare {
         mark(&disk.shared.timeline.spare_ready);
-        disk.image.wait_lock().map_err(Failure::Lock)?;
-        disk.title.admit(&disk.image).map_err(Failure::Denied)?;
-        mark(&disk.shared.timeline.lock_acquired);
-        disk.shared.owns_image.store(true, Ordering::Relaxed);
+        disk.tenure.take(Patience::Unlimited, disk.map.as_deref())?;
         disk.shared.set_phase(Phase::Listening);
     }
     log::info!(
@@ -155,7 +151,9 @@ fn disk_map(args: &Args, image: &Arc<Image>) -> Result<Option<Arc<DiskMap>>, Fai
     if args.no_map {
         return Ok(None);
     }
-    let map = DiskMap::new(image, args.num_queues.into(), args.map_file.as_deref());
+    // The file of a spare is still another's.
+    let keeping = if args.spare { Keeping::Shared } else { Keeping::Own };
+    let map = DiskMap::new(image, args.num_queues.into(), args.map_file.as_deref(), keeping);
     map.map(|map| Some(Arc::new(map))).map_err(system("make the page/block map"))
 }
 
@@ -360,7 +358,7 @@ fn watch_signals(disk: &Arc<Disk>, device: &Arc<Mutex<Device>>) -> io::Result<()
         // Held until the end: no further message can start a queue.
         let mut device = device.lock().unwrap_or_else(PoisonError::into_inner);
         device.stop_all();
-        disk.title.release();
+        disk.tenure.end();
         log::info!("ended; everything in flight was finished");
         std::process::exit(0);
     };

@@ -5,6 +5,7 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
 
@@ -28,6 +29,11 @@ pub(crate) fn now_ns() -> u64 {
     // SAFETY: the call fills the structure; the clock always exists.
     unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut now) };
     now.tv_sec.unsigned_abs() * 1_000_000_000 + now.tv_nsec.unsigned_abs()
+}
+
+/// Seconds since 1970.
+pub(crate) fn seconds_of_now() -> f64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64())
 }
 
 /// Records a milestone if it is the first of its kind.
@@ -93,7 +99,7 @@ pub(crate) fn add(counter: &AtomicU64, n: u64) {
     counter.store(counter.load(Ordering::Relaxed).wrapping_add(n), Ordering::Relaxed);
 }
 
-/// The last request that failed on the host's side.
+/// What failed last on the host's side: a request, or, as "name" and "size", the image itself.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct LastError {
     pub op: &'static str,
@@ -118,8 +124,6 @@ pub(crate) struct Shared {
     /// The guest's cache is write-through, by its choice or because it cannot flush.
     pub write_through: AtomicBool,
     pub tracked: AtomicBool,
-    /// The image is locked for this process; only then a queue may run.
-    pub owns_image: AtomicBool,
     arrival: AtomicU8,
     last_error: Mutex<Option<LastError>>,
 }
@@ -136,7 +140,6 @@ impl Shared {
             host_errors: AtomicU64::new(0),
             write_through: AtomicBool::new(false),
             tracked: AtomicBool::new(false),
-            owns_image: AtomicBool::new(false),
             arrival: AtomicU8::new(Stage::Complete as u8),
             last_error: Mutex::new(None),
         }
@@ -185,6 +188,22 @@ impl Shared {
                 error.message
             );
         }
+        self.note_error(error);
+    }
+
+    /// Records that something is wrong with the image itself, from byte `offset` on.
+    pub(crate) fn report_image_error(
+        &self,
+        op: &'static str,
+        (offset, length): (u64, u64),
+        errno: i32,
+        message: String,
+    ) {
+        log::error!("{message}");
+        self.note_error(LastError { op, offset, length, errno, message, time: seconds_of_now() });
+    }
+
+    fn note_error(&self, error: LastError) {
         *self.last_error.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
     }
 

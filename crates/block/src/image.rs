@@ -3,8 +3,9 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::SECTOR_SIZE;
 
@@ -38,6 +39,13 @@ pub enum ImageError {
     /// The medium is read-only.
     #[error("image {0} is on a read-only medium; mount it read-write, or make the disk read-only")]
     ReadOnlyMedium(PathBuf),
+    /// Its name leads to something else than what was opened.
+    #[error(
+        "image {0} was replaced: its name leads to another file or device than the one that was \
+         opened, and a guest must not go on with another disk; put the right one there, and start \
+         the backend again"
+    )]
+    Replaced(PathBuf),
     /// Not a file and not a block device.
     #[error("image {0} is neither a regular file nor a block device; give one of these")]
     Kind(PathBuf),
@@ -67,12 +75,25 @@ pub enum ImageError {
     },
 }
 
+/// What has become of the name under which an image was opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Name {
+    /// It leads to the image, or cannot be looked at.
+    Kept,
+    /// It leads nowhere: who has the image open has all that is left of it.
+    Removed,
+    /// It leads to something else.
+    Replaced,
+}
+
 /// An open raw image or block device. All sizes in bytes.
 #[derive(Debug)]
 pub struct Image {
     file: File,
     path: PathBuf,
-    file_size: u64,
+    /// Relaxed: it changes only in [`Image::refresh_size`], and what happens before and after is
+    /// ordered by the lock and by the start of the queues.
+    file_size: AtomicU64,
     read_only: bool,
     direct: bool,
     block_size: u32,
@@ -102,17 +123,17 @@ impl Image {
         };
         let least = offset_alignment.max(SECTOR_SIZE as u32);
         let block_size = options.block_size.unwrap_or(least);
-        let fits = block_size.is_power_of_two()
-            && (least..=65536).contains(&block_size)
-            && (block_size == SECTOR_SIZE as u32 || file_size % u64::from(block_size) == 0);
-        if !fits {
+        if !block_size.is_power_of_two()
+            || !(least..=65536).contains(&block_size)
+            || !suits(block_size, file_size)
+        {
             let wants = format!("a power of two from {least} to 65536 that divides its size");
             return Err(ImageError::BlockSize { path: path.to_owned(), asked: block_size, wants });
         }
         Ok(Self {
             file,
             path: path.to_owned(),
-            file_size,
+            file_size: AtomicU64::new(file_size),
             read_only: options.read_only,
             direct: options.direct,
             block_size,
@@ -137,26 +158,47 @@ impl Image {
 
     /// Size of the file or device.
     pub fn file_size(&self) -> u64 {
-        self.file_size
+        self.file_size.load(Ordering::Relaxed)
     }
 
     /// Size that the guest sees: whole sectors, the last one perhaps ending beyond the file.
     pub fn capacity(&self) -> u64 {
-        self.file_size.next_multiple_of(SECTOR_SIZE)
+        self.file_size().next_multiple_of(SECTOR_SIZE)
     }
 
-    /// Looks at the size again, after the lock was taken: until then another process wrote.
+    /// Looks at the size again, once the lock was taken: until then another process wrote, and may
+    /// have made the image larger or smaller. No request may be in flight.
     ///
     /// # Errors
-    /// [`ImageError::Empty`] or [`ImageError::Io`].
-    pub fn refresh_size(&mut self) -> Result<(), ImageError> {
+    /// [`ImageError::Empty`], [`ImageError::BlockSize`] or [`ImageError::Io`]; the size that was
+    /// known stays.
+    pub fn refresh_size(&self) -> Result<(), ImageError> {
         let path = || self.path.clone();
         let size = size_of(&self.file).map_err(|source| ImageError::Io { path: path(), source })?;
         if size == 0 {
             return Err(ImageError::Empty(path()));
         }
-        self.file_size = size;
+        if !suits(self.block_size, size) {
+            let wants = format!("one that divides its size, now {size}");
+            return Err(ImageError::BlockSize { path: path(), asked: self.block_size, wants });
+        }
+        self.file_size.store(size, Ordering::Relaxed);
         Ok(())
+    }
+
+    /// Looks whether the image's name still leads to it. A block device is known by its number,
+    /// since its node may be made anew; a file by its file system and inode.
+    pub fn name(&self) -> Name {
+        let identity = |m: &std::fs::Metadata| match m.file_type().is_block_device() {
+            true => (true, m.rdev(), 0),
+            false => (false, m.dev(), m.ino()),
+        };
+        match (self.file.metadata(), std::fs::metadata(&self.path)) {
+            (Ok(open), Ok(named)) if identity(&open) != identity(&named) => Name::Replaced,
+            (_, Err(error)) if error.kind() == io::ErrorKind::NotFound => Name::Removed,
+            // What cannot be looked at is not known to have changed.
+            _ => Name::Kept,
+        }
     }
 
     /// Lets go of what the page cache holds of the image: before it is served around the cache,
@@ -237,6 +279,12 @@ fn open_file(path: &Path, options: OpenOptions) -> Result<File, ImageError> {
         Some(libc::EINVAL) if options.direct => ImageError::Direct(path),
         _ => ImageError::Io { path, source },
     })
+}
+
+/// Whether an image of this size is of whole blocks. (Sectors it need not fill: see
+/// [`Image::capacity`].)
+fn suits(block_size: u32, file_size: u64) -> bool {
+    block_size == SECTOR_SIZE as u32 || file_size % u64::from(block_size) == 0
 }
 
 fn size_of(file: &File) -> io::Result<u64> {

@@ -22,7 +22,7 @@ mod uring;
 
 pub use engine::{Engine, Submission};
 pub use fault::{FaultEngine, FaultRule, FaultSwitch};
-pub use image::{Image, ImageError, OpenOptions};
+pub use image::{Image, ImageError, Name, OpenOptions};
 pub use io::{Absorbed, Io, Op};
 pub use lock::{Holder, LockError};
 #[cfg(target_arch = "x86_64")]

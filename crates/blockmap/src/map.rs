@@ -130,6 +130,15 @@ impl BlockMap {
         Self::with(capacity, Touched::of_file(path, identity, blocks(capacity))?)
     }
 
+    /// The same for a process that waits, while another may use the file: that of another disk is
+    /// left alone.
+    ///
+    /// # Errors
+    /// The system's, and that there is no file of this disk.
+    pub fn with_existing(capacity: u64, path: &Path, identity: [u8; 32]) -> io::Result<Self> {
+        Self::with(capacity, Touched::of_existing(path, identity, blocks(capacity))?)
+    }
+
     fn with(capacity: u64, touched: Touched) -> io::Result<Self> {
         let versions = Versions::new(blocks(capacity))?;
         Ok(Self { capacity, versions, touched, tables: Mutex::default() })

@@ -27,6 +27,11 @@ fn words(blocks: u64) -> usize {
     blocks.div_ceil(64) as usize
 }
 
+/// Bytes of a file.
+fn size(blocks: u64) -> u64 {
+    FILE_HEADER as u64 + (words(blocks) * 8).next_multiple_of(PAGE_SIZE) as u64
+}
+
 impl Touched {
     pub(crate) fn new(blocks: u64) -> io::Result<Self> {
         Ok(Self { words: Lazy::new(words(blocks))?, blocks })
@@ -40,12 +45,24 @@ impl Touched {
     /// # Errors
     /// The system's.
     pub(crate) fn of_file(path: &Path, identity: [u8; 32], blocks: u64) -> io::Result<Self> {
-        let size = FILE_HEADER as u64 + (words(blocks) * 8).next_multiple_of(PAGE_SIZE) as u64;
-        let file = match open_existing(path, identity, size) {
+        let file = match open_existing(path, identity, size(blocks)) {
             Some(file) => file,
-            None => create(path, identity, size)?,
+            None => create(path, identity, size(blocks))?,
         };
-        Ok(Self { words: Lazy::of_file(&file, FILE_HEADER as u64, words(blocks))?, blocks })
+        Self::of_words(&file, blocks)
+    }
+
+    /// The same, of a file that another process may still use: it is never made anew.
+    ///
+    /// # Errors
+    /// The system's, and that there is no such file.
+    pub(crate) fn of_existing(path: &Path, identity: [u8; 32], blocks: u64) -> io::Result<Self> {
+        let file = open_existing(path, identity, size(blocks));
+        Self::of_words(&file.ok_or(io::ErrorKind::NotFound)?, blocks)
+    }
+
+    fn of_words(file: &File, blocks: u64) -> io::Result<Self> {
+        Ok(Self { words: Lazy::of_file(file, FILE_HEADER as u64, words(blocks))?, blocks })
     }
 
     /// Sets the bits of `blocks`.
@@ -169,7 +186,11 @@ mod tests {
         let path = std::env::temp_dir().join(format!("semper-touched-{}", std::process::id()));
         let first = Touched::of_file(&path, [1; 32], 5000).unwrap();
         first.set(7);
-        let spare = Touched::of_file(&path, [1; 32], 5000).unwrap();
+        let spare = Touched::of_existing(&path, [1; 32], 5000).unwrap();
+        assert!(
+            Touched::of_existing(&path, [2; 32], 5000).is_err(),
+            "another disk's is left alone"
+        );
         first.set(4999);
         assert_eq!(set(&spare), [7, 4999], "also what is touched while it waits");
         drop((first, spare));

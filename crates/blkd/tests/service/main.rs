@@ -21,4 +21,5 @@ mod program;
 mod recovery;
 mod requests;
 mod sudden_death;
+mod tenure;
 mod threads;
