@@ -269,10 +269,10 @@ impl Device {
         let Some(map) = &self.disk.map else { return };
         map.set_shared(true);
         let (reply, seen) = mpsc::channel();
-        // Nobody has this queue: the thread that takes the order drops the sender.
-        self.threads.all(|| Order::Stop { index: u16::MAX, reply: reply.clone() });
+        self.threads.all(|| Order::Report { reply: reply.clone() });
         drop(reply);
-        let _ = seen.recv();
+        // Until all senders are gone: each thread has reported, or has ended.
+        while seen.recv().is_ok() {}
     }
 
     /// Starts the queue if everything is there and it does not run yet.

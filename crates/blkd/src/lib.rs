@@ -15,9 +15,9 @@
 mod args;
 mod block_map;
 mod config;
+mod contention;
 mod control;
 mod crash;
-mod crowd;
 mod device;
 mod dirty_log;
 mod eventfd;

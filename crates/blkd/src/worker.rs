@@ -12,7 +12,7 @@ use std::thread;
 
 use semper_block::Engine;
 
-use crate::crowd::Crowd;
+use crate::contention::Contention;
 use crate::dirty_log::DirtyLog;
 use crate::eventfd::EventFd;
 use crate::overlap::Overlaps;
@@ -40,6 +40,8 @@ pub(crate) enum Order {
     Call { index: u16, call: Option<EventFd> },
     /// Pages that the device writes are to be logged like this from now on.
     Log { index: u16, log: Option<DirtyLog>, reply: Sender<()> },
+    /// Say that everything that was changed before this order is seen.
+    Report { reply: Sender<()> },
     /// End the thread as soon as it has no queue any more.
     End,
 }
@@ -106,7 +108,7 @@ struct Thread<E> {
     queues: Vec<Queue>,
     overlaps: Overlaps,
     poller: Poller,
-    crowd: Crowd,
+    contention: Contention,
     /// The last sleep was for the medium.
     waited: bool,
     finished: Vec<(u64, i32)>,
@@ -125,7 +127,7 @@ impl<E: Engine> Thread<E> {
             queues: Vec::new(),
             overlaps: Overlaps::new(),
             poller,
-            crowd: Crowd::new(),
+            contention: Contention::new(),
             waited: false,
             finished: Vec::new(),
             ended: false,
@@ -193,7 +195,7 @@ impl<E: Engine> Thread<E> {
         }
         let start = now_ns();
         // Looking would take the time from whoever waits for a processor: the guest, perhaps.
-        if self.crowd.is_crowded(start) {
+        if self.contention.is_present(start) {
             return false;
         }
         let mut before = start;
@@ -290,6 +292,10 @@ impl<E: Engine> Thread<E> {
                 if let Some(queue) = self.queues.iter_mut().find(|q| q.index == index) {
                     queue.set_log(log);
                 }
+                // The device that asked waits for it, unless it is gone.
+                let _ = reply.send(());
+            }
+            Order::Report { reply } => {
                 // The device that asked waits for it, unless it is gone.
                 let _ = reply.send(());
             }
