@@ -13,7 +13,7 @@ the median of the rounds is reported with its spread.
     ratios, verdicts            what follows from them (pure)
     results, machine            what is kept, and on which machine it was seen
     table, plot, markdown       how it is shown
-    sections                    where it stands in SPECIFICATION.md
+    sections                    where it stands in docs/reference/measurements
     fleet, processes            many disks in one agent, and what the kernel says of them
     scale, idle                 programs of their own: what those disks hold, and use without I/O
     migration                   another: guests that move, in three ways

@@ -53,7 +53,7 @@ FULL = (
     *_both(K4, 32, queues=2),
     Case(K4, "randread", 1, polling=True),
 )
-"""Everything, as SPECIFICATION.md shows it."""
+"""Everything, as docs/reference/measurements/disks.md shows it."""
 
 RATES = tuple(Case(K4, "randread", 64, rate=rate) for rate in (2_000, 20_000, 100_000))
 """Requests at a given rate, to see what waiting for them costs; only when asked for."""

@@ -73,7 +73,7 @@ async def watch(running: fleet.Fleet, seconds: float) -> Idleness:
 
 
 def document(seen: Idleness, on: dict[str, str]) -> str:
-    """For SPECIFICATION.md."""
+    """For docs/reference/measurements/fleet.md."""
     shape = seen.shape
     lines = [
         f"{markdown.provenance(on)}. {shape}, no I/O, {seen.seconds:.0f} s.\n",

@@ -1,4 +1,4 @@
-"""The tables that stand in SPECIFICATION.md."""
+"""The tables that stand in docs/reference/measurements."""
 
 from collections.abc import Iterator
 

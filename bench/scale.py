@@ -119,7 +119,7 @@ def typical(seen: list[Footprint]) -> Footprint:
 
 
 def document(scale: Scale, on: dict[str, str]) -> str:
-    """For SPECIFICATION.md."""
+    """For docs/reference/measurements/fleet.md."""
     lines = [f"{markdown.provenance(on)}.\n"]
     lines += [f"| {' | '.join(COLUMNS)} |", f"|---|{'--:|' * (len(COLUMNS) - 1)}"]
     fleets = (scale.few, scale.many)

@@ -1,4 +1,4 @@
-"""The figures of a run as tables for the terminal and for SPECIFICATION.md, and as a picture."""
+"""The figures of a run: tables for the terminal and docs/reference/measurements, and a picture."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,7 +67,7 @@ def _goal_cells(results: Results, judgement: Judgement) -> list[str]:
 
 
 def document(results: Results) -> str:
-    """Everything between the markers of SPECIFICATION.md."""
+    """Everything between the markers of docs/reference/measurements/moves.md."""
     return "\n".join(_lines(results))
 
 

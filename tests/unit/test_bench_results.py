@@ -21,10 +21,11 @@ from bench.driver import pinned
 from bench.kept import KeptError
 from bench.load import Figures, LoadError, arguments, figures
 from bench.results import Results, Row, Sample
-from bench.sections import BENCH, COST, IDLE, MIGRATE, SCALE, MarkersError
+from bench.sections import BENCH, COST, IDLE, MIGRATE, SCALE, MarkersError, Section
 from bench.storages import Storage, StorageError, file_system, prepared
 from bench.suites import SUITES
 
+MEASUREMENTS = Path(__file__).parents[2] / "docs/reference/measurements"
 FIGURES = Figures(
     iops=1000.0, mb_per_s=4.0, mean_us=10.0, p50_us=10.0, p90_us=11.0, p99_us=20.0, p999_us=30.0,
     max_us=40.0, cpu_us=5.0, switches=1.0, own_cpu_us=1.0, kicks=1.0, sleeps=1.0, ios=1000,
@@ -87,7 +88,7 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_document_stands_between_the_markers(tmp_path: Path) -> None:
-    path = tmp_path / "SPECIFICATION.md"
+    path = tmp_path / "disks.md"
     path.write_text(f"head\n{BENCH.begin}\nold\n{BENCH.end}\ntail\n")
     BENCH.write(path, markdown.document(made(2)))
     BENCH.write(path, markdown.document(made(2)))
@@ -101,7 +102,7 @@ def test_the_document_stands_between_the_markers(tmp_path: Path) -> None:
 
 
 def test_a_document_without_markers_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "SPECIFICATION.md"
+    path = tmp_path / "disks.md"
     path.write_text("nothing\n")
     with pytest.raises(MarkersError):
         BENCH.write(path, markdown.document(made(2)))
@@ -225,9 +226,13 @@ def test_each_suite_knows_its_backends_and_cases() -> None:
         assert {case for goal in suite.goals for case in goal.cases} <= set(suite.cases)
 
 
-def test_the_specification_has_a_place_for_every_section() -> None:
-    text = (Path(__file__).parents[2] / "SPECIFICATION.md").read_text()
-    for section in (BENCH, COST, MIGRATE, IDLE, SCALE):
+@pytest.mark.parametrize(
+    ("page", "sections"),
+    [("disks", (BENCH, COST)), ("moves", (MIGRATE,)), ("fleet", (IDLE, SCALE))],
+)
+def test_every_section_has_its_place(page: str, sections: tuple[Section, ...]) -> None:
+    text = (MEASUREMENTS / f"{page}.md").read_text()
+    for section in sections:
         assert text.count(section.begin) == text.count(section.end) == 1
 
 
