@@ -25,7 +25,7 @@ from sempervirt.agent.agent import Agent
 from sempervirt.api.client import Client
 from sempervirt.api.server import serving_hosts
 from sempervirt.cluster.cluster import Cluster, begin_cluster, read_settings
-from sempervirt.cluster.joining import join_cluster
+from sempervirt.cluster.joining import ask_to_join, join_cluster
 from sempervirt.cluster.membership import Membership
 from sempervirt.core.errors import (
     AgentUnavailable,
@@ -36,6 +36,7 @@ from sempervirt.core.errors import (
     StateConflict,
     Unavailable,
 )
+from sempervirt.host.http import Connection
 from sempervirt.migration.sides import side_of
 from sempervirt.qemu.spec import VmSpec
 from sempervirt.store import epoch
@@ -240,8 +241,9 @@ async def test_an_invitation_opens_no_other_door(first: Served) -> None:
         for ask in (client.agent, client.vms, client.disks, client.host):
             with pytest.raises(NotAllowed, match="good for joining"):
                 await ask()
+    async with Connection.to_host(first.address, "a", invitation.client_context()) as connection:
         with pytest.raises(InvalidRequest, match="not a certificate signing request"):
-            await client.join("nonsense", "127.0.0.1:1")
+            await ask_to_join(connection, "nonsense", "127.0.0.1:1")
     # The token was not used up by that.
     assert "tokens/b" in (await first.cluster.store.read("tokens/")).entries
 
@@ -249,9 +251,9 @@ async def test_an_invitation_opens_no_other_door(first: Served) -> None:
 async def test_a_member_cannot_join_in_anothers_name(first: Served, host_config: Place) -> None:
     config = await joined(first, host_config("b"))
     identity = Identity(config.trust_dir)
-    async with Client.connect_host(first.address, "a", identity.client_context()) as client:
+    async with Connection.to_host(first.address, "a", identity.client_context()) as connection:
         with pytest.raises(NotAllowed, match="only an invitation"):
-            await client.join(identity.request("a"), "127.0.0.1:1")
+            await ask_to_join(connection, identity.request("a"), "127.0.0.1:1")
 
 
 @pytest.mark.parametrize("text", ["", "nonsense", PREFIX, PREFIX + "AAAA", PREFIX + "e30"])
@@ -479,10 +481,12 @@ async def test_what_would_stop_a_migration_is_all_listed(
             record = epoch.record_path(spec.disks[0].image)
             assert (found := epoch.read_epoch(record)) is not None
             assert (found.epoch, found.holder) == (1, "a")  # claimed when it was run
-            side = await side_of(second.agent, "b", spec, source=False)
+            facts = await second.agent.host()
+            side = await side_of(facts, "b", spec, vm_state="", source=False)
             assert side.images["root"].id == found.image
             record.unlink()
-            assert (await side_of(second.agent, "b", spec, source=False)).images["root"].id == ""
+            side = await side_of(facts, "b", spec, vm_state="", source=False)
+            assert side.images["root"].id == ""
     await first.agent.vm("web").kill()
 
 

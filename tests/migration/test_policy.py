@@ -14,12 +14,13 @@ import pytest
 from lab.guest import VM, Guest
 from lab.network import FAR, UNLIMITED, Link
 from lab.world import DEADLINE_S, POLL_S, Host, World
-from sempervirt.api.client import Client
 from sempervirt.api.schemas import MigrateRequest
 from sempervirt.core.errors import ImageLocked, NotAllowed, StateConflict
-from sempervirt.migration.messages import MigrationView, MovePolicy, RunRequest
+from sempervirt.host.http import Connection
+from sempervirt.migration.messages import MigrationView, MovePolicy
+from sempervirt.migration.peer import DestinationPeer
 from sempervirt.qemu.state import Runstate
-from sempervirt.vm.phases import Arrival
+from sempervirt.vm.phases import Arrival, Mode, Phase
 from tests.migration.judge import faults_of
 from tests.migration.phases import Phases
 
@@ -42,7 +43,7 @@ async def begin(guest: Guest, policy: MovePolicy) -> None:
         await client.migrate(VM, MigrateRequest(to="b", policy=policy))
 
 
-async def until(host: Host, *phases: str, over: bool = True) -> MigrationView:
+async def until(host: Host, *phases: Phase, over: bool = True) -> MigrationView:
     """Waits until a migration is in one of these phases, and over."""
     async with host.client() as client, asyncio.timeout(DEADLINE_S):
         while True:
@@ -79,10 +80,10 @@ async def test_a_move_can_be_given_up_until_the_store_was_asked() -> None:
     async with at_home(FAR) as guest, guest.outside() as outside:
         a, _ = guest.world.hosts
         await begin(guest, MovePolicy())
-        await until(a, "precopy", over=False)
+        await until(a, Phase.PRECOPY, over=False)
         async with a.client() as client:
             view = await client.cancel_migration(VM)
-        assert (view.phase, view.why, view.over) == ("abandoned", "cancelled", True)
+        assert (view.phase, view.why, view.over) == (Phase.ABANDONED, "cancelled", True)
         # It is too late for another one, and early enough for another move.
         await a.semper("vm", "migrate", VM, "--cancel", code=5)
         await a.semper("vm", "migrate", VM, "--to", "b")
@@ -103,8 +104,8 @@ async def test_postcopy_brings_the_rest_of_the_memory_later(broken: bool) -> Non
             await guest.wait_beat(world.b)
             for pid in world.a.processes("semper-wired"):
                 os.kill(pid, signal.SIGKILL)
-        view = await until(world.a, "done")
-        assert view.mode == "postcopy"
+        view = await until(world.a, Phase.DONE)
+        assert view.mode is Mode.POSTCOPY
         # It ran there long before the rest had come.
         assert view.blackout_ms is not None
         assert view.blackout_ms / 1e3 < view.elapsed_s / 2
@@ -114,7 +115,7 @@ async def test_postcopy_brings_the_rest_of_the_memory_later(broken: bool) -> Non
 async def test_without_leave_for_postcopy_there_is_none() -> None:
     async with at_home(FAR) as guest:
         await begin(guest, SOON)
-        assert (await until(guest.world.a, "abandoned")).mode == "precopy"
+        assert (await until(guest.world.a, Phase.ABANDONED)).mode is Mode.PRECOPY
         await unharmed(guest, guest.world.a)
 
 
@@ -144,19 +145,20 @@ async def test_a_host_that_is_gone_loses_its_vm_by_evidence_only() -> None:
 
 
 async def test_only_a_host_sends_vms_here() -> None:
-    async with World.opened(UNLIMITED) as world, world.a.client() as client:
-        await refused(client)
+    async with World.opened(UNLIMITED) as world:
+        socket = world.a.config.socket
+        async with Connection.to_socket(socket, "") as connection:
+            await refused(DestinationPeer(connection, "0" * 32))
 
 
-async def refused(client: Client) -> None:
+async def refused(peer: DestinationPeer) -> None:
     """By none of the doors."""
-    claim = RunRequest(epoch=2, claim="0" * 32)
     for ask in (
-        client.arrival("0" * 32, Arrival.INCOMING, 0.0),
-        client.run_arrival("0" * 32, claim),
-        client.abort_arrival("0" * 32, "because"),
-        client.promise_arrival("0" * 32),
-        client.recover_arrival("0" * 32),
+        peer.look(Arrival.INCOMING, 0.0),
+        peer.run(2, "0" * 32),
+        peer.abort("because"),
+        peer.promise(),
+        peer.recover(),
     ):
         with pytest.raises(NotAllowed, match="only another host"):
             await ask
@@ -167,7 +169,7 @@ async def test_an_agent_that_is_told_to_end_leaves_no_guest_in_between() -> None
     async with at_home(FAR) as guest:
         a, _ = guest.world.hosts
         await begin(guest, MovePolicy())
-        await until(a, "precopy", over=False)
+        await until(a, Phase.PRECOPY, over=False)
         await a.end_agent()
         await unharmed(guest, a)
         await a.start_agent()

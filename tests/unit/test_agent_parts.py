@@ -16,13 +16,13 @@ from sempervirt.core.queue_map import Binding, Choice, DevicePlan
 from sempervirt.daemon.logs import log_to_stderr
 from sempervirt.daemon.main import main
 from sempervirt.daemon.notify import notify
+from sempervirt.host.places import default_run_dir, default_state_dir
 from sempervirt.host.procfs import ProcessId
 from sempervirt.host.records import RecordDamaged
 from sempervirt.qemu.accel import Accelerator
 from sempervirt.qemu.spec import VmSpec
 from sempervirt.qemu.state import End, Runstate, VmState
 from sempervirt.store.registry import Claim
-from sempervirt.vm.config import default_run_dir, default_state_dir
 from sempervirt.vm.phases import Arrival, Mode, Phase
 from sempervirt.vm.record import VmRecord, read_vm_record
 from sempervirt.vm.work import Arriving, Departing, Restarting, Restoring, Saving, Work

@@ -1,5 +1,5 @@
 """Migrations of this host's VMs: how they begin, go on after a restart of the agent, and are
-settled by an operator. What happens in between is in `departure` and `reception`.
+settled by an operator. The rooms `migration.source` and `migration.destination` do the rest.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import secrets
 from contextlib import AsyncExitStack
 
 from sempervirt.agent.agent import Agent
-from sempervirt.api.client import Client
+from sempervirt.cluster import peer
 from sempervirt.cluster.cluster import Cluster, Member
 from sempervirt.core.errors import (
     InvalidRequest,
@@ -19,12 +19,14 @@ from sempervirt.core.errors import (
     StateConflict,
     Unavailable,
 )
-from sempervirt.migration.destination.driver import Reception
-from sempervirt.migration.events import Resolved, Side
+from sempervirt.migration.destination.migration import DestinationMigration
+from sempervirt.migration.events import Side
 from sempervirt.migration.messages import ArrivalRequest, MovePolicy
 from sempervirt.migration.obstacles import Obstacle, obstacles
+from sempervirt.migration.peer import host_side
 from sempervirt.migration.sides import find_destination, membership_obstacles, side_of
-from sempervirt.migration.source.driver import Departure
+from sempervirt.migration.source.migration import SourceMigration
+from sempervirt.migration.source.state import Resolved
 from sempervirt.qemu.state import Runstate
 from sempervirt.store import epoch
 from sempervirt.store.records import Custody
@@ -43,22 +45,23 @@ async def find_obstacles(agent: Agent, vm: Vm, cluster: Cluster, member: Member)
     """
     host = member.host.name
     found = list(membership_obstacles(member))
-    here = await side_of(agent, cluster.settings.host, vm.spec, source=True)
+    facts = await agent.host()
+    state = vm.run.value
+    here = await side_of(facts, cluster.settings.host, vm.spec, vm_state=state, source=True)
     if vm.record.claim is None:
         what = f"VM {vm.name} was started before this host belonged to a cluster"
         found.append(Obstacle(what, "end it and run it again"))
     if found:
         return found
-    tls = cluster.identity.client_context()
     try:
-        async with Client.connect_host(member.host.address, host, tls) as client:
-            there = await client.migration_side(vm.spec)
+        async with peer.connect(cluster, host, member.host.address) as connection:
+            there = await host_side(connection, vm.spec)
     except SempervirtError as error:
         return [Obstacle(f"{host} cannot be asked: {error.message}", error.remedy)]
     return obstacles(vm.spec, vm.record.accelerator.kind, here, there)
 
 
-async def depart(agent: Agent, name: str, to: str, policy: MovePolicy) -> Departure:
+async def depart(agent: Agent, name: str, to: str, policy: MovePolicy) -> SourceMigration:
     """Begins to move a VM to another host.
 
     Raises NotFound, StateConflict with every reason that stands in the way, Unavailable,
@@ -76,32 +79,32 @@ async def depart(agent: Agent, name: str, to: str, policy: MovePolicy) -> Depart
                 f"VM {name} cannot move to {to}: " + "; ".join(item.what for item in found),
                 remedy=f"see what can be done: semper vm migrate {name} --to {to} --dry-run",
             )
-        record = Departing(
-            secrets.token_hex(16), to, member.host.address, vm.run is Runstate.RUNNING
-        )
-        departure = Departure(vm, cluster, record)
-        await departure.begin(policy, stack.pop_all())
-        return departure
+        running = vm.run is Runstate.RUNNING
+        work = Departing(secrets.token_hex(16), to, member.host.address, running)
+        return await SourceMigration.begin(vm, cluster, work, policy, stack)
 
 
-def departure_of(vm: Vm) -> Departure:
+def source_of(vm: Vm) -> SourceMigration:
     """The last migration of a VM from here. Raises NotFound."""
-    if not isinstance(vm.moving, Departure):
+    if not isinstance(vm.moving, SourceMigration):
         raise NotFound(f"VM {vm.name} was not migrated from here")
     return vm.moving
 
 
-def reception_of(agent: Agent, migration: str, source: str) -> Reception:
-    """A migration to this host from `source`. Raises NotFound."""
+def destination_of(agent: Agent, migration: str, source: str) -> DestinationMigration:
+    """A migration to this host from `source`, by its id. Raises NotFound."""
     for vm in agent.vms.values():
         moving = vm.moving
-        same = isinstance(moving, Reception) and moving.record.source == source
-        if isinstance(moving, Reception) and same and moving.id == migration:
+        if (
+            isinstance(moving, DestinationMigration)
+            and moving.work.source == source
+            and moving.work.id == migration
+        ):
             return moving
     raise NotFound(f"no migration {migration} comes here from {source}")
 
 
-async def receive(agent: Agent, request: ArrivalRequest, source: str) -> Reception:
+async def receive(agent: Agent, request: ArrivalRequest, source: str) -> DestinationMigration:
     """Prepares for a VM that comes from the host `source`; returns when all is ready.
 
     Raises NotAllowed, InvalidRequest, StateConflict or Unavailable; nothing is left then.
@@ -109,28 +112,26 @@ async def receive(agent: Agent, request: ArrivalRequest, source: str) -> Recepti
     if request.source != source:
         raise InvalidRequest(f"{source} cannot send a VM in the name of {request.source}")
     await asyncio.to_thread(_check_images, request)
-    async with AsyncExitStack() as stack:
-        cluster = await stack.enter_async_context(Cluster.opened(agent.config))
+    async with AsyncExitStack() as kept:
+        cluster = await kept.enter_async_context(Cluster.opened(agent.config))
         settings = cluster.settings
         images = tuple(request.images.values())
-        record = Arriving(request.id, source, request.running, request.epoch, images)
-        vm = await agent.receive_vm(request.spec, request.machine, settings.host, record)
-        reception = Reception(vm, cluster, record)
-        vm.moving = reception
-        try:
+        work = Arriving(request.id, source, request.running, request.epoch, images)
+        vm = await agent.receive_vm(request.spec, request.machine, settings.host, work)
+        async with AsyncExitStack() as undo:
+            undo.push_async_callback(agent.forget_vm, vm.name)
+            undo.push_async_callback(vm.kill, "its arrival could not be prepared")
             if vm.record.accelerator.kind != request.accelerator:
                 raise StateConflict(
                     f"the VM runs with {request.accelerator}, and {settings.host} would run it "
                     f"with {vm.record.accelerator.kind}"
                 )
-            await reception.prepare(postcopy=request.postcopy)
-        except BaseException:
-            vm.moving = None
-            await vm.kill("its arrival could not be prepared")
-            await agent.forget_vm(vm.name)
-            raise
-        reception.go_to_work(stack.pop_all(), lambda: agent.forget_vm(vm.name))
-        return reception
+            migration = await DestinationMigration.prepare(
+                vm, cluster, work, lambda: agent.forget_vm(vm.name), postcopy=request.postcopy
+            )
+            undo.pop_all()
+        migration.begin(kept.pop_all())
+        return migration
 
 
 def _check_images(request: ArrivalRequest) -> None:
@@ -164,11 +165,11 @@ async def _resume(agent: Agent, vm: Vm) -> None:
     async with AsyncExitStack() as stack:
         cluster = await stack.enter_async_context(Cluster.opened(agent.config))
         if isinstance(vm.work, Departing):
-            departure = Departure(vm, cluster, vm.work)
-            await departure.resume(stack.pop_all())
+            await SourceMigration.resume(vm, cluster, vm.work, stack)
         elif isinstance(vm.work, Arriving):
-            reception = Reception(vm, cluster, vm.work)
-            await reception.resume(stack.pop_all(), lambda: agent.forget_vm(vm.name))
+            await DestinationMigration.resume(
+                vm, cluster, vm.work, stack, lambda: agent.forget_vm(vm.name)
+            )
 
 
 async def resolve(agent: Agent, name: str, owner: str, evidence: str) -> str:
@@ -201,9 +202,9 @@ def _settle_here(agent: Agent, name: str, evidence: str) -> bool:
     """The VM stays here, whatever the store was asked."""
     vm = agent.vms.get(name)
     moving = vm.moving if vm else None
-    if not isinstance(moving, Departure) or moving.over:
+    if not isinstance(moving, SourceMigration) or moving.over:
         return False
-    moving.settle(Resolved(Side.SOURCE, evidence))
+    moving.resolve(Resolved(Side.SOURCE, evidence))
     return True
 
 

@@ -6,8 +6,8 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 
-from sempervirt.api.schemas import ErrorBody, ErrorView
 from sempervirt.core.errors import InvalidRequest, SempervirtError, kind_of
+from sempervirt.host.http import ErrorBody, ErrorView
 
 
 def install(app: FastAPI) -> None:

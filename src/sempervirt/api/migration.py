@@ -10,7 +10,6 @@ from sempervirt.agent import moves
 from sempervirt.agent.agent import Agent
 from sempervirt.api.routes import AgentHere, VmHere
 from sempervirt.api.schemas import (
-    ErrorView,
     HostSideView,
     ImageSeenView,
     MigrateRequest,
@@ -20,6 +19,7 @@ from sempervirt.api.schemas import (
 )
 from sempervirt.cluster.cluster import Cluster, read_settings
 from sempervirt.core.errors import NotAllowed
+from sempervirt.host.http import ErrorView
 from sempervirt.migration.messages import ArrivalAnswer, ArrivalRequest, MigrationView, RunRequest
 from sempervirt.migration.sides import find_destination, side_of
 from sempervirt.qemu.spec import VmSpec
@@ -32,7 +32,10 @@ router = APIRouter(prefix="/v1", responses={"default": {"model": ErrorView}}, ta
 @router.post("/migration/side")
 async def migration_side(agent: AgentHere, spec: VmSpec) -> HostSideView:
     """What this host is, has and sees of a VM that may come here. Changes nothing."""
-    side = await side_of(agent, _own_name(agent), spec, source=False)
+    present = agent.vms.get(spec.name)
+    state = present.run.value if present else ""
+    facts = await agent.host()
+    side = await side_of(facts, _own_name(agent), spec, vm_state=state, source=False)
     return HostSideView(
         name=side.name,
         accelerator=side.accelerator,
@@ -70,15 +73,15 @@ async def migrate_vm(agent: AgentHere, name: str, body: MigrateRequest) -> Migra
 @router.get("/vms/{name}/migration")
 async def get_migration(vm: VmHere) -> MigrationView:
     """The last migration of a VM from this host."""
-    return moves.departure_of(vm).view()
+    return moves.source_of(vm).view()
 
 
 @router.delete("/vms/{name}/migration")
 async def cancel_migration(vm: VmHere) -> MigrationView:
     """Has the VM stay; answers when it does. Too late once the store was asked."""
-    departure = moves.departure_of(vm)
-    await departure.cancel()
-    return departure.view()
+    moving = moves.source_of(vm)
+    await moving.cancel()
+    return moving.view()
 
 
 @router.post("/vms/{name}/resolve")
@@ -118,21 +121,19 @@ async def get_arrival(
     wait_s: Annotated[float, Query(ge=0, le=10)] = 0.0,
 ) -> ArrivalAnswer:
     """How far it is; answers when that is not `seen` any more, or after `wait_s`."""
-    return await moves.reception_of(agent, migration, source).answer_after(seen, wait_s)
+    return await moves.destination_of(agent, migration, source).answer_after(seen, wait_s)
 
 
 @router.post("/arrivals/{migration}/promise", status_code=status.HTTP_204_NO_CONTENT)
 async def promise_arrival(agent: AgentHere, source: HostThere, migration: str) -> None:
     """From now on this host waits for the outcome."""
-    await moves.reception_of(agent, migration, source).promise()
+    await moves.destination_of(agent, migration, source).promise()
 
 
 @router.post("/arrivals/{migration}/recover")
 async def recover_arrival(agent: AgentHere, source: HostThere, migration: str) -> ArrivalAnswer:
     """Waits for a stream that broke in postcopy, on a new wire."""
-    reception = moves.reception_of(agent, migration, source)
-    await reception.recover()
-    return reception.answer()
+    return await moves.destination_of(agent, migration, source).recover()
 
 
 @router.post("/arrivals/{migration}/run", status_code=status.HTTP_204_NO_CONTENT)
@@ -140,13 +141,13 @@ async def run_arrival(
     agent: AgentHere, source: HostThere, migration: str, body: RunRequest
 ) -> None:
     """The VM is this host's; answers when it runs."""
-    await moves.reception_of(agent, migration, source).run(body.epoch, body.claim)
+    await moves.destination_of(agent, migration, source).run(body.epoch, body.claim)
 
 
 @router.post("/arrivals/{migration}/abort", status_code=status.HTTP_204_NO_CONTENT)
 async def abort_arrival(agent: AgentHere, source: HostThere, migration: str, why: str = "") -> None:
     """The VM does not come."""
-    await moves.reception_of(agent, migration, source).abort(why)
+    await moves.destination_of(agent, migration, source).abort(why)
 
 
 def _own_name(agent: Agent) -> str:

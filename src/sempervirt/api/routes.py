@@ -13,10 +13,7 @@ from sempervirt.agent.agent import Agent
 from sempervirt.api.schemas import (
     AgentView,
     DiskView,
-    ErrorView,
     HostView,
-    JoinRequest,
-    JoinView,
     LogView,
     MapView,
     QemuRestartView,
@@ -31,11 +28,13 @@ from sempervirt.api.schemas import (
 )
 from sempervirt.api.views import agent_view, disk_view, host_view, own_disk_view, vm_view
 from sempervirt.cluster.cluster import Cluster, check_address
+from sempervirt.cluster.joining import JoinRequest, JoinView
 from sempervirt.core.errors import InvalidRequest, NotAllowed
 from sempervirt.core.names import suggest
 from sempervirt.core.queue_map import Binding, spread
 from sempervirt.disk.running import DiskFiles
 from sempervirt.host import process
+from sempervirt.host.http import ErrorView
 from sempervirt.qemu.spec import VmSpec
 from sempervirt.renewal.saving import Changes
 from sempervirt.trust.identity import Peer

@@ -14,20 +14,6 @@ from sempervirt.qemu.state import Runstate
 API_VERSION = 1
 
 
-class ErrorBody(BaseModel):
-    """An error, named by its remedy; `kind` is from the table in sempervirt.core.errors."""
-
-    kind: str
-    message: str
-    remedy: str = ""
-
-
-class ErrorView(BaseModel):
-    """The body of every response that is not a success."""
-
-    error: ErrorBody
-
-
 class EventView(BaseModel):
     """Something that happened. `time` is in seconds since the epoch."""
 
@@ -305,21 +291,6 @@ class ThreadsRequest(BaseModel):
         if (self.map is None) == (self.queues_per_thread is None):
             raise ValueError("give either map or queues_per_thread")
         return self
-
-
-class JoinRequest(BaseModel):
-    """What a host that joins hands over: its signing request, and where it will listen."""
-
-    request: str = Field(max_length=8192, description="a certificate signing request, PEM")
-    address: str = Field(max_length=256, description='"HOST:PORT"')
-
-
-class JoinView(BaseModel):
-    """What it gets: its certificate (PEM), and where the cluster keeps its state."""
-
-    certificate: str
-    cluster: str
-    store: list[str]
 
 
 class ObstacleView(BaseModel):

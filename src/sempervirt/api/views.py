@@ -24,7 +24,7 @@ from sempervirt.core.queue_map import DevicePlan
 from sempervirt.disk.driver import Disk
 from sempervirt.disk.takeover import Restart
 from sempervirt.disk.volume import inspect
-from sempervirt.migration.source.driver import Departure
+from sempervirt.migration.source.migration import SourceMigration
 from sempervirt.qemu.command_line import disk_id
 from sempervirt.qemu.facts import HostFacts
 from sempervirt.qemu.spec import DiskSpec
@@ -79,7 +79,7 @@ def vm_view(vm: Vm) -> VmView:
         console=files.console,
         end=_end_view(vm),
         work=WorkView(**asdict(vm.progress)) if vm.progress else None,
-        migration=vm.moving.view() if isinstance(vm.moving, Departure) else None,
+        migration=vm.moving.view() if isinstance(vm.moving, SourceMigration) else None,
         events=_events(vm.machine.journal),
         spec=vm.spec,
     )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from typing import Annotated
+from time import monotonic
+from typing import Annotated, NoReturn
 
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -14,11 +14,20 @@ from sempervirt.api.schemas import MigrateRequest
 from sempervirt.cli.completion import vm_names
 from sempervirt.cli.output import Output, OutputOption, err, facts, out, print_json
 from sempervirt.cli.session import ask_agent
-from sempervirt.core.errors import InvalidRequest, NotFound, OutcomeUnknown, Unavailable
+from sempervirt.cli.whereabouts import judge, judge_cancelled, sentence
+from sempervirt.core.errors import (
+    AgentUnavailable,
+    InvalidRequest,
+    NotFound,
+    OutcomeUnknown,
+)
 from sempervirt.core.sizes import format_size
 from sempervirt.migration.messages import MigrationView, MovePolicy
+from sempervirt.vm.phases import Phase
 
 POLL_S = 0.2
+# How long the agent may be silent, as one that is replaced, or may not know who owns the VM.
+PATIENCE_S = 30.0
 PAGE_BYTES = 4096
 
 VmName = Annotated[
@@ -32,50 +41,63 @@ def migrate(
         str | None, typer.Option(metavar="HOST", help="Where to; see semper host list.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only list every reason that would stop it.")
+        bool, typer.Option("--dry-run", help="Only list every reason that would stop the move.")
     ] = False,
     cancel: Annotated[
         bool, typer.Option("--cancel", help="Have a VM that is on its way stay here.")
     ] = False,
     detach: Annotated[
-        bool, typer.Option("--detach", "-d", help="Return once it has begun.")
+        bool, typer.Option("--detach", "-d", help="Return once the move has begun.")
     ] = False,
     blackout: Annotated[
-        int, typer.Option(metavar="MS", help="How long the guest should stand still.", min=1)
+        int, typer.Option(metavar="MS", help="How long the guest may stand still.", min=1)
     ] = 300,
     max_blackout: Annotated[
         int,
         typer.Option(
-            metavar="MS", help="Raised up to this if it does not converge; never more.", min=1
+            metavar="MS",
+            help="How long at most, if the guest changes too much memory for --blackout.",
+            min=1,
         ),
     ] = 2000,
     deadline: Annotated[
-        float, typer.Option(metavar="S", help="Give up if it is not there by then.", min=1)
+        float,
+        typer.Option(metavar="SECONDS", help="Give up a move that takes longer.", min=1),
     ] = 600.0,
     throttle: Annotated[
         int,
         typer.Option(
-            metavar="PERCENT", help="Slow a guest down by up to so much, if need be.", min=0, max=99
+            metavar="PERCENT",
+            help="Take up to this much processor time from a guest that changes memory faster "
+            "than it can be sent; 0: never.",
+            min=0,
+            max=99,
         ),
     ] = 80,
     postcopy: Annotated[
         bool,
         typer.Option(
             "--postcopy",
-            help="If it does not converge otherwise, run it there before its memory is: until all "
-            "of it is, either host's end is the VM's.",
+            help="As the last means, let the guest run on the other host before all of its memory "
+            "is there: until all memory has arrived, the loss of either host loses the VM.",
         ),
     ] = False,
     output: OutputOption = Output.TABLE,
 ) -> None:
     """Move a running VM to another host, with its memory, devices and connections.
 
-    Memory that is a copy of what stands on the shared disk is not sent, only named. Until the
-    switchover the VM stays here, whatever fails; Ctrl-C leaves this view, and the VM on its way.
-    With --dry-run the exit code is 5 when something would stop it.
+    Memory that is a copy of what stands on the shared disk is not sent, only named. If anything
+    fails before the other host owns the VM, the VM goes on here. Ctrl-C leaves this view, and the
+    VM on its way.
+
+    Exit codes: 0 the VM has moved (with --detach: the move has begun); 5 something stands in the
+    way, or it is too late to cancel; 6 the VM stays here; 7 nobody knows who owns the VM; 10 the
+    VM is lost, which only --postcopy risks.
     """
     if cancel:
-        _print(ask_agent(lambda client: client.cancel_migration(name)), output)
+        view = ask_agent(lambda client: client.cancel_migration(name))
+        _print(view, output)
+        judge_cancelled(view)
         return
     if to is None:
         raise InvalidRequest("no host was named", remedy="say where to: --to HOST")
@@ -98,8 +120,7 @@ def migrate(
 
     view = ask_agent(work)
     _print(view, output)
-    if not detach:
-        _judge(view)
+    judge(view)
 
 
 def resolve(
@@ -138,7 +159,10 @@ def _dry_run(name: str, host: str, output: Output) -> None:
 
 
 async def _watch(client: Client, view: MigrationView) -> MigrationView:
-    """Shows how far it is until it is over."""
+    """Shows how far the move is until it is over, or until nothing certain was heard for long.
+
+    Raises OutcomeUnknown when the agent is silent, or knows nothing of the move any more.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -147,30 +171,58 @@ async def _watch(client: Client, view: MigrationView) -> MigrationView:
     )
     with Progress(*columns, console=err, transient=True) as progress:
         task = progress.add_task(f"{view.vm} to {view.destination}", about="", total=1.0)
+        certain = monotonic()
         while not view.over:
             done = 1 - min(1.0, view.remaining / view.memory) if view.memory else 0.0
             progress.update(task, completed=done, about=about(view))
             await asyncio.sleep(POLL_S)
-            # Its VM may have been removed right after it went.
-            with contextlib.suppress(NotFound):
-                view = await client.migration(view.vm)
+            answer = await _look(client, view)
+            view = answer or view
+            if answer is not None and answer.phase is not Phase.UNKNOWN:
+                certain = monotonic()
+            elif monotonic() - certain > PATIENCE_S:
+                return view if answer is not None else _silent(view)
     return view
+
+
+async def _look(client: Client, view: MigrationView) -> MigrationView | None:
+    """How far the move is now; None when the agent does not say so, as one that begins anew."""
+    try:
+        return await client.migration(view.vm)
+    except (AgentUnavailable, OutcomeUnknown):
+        return None
+    except NotFound as error:
+        if view.phase.is_end:  # its VM was removed right after the move
+            return view.model_copy(update={"over": True})
+        raise OutcomeUnknown(
+            f"the agent on {view.source} knows nothing of the move any more; at last "
+            f"{sentence(view)}",
+            remedy=f"ask on {view.source} and on {view.destination}: semper vm show {view.vm}",
+        ) from error
+
+
+def _silent(view: MigrationView) -> NoReturn:
+    raise OutcomeUnknown(
+        f"the agent on {view.source} has not answered for {PATIENCE_S:g} s; at last "
+        f"{sentence(view)}",
+        remedy=f"start it, and it goes on with the move: semperd; then: semper vm show {view.vm}",
+    )
 
 
 def about(view: MigrationView) -> str:
     """One line: the phase, and what is sent."""
-    parts = [view.phase]
+    parts = [view.phase.value]
     if view.passes:
         parts.append(f"pass {view.passes}, {format_size(view.remaining)} left")
     if view.dirtied:
-        parts.append(f"dirtied {view.dirtied / 1e6:.0f} MB/s")
+        parts.append(f"the guest changes {view.dirtied / 1e6:.0f} MB/s")
     if view.wire is not None and view.wire.stream_bytes:
         sent, stock = format_size(view.wire.wire_bytes), format_size(view.wire.stream_bytes)
         parts.append(f"sent {sent} for {stock}")
-    if view.expected_blackout_ms is not None and view.phase == "precopy":
+    if view.expected_blackout_ms is not None and view.phase is Phase.PRECOPY:
         parts.append(f"blackout {view.expected_blackout_ms:.0f} ms of {view.limit_ms:.0f}")
     if view.throttle:
-        parts.append(f"throttled by {view.throttle} %")
+        parts.append(f"guest slowed down by {view.throttle} %")
     return ", ".join(parts)
 
 
@@ -189,25 +241,12 @@ def _print(view: MigrationView, output: Output) -> None:
     blackout = f"{view.blackout_ms:.0f} ms" if view.blackout_ms is not None else None
     rows = [
         ("vm", view.vm),
-        ("migration", f"{view.source} to {view.destination}: {view.phase}"),
-        ("why", view.why or None),
+        ("from", view.source),
+        ("to", view.destination),
+        ("phase", f"{view.phase.value}: {sentence(view)}"),
         ("time", f"{view.elapsed_s:.1f} s, {view.passes} passes"),
         ("blackout", blackout),
         ("sent", sent),
         ("not sent", saved),
     ]
     out.print(facts(rows))
-
-
-def _judge(view: MigrationView) -> None:
-    """Raises what the end of a migration means to the caller."""
-    match view.phase:
-        case "done":
-            return
-        case "unknown":
-            raise OutcomeUnknown(
-                f"whether {view.destination} owns VM {view.vm} is not known: {view.why}",
-                remedy=f"it settles itself with the store: semper vm show {view.vm}",
-            )
-        case _:
-            raise Unavailable(f"VM {view.vm} stays on {view.source}: {view.why}")

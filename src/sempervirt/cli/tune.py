@@ -21,8 +21,8 @@ from sempervirt.disk.tuning import preparation
 from sempervirt.disk.tuning.judgement import Bounds
 from sempervirt.disk.tuning.preparation import Prepared, Request
 from sempervirt.disk.tuning.tune import Tuning, alone
+from sempervirt.host.places import default_state_dir
 from sempervirt.qemu.features import find_qemu
-from sempervirt.vm.config import default_state_dir
 
 Result = TypeVar("Result")
 TERMINATED = 128 + signal.SIGTERM

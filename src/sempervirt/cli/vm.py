@@ -28,6 +28,7 @@ from sempervirt.cli.output import (
     styled,
 )
 from sempervirt.cli.session import ask_agent
+from sempervirt.cli.whereabouts import sentence, why
 from sempervirt.core.errors import StateConflict
 from sempervirt.core.sizes import format_size
 from sempervirt.qemu.spec_file import load_spec
@@ -86,7 +87,7 @@ def list_vms(output: OutputOption = Output.TABLE) -> None:
             str(view.vcpus),
             format_size(view.memory),
             "-" if view.end else ago(view.started),
-            view.why,
+            why(view),
         )
     out.print(table)
 
@@ -227,6 +228,13 @@ def _change(
         out.print(f"{view.name} is {view.state.value}{why}", highlight=False)
 
 
+def _migration(view: VmView) -> str | None:
+    moved = view.migration
+    if moved is None:
+        return None
+    return sentence(moved) if moved.over else f"{sentence(moved)} ({migrate.about(moved)})"
+
+
 def _print(view: VmView, output: Output) -> None:
     if output is Output.JSON:
         print_json(view)
@@ -235,6 +243,7 @@ def _print(view: VmView, output: Output) -> None:
     rows = [
         ("vm", view.name),
         ("state", view.state.value + (f" ({view.why})" if view.why else "")),
+        ("migration", _migration(view)),
         ("pid", str(view.pid) if view.pid else None),
         ("accelerator", view.accelerator),
         ("size", f"{view.vcpus} vcpus, {format_size(view.memory)}"),

@@ -16,6 +16,7 @@ from datetime import datetime, timedelta
 
 from sempervirt.core.errors import InvalidRequest, NotAllowed, NotFound, StateConflict
 from sempervirt.core.names import check_name, suggest
+from sempervirt.host.places import Places
 from sempervirt.host.records import RecordDamaged, read_record, write_record
 from sempervirt.store.etcd import EtcdStore
 from sempervirt.store.port import Delete, Put, Snapshot, Store, Write
@@ -24,7 +25,6 @@ from sempervirt.store.sqlite import SqliteStore
 from sempervirt.trust.authority import Authority, Issued
 from sempervirt.trust.identity import Identity, Peer, Role
 from sempervirt.trust.invitation import Invitation, invite
-from sempervirt.vm.config import AgentConfig
 
 VERSION = 1
 PORT = 7443
@@ -52,7 +52,7 @@ class Member:
 class Cluster:
     """This host's membership. Made by `opened`, which does not ask the store for anything."""
 
-    def __init__(self, config: AgentConfig, settings: Settings, store: Store) -> None:
+    def __init__(self, config: Places, settings: Settings, store: Store) -> None:
         self.config = config
         self.settings = settings
         self.store = store
@@ -60,7 +60,7 @@ class Cluster:
 
     @classmethod
     @asynccontextmanager
-    async def opened(cls, config: AgentConfig) -> AsyncIterator[Cluster]:
+    async def opened(cls, config: Places) -> AsyncIterator[Cluster]:
         """Raises StateConflict when this host belongs to no cluster."""
         settings = read_settings(config)
         if settings is None:
@@ -148,7 +148,7 @@ class Cluster:
 
 
 async def begin_cluster(
-    config: AgentConfig, cluster: str, host: str, address: str, store: Sequence[str]
+    config: Places, cluster: str, host: str, address: str, store: Sequence[str]
 ) -> Issued:
     """Makes the authority, this host's certificate and its entry. Raises StateConflict.
 
@@ -182,7 +182,7 @@ async def begin_cluster(
     return own
 
 
-def read_settings(config: AgentConfig) -> Settings | None:
+def read_settings(config: Places) -> Settings | None:
     """This host's settings, None when it belongs to no cluster. Raises RecordDamaged."""
     content = read_record(config.cluster_file, VERSION)
     if content is None:
@@ -198,12 +198,12 @@ def read_settings(config: AgentConfig) -> Settings | None:
         raise RecordDamaged(f"{config.cluster_file} is damaged: {error}") from error
 
 
-def write_settings(config: AgentConfig, settings: Settings) -> None:
+def write_settings(config: Places, settings: Settings) -> None:
     """Puts the settings in force."""
     write_record(config.cluster_file, VERSION, asdict(settings), durable=True)
 
 
-def open_store(config: AgentConfig, settings: Settings) -> Store:
+def open_store(config: Places, settings: Settings) -> Store:
     """The store; etcd behind https is shown this host's certificate. Raises Unavailable."""
     if not settings.store:
         return SqliteStore.open(config.state_dir / "store.db")

@@ -5,16 +5,41 @@ from __future__ import annotations
 import time
 
 from cryptography.hazmat.primitives import serialization
+from pydantic import BaseModel, Field
 
-from sempervirt.api.client import Client
 from sempervirt.cluster.cluster import Settings, check_address, read_settings, write_settings
 from sempervirt.core.errors import NotAllowed, OutcomeUnknown, StateConflict
+from sempervirt.host.http import Connection
+from sempervirt.host.places import Places
 from sempervirt.trust.identity import Identity
 from sempervirt.trust.invitation import Invitation
-from sempervirt.vm.config import AgentConfig
 
 
-async def join_cluster(config: AgentConfig, invitation: Invitation, address: str) -> Settings:
+class JoinRequest(BaseModel):
+    """What a host that joins hands over: its signing request, and where it will listen."""
+
+    request: str = Field(max_length=8192, description="a certificate signing request, PEM")
+    address: str = Field(max_length=256, description='"HOST:PORT"')
+
+
+class JoinView(BaseModel):
+    """What it gets: its certificate (PEM), and where the cluster keeps its state."""
+
+    certificate: str
+    cluster: str
+    store: list[str]
+
+
+async def ask_to_join(connection: Connection, request: str, address: str) -> JoinView:
+    """Has a signing request (PEM) certified, over a connection that shows an invitation.
+
+    Raises NotAllowed, InvalidRequest, OutcomeUnknown.
+    """
+    body = JoinRequest(request=request, address=address).model_dump()
+    return JoinView.model_validate(await connection.call("POST", "/join", body=body))
+
+
+async def join_cluster(config: Places, invitation: Invitation, address: str) -> Settings:
     """Makes this host's key, has it certified, and keeps what it was given.
 
     The key never leaves this host. Raises NotAllowed for a token that expired, was used or
@@ -35,9 +60,9 @@ async def join_cluster(config: AgentConfig, invitation: Invitation, address: str
     identity = Identity(config.trust_dir)
     request = identity.request(invitation.host)
     tls = invitation.client_context()
-    async with Client.connect_host(invitation.address, invitation.inviter, tls) as client:
+    async with Connection.to_host(invitation.address, invitation.inviter, tls) as connection:
         try:
-            answer = await client.join(request, address)
+            answer = await ask_to_join(connection, request, address)
         except OutcomeUnknown as error:
             raise OutcomeUnknown(
                 f"{invitation.inviter} did not say whether {invitation.host} may join: {error}",

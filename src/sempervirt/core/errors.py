@@ -3,7 +3,7 @@
     SempervirtError
     ├── InvalidRequest         the request is wrong: change it
     │   └── SpecError          … a key of a VM file: file, line and key are given
-    ├── NotAllowed             who asks may not do that: ask as somebody who may
+    ├── NotAllowed             the one who asks may not do that: ask as one who may
     ├── NotFound               nothing has that name: list, then choose
     ├── StateConflict          a right request at the wrong moment: change the state first
     │   └── ImageLocked        … another program holds the image: the holder is named
@@ -11,10 +11,12 @@
     │   ├── AgentUnavailable   … no agent answers: start one
     │   └── CommandFailed      … a subprocess failed: command, exit code, last lines of output
     ├── OutcomeUnknown         perhaps done: ask again, or fence; never repeat blindly
-    └── RollbackFailed         undoing failed too: the state that is left is described
+    ├── RollbackFailed         undoing failed too: the state that is left is described
+    └── StateLost              something is gone for good: begin again from what is left
 
-A caller that only looks at the branches knows what it may do next. `KINDS` is the one
-table from an error to its name on the wire, its exit code and its HTTP status.
+A caller that only looks at the branches knows what may be done next. `KINDS` is the one table
+from an error to its name on the wire, its exit code and its HTTP status. Exit codes: 0 done;
+128 + N ended by signal N; 3 is left to `semper-blkd`, which says by it that an image is in use.
 """
 
 from __future__ import annotations
@@ -58,7 +60,7 @@ class SpecError(InvalidRequest):
 
 
 class NotAllowed(SempervirtError):
-    """Who asks may not do that. Nothing was done."""
+    """The one who asks may not do that. Nothing was done."""
 
 
 class NotFound(SempervirtError):
@@ -103,6 +105,13 @@ class RollbackFailed(SempervirtError):
     """The request failed and could not be undone; `message` says what is left."""
 
 
+class StateLost(SempervirtError):
+    """Something is gone and cannot be had back: nobody can have it back, and nothing of it runs.
+
+    `message` says what is gone, `remedy` how to begin again from what is left.
+    """
+
+
 @dataclass(frozen=True)
 class Kind:
     """What an error is called on the wire, and how it leaves a process."""
@@ -126,6 +135,7 @@ KINDS: tuple[Kind, ...] = (
     Kind(Unavailable, "unavailable", 6, 503),
     Kind(OutcomeUnknown, "outcome-unknown", 7, 504),
     Kind(RollbackFailed, "rollback-failed", 8, 500),
+    Kind(StateLost, "lost", 10, 410),
     Kind(SempervirtError, "failed", 1, 500),
 )
 

@@ -85,9 +85,12 @@ class Replies:
     def __init__(self) -> None:
         self._last = 0
         self._waiting: dict[int, asyncio.Future[None]] = {}
+        self._closed: SempervirtError | None = None
 
     def open(self) -> tuple[int, asyncio.Future[None]]:
-        """A new ticket (never 0), and what its holder awaits."""
+        """A new ticket (never 0), and what its holder awaits. Raises what `close` was given."""
+        if self._closed is not None:
+            raise self._closed
         self._last += 1
         reply: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting[self._last] = reply
@@ -103,6 +106,12 @@ class Replies:
         else:
             reply.set_exception(error)
 
+    def close(self, error: SempervirtError) -> None:
+        """Answers every request, open or still to come, with `error`: the owner has ended."""
+        self._closed = error
+        for ticket in list(self._waiting):
+            self.answer(ticket, error)
+
 
 class Owner(abc.ABC, Generic[StateT, EventT, EffectT]):
     """See the module. `name` says in logs what is owned, for instance "disk web/root"."""
@@ -115,6 +124,7 @@ class Owner(abc.ABC, Generic[StateT, EventT, EffectT]):
         self._queue: asyncio.Queue[EventT] = asyncio.Queue()
         self._alarm: Alarm | None = None
         self._work: set[asyncio.Task[None]] = set()
+        self._begun: dict[asyncio.Task[None], EffectT] = {}
         self._task: asyncio.Task[None] | None = None
 
     # What an owner is made of
@@ -123,9 +133,16 @@ class Owner(abc.ABC, Generic[StateT, EventT, EffectT]):
     def decide(self, state: StateT, event: EventT, now: float) -> tuple[StateT, Sequence[EffectT]]:
         """The next state, and what has to be done. Pure."""
 
-    @abc.abstractmethod
     def carry_out(self, effect: EffectT) -> None:
-        """Does an effect, or begins it by `keep`. Must not wait."""
+        """Does an effect, or begins it. Must not wait. By itself it begins `work`."""
+        self.begin(effect)
+
+    async def work(self, effect: EffectT) -> None:
+        """Carries out an effect that takes time, and posts what came of it.
+
+        What it does depends on the effect alone, and not on the state, which goes on meanwhile.
+        """
+        raise NotImplementedError
 
     def record(self, before: StateT, after: StateT) -> bool:
         """Writes `after` down. False: it was not written, and the step must not be taken."""
@@ -153,10 +170,15 @@ class Owner(abc.ABC, Generic[StateT, EventT, EffectT]):
         """The state that the last step has led to."""
         return self._state
 
-    def start(self) -> None:
-        """Begins to drain the queue. Called once, in the event loop."""
+    def start(self, effects: Sequence[EffectT] = ()) -> None:
+        """Begins to drain the queue; `effects` belong to the state that the owner begins with.
+        Called once, in the event loop.
+        """
         assert self._task is None
         self._task = background.start(self._drain(), self._owned, crash=True)
+        for effect in effects:
+            self.carry_out(effect)
+        self._rearm()
 
     def post(self, event: EventT) -> None:
         """Adds an event to the queue."""
@@ -175,6 +197,18 @@ class Owner(abc.ABC, Generic[StateT, EventT, EffectT]):
         self._rearm()
         self.settled(before)
         self.changes.notify()
+
+    def begin(self, effect: EffectT) -> None:
+        """Begins the work of an effect beside the queue."""
+        task = self.keep(self.work(effect), type(effect).__name__)
+        self._begun[task] = effect
+        task.add_done_callback(self._begun.pop)
+
+    def cancel_work(self, *kinds: type) -> None:
+        """Ends the work of effects of these kinds, wherever it stands; nothing is posted of it."""
+        for task, effect in list(self._begun.items()):
+            if isinstance(effect, kinds):
+                task.cancel()
 
     def keep(self, work: Work, name: str) -> asyncio.Task[None]:
         """Runs `work` beside the queue, until it ends or the owner is detached."""

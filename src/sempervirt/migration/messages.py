@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import BaseModel, Field
 
 from sempervirt.qemu.spec import VmSpec
-from sempervirt.vm.phases import Arrival
+from sempervirt.vm.phases import Arrival, Mode, Phase
 
 
 class ArrivalRequest(BaseModel):
@@ -69,9 +69,9 @@ class MigrationView(BaseModel):
     vm: str
     source: str
     destination: str
-    phase: str
+    phase: Phase
     over: bool
-    mode: str
+    mode: Mode
     why: str
     may_cancel: bool
     started: float

@@ -7,26 +7,27 @@ import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from sempervirt.agent.agent import Agent
 from sempervirt.cluster.cluster import Cluster, Member
 from sempervirt.core.errors import NotFound, SempervirtError, StateConflict
 from sempervirt.core.names import suggest
 from sempervirt.disk.volume import inspect
 from sempervirt.migration.obstacles import HostSide, ImageSeen, Obstacle
+from sempervirt.qemu.facts import HostFacts
 from sempervirt.qemu.spec import DiskSpec, VmSpec
 from sempervirt.store import epoch
 
 PROC = Path("/proc")
 
 
-async def side_of(agent: Agent, name: str, spec: VmSpec, *, source: bool) -> HostSide:
-    """What this host is, has and sees of a VM.
+async def side_of(
+    facts: HostFacts, name: str, spec: VmSpec, *, vm_state: str, source: bool
+) -> HostSide:
+    """What this host, called `name`, is, has and sees of a VM. `vm_state` is the runstate of a VM
+    of that name here, "" if there is none.
 
     At the source each image that has no id yet is given one, by a file beside it: only that
     tells whether the destination sees the same image.
     """
-    facts = await agent.host()
-    present = agent.vms.get(spec.name)
     model, flags = await asyncio.to_thread(_processor)
     return HostSide(
         name=name,
@@ -35,7 +36,7 @@ async def side_of(agent: Agent, name: str, spec: VmSpec, *, source: bool) -> Hos
         cpu_model=model,
         cpu_flags=flags,
         memory_available=await asyncio.to_thread(_memory_available),
-        vm_state=present.run.value if present else "",
+        vm_state=vm_state,
         images={
             disk.name: await asyncio.to_thread(_image, disk, give_id=source) for disk in spec.disks
         },

@@ -1,4 +1,4 @@
-"""The runstates of a VM: a pure state machine.
+"""What becomes of a VM's runstate: a pure decision.
 
                        monitor answers
        STARTING ─────────────────────────► RUNNING ◄──── resume ──── PAUSED
@@ -32,14 +32,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import assert_never
 
 from sempervirt.qemu.state import (
     Accept,
     Asked,
+    Decision,
     Done,
     End,
     Ended,
     Execute,
+    FromQemu,
     KillProcess,
     NotDone,
     QemuEvent,
@@ -50,7 +53,6 @@ from sempervirt.qemu.state import (
     Runstate,
     Silent,
     StatusTold,
-    Step,
     SwitchProcess,
     Tick,
     VmEffect,
@@ -83,12 +85,18 @@ _FROM_QEMU = {
 }
 
 
-def step(state: VmState, event: VmEvent, now: float) -> Step:
-    """The next state, and what has to be done."""
+def decide(state: VmState, event: VmEvent, now: float) -> Decision:
+    """The next state, and what has to be done. `now` is in seconds, on any clock that grows."""
     if state.run.is_end:
         if isinstance(event, Asked):
-            return state, [_conflict(event.request, f"the VM is {state.run.value}")]
+            return state, [_conflict(event, f"the VM is {state.run.value}")]
         return state, []
+    if isinstance(event, FromQemu) and event.qemu != state.qemu:
+        return state, []
+    return _live(state, event, now)
+
+
+def _live(state: VmState, event: VmEvent, now: float) -> Decision:
     match event:
         case Asked():
             return _asked(state, event, now)
@@ -108,65 +116,72 @@ def step(state: VmState, event: VmEvent, now: float) -> Step:
             return _ended(state, exit_code, signal)
         case Tick():
             return _tick(state, now)
+        case _:
+            assert_never(event)
 
 
-def _conflict(request: Request, reason: str) -> Refuse:
-    return Refuse(request, Refusal.CONFLICT, reason)
+def _conflict(asked: Asked, reason: str) -> Refuse:
+    return _refuse(asked, Refusal.CONFLICT, reason)
 
 
-def _asked(state: VmState, asked: Asked, now: float) -> Step:
-    request = asked.request
+def _refuse(asked: Asked, kind: Refusal, reason: str) -> Refuse:
+    return Refuse(asked.ticket, asked.request, kind, reason)
+
+
+def _asked(state: VmState, asked: Asked, now: float) -> Decision:
+    request, accept = asked.request, Accept(asked.ticket)
     if request is Request.KILL:
-        return replace(state, killed_because=asked.because), [KillProcess(), Accept(request)]
+        return replace(state, killed_because=asked.because), [KillProcess(), accept]
     if state.run is Runstate.UNKNOWN:
-        reason = f"the VM's state is unknown ({state.why})"
-        return state, [Refuse(request, Refusal.CONFLICT, reason)]
+        return state, [_conflict(asked, f"the VM's state is unknown ({state.why})")]
     if request is Request.SWITCH:
-        return _switch(state)
-    if (busy := state.pending or state.held) is not None:
-        return state, [_conflict(request, f"the VM is busy with {_BUSY.get(busy, busy.value)}")]
+        return _switch(state, asked)
+    busy = state.pending.request if state.pending else state.held
+    if busy is not None:
+        return state, [_conflict(asked, f"the VM is busy with {_BUSY.get(busy, busy.value)}")]
     match request, state.run:
         case (_, (Runstate.RUNNING | Runstate.PAUSED)) if request in _BUSY:
-            return replace(state, held=request), [Accept(request)]
+            return replace(state, held=request), [accept]
         case (Request.PAUSE, Runstate.PAUSED) | (Request.RESUME, Runstate.RUNNING):
-            return state, [Accept(request)]
+            return state, [accept]
         case Request.PAUSE, Runstate.RUNNING:
-            return replace(state, pending=request), [Execute("stop")]
+            return replace(state, pending=asked), [Execute("stop")]
         case Request.RESUME, Runstate.PAUSED:
-            return replace(state, pending=request), [Execute("cont")]
+            return replace(state, pending=asked), [Execute("cont")]
         case Request.STOP, Runstate.RUNNING:
             stopping = replace(
                 state, run=Runstate.STOPPING, deadline=now + asked.grace_s, why=ASKED
             )
-            return stopping, [Execute("system_powerdown"), Accept(request)]
+            return stopping, [Execute("system_powerdown"), accept]
         case Request.STOP, Runstate.STOPPING:
-            return state, [Accept(request)]
+            return state, [accept]
         case _:
-            return state, [_conflict(request, f"the VM is {state.run.value}")]
+            return state, [_conflict(asked, f"the VM is {state.run.value}")]
 
 
-def _switch(state: VmState) -> Step:
+def _switch(state: VmState, asked: Asked) -> Decision:
     live = state.run in (Runstate.RUNNING, Runstate.PAUSED)
     if state.held is not Request.RESTART or not live or state.killed_because:
         reason = state.killed_because or f"the VM is {state.run.value}"
-        return state, [_conflict(Request.SWITCH, reason)]
-    return state, [SwitchProcess(), Accept(Request.SWITCH)]
+        return state, [_conflict(asked, reason)]
+    switched = replace(state, qemu=state.qemu + 1)
+    return switched, [SwitchProcess(asked.ticket), Accept(asked.ticket)]
 
 
-def _done(state: VmState) -> Step:
+def _done(state: VmState) -> Decision:
     if state.pending is None:
         return state, []
-    run = Runstate.PAUSED if state.pending is Request.PAUSE else Runstate.RUNNING
-    accept: list[VmEffect] = [Accept(state.pending)]
+    run = Runstate.PAUSED if state.pending.request is Request.PAUSE else Runstate.RUNNING
+    accept: list[VmEffect] = [Accept(state.pending.ticket)]
     if state.run not in (Runstate.RUNNING, Runstate.PAUSED):
         return replace(state, pending=None), accept  # overtaken by an event
     return replace(state, run=run, why="", pending=None), accept
 
 
-def _not_done(state: VmState, reason: str) -> Step:
+def _not_done(state: VmState, reason: str) -> Decision:
     if state.pending is None:
         return state, []
-    return replace(state, pending=None), [Refuse(state.pending, Refusal.NOT_DONE, reason)]
+    return replace(state, pending=None), [_refuse(state.pending, Refusal.NOT_DONE, reason)]
 
 
 def _released(state: VmState, status: str) -> VmState:
@@ -177,10 +192,10 @@ def _released(state: VmState, status: str) -> VmState:
     return state if state.run is Runstate.UNKNOWN else _status_told(state, status)
 
 
-def _silent(state: VmState, reason: str) -> Step:
+def _silent(state: VmState, reason: str) -> Decision:
     effects: list[VmEffect] = []
     if state.pending is not None:
-        effects.append(Refuse(state.pending, Refusal.UNKNOWN, reason))
+        effects.append(_refuse(state.pending, Refusal.UNKNOWN, reason))
     if state.run is Runstate.STOPPING:  # it may be on its way out; the deadline decides
         return replace(state, pending=None), effects
     held = state.held if state.held in _MOVES else None
@@ -222,11 +237,11 @@ def _qemu_event(state: VmState, name: str, cause: str, now: float) -> VmState:
             return state
 
 
-def _ended(state: VmState, exit_code: int | None, signal: int | None) -> Step:
+def _ended(state: VmState, exit_code: int | None, signal: int | None) -> Decision:
     run, reason = _judge_end(state, exit_code, signal)
     effects: list[VmEffect] = []
     if state.pending is not None:
-        effects.append(Refuse(state.pending, Refusal.NOT_DONE, f"the VM ended: {reason}"))
+        effects.append(_refuse(state.pending, Refusal.NOT_DONE, f"the VM ended: {reason}"))
     end = End(reason, exit_code, signal)
     ended = replace(state, run=run, why=reason, pending=None, held=None, deadline=None, end=end)
     return ended, effects
@@ -250,7 +265,7 @@ def _judge_end(state: VmState, exit_code: int | None, signal: int | None) -> tup
     return Runstate.CRASHED, f"QEMU ended by itself with exit code {exit_code}"
 
 
-def _tick(state: VmState, now: float) -> Step:
+def _tick(state: VmState, now: float) -> Decision:
     if state.deadline is None or now < state.deadline:
         return state, []
     if not state.told_to_quit:

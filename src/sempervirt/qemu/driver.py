@@ -1,8 +1,7 @@
-"""A running VM: one owner task that carries out what `runstate` decides.
+"""The owner of one QEMU: carries out what `qemu.decide` decides.
 
-Requests, the monitor's events and QEMU's end arrive in one queue; only the task that drains
-it changes the VM's state. Commands to the monitor run beside it, so that `kill` never waits
-for a monitor that hangs.
+Requests, the monitor's events and QEMU's end arrive in one queue. Commands to the monitor run
+beside the queue, so that `kill` never waits for a monitor that hangs.
 """
 
 from __future__ import annotations
@@ -12,24 +11,26 @@ import contextlib
 import logging
 import signal
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, assert_never
 
 from sempervirt.core.errors import OutcomeUnknown, SempervirtError, StateConflict, Unavailable
 from sempervirt.core.events import Journal
-from sempervirt.host import background, process
-from sempervirt.host.changes import Changes
+from sempervirt.host import process
+from sempervirt.host.owner import HOST_CLOCK, Clock, Owner, Replies
 from sempervirt.host.process import Exit, Process
 from sempervirt.host.procfs import ProcessId
-from sempervirt.qemu.decide import QUIT_DEADLINE_S, step
+from sempervirt.qemu.decide import QUIT_DEADLINE_S, decide
 from sempervirt.qemu.files import VmFiles
-from sempervirt.qemu.link import Link, Patience
+from sempervirt.qemu.link import Link, Patience, Told
 from sempervirt.qemu.spec import VmSpec
 from sempervirt.qemu.state import (
     ON_REQUEST,
     Accept,
     Asked,
+    Decision,
     Done,
     Ended,
     Execute,
@@ -58,31 +59,39 @@ DRAIN_S = 2.0
 LOG_LIMIT_BYTES = 4 << 20
 HOUSEKEEPING_S = 10.0
 
-Reply = asyncio.Future[None]
+STARTED = VmState()
+
 Listener = Callable[[str, Mapping[str, Any]], None]
 
 
-class Machine:
-    """One QEMU process, from its start to its end; made by `launch` or `adopt`."""
+class Machine(Owner[VmState, VmEvent, VmEffect]):
+    """One QEMU process, from its start to its end; made by one of the class methods.
 
-    def __init__(self, spec: VmSpec, files: VmFiles, patience: Patience) -> None:
+    Beside the state there are only handles: the process, the link to its monitor, the successors
+    that `switch` was given (by ticket), and the listener of a migration. No decision looks at
+    them; which QEMU an event came from stands in the event.
+    """
+
+    def __init__(
+        self,
+        spec: VmSpec,
+        files: VmFiles,
+        patience: Patience,
+        state: VmState = STARTED,
+        clock: Clock = HOST_CLOCK,
+    ) -> None:
+        super().__init__(f"VM {spec.name}", state, clock)
         self.spec = spec
         self.name = spec.name
         self.files = files
         self.started = time.time()
         self.journal = Journal()
-        self.changes = Changes()
-        self._state = VmState()
         self._process: Process | None = None
-        self._queue: asyncio.Queue[tuple[VmEvent, Reply | None]] = asyncio.Queue()
-        self._pending: Reply | None = None
-        self._timer: asyncio.TimerHandle | None = None
         self._patience = patience
-        self._link = self._new_link(files)
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._replies = Replies()
+        self._link = self._new_link()
         self._linking: asyncio.Task[None] | None = None
-        self._successor: Successor | None = None
-        self._era = 0
+        self._successors: dict[int, Successor] = {}
         self._listener: Listener | None = None
 
     @classmethod
@@ -101,12 +110,12 @@ class Machine:
     def inherit(
         cls, spec: VmSpec, files: VmFiles, successor: Successor, patience: Patience
     ) -> Machine:
-        """Becomes the owner of a QEMU that holds a state and waits. It is `linked` later."""
-        machine = cls(spec, files, patience)
-        machine._state = VmState(run=Runstate.UNKNOWN, why="it takes over, and was not asked yet")
+        """Becomes the owner of a QEMU that has loaded a state and waits; `link` is called later."""
+        state = VmState(run=Runstate.UNKNOWN, why="it takes over, and was not asked yet")
+        machine = cls(spec, files, patience, state)
         machine._process = successor.process
-        machine._keep(machine._own(), "owner")
-        machine._keep(machine._bound_logs(), "logs")
+        machine.start()
+        machine.keep(machine._bound_logs(), "logs")
         successor.bequeath(machine._exits())
         return machine
 
@@ -125,31 +134,25 @@ class Machine:
         With `held` nobody may touch it before that work has gone on and released it. `leaving` is
         why the former agent was about to kill it, if it was.
         """
-        machine = cls(spec, files, patience)
         why = "adopted, and not asked yet"
-        machine._state = VmState(Runstate.UNKNOWN, why, held=held, killed_because=leaving)
+        state = VmState(Runstate.UNKNOWN, why, held=held, killed_because=leaving)
+        machine = cls(spec, files, patience, state)
         adopted = identity and process.adopt(identity, machine._exits())
         if adopted:
             machine._watch(adopted)
         else:
-            machine._keep(machine._own(), "owner")
-            machine._post(Ended(None, None))
+            machine.start()
+            machine.post(Ended(None, None))
         return machine
 
     @classmethod
     def remember(cls, spec: VmSpec, files: VmFiles, state: VmState) -> Machine:
         """A QEMU that has ended and whose end is on record."""
-        machine = cls(spec, files, Patience())
-        machine._state = state
-        machine._keep(machine._own(), "owner")
+        machine = cls(spec, files, Patience(), state)
+        machine.start()
         return machine
 
     # What it is like
-
-    @property
-    def state(self) -> VmState:
-        """What the state machine knows."""
-        return self._state
 
     @property
     def run(self) -> Runstate:
@@ -171,23 +174,23 @@ class Machine:
 
     async def pause(self) -> None:
         """Stops the processors. Raises StateConflict, Unavailable or OutcomeUnknown."""
-        await self._ask(Asked(Request.PAUSE))
+        await self._ask(Request.PAUSE)
 
     async def resume(self) -> None:
         """Lets a paused guest run on. Raises StateConflict, Unavailable or OutcomeUnknown."""
-        await self._ask(Asked(Request.RESUME))
+        await self._ask(Request.RESUME)
 
     async def stop(self, grace_s: float = STOP_GRACE_S) -> None:
-        """Asks the guest to power off and waits for the end; see `runstate` for the rest.
+        """Asks the guest to power off and waits for the end; see `qemu.decide` for the rest.
 
         Raises StateConflict when it cannot react, OutcomeUnknown when QEMU does not end.
         """
-        await self._ask(Asked(Request.STOP, grace_s))
+        await self._ask(Request.STOP, grace_s=grace_s)
         await self._wait_end(grace_s + QUIT_DEADLINE_S + KILL_DEADLINE_S)
 
     async def kill(self, because: str = ON_REQUEST) -> None:
         """Ends QEMU at once, whatever its state. Raises OutcomeUnknown if that has no effect."""
-        await self._ask(Asked(Request.KILL, because=because))
+        await self._ask(Request.KILL, because=because)
         await self._wait_end(KILL_DEADLINE_S)
 
     async def wait_ended(self, timeout_s: float | None = None) -> None:
@@ -223,11 +226,11 @@ class Machine:
 
     async def hold(self, request: Request) -> None:
         """Keeps others from changing the VM until `release`. Raises StateConflict."""
-        await self._ask(Asked(request))
+        await self._ask(request)
 
     def release(self, status: str) -> None:
         """Ends `hold`; `status` is what QEMU says that it does."""
-        self._post(Released(status))
+        self.post(Released(status))
 
     @property
     def held(self) -> bool:
@@ -242,54 +245,44 @@ class Machine:
         """
         before = self._process
         assert before is not None
-        self._successor = successor
-        try:
-            await self._ask(Asked(Request.SWITCH))
-        finally:
-            self._successor = None
+        ticket, reply = self._replies.open()
+        self._successors[ticket] = successor
+        self.post(Asked(Request.SWITCH, ticket=ticket))
+        await reply
         return before
 
     async def link(self) -> None:
         """Connects to the monitor of the QEMU that took over. Raises Unavailable."""
         if self.run.is_end:
             return
-        self._link = self._new_link(self.files)
-        self._linking = self._keep(self._link.run(), "monitor")
+        self._link = self._new_link()
+        self._linking = self.keep(self._link.run(), "monitor")
         await self._link.wait_connected(self._patience.connect_s)
 
-    def _new_link(self, files: VmFiles) -> Link:
-        return Link(files.monitor, self.name, self._patience, self._post, self._heard)
+    def _new_link(self) -> Link:
+        told = partial(self._told, self._state.qemu)
+        return Link(self.files.monitor, self.name, self._patience, told, self._heard)
+
+    def _told(self, qemu: int, event: Told) -> None:
+        self.post(replace(event, qemu=qemu))
 
     def _heard(self, name: str, data: Mapping[str, Any]) -> None:
         if self._listener is not None:
             self._listener(name, data)
 
-    def _switch(self) -> None:
-        before, successor = self._process, self._successor
-        assert before is not None
-        assert successor is not None
-        self._process = successor.process
-        successor.bequeath(self._exits())
-        before.send_signal(signal.SIGKILL)
-        if self._linking is not None:
-            self._linking.cancel()
-            self._linking = None
-
     async def detach(self) -> None:
         """Leaves QEMU running, for another agent to adopt; or ends the tasks after its end."""
-        if self._timer is not None:
-            self._timer.cancel()
-        tasks = [task for task in self._tasks if task is not asyncio.current_task()]
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
+        await super().detach()
         if self._process is not None:
             self._process.forget()
+        text = f"nobody looks after VM {self.name} any more"
+        self._replies.close(OutcomeUnknown(text, remedy=f"ask again: semper vm show {self.name}"))
 
-    async def _ask(self, event: Asked) -> None:
-        reply: Reply = asyncio.get_running_loop().create_future()
-        self._post(event, reply)
+    async def _ask(
+        self, request: Request, *, grace_s: float = 0.0, because: str = ON_REQUEST
+    ) -> None:
+        ticket, reply = self._replies.open()
+        self.post(Asked(request, grace_s, because, ticket))
         await reply
 
     async def _wait_end(self, timeout_s: float) -> None:
@@ -301,55 +294,66 @@ class Machine:
                 remedy="nothing of it may be started elsewhere; look at /proc/PID/stack",
             ) from error
 
-    # The owner task
+    # What an owner is made of (`host.owner`)
 
-    def _watch(self, started: Process) -> None:
-        self._process = started
-        self._keep(self._own(), "owner")
-        self._keep(self._bound_logs(), "logs")
-        self._linking = self._keep(self._link.run(), "monitor")
+    def decide(self, state: VmState, event: VmEvent, now: float) -> Decision:
+        """See `qemu.decide`."""
+        return decide(state, event, now)
 
-    def _post(self, event: VmEvent, reply: Reply | None = None) -> None:
-        self._queue.put_nowait((event, reply))
+    def wake_at(self, state: VmState) -> float | None:
+        """When `stop` goes on to its next, harder means."""
+        return state.deadline
 
-    async def _own(self) -> None:
-        while True:
-            event, reply = await self._queue.get()
-            before = self._state
-            now = time.monotonic()
-            self._state, effects = step(before, event, now)
-            if reply is not None and self._state.pending is not None and not before.pending:
-                self._pending, reply = reply, None
-            for effect in effects:
-                self._carry_out(effect, reply)
-            if self._state.run is not before.run:
-                self._changed(before.run)
-            self._rearm()
-            self.changes.notify()
+    def tick(self) -> VmEvent:
+        """Time passed."""
+        return Tick()
 
-    def _carry_out(self, effect: VmEffect, reply: Reply | None) -> None:
+    def carry_out(self, effect: VmEffect) -> None:
+        """Does an effect, or begins it."""
         match effect:
             case Execute(command):
-                self._keep(self._execute(command), command)
+                self.keep(self._execute(command, self._link, self._state.qemu), command)
             case KillProcess():
                 if self._process is not None:
                     self._process.send_signal(signal.SIGKILL)
-            case SwitchProcess():
-                self._switch()
-            case Accept():
-                self._answer(reply, None)
-            case Refuse():
-                self._answer(reply, self._refusal(effect))
+            case SwitchProcess(ticket):
+                self._switch(self._successors.pop(ticket))
+            case Accept(ticket):
+                self._replies.answer(ticket)
+            case Refuse(ticket):
+                self._successors.pop(ticket, None)
+                self._replies.answer(ticket, self._refusal(effect))
+            case _:
+                assert_never(effect)
 
-    def _answer(self, reply: Reply | None, error: SempervirtError | None) -> None:
-        if reply is None:
-            reply, self._pending = self._pending, None
-        if reply is None or reply.done():
+    def settled(self, before: VmState) -> None:
+        """Notes each change of the runstate."""
+        state = self._state
+        if state.run is before.run:
             return
-        if error is None:
-            reply.set_result(None)
-        else:
-            reply.set_exception(error)
+        text = f"{before.run.value} -> {state.run.value}" + (f": {state.why}" if state.why else "")
+        self.journal.note(time.time(), "state", text)
+        bad = state.run in (Runstate.CRASHED, Runstate.UNKNOWN, Runstate.HALTED)
+        log.log(logging.WARNING if bad else logging.INFO, "vm name=%s %s", self.name, text)
+
+    def _watch(self, started: Process) -> None:
+        self._process = started
+        self.start()
+        self.keep(self._bound_logs(), "logs")
+        self._linking = self.keep(self._link.run(), "monitor")
+
+    def _switch(self, successor: Successor) -> None:
+        before = self._process
+        assert before is not None
+        self._process = successor.process
+        successor.bequeath(self._exits())
+        before.send_signal(signal.SIGKILL)
+        self._end_link()
+
+    def _end_link(self) -> None:
+        if self._linking is not None:
+            self._linking.cancel()
+            self._linking = None
 
     def _refusal(self, effect: Refuse) -> SempervirtError:
         message = f"cannot {effect.request.value} VM {self.name}: {effect.reason}"
@@ -361,61 +365,45 @@ class Machine:
             case Refusal.NOT_DONE:
                 return Unavailable(message)
             case Refusal.CONFLICT if self.run is Runstate.UNKNOWN:
-                return StateConflict(message, remedy=f"settle it: semper vm kill {self.name}")
+                return StateConflict(
+                    message, remedy=f"end QEMU to be certain: semper vm kill {self.name}"
+                )
             case Refusal.CONFLICT if effect.request is Request.STOP and not self.run.is_end:
                 return StateConflict(message, remedy="resume it first, or kill it")
             case Refusal.CONFLICT:
                 return StateConflict(message)
+            case _:
+                assert_never(effect.kind)
 
-    async def _execute(self, command: str) -> None:
+    async def _execute(self, command: str, link: Link, qemu: int) -> None:
         try:
-            await self._link.execute(command)
+            await link.execute(command)
         except OutcomeUnknown as error:
-            self._post(Silent(error.message))
+            self.post(Silent(error.message, qemu=qemu))
         except SempervirtError as error:
-            self._post(NotDone(error.message))
+            self.post(NotDone(error.message, qemu=qemu))
         else:
-            self._post(Done())
-
-    def _changed(self, before: Runstate) -> None:
-        state = self._state
-        text = f"{before.value} -> {state.run.value}" + (f": {state.why}" if state.why else "")
-        self.journal.note(time.time(), "state", text)
-        bad = state.run in (Runstate.CRASHED, Runstate.UNKNOWN, Runstate.HALTED)
-        log.log(logging.WARNING if bad else logging.INFO, "vm name=%s %s", self.name, text)
-
-    def _rearm(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        if self._state.deadline is not None:
-            loop = asyncio.get_running_loop()
-            self._timer = loop.call_at(self._state.deadline, self._post, Tick())
+            self.post(Done(qemu=qemu))
 
     def _exits(self) -> Callable[[Exit], None]:
-        """What is told of the end of this machine's QEMU, until another one has followed it."""
-        self._era += 1
-        return partial(self._exited, self._era)
+        """What is to be called at the end of the present QEMU."""
+        return partial(self._exited, self._state.qemu)
 
-    def _exited(self, era: int, end: Exit) -> None:
-        if era == self._era:
-            self._keep(self._finish(end), "end")
+    def _exited(self, qemu: int, end: Exit) -> None:
+        if qemu == self._state.qemu:  # an earlier one was killed, and nobody listens to it
+            self.keep(self._finish(qemu, end), "end")
 
-    async def _finish(self, end: Exit) -> None:
+    async def _finish(self, qemu: int, end: Exit) -> None:
         with contextlib.suppress(Unavailable):
             await self._link.wait_disconnected(DRAIN_S)
-        if self._linking is not None:
-            self._linking.cancel()
-        self._post(Ended(end.code, end.signal))
+        self._end_link()
+        self.post(Ended(end.code, end.signal, qemu=qemu))
 
     async def _bound_logs(self) -> None:
         while True:
             for path in (self.files.console_log, self.files.log):
-                process.bound_log(path, LOG_LIMIT_BYTES)
+                try:
+                    process.bound_log(path, LOG_LIMIT_BYTES)
+                except OSError as error:  # no room, say: the VM runs on, and its log grows
+                    log.warning("log vm=%s file=%s not shortened: %s", self.name, path, error)
             await asyncio.sleep(HOUSEKEEPING_S)
-
-    def _keep(self, work: Coroutine[Any, Any, None], what: str) -> asyncio.Task[None]:
-        task = background.start(work, f"{self.name}: {what}")
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task

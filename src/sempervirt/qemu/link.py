@@ -11,10 +11,13 @@ from typing import Any
 from sempervirt.core.errors import OutcomeUnknown, SempervirtError, Unavailable
 from sempervirt.host.changes import Changes
 from sempervirt.qemu.qmp import Monitor, OnEvent
-from sempervirt.qemu.state import QemuEvent, Silent, StatusTold, VmEvent
+from sempervirt.qemu.state import QemuEvent, Silent, StatusTold
 
 RETRY_S = 0.02
 RETRY_MAX_S = 1.0
+
+# What a link reports.
+Told = QemuEvent | Silent | StatusTold
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Link:
         path: Path,
         name: str,
         patience: Patience,
-        report: Callable[[VmEvent], None],
+        report: Callable[[Told], None],
         heard: OnEvent,
     ) -> None:
         self._path = path
@@ -113,6 +116,8 @@ class Link:
             await monitor.close()
             self._monitor = None
             self._changes.notify()
+        if not following.cancelled() and (mistake := following.exception()) is not None:
+            raise mistake  # of whoever was told of an event
         # Mostly it hung up because QEMU ended, and then this task is cancelled right now.
         await asyncio.sleep(self._patience.hang_up_s)
         self._report(Silent(reason))

@@ -86,6 +86,8 @@ class Monitor:
     async def query_status(self, timeout_s: float) -> str:
         """QEMU's own runstate, for example "running" or "paused"."""
         answer = await self.execute("query-status", timeout_s=timeout_s)
+        if not isinstance(answer, dict) or "status" not in answer:
+            raise OutcomeUnknown("the monitor answered query-status without a status")
         return str(answer["status"])
 
     async def follow(self, on_event: OnEvent) -> None:
@@ -98,7 +100,8 @@ class Monitor:
                 await asyncio.wait((event, ended), return_when=asyncio.FIRST_COMPLETED)
                 if event.done():
                     message = event.result()
-                    on_event(str(message["event"]), message.get("data", {}))
+                    data = message.get("data")
+                    on_event(str(message["event"]), data if isinstance(data, dict) else {})
         finally:
             event.cancel()
             ended.cancel()
@@ -108,7 +111,11 @@ class Monitor:
             await self._client.runstate_changed()
 
     async def close(self) -> None:
-        """Disconnects. The library keeps the reason of a lost connection until this takes it."""
+        """Disconnects. The library keeps the reason of a lost connection until this takes it.
+
+        That reason may be any exception that QEMU's bytes provoked in the library's reader: a line
+        that is too long, nested too deeply or no text. None of them may end the agent.
+        """
         if self._client.runstate is not Runstate.IDLE:
-            with contextlib.suppress(QMPError, OSError, EOFError):
+            with contextlib.suppress(Exception):
                 await self._client.disconnect()

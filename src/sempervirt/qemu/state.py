@@ -1,6 +1,6 @@
-"""What a VM's state machine knows, sees and asks for: runstates, events, effects.
+"""What the owner of a QEMU knows, sees and asks for: runstates, events, effects.
 
-`runstate` decides on these values; `machine` carries the effects out.
+`qemu.decide` decides on these values; `qemu.driver` carries the effects out.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from enum import Enum
 
 
 class Runstate(Enum):
-    """See the module."""
+    """What a VM is doing; the transitions are drawn in `qemu.decide`."""
 
     STARTING = "starting"
     RUNNING = "running"
@@ -28,7 +28,7 @@ class Runstate(Enum):
 
 
 class Request(Enum):
-    """What can be asked of a VM."""
+    """What can be asked of a VM. The values complete "cannot … VM NAME"."""
 
     PAUSE = "pause"
     RESUME = "resume"
@@ -55,14 +55,16 @@ class End:
 class VmState:
     """Everything that a decision depends on.
 
-    `pending` waits for QEMU's answer; `held` is work on the whole VM that somebody else does
-    and ends with `Released`.
+    `pending` is the request that waits for QEMU's answer; `held` is work on the whole VM that
+    somebody else does and that ends with `Released`. `deadline` is a time of the owner's clock.
+    `qemu` counts the QEMUs that this owner has had: what an earlier one tells is ignored.
     """
 
     run: Runstate = Runstate.STARTING
     why: str = ""
-    pending: Request | None = None
+    pending: Asked | None = None
     held: Request | None = None
+    qemu: int = 1
     deadline: float | None = None
     told_to_quit: bool = False
     killed_because: str = ""
@@ -78,49 +80,60 @@ ON_REQUEST = "killed on request"
 
 @dataclass(frozen=True)
 class Asked:
-    """Somebody asks for something; `grace_s` belongs to STOP, `because` to KILL."""
+    """Somebody asks for something; `grace_s` belongs to STOP, `because` to KILL.
+
+    `ticket` says whom to answer, and with SWITCH which QEMU is to follow.
+    """
 
     request: Request
     grace_s: float = 0.0
     because: str = ON_REQUEST
+    ticket: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class FromQemu:
+    """What one QEMU told, or what was seen of that process. `qemu` is its number."""
+
+    qemu: int = 1
 
 
 @dataclass(frozen=True)
-class Done:
+class Done(FromQemu):
     """QEMU carried out the pending request."""
 
 
 @dataclass(frozen=True)
-class NotDone:
+class NotDone(FromQemu):
     """QEMU refused the pending request, or never got it."""
 
     reason: str
 
 
 @dataclass(frozen=True)
-class Silent:
+class Silent(FromQemu):
     """The monitor did not answer, or was lost."""
 
     reason: str
 
 
 @dataclass(frozen=True)
-class StatusTold:
-    """The monitor told QEMU's runstate."""
+class StatusTold(FromQemu):
+    """The monitor told QEMU's runstate, by QEMU's own word for it."""
 
     status: str
 
 
 @dataclass(frozen=True)
-class QemuEvent:
-    """An event of the monitor; `cause` is its reason, if it has one."""
+class QemuEvent(FromQemu):
+    """An event of the monitor; `cause` is the event's reason, if there is one."""
 
     name: str
     cause: str = ""
 
 
 @dataclass(frozen=True)
-class Ended:
+class Ended(FromQemu):
     """The process ended; both None when nobody could tell how."""
 
     exit_code: int | None
@@ -146,7 +159,7 @@ VmEvent = Asked | Done | NotDone | Silent | StatusTold | QemuEvent | Ended | Rel
 
 @dataclass(frozen=True)
 class Execute:
-    """Send a monitor command; report Done, NotDone or Silent if it is the pending request."""
+    """Send a monitor command; report Done, NotDone or Silent, which answer the pending request."""
 
     command: str
 
@@ -158,14 +171,16 @@ class KillProcess:
 
 @dataclass(frozen=True)
 class SwitchProcess:
-    """SIGKILL to this QEMU; from now on the other one, which waits, is the VM."""
+    """SIGKILL to this QEMU; from now on the VM is the QEMU that waits and that `ticket` names."""
+
+    ticket: int
 
 
 @dataclass(frozen=True)
 class Accept:
-    """The request was carried out, or its end is on the way."""
+    """The request of that ticket was carried out, or its end is on the way."""
 
-    request: Request
+    ticket: int
 
 
 class Refusal(Enum):
@@ -178,12 +193,13 @@ class Refusal(Enum):
 
 @dataclass(frozen=True)
 class Refuse:
-    """The request was not carried out, or nobody knows."""
+    """The request of that ticket was not carried out, or nobody knows."""
 
+    ticket: int
     request: Request
     kind: Refusal
     reason: str
 
 
 VmEffect = Execute | KillProcess | SwitchProcess | Accept | Refuse
-Step = tuple[VmState, list[VmEffect]]
+Decision = tuple[VmState, list[VmEffect]]

@@ -39,90 +39,137 @@ in COMMIT and nothing is lost. In postcopy the guest runs before its memory is t
 is handed over first, with the guest standing still: until Drained each side can lose the VM by
 dying (LOST); a broken stream is connected again. That is why a policy has to ask for postcopy.
 
-An agent that begins anew goes on from the record of the state, which is written before a request
-to the store is sent: one that finds itself in COMMIT has lost the answer.
+What has to be done is tried again until it is done (`Again`): to withdraw, to go back, to end this
+host's QEMU. The destination is told for a while, and reads in the store what it was not told.
 
-The destination's side is `arrival`. `convergence` chooses when; here two bounds are held: the
+An agent that begins anew goes on from the record of phase and mode (`recover`). The record of
+COMMIT has to be written before the store is asked, so an agent that finds COMMIT has lost the
+answer; every other record may be missing, for an earlier phase leads to the same end.
+
+`destination.decide` is the other side. `convergence` chooses when; here two bounds are held: the
 deadline of the whole until the guest stands still, and the bound on the guest's blackout until
 the store is asked. A commit that is slow is not given up (its outcome would be unknown).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import assert_never
 
-from sempervirt.migration.events import (
-    Act,
+from sempervirt.migration.events import Loaded, NotRecorded, Side, StreamFailed, Tick
+from sempervirt.migration.source.state import (
+    AbortDestination,
+    Again,
     AnswerLost,
+    AskPromise,
+    Bounds,
     CancelAsked,
+    Certain,
     Committed,
     DestinationEnded,
     DestinationGone,
     DisksReleased,
     Drained,
+    EndSource,
+    Failed,
+    Finish,
+    FinishStream,
+    GoBack,
     GuestStopped,
+    HandOver,
     Hopeless,
-    Loaded,
+    LetRun,
+    MakeCertain,
+    Migration,
     NotCommitted,
     PostcopyChosen,
+    Prepare,
     Prepared,
+    Recovered,
+    RecoverStream,
     Refused,
+    ReleaseDisks,
     Resolved,
-    Side,
+    SourceEffect,
     SourceEnded,
     SourceEvent,
-    StreamFailed,
+    StartStream,
+    Step,
     Superseded,
-    Tick,
+    SwitchToPostcopy,
+    Told,
+    WentBack,
+    Withdraw,
     Withdrawn,
 )
+from sempervirt.store.registry import Claim
 from sempervirt.vm.phases import Mode, Phase
 
-# How often a lost answer is asked for, and a broken postcopy stream connected, again.
+# How soon, in seconds, what failed is tried again: where the store or a process has to answer, and
+# where a guest stands still meanwhile.
 AGAIN_S = 1.0
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """For how long, in seconds: the whole until the guest stands still, and its blackout."""
-
-    deadline_s: float = 600.0
-    blackout_s: float = 2.0
-
-
-@dataclass(frozen=True)
-class Migration:
-    """Everything that a decision depends on. `until` bounds the phase, on the driver's clock."""
-
-    bounds: Bounds
-    until: float
-    phase: Phase = Phase.PREPARE
-    mode: Mode = Mode.PRECOPY
-    why: str = ""
-    guest_stopped: bool = False
-    loaded: bool = False
-    disks_released: bool = False
-    source_ended: str = ""
-    settled: bool = False
-    evidence: str = ""
-
-    @property
-    def may_cancel(self) -> bool:
-        """Whether the VM can still be kept here by deciding so."""
-        return self.phase in (Phase.PREPARE, Phase.PRECOPY, Phase.SWITCHOVER)
-
-
-Step = tuple[Migration, list[Act]]
+SOON_S = 0.2
+TELL_FOR_S = 5.0
+ANEW = "the agent here began anew"
 
 
 def begin(bounds: Bounds, now: float) -> Step:
     """A migration that was asked for; the store knows it as MOVING."""
-    return Migration(bounds, now + bounds.deadline_s), [Act.PREPARE]
+    return Migration(bounds, now + bounds.deadline_s), [Prepare()]
+
+
+def recover(phase: Phase, mode: Mode, now: float) -> Step:
+    """How an agent that begins anew goes on from the record of an earlier one."""
+    state = Migration(Bounds(), now, phase, mode, guest_stopped=True)
+    match phase:
+        case Phase.PREPARE | Phase.PRECOPY | Phase.SWITCHOVER:
+            return _abandon(state, ANEW)
+        case Phase.COMMIT:
+            return _commit(state, AnswerLost("the agent here ended while it asked the store"), now)
+        case Phase.UNKNOWN:
+            return replace(state, why=ANEW), [Withdraw()]
+        case Phase.POSTCOPY:
+            return replace(state, told=True), []
+        case Phase.ABANDONED:
+            return _abandon(state, ANEW)
+        case Phase.DONE:
+            state = replace(state, tell_until=now + TELL_FOR_S)
+            return state, [MakeCertain(), EndSource("")]
+        case Phase.LOST:
+            return replace(state, why=ANEW), [EndSource(ANEW)]
+        case _:
+            assert_never(phase)
 
 
 def step(state: Migration, event: SourceEvent, now: float) -> Step:
     """The next state, and what has to be done. An event that does not fit changes nothing."""
+    if state.finished:
+        return state, []
+    state, effects = _step(state, event, now)
+    if _is_over(state):
+        stays = state.phase is Phase.ABANDONED
+        return replace(state, finished=True, again=frozenset()), [*effects, Finish(stays)]
+    return state, effects
+
+
+def owes_record(before: Migration, after: Migration) -> bool:
+    """Whether `after` has to be on record before anything is done for it."""
+    return after.phase is Phase.COMMIT and before.phase is not Phase.COMMIT
+
+
+def wake_at(state: Migration) -> float | None:
+    """When time alone changes the state."""
+    times = [again.at for again in state.again]
+    if state.may_cancel or _waits_to_recover(state):
+        times.append(state.until)
+    return min(times, default=None)
+
+
+def _step(state: Migration, event: SourceEvent, now: float) -> Step:
+    if isinstance(event, Failed):
+        return _failed(state, event, now)
+    if isinstance(event, Tick) and any(again.at <= now for again in state.again):
+        return _try_again(state, now)
     match state.phase:
         case Phase.PREPARE | Phase.PRECOPY | Phase.SWITCHOVER:
             return _before_commit(state, event, now)
@@ -133,39 +180,71 @@ def step(state: Migration, event: SourceEvent, now: float) -> Step:
         case Phase.POSTCOPY:
             return _postcopy(state, event, now)
         case Phase.ABANDONED:
-            return _abandoned(state, event, now)
+            return _abandoned(state, event)
+        case Phase.DONE:
+            return _done(state, event)
+        case Phase.LOST:
+            return _ended(state, event), []
         case _:
-            return state, []
+            assert_never(state.phase)
+
+
+def _is_over(state: Migration) -> bool:
+    """Whether nothing can follow."""
+    match state.phase:
+        case Phase.ABANDONED:
+            return state.settled and (state.back or state.source_ended != "")
+        case Phase.DONE:
+            return state.told and state.source_ended != ""
+        case Phase.LOST:
+            return state.source_ended != ""
+        case (
+            Phase.PREPARE
+            | Phase.PRECOPY
+            | Phase.SWITCHOVER
+            | Phase.COMMIT
+            | Phase.UNKNOWN
+            | Phase.POSTCOPY
+        ):
+            return False
+        case _:
+            assert_never(state.phase)
+
+
+def _waits_to_recover(state: Migration) -> bool:
+    return state.phase is Phase.POSTCOPY and state.why != "" and not state.recovering
 
 
 def _before_commit(state: Migration, event: SourceEvent, now: float) -> Step:
     """The source is the owner, and only it can change that: every failure leads back."""
     match event:
         case Refused(reason) | Hopeless(reason) | StreamFailed(reason):
-            return _abandon(state, reason, now)
+            return _abandon(state, reason)
         case DestinationGone(reason) | DestinationEnded(reason):
-            return _abandon(state, reason, now)
+            return _abandon(state, reason)
+        case NotRecorded():
+            return _abandon(state, "the record cannot be written")
         case CancelAsked():
-            return _abandon(state, "cancelled", now)
+            return _abandon(state, "cancelled")
         case SourceEnded(reason) if not state.loaded or state.mode is Mode.POSTCOPY:
-            return _abandon(replace(state, source_ended=reason), reason, now)
+            return _abandon(replace(state, source_ended=reason), reason)
         case SourceEnded(reason):
             # Everything is at the destination: handing over is the one way to keep the VM.
             return replace(state, source_ended=reason), []
         case Tick() if now >= state.until:
             what = "the guest's blackout" if state.guest_stopped else "the migration"
-            return _abandon(state, f"{what} took too long", now)
+            return _abandon(state, f"{what} took too long")
     if state.phase is Phase.SWITCHOVER:
-        return _switchover(state, event, now)
+        return _switchover(state, event)
     return _on_the_way(state, event, now)
 
 
 def _on_the_way(state: Migration, event: SourceEvent, now: float) -> Step:
     match state.phase, event:
-        case Phase.PREPARE, Prepared():
-            return replace(state, phase=Phase.PRECOPY), [Act.START_STREAM]
+        case Phase.PREPARE, Prepared(address):
+            return replace(state, phase=Phase.PRECOPY), [StartStream(address)]
         case Phase.PRECOPY, PostcopyChosen() if state.mode is Mode.PRECOPY:
-            return replace(state, mode=Mode.POSTCOPY), [Act.SWITCH_TO_POSTCOPY]
+            return replace(state, mode=Mode.POSTCOPY), [SwitchToPostcopy()]
         case Phase.PRECOPY, GuestStopped():
             stopped = replace(
                 state,
@@ -173,12 +252,12 @@ def _on_the_way(state: Migration, event: SourceEvent, now: float) -> Step:
                 guest_stopped=True,
                 until=now + state.bounds.blackout_s,
             )
-            rest = Act.FINISH_STREAM if state.mode is Mode.PRECOPY else Act.ASK_PROMISE
-            return stopped, [rest, Act.RELEASE_DISKS]
+            rest = FinishStream() if state.mode is Mode.PRECOPY else AskPromise()
+            return stopped, [rest, ReleaseDisks()]
     return state, []
 
 
-def _switchover(state: Migration, event: SourceEvent, now: float) -> Step:
+def _switchover(state: Migration, event: SourceEvent) -> Step:
     match event:
         case Loaded():
             state = replace(state, loaded=True)
@@ -187,93 +266,138 @@ def _switchover(state: Migration, event: SourceEvent, now: float) -> Step:
         case _:
             return state, []
     if state.loaded and state.disks_released:
-        return replace(state, phase=Phase.COMMIT), [Act.HAND_OVER]
+        return replace(state, phase=Phase.COMMIT), [HandOver(state.mode)]
     return state, []
 
 
 def _commit(state: Migration, event: SourceEvent, now: float) -> Step:
     match event:
-        case Committed() | Superseded():
-            return _handed_over(state, now)
+        case Committed(claim):
+            return _handed_over(state, claim, now)
+        case Superseded():
+            return _handed_over(state, None, now)
         case NotCommitted(reason):
-            return _abandon(state, reason, now)
+            return _abandon(state, reason)
         case AnswerLost(reason):
-            unknown = replace(state, phase=Phase.UNKNOWN, why=reason, until=now + AGAIN_S)
-            return unknown, [Act.WITHDRAW]
-        case SourceEnded(reason):
-            return replace(state, source_ended=reason), []
-    return state, []
+            return replace(state, phase=Phase.UNKNOWN, why=reason), [Withdraw()]
+    return _ended(state, event), []
 
 
 def _unknown(state: Migration, event: SourceEvent, now: float) -> Step:
     match event:
         case Withdrawn():
-            return _abandon(state, state.why, now)
+            return _abandon(state, state.why)
         case Superseded():
-            return _handed_over(state, now)
+            return _handed_over(state, None, now)
         case Resolved(Side.SOURCE, evidence):
-            return _abandon(replace(state, evidence=evidence), state.why, now)
+            return _abandon(replace(state, evidence=evidence), state.why)
         case Resolved(Side.DESTINATION, evidence):
-            return _handed_over(replace(state, evidence=evidence), now)
-        case Tick() if now >= state.until:
-            return replace(state, until=now + AGAIN_S), [Act.WITHDRAW]
-        case SourceEnded(reason):
-            return replace(state, source_ended=reason), []
-    return state, []
+            return _handed_over(replace(state, evidence=evidence), None, now)
+    return _ended(state, event), []
 
 
-def _handed_over(state: Migration, now: float) -> Step:
+def _handed_over(state: Migration, claim: Claim | None, now: float) -> Step:
     """The destination owns the VM; what is here must never run again."""
+    told: SourceEffect = LetRun(claim) if claim is not None else MakeCertain()
+    handed = replace(
+        state, why="", claim=claim, until=now, tell_until=now + TELL_FOR_S, again=frozenset()
+    )
     if state.mode is Mode.PRECOPY:
-        return replace(state, phase=Phase.DONE, why=""), [Act.LET_RUN, Act.END_SOURCE]
+        return replace(handed, phase=Phase.DONE), [told, EndSource("")]
     if state.source_ended:
-        return _lost(state, state.source_ended)
-    handed = replace(state, phase=Phase.POSTCOPY, why="", until=now + AGAIN_S)
-    return handed, [Act.FINISH_STREAM, Act.LET_RUN]
+        return _lost(handed, state.source_ended)
+    return replace(handed, phase=Phase.POSTCOPY, until=now + AGAIN_S), [FinishStream(), told]
 
 
 def _postcopy(state: Migration, event: SourceEvent, now: float) -> Step:
     match event:
         case Drained():
-            return replace(state, phase=Phase.DONE, why=""), [Act.END_SOURCE]
+            # A destination that was not told reads in the store that the VM is its own.
+            done = replace(state, phase=Phase.DONE, why="", told=True, again=frozenset())
+            return done, [EndSource("")]
         case SourceEnded(reason):
             return _lost(replace(state, source_ended=reason), reason)
         case DestinationEnded(reason):
             return _lost(state, reason)
-        case StreamFailed(reason) | DestinationGone(reason):
+        case StreamFailed(reason) | DestinationGone(reason) if not state.recovering:
             return replace(state, why=reason), []
-        case Tick() if state.why and now >= state.until:
-            return replace(state, why="", until=now + AGAIN_S), [Act.RECOVER_STREAM, Act.LET_RUN]
+        case Recovered():
+            return replace(state, recovering=False, until=now + AGAIN_S), []
+        case Tick() if _waits_to_recover(state) and now >= state.until:
+            return replace(state, why="", recovering=True), [RecoverStream()]
+    return _told(state, event)
+
+
+def _done(state: Migration, event: SourceEvent) -> Step:
+    return _told(_ended(state, event), event)
+
+
+def _told(state: Migration, event: SourceEvent) -> Step:
+    """What is known of the word to the destination that the VM is its own."""
+    match event:
+        case Certain(None) | Told():
+            return replace(state, told=True), []
+        case Certain(Claim() as claim) if not state.told:
+            return replace(state, claim=claim), [LetRun(claim)]
     return state, []
 
 
-def _abandon(state: Migration, why: str, now: float) -> Step:
+def _abandon(state: Migration, why: str) -> Step:
     """The source goes on. Only called where the VM is known to be its own."""
-    acts: list[Act] = []
-    if state.guest_stopped and not state.source_ended:
-        acts.append(Act.RESUME_GUEST)
-    acts += [Act.ABORT_DESTINATION, Act.WITHDRAW]
-    return replace(state, phase=Phase.ABANDONED, why=why, until=now + AGAIN_S), acts
+    effects: list[SourceEffect] = []
+    if not state.source_ended:
+        effects.append(GoBack(state.guest_stopped))
+    effects += [AbortDestination(why), Withdraw()]
+    return replace(state, phase=Phase.ABANDONED, why=why, again=frozenset()), effects
 
 
-def _abandoned(state: Migration, event: SourceEvent, now: float) -> Step:
-    """The guest runs; what is left is that the store and the destination learn of it."""
+def _abandoned(state: Migration, event: SourceEvent) -> Step:
+    """What is left is that the guest runs, and that the store and the destination learn of it."""
     match event:
         case Withdrawn() | Superseded():
             return replace(state, settled=True), []
-        case Tick() if not state.settled and now >= state.until:
-            return replace(state, until=now + AGAIN_S), [Act.ABORT_DESTINATION, Act.WITHDRAW]
-    return state, []
+        case WentBack():
+            return replace(state, back=True), []
+    return _ended(state, event), []
 
 
 def _lost(state: Migration, why: str) -> Step:
-    return replace(state, phase=Phase.LOST, why=f"postcopy: {why}"), [Act.END_SOURCE]
+    lost = replace(state, phase=Phase.LOST, why=f"postcopy: {why}", again=frozenset())
+    return lost, [EndSource(lost.why)]
 
 
-def runs_here(state: Migration, acts: Sequence[Act], before: bool) -> bool:
-    """Whether the source's guest runs after a step, if it did `before`: for tests and views."""
-    if Act.END_SOURCE in acts or state.source_ended or state.phase is Phase.DONE:
-        return False
-    if Act.RESUME_GUEST in acts:
-        return True
-    return before and not state.guest_stopped
+def _ended(state: Migration, event: SourceEvent) -> Migration:
+    return replace(state, source_ended=event.reason) if isinstance(event, SourceEnded) else state
+
+
+def _failed(state: Migration, event: Failed, now: float) -> Step:
+    """What has to be done is tried again, as long as the phase still asks for it."""
+    match event.effect, state.phase:
+        case Withdraw(), Phase.UNKNOWN:
+            return _later(state, now + AGAIN_S, Withdraw()), []
+        case Withdraw(), Phase.ABANDONED if not state.settled:
+            return _later(state, now + AGAIN_S, Withdraw(), AbortDestination(state.why)), []
+        case GoBack(), Phase.ABANDONED if not (state.back or state.source_ended):
+            return _later(state, now + SOON_S, event.effect), []
+        case MakeCertain(), Phase.POSTCOPY | Phase.DONE:
+            return _later(state, now + AGAIN_S, event.effect), []
+        case LetRun(), Phase.DONE if now >= state.tell_until:
+            return replace(state, told=True), []
+        case LetRun(), Phase.POSTCOPY | Phase.DONE if not state.told:
+            return _later(state, now + SOON_S, event.effect), []
+        case EndSource(), Phase.DONE | Phase.LOST if not state.source_ended:
+            return _later(state, now + AGAIN_S, event.effect), []
+        case RecoverStream(), Phase.POSTCOPY:
+            failed = replace(state, recovering=False, why=event.reason, until=now + AGAIN_S)
+            return failed, []
+    return state, []
+
+
+def _later(state: Migration, at: float, *effects: SourceEffect) -> Migration:
+    return replace(state, again=state.again | {Again(at, effect) for effect in effects})
+
+
+def _try_again(state: Migration, now: float) -> Step:
+    due = {again for again in state.again if again.at <= now}
+    effects = [again.effect for again in sorted(due, key=lambda again: repr(again.effect))]
+    return replace(state, again=state.again - due), effects

@@ -28,9 +28,9 @@ BANDWIDTH_PART = 0.05
 class Steering:
     """Of one migration, from its first pass to its switchover."""
 
-    def __init__(self, policy: ConvergencePolicy) -> None:
-        self.policy = policy
-        self.track: Track = convergence.begin(policy)
+    def __init__(self, policy: ConvergencePolicy | None = None) -> None:
+        self.policy = policy or ConvergencePolicy()
+        self.track: Track = convergence.begin(self.policy)
         self._bandwidth = stream.UNKNOWN_BANDWIDTH
 
     def reckoned(self, sample: Sample) -> Sample:

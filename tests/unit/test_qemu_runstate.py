@@ -1,4 +1,4 @@
-"""The VM's state machine, exhaustively: every order of events up to a depth keeps its promises."""
+"""The VM's runstates, exhaustively: every order of events up to a depth keeps its promises."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from dataclasses import replace
 
 import pytest
 
-from sempervirt.qemu.decide import QUIT_DEADLINE_S, step
+from sempervirt.qemu.decide import QUIT_DEADLINE_S, decide
 from sempervirt.qemu.state import (
     Accept,
     Asked,
     Done,
     Ended,
     Execute,
+    FromQemu,
     KillProcess,
     NotDone,
     QemuEvent,
@@ -31,10 +32,11 @@ from sempervirt.qemu.state import (
 )
 
 GRACE_S = 5.0
+TICKET = 7
 RUNNING = VmState(run=Runstate.RUNNING)
 
 EVENTS: list[VmEvent] = [
-    *(Asked(request, GRACE_S) for request in Request),
+    *(Asked(request, GRACE_S, ticket=TICKET) for request in Request),
     Done(),
     NotDone("refused"),
     Silent("no answer"),
@@ -69,7 +71,7 @@ def test_every_order_of_events_up_to_depth_six() -> None:
             # Times and counts do not change what can happen.
             if following.deadline is not None:
                 following = replace(following, deadline=1.0)
-            following = replace(following, resets=0)
+            following = replace(following, resets=0, qemu=1)
             if depth < 6 and following not in seen:
                 seen.add(following)
                 queue.append((following, depth + 1))
@@ -78,10 +80,10 @@ def test_every_order_of_events_up_to_depth_six() -> None:
 
 def checked(state: VmState, event: VmEvent, now: float) -> VmState:
     """One step, and what it has promised."""
-    after, effects = step(state, event, now)
+    after, effects = decide(state, event, now)
     answers = [effect for effect in effects if isinstance(effect, Accept | Refuse)]
     if isinstance(event, Asked):
-        begun = after.pending is event.request and state.pending is None
+        begun = after.pending is event and state.pending is None
         assert len(answers) == (0 if begun else 1), "each request is answered once, or begun"
         if event.request is Request.KILL and not state.run.is_end:
             assert KillProcess() in effects, "kill works in every state"
@@ -96,11 +98,13 @@ def checked(state: VmState, event: VmEvent, now: float) -> VmState:
     if state.run is Runstate.UNKNOWN and after.run in (Runstate.RUNNING, Runstate.PAUSED):
         told = isinstance(event, StatusTold | QemuEvent)
         assert told, "only QEMU itself leads out of unknown"
-    if SwitchProcess() in effects:
+    assert all(answer.ticket == TICKET for answer in answers)
+    if SwitchProcess(TICKET) in effects:
+        assert after.qemu == state.qemu + 1
         assert state.held is Request.RESTART, "who switches has prepared it"
         assert not state.killed_because, "who is to end has no successor"
     if state.held is not None and isinstance(event, Asked) and event.request is not Request.KILL:
-        assert after == state, "a held VM is changed by nobody else"
+        assert replace(after, qemu=state.qemu) == state, "a held VM is changed by nobody else"
     if state.run is Runstate.UNKNOWN:
         assert not any(isinstance(effect, Execute) for effect in effects), "nothing blind"
     if after.run is Runstate.STOPPING:
@@ -110,20 +114,20 @@ def checked(state: VmState, event: VmEvent, now: float) -> VmState:
 
 def run(*events: tuple[VmEvent, float], state: VmState = RUNNING) -> VmState:
     for event, now in events:
-        state, _ = step(state, event, now)
+        state, _ = decide(state, event, now)
     return state
 
 
 def test_stop_presses_the_button_then_quits_then_kills() -> None:
-    state, effects = step(RUNNING, Asked(Request.STOP, GRACE_S), 100)
-    assert effects == [Execute("system_powerdown"), Accept(Request.STOP)]
+    state, effects = decide(RUNNING, Asked(Request.STOP, GRACE_S), 100)
+    assert effects == [Execute("system_powerdown"), Accept(0)]
     assert state.deadline == 100 + GRACE_S
-    state, effects = step(state, Tick(), 100 + GRACE_S)
+    state, effects = decide(state, Tick(), 100 + GRACE_S)
     assert effects == [Execute("quit")]
     assert state.deadline == 100 + GRACE_S + QUIT_DEADLINE_S
-    state, effects = step(state, Tick(), 100 + GRACE_S + QUIT_DEADLINE_S)
+    state, effects = decide(state, Tick(), 100 + GRACE_S + QUIT_DEADLINE_S)
     assert effects == [KillProcess()]
-    state, _ = step(state, Ended(None, 9), 200)
+    state, _ = decide(state, Ended(None, 9), 200)
     assert state.run is Runstate.STOPPED
     assert state.why == "neither the guest nor QEMU ended in time: killed"
 
@@ -163,47 +167,60 @@ def test_the_end_is_told_truthfully(
 
 
 def test_a_command_without_an_answer_leaves_the_state_unknown() -> None:
-    state, _ = step(RUNNING, Asked(Request.PAUSE), 0)
-    state, effects = step(state, Silent("no answer"), 0)
-    assert effects == [Refuse(Request.PAUSE, Refusal.UNKNOWN, "no answer")]
+    state, _ = decide(RUNNING, Asked(Request.PAUSE), 0)
+    state, effects = decide(state, Silent("no answer"), 0)
+    assert effects == [Refuse(0, Request.PAUSE, Refusal.UNKNOWN, "no answer")]
     assert state.run is Runstate.UNKNOWN
-    _, effects = step(state, Asked(Request.RESUME), 0)
+    _, effects = decide(state, Asked(Request.RESUME), 0)
     assert isinstance(effects[0], Refuse)
     assert effects[0].kind is Refusal.CONFLICT
-    assert step(state, StatusTold("paused"), 0)[0].run is Runstate.PAUSED
+    assert decide(state, StatusTold("paused"), 0)[0].run is Runstate.PAUSED
 
 
 def test_a_refused_command_leaves_the_state_as_it_was() -> None:
-    state, _ = step(RUNNING, Asked(Request.PAUSE), 0)
-    state, effects = step(state, NotDone("QEMU refused"), 0)
+    state, _ = decide(RUNNING, Asked(Request.PAUSE), 0)
+    state, effects = decide(state, NotDone("QEMU refused"), 0)
     assert state == RUNNING
-    assert effects == [Refuse(Request.PAUSE, Refusal.NOT_DONE, "QEMU refused")]
+    assert effects == [Refuse(0, Request.PAUSE, Refusal.NOT_DONE, "QEMU refused")]
 
 
 def test_a_status_from_before_a_request_does_not_undo_it() -> None:
-    state, _ = step(RUNNING, Asked(Request.PAUSE), 0)
-    state, _ = step(state, StatusTold("running"), 0)
-    assert step(state, Done(), 0)[0].run is Runstate.PAUSED
+    state, _ = decide(RUNNING, Asked(Request.PAUSE), 0)
+    state, _ = decide(state, StatusTold("running"), 0)
+    assert decide(state, Done(), 0)[0].run is Runstate.PAUSED
 
 
 def test_what_a_held_vm_tells_of_pauses_is_not_passed_on() -> None:
     held = run((Asked(Request.RESTART), 0), (QemuEvent("STOP"), 0), (StatusTold("postmigrate"), 0))
     assert (held.run, held.held) == (Runstate.RUNNING, Request.RESTART)
-    _, effects = step(held, Asked(Request.STOP, GRACE_S), 0)
+    _, effects = decide(held, Asked(Request.STOP, GRACE_S), 0)
     assert effects == [
-        Refuse(Request.STOP, Refusal.CONFLICT, "the VM is busy with a restart of QEMU")
+        Refuse(0, Request.STOP, Refusal.CONFLICT, "the VM is busy with a restart of QEMU")
     ]
     assert run((Released("paused"), 0), state=held) == replace(RUNNING, run=Runstate.PAUSED)
     assert run((Released("running"), 0), state=held) == RUNNING
 
 
 def test_only_a_vm_that_lives_is_switched() -> None:
-    held, _ = step(RUNNING, Asked(Request.RESTART), 0)
-    assert step(held, Asked(Request.SWITCH), 0)[1] == [SwitchProcess(), Accept(Request.SWITCH)]
-    killed, _ = step(held, Asked(Request.KILL), 0)
-    refused = step(killed, Asked(Request.SWITCH), 0)[1]
-    assert refused == [Refuse(Request.SWITCH, Refusal.CONFLICT, "killed on request")]
-    lost, _ = step(held, Silent("no answer"), 0)
-    assert isinstance(step(lost, Asked(Request.SWITCH), 0)[1][0], Refuse)
-    saving, _ = step(RUNNING, Asked(Request.SAVE), 0)
-    assert isinstance(step(saving, Asked(Request.SWITCH), 0)[1][0], Refuse)
+    held, _ = decide(RUNNING, Asked(Request.RESTART), 0)
+    switch = Asked(Request.SWITCH, ticket=TICKET)
+    assert decide(held, switch, 0) == (
+        replace(held, qemu=2),
+        [SwitchProcess(TICKET), Accept(TICKET)],
+    )
+    killed, _ = decide(held, Asked(Request.KILL), 0)
+    refused = decide(killed, Asked(Request.SWITCH), 0)[1]
+    assert refused == [Refuse(0, Request.SWITCH, Refusal.CONFLICT, "killed on request")]
+    lost, _ = decide(held, Silent("no answer"), 0)
+    assert isinstance(decide(lost, Asked(Request.SWITCH), 0)[1][0], Refuse)
+    saving, _ = decide(RUNNING, Asked(Request.SAVE), 0)
+    assert isinstance(decide(saving, Asked(Request.SWITCH), 0)[1][0], Refuse)
+
+
+def test_what_a_killed_qemu_still_tells_changes_nothing() -> None:
+    switched = run((Asked(Request.RESTART), 0), (Asked(Request.SWITCH), 0))
+    for event in EVENTS:
+        if isinstance(event, FromQemu):
+            assert decide(switched, event, 0) == (switched, [])
+    ended, _ = decide(switched, Ended(None, 9, qemu=2), 0)
+    assert ended.run is Runstate.CRASHED
