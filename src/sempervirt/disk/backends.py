@@ -97,6 +97,7 @@ class Backends:
         member.watcher = background.start(
             observe(member, self._report, self._seen, lambda: self.connected),
             f"{self._setup.name}: backend {member.generation}",
+            crash=True,
         )
 
     def promote(self, generation: int) -> None:

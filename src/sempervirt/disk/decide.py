@@ -38,6 +38,7 @@ help: what is decided here is only what to start next, when, and from which bina
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import assert_never
 
 from sempervirt.disk.state import (
     Backend,
@@ -86,8 +87,8 @@ def decide(state: State, event: SupervisionEvent, now: float, policy: Policy) ->
             return state, []
         case Exited(generation, reason):
             return _exited(state, generation, reason, now, policy)
-        case UpgradeAsked(binary):
-            return _upgrade_asked(state, binary, now, policy)
+        case UpgradeAsked():
+            return _upgrade_asked(state, event, now, policy)
         case Rebound(binding):
             spare = [Rebind(state.spare.generation)] if state.spare else []
             return replace(state, binding=binding), [*spare]
@@ -97,6 +98,8 @@ def decide(state: State, event: SupervisionEvent, now: float, policy: Policy) ->
             return _stop_asked(state, now, policy)
         case Tick():
             return _tick(state, now, policy)
+        case _:
+            assert_never(event)
 
 
 def next_wake(state: State) -> float | None:
@@ -178,7 +181,9 @@ def _serving(state: State, generation: int, now: float) -> Decision:
         return replace(state, start_due=None if state.frozen else now), []
     upgrade = state.upgrade
     if upgrade and upgrade.phase is Phase.VERIFYING and upgrade.generation == generation:
-        return replace(state, binary=upgrade.binary, upgrade=None), [UpgradeEnded("")]
+        return replace(state, binary=upgrade.binary, upgrade=None), [
+            UpgradeEnded("", upgrade.ticket)
+        ]
     return state, []
 
 
@@ -208,13 +213,14 @@ def _active_exited(
     effects: list[Effect] = []
     if upgrade is not None and upgrade.generation == dead.generation:
         state = replace(state, upgrade=None)
-        effects.append(UpgradeEnded(f"the new backend ended ({reason}); the old binary serves"))
+        failure = f"the new backend ended ({reason}); the old binary serves"
+        effects.append(UpgradeEnded(failure, upgrade.ticket))
     elif upgrade is not None and upgrade.generation is not None:
         upgrade = replace(upgrade, phase=Phase.VERIFYING, deadline=now + policy.verify_s)
         state = replace(state, upgrade=upgrade)
     elif upgrade is not None:  # the old spare, told to end, takes over if it still can
         state = replace(state, upgrade=None)
-        effects.append(UpgradeEnded(f"the backend ended meanwhile ({reason})"))
+        effects.append(UpgradeEnded(f"the backend ended meanwhile ({reason})", upgrade.ticket))
     state, more = _succeed(state, now, policy)
     successor = state.active.generation if state.active else None
     took_over = TookOver(dead.generation, successor, planned, reason)
@@ -247,7 +253,8 @@ def _spare_exited(state: State, dead: Backend, reason: str, now: float, policy: 
     effects = []
     if upgrade is not None and upgrade.generation == dead.generation:
         # In SWITCHING the active one was told to end: its exit starts the old binary again.
-        effects.append(UpgradeEnded(f"the new backend ended ({reason}); the old binary serves"))
+        failure = f"the new backend ended ({reason}); the old binary serves"
+        effects.append(UpgradeEnded(failure, upgrade.ticket))
         state = replace(state, upgrade=None)
     failures = state.spare_failures + 1
     delay_s = max(policy.settle_s, policy.spare_backoff.delay_s(failures))
@@ -262,26 +269,26 @@ def _frozen(state: State, event: Freeze | Thaw, now: float) -> Decision:
         return replace(state, frozen=False, served=True, start_due=due), []
     effects: list[Effect] = []
     if state.upgrade is not None:
-        effects.append(UpgradeEnded("the VM moves"))
+        effects.append(UpgradeEnded("the VM moves", state.upgrade.ticket))
     if state.spare is not None:
         effects.append(Kill(state.spare.generation))
     return replace(state, frozen=True, upgrade=None, start_due=None), effects
 
 
-def _upgrade_asked(state: State, binary: str, now: float, policy: Policy) -> Decision:
+def _upgrade_asked(state: State, asked: UpgradeAsked, now: float, policy: Policy) -> Decision:
     if state.frozen:
-        return state, [UpgradeRefused("the VM moves")]
+        return state, [UpgradeRefused("the VM moves", asked.ticket)]
     if state.stopping or state.active is None or state.active.serving_since is None:
-        return state, [UpgradeRefused("the disk is not being served now")]
+        return state, [UpgradeRefused("the disk is not being served now", asked.ticket)]
     if not policy.spare:
-        return state, [UpgradeRefused("this backend can have no spare")]
+        return state, [UpgradeRefused("this backend can have no spare", asked.ticket)]
     if state.upgrade is not None:
-        return state, [UpgradeRefused("another upgrade is under way")]
-    upgrade = Upgrade(binary, Phase.PREPARING, now + policy.prepare_s)
+        return state, [UpgradeRefused("another upgrade is under way", asked.ticket)]
+    upgrade = Upgrade(asked.binary, Phase.PREPARING, now + policy.prepare_s, ticket=asked.ticket)
     state = replace(state, upgrade=upgrade, start_due=None)
     if state.spare is not None:
         return state, [Kill(state.spare.generation)]
-    state, effects = _start_spare(state, binary)
+    state, effects = _start_spare(state, asked.binary)
     assert state.spare is not None
     return replace(state, upgrade=replace(upgrade, generation=state.spare.generation)), effects
 
@@ -289,7 +296,7 @@ def _upgrade_asked(state: State, binary: str, now: float, policy: Policy) -> Dec
 def _stop_asked(state: State, now: float, policy: Policy) -> Decision:
     effects: list[Effect] = []
     if state.upgrade is not None:
-        effects.append(UpgradeEnded("the disk was stopped"))
+        effects.append(UpgradeEnded("the disk was stopped", state.upgrade.ticket))
     state = replace(
         state,
         stopping=True,
@@ -338,4 +345,4 @@ def _upgrade_late(state: State, upgrade: Upgrade, now: float, policy: Policy) ->
     what = "was not prepared" if upgrade.phase is Phase.PREPARING else "did not serve"
     failure = f"the new backend {what} in time; the old binary serves"
     effects = [] if upgrade.generation is None else [Kill(upgrade.generation)]
-    return replace(state, upgrade=None), [*effects, UpgradeEnded(failure)]
+    return replace(state, upgrade=None), [*effects, UpgradeEnded(failure, upgrade.ticket)]

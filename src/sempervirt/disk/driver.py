@@ -1,8 +1,7 @@
-"""A disk of a running VM: one owner task that carries out what `supervision` decides.
+"""A disk of a running VM: the owner that carries out what `decide` decides.
 
-The agent owns the listening socket; every backend inherits it, and QEMU connects to it again
-by path after each take-over. What became of the processes arrives as events in one queue;
-only the task that drains it changes the disk's state.
+The agent holds the listening socket; every backend inherits it, and QEMU connects to it again by
+path after each take-over. What became of the processes arrives as events (`host.owner`).
 """
 
 from __future__ import annotations
@@ -14,9 +13,9 @@ import signal
 import socket
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, assert_never
 
 from sempervirt.core.errors import (
     InvalidRequest,
@@ -35,6 +34,7 @@ from sempervirt.disk.program import Programs, is_installed, path_of
 from sempervirt.disk.running import Running
 from sempervirt.disk.setup import DiskSetup
 from sempervirt.disk.state import (
+    Decision,
     Effect,
     Freeze,
     Kill,
@@ -56,8 +56,8 @@ from sempervirt.disk.state import (
 )
 from sempervirt.disk.takeover import Restart
 from sempervirt.disk.upgrade import check_binary
-from sempervirt.host import background, control
-from sempervirt.host.changes import Changes
+from sempervirt.host import control
+from sempervirt.host.owner import Owner, Replies
 from sempervirt.host.records import remove_record
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ FREEZE_DEADLINE_S = 10.0
 MAP_DEADLINE_S = 600.0
 
 
-class Disk:
+class Disk(Owner[State, SupervisionEvent, Effect]):
     """Made by `lifecycle.start_disk` or `lifecycle.adopt_disk`; ends with `stop` or `detach`."""
 
     def __init__(
@@ -84,10 +84,10 @@ class Disk:
         state: State,
         restarts: int = 0,
     ) -> None:
+        super().__init__(f"disk {setup.name}", state)
         self.setup = setup
         self.name = setup.name
         self.journal = Journal()
-        self.changes = Changes()
         self.restarts: deque[Restart] = deque(maxlen=RESTARTS_KEPT)
         self.restart_count = restarts
         self.upgrade_count = 0
@@ -96,13 +96,9 @@ class Disk:
         self.refused: str | None = None
         self.stopped = False
         self.backends = Backends(setup, listener, programs, self.post, self._seen)
-        self._state = state
-        self._upgrades: deque[asyncio.Future[None]] = deque()
+        self._replies = Replies()
         self._rebinding = asyncio.Lock()
-        self._queue: asyncio.Queue[SupervisionEvent] = asyncio.Queue()
-        self._timer: asyncio.TimerHandle | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._owner = background.start(self._own(), f"disk {setup.name}")
+        self.start()
 
     # What it is like
 
@@ -110,11 +106,6 @@ class Disk:
     def condition(self) -> str:
         """One word; see `supervision.condition`."""
         return condition(self._state, self.setup.policy)
-
-    @property
-    def state(self) -> State:
-        """What supervision knows."""
-        return self._state
 
     @property
     def plan(self) -> DevicePlan | None:
@@ -224,9 +215,8 @@ class Disk:
         """
         chosen = binary or self.setup.command.binary()
         await check_binary(chosen, self.setup.options)
-        ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._upgrades.append(ended)
-        self.post(UpgradeAsked(self.backends.programs.hold(chosen)))
+        ticket, ended = self._replies.open()
+        self.post(UpgradeAsked(self.backends.programs.hold(chosen), ticket))
         await ended
         self.upgrade_count += 1
 
@@ -268,7 +258,7 @@ class Disk:
 
         Raises StateConflict while the disk is being upgraded, Unavailable.
         """
-        if self._upgrades:
+        if self._state.upgrade is not None:
             raise StateConflict(f"disk {self.name} is being upgraded", remedy="wait for its end")
         self.post(Freeze())
         await self._wait(
@@ -330,47 +320,38 @@ class Disk:
 
     async def detach(self) -> None:
         """Leaves the backends running, for another agent to adopt."""
-        if self._timer is not None:
-            self._timer.cancel()
-        for task in (self._owner, *self._tasks):
-            task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._owner
+        await super().detach()
+        self._replies.close(Unavailable(f"nobody looks after disk {self.name} any more"))
         self.backends.release()
 
-    def keep(self, work: Coroutine[Any, Any, None], name: str) -> None:
-        """Works on this disk in the background, until `detach`."""
-        task = background.start(work, f"disk {self.name}: {name}")
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    # The shell's
 
-    def post(self, event: SupervisionEvent) -> None:
-        """Gives the owner task an event."""
-        self._queue.put_nowait(event)
+    def decide(self, state: State, event: SupervisionEvent, now: float) -> Decision:
+        """See `decide.decide`."""
+        return decide(state, event, now, self.setup.policy)
 
-    # The owner task
+    def record(self, before: State, after: State) -> bool:
+        """Writes down what was decided. A record that cannot be written must not end supervision:
+        the next agent finds the processes by their sockets.
+        """
+        if not self.stopped:
+            self.backends.record(after, self.restart_count)
+        return True
 
-    async def _own(self) -> None:
-        while True:
-            event = await self._queue.get()
-            self._state, effects = decide(self._state, event, time.monotonic(), self.setup.policy)
-            for effect in effects:
-                self._carry_out(effect)
-            self._rearm()
-            if not self.stopped:
-                self.backends.record(self._state, self.restart_count)
-            self.changes.notify()
+    def settled(self, before: State) -> None:
+        """Writes down the processes that were started."""
+        self.record(before, self._state)
 
-    def _rearm(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        wake = next_wake(self._state)
-        if wake is not None:
-            # loop.time() is time.monotonic().
-            self._timer = asyncio.get_running_loop().call_at(wake, self.post, Tick())
+    def wake_at(self, state: State) -> float | None:
+        """See `decide.next_wake`."""
+        return next_wake(state)
 
-    def _carry_out(self, effect: Effect) -> None:
+    def tick(self) -> SupervisionEvent:
+        """Time passed."""
+        return Tick()
+
+    def carry_out(self, effect: Effect) -> None:
+        """Starts, signals and tells; nothing of it waits."""
         match effect:
             case Start(generation):
                 active = self.generation == generation
@@ -385,13 +366,15 @@ class Disk:
                 self._took_over(effect)
             case Refused(reason):
                 self.refused = reason
-            case UpgradeEnded(failure):
-                self._upgrade_ended(failure)
-            case UpgradeRefused(reason):
-                refused = self._upgrades.pop()
-                refused.set_exception(StateConflict(f"disk {self.name} is not upgraded: {reason}"))
+            case UpgradeEnded(failure, ticket):
+                self._upgrade_ended(failure, ticket)
+            case UpgradeRefused(reason, ticket):
+                error = StateConflict(f"disk {self.name} is not upgraded: {reason}")
+                self._replies.answer(ticket, error)
             case Stopped():
                 self.stopped = True
+            case _:
+                assert_never(effect)
 
     def _took_over(self, event: TookOver) -> None:
         now = time.time()
@@ -419,17 +402,11 @@ class Disk:
         level = logging.INFO if event.planned else logging.WARNING
         log.log(level, "takeover disk=%s %s", self.name, text)
 
-    def _upgrade_ended(self, failure: str) -> None:
-        ended = self._upgrades.popleft() if self._upgrades else None
+    def _upgrade_ended(self, failure: str, ticket: int) -> None:
         text = f"not upgraded: {failure}" if failure else f"upgraded to {self.binary}"
         self.journal.note(time.time(), "upgrade", text)
         log.log(logging.ERROR if failure else logging.INFO, "upgrade disk=%s %s", self.name, text)
-        if ended is None or ended.done():
-            return
-        if failure:
-            ended.set_exception(Unavailable(f"disk {self.name}: {text}"))
-        else:
-            ended.set_result(None)
+        self._replies.answer(ticket, Unavailable(f"disk {self.name}: {text}") if failure else None)
 
     async def _follow(self, member: Running | None) -> None:
         """Tells a process the present map. If that fails, it is told once it serves."""

@@ -1,6 +1,6 @@
 """What supervision of a disk's backends knows, sees and asks for: states, events, effects.
 
-`supervision` decides on these values; `disk` carries the effects out.
+`decide` decides on these values; `driver` carries the effects out.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ class Upgrade:
     phase: Phase
     deadline: float
     generation: int | None = None
+    ticket: int = 0
 
 
 @dataclass(frozen=True)
@@ -119,9 +120,10 @@ class Exited:
 
 @dataclass(frozen=True)
 class UpgradeAsked:
-    """Serve from another binary."""
+    """Serve from another binary. `ticket` is that of the request, and comes back with its end."""
 
     binary: str
+    ticket: int = 0
 
 
 @dataclass(frozen=True)
@@ -220,6 +222,7 @@ class UpgradeEnded:
     """The upgrade is over; `failure` is empty when the new binary serves."""
 
     failure: str
+    ticket: int = 0
 
 
 @dataclass(frozen=True)
@@ -227,6 +230,7 @@ class UpgradeRefused:
     """The upgrade was not begun."""
 
     reason: str
+    ticket: int = 0
 
 
 @dataclass(frozen=True)

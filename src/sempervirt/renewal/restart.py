@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from sempervirt.core.errors import (
     InvalidRequest,
     OutcomeUnknown,
+    RollbackFailed,
     SempervirtError,
     StateConflict,
     Unavailable,
@@ -73,7 +74,8 @@ async def restart_qemu(vm: Vm, program: Program) -> Restarted:
     """Moves `vm` to a new process of `program`.
 
     Raises InvalidRequest, StateConflict or Unavailable when it was not done: the VM is as it
-    was. Raises OutcomeUnknown when the new QEMU owns the VM and does not answer.
+    was. Raises RollbackFailed when it was not done and the VM is not as it was, OutcomeUnknown
+    when the new QEMU owns the VM and does not answer.
     """
     refuse(vm)
     work = asyncio.create_task(_Restart(vm, program).run())
@@ -116,9 +118,14 @@ class _Restart:
             self._record(switched=True, resume=resume)
             before = await self._machine.switch(self._successor)
         except BaseException as error:
-            await self._go_back(resume)
+            left = await self._go_back(resume)
             if isinstance(error, SempervirtError):
                 self._note(f"QEMU was not restarted: {error.message}", logging.WARNING)
+            if left:
+                raise RollbackFailed(
+                    f"QEMU of VM {self._vm.name} was not restarted ({error}), and {left}",
+                    remedy=f"look at it: semper vm show {self._vm.name}; then resume or end it",
+                ) from error
             if isinstance(error, OutcomeUnknown) and self._vm.run is not Runstate.UNKNOWN:
                 # Whatever the new one may have done: it is dead, and the old one goes on.
                 raise Unavailable(error.message, remedy=error.remedy) from error
@@ -209,17 +216,19 @@ class _Restart:
             state = self._machine.state
             raise StateConflict(f"VM {self._vm.name} is {state.run.value} ({state.why})")
 
-    async def _go_back(self, resume: bool) -> None:
-        """The old QEMU goes on; nothing is left of the new one."""
+    async def _go_back(self, resume: bool) -> str:
+        """The old QEMU goes on; nothing is left of the new one. Gives what is not as it was, "" if
+        all is.
+        """
         machine = self._machine
         self._close_taps()
         failure = await discard_quietly(self._successor)
         for stand_in in self._stand_ins:
             with contextlib.suppress(OutcomeUnknown):
                 await stand_in.end()
-        status = "paused"
+        status, left = "paused", ""
         if failure is not None:
-            self._note(f"the guest stays paused: {failure.message}", logging.ERROR)
+            left = f"the guest stays paused: {failure.message}"
         elif machine.held:
             try:
                 if self._paused:
@@ -228,10 +237,13 @@ class _Restart:
                     await machine.execute("cont")
                     status = "running"
             except SempervirtError as error:
-                self._note(f"the old QEMU does not go on: {error.message}", logging.ERROR)
+                left = f"the old QEMU does not go on: {error.message}"
+        if left:
+            self._note(left, logging.ERROR)
         machine.release(status)
         self._vm.end_work()
         machine.files.remove_successors(keep=self._vm.record.number)
+        return left
 
     # After the switch
 

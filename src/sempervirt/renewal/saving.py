@@ -24,7 +24,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from sempervirt.core.errors import InvalidRequest, SempervirtError, StateConflict
+from sempervirt.core.errors import InvalidRequest, RollbackFailed, SempervirtError, StateConflict
 from sempervirt.host import process
 from sempervirt.qemu import handover, memory, saved
 from sempervirt.qemu.files import VmFiles
@@ -120,7 +120,8 @@ class Origin:
 async def save_vm(vm: Vm, output: Path) -> Saving:
     """Saves `vm` to `output` and ends it.
 
-    Raises InvalidRequest, StateConflict or Unavailable when it was not saved: it is as it was.
+    Raises InvalidRequest, StateConflict or Unavailable when it was not saved: it is as it was;
+    RollbackFailed when it was not saved and is not as it was.
     """
     if not output.parent.is_dir():
         raise InvalidRequest(f"there is no directory {output.parent}", remedy="make it first")
@@ -153,8 +154,13 @@ async def _save(vm: Vm, output: Path) -> Saving:
             )
         finally:
             os.close(descriptor)
-    except BaseException:
-        await _go_on(vm, running=running)
+    except BaseException as error:
+        left = await _go_on(vm, running=running)
+        if left:
+            raise RollbackFailed(
+                f"VM {vm.name} was not saved ({error}), and {left}",
+                remedy=f"look at it: semper vm show {vm.name}; then resume or end it",
+            ) from error
         raise
     finally:
         vm.progress = None
@@ -167,8 +173,9 @@ async def _save(vm: Vm, output: Path) -> Saving:
     return Saving(figures, paused_ms)
 
 
-async def _go_on(vm: Vm, *, running: bool) -> None:
-    machine, status = vm.machine, "paused"
+async def _go_on(vm: Vm, *, running: bool) -> str:
+    """Lets the guest run on, if it ran. Gives what is not as it was, "" if all is."""
+    machine, status, left = vm.machine, "paused", ""
     if machine.held:
         try:
             await handover.reset(machine.execute)
@@ -176,9 +183,12 @@ async def _go_on(vm: Vm, *, running: bool) -> None:
                 await machine.execute("cont")
                 status = "running"
         except SempervirtError as error:
-            log.error("save vm=%s does not go on: %s", vm.name, error)  # noqa: TRY400
+            left = f"its guest does not go on: {error.message}"
+            machine.journal.note(time.time(), "save", left)
+            log.error("save vm=%s %s", vm.name, left)  # noqa: TRY400
     machine.release(status)
     vm.end_work()
+    return left
 
 
 async def _describe(vm: Vm, *, running: bool) -> dict[str, Any]:

@@ -73,7 +73,7 @@ class Vm:
         self.moving: Move | None = None
         self._unsettled: SempervirtError | None = None
         self._releasing: asyncio.Task[None] | None = None
-        self._settling = background.start(self._settle(), f"{self.name}: settle")
+        self._settling = background.start(self._settle(), f"{self.name}: settle", crash=True)
 
     @property
     def name(self) -> str:
