@@ -21,6 +21,7 @@
 //! Nothing here knows vhost, and nothing here opens a disk: the caller lends [`Blocks`].
 
 mod aligned;
+mod counters;
 pub mod format;
 mod index;
 mod lazy;
@@ -34,10 +35,11 @@ mod verify;
 mod versions;
 
 pub use aligned::Page;
+pub use counters::Counters;
 pub use index::{BYTES_PER_BLOCK, ContentIndex, Hash, Refreshed, hash_page};
 pub use map::{Association, BlockMap, Layout, Memory, RegionKey};
 pub use pages::{Blocks, HostPages, Pages};
-pub use recorder::{Access, Counters, Note, Recorder};
+pub use recorder::{Access, Note, Recorder};
 pub use reverse::Reverse;
 pub use verify::{Found, Outcome, Pair, Tally, Verifier};
 

@@ -6,8 +6,8 @@ use std::io;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use crate::counters::Counters;
 use crate::pages::HostPages;
-use crate::recorder::{Counters, Recorder};
 use crate::table::{PageTable, kept};
 use crate::touched::Touched;
 use crate::versions::Versions;
@@ -200,13 +200,13 @@ impl BlockMap {
         self.tables().layout.clone()
     }
 
-    /// A recorder for one queue's thread, good for the present memory table.
-    pub fn recorder(self: &Arc<Self>, counters: &Arc<Counters>) -> Recorder {
+    /// Has these counters summed up with the others; gives the present memory table.
+    pub(crate) fn enlist(&self, counters: &Arc<Counters>) -> Option<Arc<Layout>> {
         let mut tables = self.tables();
         if !tables.counters.iter().any(|known| Arc::ptr_eq(known, counters)) {
             tables.counters.push(Arc::clone(counters));
         }
-        Recorder::new(Arc::clone(self), tables.layout.clone(), Arc::clone(counters))
+        tables.layout.clone()
     }
 
     /// What identifies the present content of the eight sectors from `sector`; none while

@@ -13,8 +13,9 @@
 //! that were in flight together get no stamp, for nobody knows which came last.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering, fence};
+use std::sync::atomic::{Ordering, fence};
 
+use crate::counters::Counters;
 use crate::map::{BlockMap, Layout, View};
 use crate::versions::both;
 use crate::{PAGE_SHIFT, PAGE_SIZE, SECTOR_SIZE, SECTORS_PER_BLOCK};
@@ -80,29 +81,6 @@ struct Any {
 /// What a block was like when the request began: its stamp (a read), or the flight (a write).
 type Seen = u64;
 
-/// Counts of one queue; one thread writes them.
-#[derive(Debug, Default)]
-pub struct Counters {
-    recorded: AtomicU64,
-    dropped: AtomicU64,
-}
-
-impl Counters {
-    pub(crate) fn get(&self) -> (u64, u64) {
-        (self.recorded.load(Ordering::Relaxed), self.dropped.load(Ordering::Relaxed))
-    }
-
-    fn add(&self, recorded: u64, dropped: u64) {
-        let add = |counter: &AtomicU64, n| {
-            if n > 0 {
-                counter.store(counter.load(Ordering::Relaxed).wrapping_add(n), Ordering::Relaxed);
-            }
-        };
-        add(&self.recorded, recorded);
-        add(&self.dropped, dropped);
-    }
-}
-
 /// Records for one queue.
 #[derive(Debug)]
 pub struct Recorder {
@@ -115,15 +93,15 @@ fn first_and_last(offset: u64, len: u64) -> (u64, u64) {
     (offset >> PAGE_SHIFT, (offset + len.max(1) - 1) >> PAGE_SHIFT)
 }
 
-impl Recorder {
-    pub(crate) fn new(
-        map: Arc<BlockMap>,
-        layout: Option<Arc<Layout>>,
-        counters: Arc<Counters>,
-    ) -> Self {
-        Self { map, layout, counters }
+impl BlockMap {
+    /// A recorder for one queue's thread, good for the present memory table.
+    pub fn recorder(self: &Arc<Self>, counters: &Arc<Counters>) -> Recorder {
+        let layout = self.enlist(counters);
+        Recorder { map: Arc::clone(self), layout, counters: Arc::clone(counters) }
     }
+}
 
+impl Recorder {
     /// Before the first byte of the request moves. `segments` are the guest's buffers in this
     /// process, in order; `len` is not 0 and the range is on the disk. Each call must be followed
     /// by one of [`Self::finish`] with the same note.

@@ -8,9 +8,18 @@ use serde_json::json;
 
 use crate::clock::now_ns;
 use crate::config::Config;
-use crate::control::{Asker, Control, Outcome, Role};
+use crate::jobs::Asker;
 use crate::protocol::{Answer, Failure, Request};
+use crate::subject::{Probe, Role};
 use crate::{binding, device, modules, net, program, single};
+
+/// What a command came to, for now.
+pub enum Outcome {
+    /// The answer.
+    Now(Answer),
+    /// A job has taken the asker, and will answer.
+    Later,
+}
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -79,8 +88,8 @@ const NAMES: &str = "hello, ping, list, write_start, write_stop, stats, timeline
     heartbeat_start, heartbeat_stop, flush, discard, write_zeroes, fill, read_raw, write_raw, \
     bind, unbind, net_up, tcp_echo_start, exec, reboot, poweroff";
 
-fn guest_only(control: &Control, cmd: &str) -> Result<(), Failure> {
-    match control.role {
+fn guest_only(probe: &Probe, cmd: &str) -> Result<(), Failure> {
+    match probe.role {
         Role::Guest => Ok(()),
         Role::Host => Err(Failure::unavailable(format!("{cmd} works only in a guest"))),
     }
@@ -91,23 +100,23 @@ fn seconds(value: f64) -> Result<Duration, Failure> {
 }
 
 /// Carries out one request, or hands it to a job.
-pub fn carry_out(control: &mut Control, request: &mut Request, asker: Asker) -> Outcome {
-    match act(control, request, asker) {
+pub fn carry_out(probe: &mut Probe, request: &mut Request, asker: Asker) -> Outcome {
+    match act(probe, request, asker) {
         Ok(outcome) => outcome,
         Err(failure) => Outcome::Now(Err(failure)),
     }
 }
 
-fn act(control: &mut Control, request: &mut Request, asker: Asker) -> Result<Outcome, Failure> {
+fn act(probe: &mut Probe, request: &mut Request, asker: Asker) -> Result<Outcome, Failure> {
     let cmd = request.cmd.clone();
-    let job = |control: &Control, work: Box<dyn FnOnce() -> Answer + Send>| {
-        control.jobs.spawn(asker.clone(), work);
+    let job = |probe: &Probe, work: Box<dyn FnOnce() -> Answer + Send>| {
+        probe.jobs.spawn(asker.clone(), work);
         Outcome::Later
     };
     let answer = match cmd.as_str() {
         "hello" => {
             let Nothing {} = request.arguments()?;
-            Ok(control.hello())
+            Ok(probe.hello())
         }
         "ping" => {
             let Nothing {} = request.arguments()?;
@@ -119,30 +128,30 @@ fn act(control: &mut Control, request: &mut Request, asker: Asker) -> Result<Out
         }
         "write_start" => {
             let config: Config = request.arguments()?;
-            control.runs.start(config)
+            probe.runs.start(config)
         }
         "write_stop" => {
             let stop: Stop = request.arguments()?;
             let verify = stop.verify.then_some(seconds(stop.verify_deadline_s)?);
             let deadline = seconds(stop.deadline_s)?;
-            control.runs.stop(stop.device.as_deref(), verify, deadline, asker)?;
+            probe.runs.stop(stop.device.as_deref(), verify, deadline, asker)?;
             return Ok(Outcome::Later);
         }
         "stats" => {
             let of: OfRun = request.arguments()?;
-            control.runs.stats(of.device.as_deref())
+            probe.runs.stats(of.device.as_deref())
         }
         "timeline" => {
             let of: OfRun = request.arguments()?;
-            control.runs.timeline(of.device.as_deref(), of.since_ns)
+            probe.runs.timeline(of.device.as_deref(), of.since_ns)
         }
         "gaps" => {
             let of: OfRun = request.arguments()?;
-            control.runs.gaps(of.device.as_deref(), of.since_ns)
+            probe.runs.gaps(of.device.as_deref(), of.since_ns)
         }
         "dmesg" => {
             let since: Since = request.arguments()?;
-            let log = control.kernel_log.as_ref();
+            let log = probe.kernel_log.as_ref();
             let log = log.ok_or_else(|| Failure::unavailable("/dev/kmsg cannot be read"))?;
             Ok(json!({"lines": log.since(since.since)}))
         }
@@ -154,40 +163,40 @@ fn act(control: &mut Control, request: &mut Request, asker: Asker) -> Result<Out
                 let beat: Beat = request.arguments()?;
                 beat.interval_ms.max(1)
             };
-            let set = control.heartbeat.set(interval_ms);
+            let set = probe.heartbeat.set(interval_ms);
             set.map(|()| json!({})).map_err(|error| Failure::failed(error.to_string()))
         }
         "flush" | "discard" | "write_zeroes" | "fill" | "read_raw" | "write_raw" => {
             let single: single::Single = request.arguments()?;
-            return Ok(job(control, Box::new(move || single.carry_out(&cmd))));
+            return Ok(job(probe, Box::new(move || single.carry_out(&cmd))));
         }
         "bind" | "unbind" => {
-            guest_only(control, &cmd)?;
+            guest_only(probe, &cmd)?;
             let of: OfDevice = request.arguments()?;
             let change = if cmd == "bind" { binding::bind } else { binding::unbind };
-            return Ok(job(control, Box::new(move || change(&of.device))));
+            return Ok(job(probe, Box::new(move || change(&of.device))));
         }
         "net_up" => {
-            guest_only(control, &cmd)?;
+            guest_only(probe, &cmd)?;
             let interface: net::Interface = request.arguments()?;
-            return Ok(job(control, Box::new(move || interface.bring_up())));
+            return Ok(job(probe, Box::new(move || interface.bring_up())));
         }
         "tcp_echo_start" => {
             let port: Port = request.arguments()?;
             net::start_echo(port.port)
         }
         "exec" => {
-            guest_only(control, &cmd)?;
+            guest_only(probe, &cmd)?;
             let program: program::Program = request.arguments()?;
-            return Ok(job(control, Box::new(move || program.run())));
+            return Ok(job(probe, Box::new(move || program.run())));
         }
         "rescan" => {
-            guest_only(control, &cmd)?;
+            guest_only(probe, &cmd)?;
             let Nothing {} = request.arguments()?;
-            return Ok(job(control, Box::new(|| Ok(json!({"loaded": modules::load_matching()})))));
+            return Ok(job(probe, Box::new(|| Ok(json!({"loaded": modules::load_matching()})))));
         }
         "reboot" | "poweroff" => {
-            guest_only(control, &cmd)?;
+            guest_only(probe, &cmd)?;
             let Nothing {} = request.arguments()?;
             let how =
                 if cmd == "reboot" { RebootCommand::Restart } else { RebootCommand::PowerOff };

@@ -5,94 +5,27 @@
 
 use std::io;
 use std::os::fd::AsFd;
-use std::sync::mpsc::{Receiver, Sender, channel};
-use std::thread;
+use std::sync::mpsc::Receiver;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde_json::{Value, json};
 
-use crate::clock::now_ns;
-use crate::commands;
-use crate::heartbeat::Heartbeat;
-use crate::kmsg::{KernelLog, Tally};
+use crate::commands::{self, Outcome};
+use crate::jobs::{Asker, Jobs};
 use crate::link::Link;
-use crate::protocol::{Answer, Failure, Request, reply};
-use crate::runs::Runs;
+use crate::protocol::{Answer, Request, reply};
+use crate::subject::{Probe, Role};
 use crate::wakeup::Wakeup;
 
 /// How often the loop looks whether the host connected, or a deadline passed.
 const TICK: Duration = Duration::from_millis(20);
 
-/// Where the probe runs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Role {
-    /// PID 1 of a guest: everything is allowed.
-    Guest,
-    /// A process on a host, for tests: the machine itself is left alone.
-    Host,
-}
-
-/// Whom an answer goes to.
-#[derive(Clone, Debug)]
-pub struct Asker {
-    id: Value,
-    /// Which connection of the host asked; an answer to an earlier one is dropped.
-    connection: u64,
-}
-
-/// What a command came to, for now.
-pub enum Outcome {
-    /// The answer.
-    Now(Answer),
-    /// A job has taken the asker, and will answer.
-    Later,
-}
-
-/// Gives jobs a thread and takes their answers.
-pub struct Jobs {
-    sender: Sender<(Asker, Answer)>,
-    wakeup: Wakeup,
-}
-
-impl Jobs {
-    /// Runs `work` on a thread; its result is the answer.
-    pub fn spawn(&self, asker: Asker, work: impl FnOnce() -> Answer + Send + 'static) {
-        let (sender, wakeup) = (self.sender.clone(), self.wakeup.clone());
-        let answer_to = asker.clone();
-        let started = thread::Builder::new().name("job".to_owned()).spawn(move || {
-            // The loop outlives every job, or the probe is gone anyway.
-            let _ = sender.send((asker, work()));
-            wakeup.wake();
-        });
-        if let Err(error) = started {
-            self.answer(answer_to, Err(Failure::failed(format!("cannot start a job: {error}"))));
-        }
-    }
-
-    /// Answers without a thread, from within the loop.
-    pub fn answer(&self, asker: Asker, answer: Answer) {
-        let _ = self.sender.send((asker, answer));
-        self.wakeup.wake();
-    }
-}
-
-/// Everything that the commands act on.
+/// The loop, and what it serves.
 pub struct Control {
-    /// Where the probe runs.
-    pub role: Role,
-    /// Drawn at boot.
-    pub nonce: u128,
-    /// The writers.
-    pub runs: Runs,
-    /// The kernel's log, where it may be read.
-    pub kernel_log: Option<KernelLog>,
-    /// The beat.
-    pub heartbeat: Heartbeat,
-    /// Work that may block.
-    pub jobs: Jobs,
+    probe: Probe,
     /// Called at every turn of the loop.
-    pub housekeeping: fn(),
+    housekeeping: fn(),
     answers: Receiver<(Asker, Answer)>,
     wakeup: Wakeup,
     connection: u64,
@@ -102,34 +35,13 @@ impl Control {
     /// A probe with no link yet.
     pub fn new(role: Role, nonce: u128, housekeeping: fn()) -> io::Result<Self> {
         let wakeup = Wakeup::new()?;
-        let (sender, answers) = channel();
-        let tally = Tally::default();
-        Ok(Self {
-            role,
-            nonce,
-            runs: Runs::new(nonce, wakeup.clone(), tally.clone()),
-            kernel_log: KernelLog::open(tally).ok(),
-            heartbeat: Heartbeat::new()?,
-            jobs: Jobs { sender, wakeup: wakeup.clone() },
-            housekeeping,
-            answers,
-            wakeup,
-            connection: 0,
-        })
-    }
-
-    /// What the probe says of itself.
-    pub fn hello(&self) -> Value {
-        json!({
-            "nonce": format!("{:032x}", self.nonce),
-            "version": env!("CARGO_PKG_VERSION"),
-            "kernel": rustix::system::uname().release().to_string_lossy(),
-            "monotonic_ns": now_ns(),
-        })
+        let (jobs, answers) = Jobs::new(wakeup.clone());
+        let probe = Probe::new(role, nonce, jobs, &wakeup)?;
+        Ok(Self { probe, housekeeping, answers, wakeup, connection: 0 })
     }
 
     fn greeting(&self) -> Value {
-        let mut hello = self.hello();
+        let mut hello = self.probe.hello();
         hello["event"] = json!("hello");
         hello
     }
@@ -141,7 +53,7 @@ impl Control {
         loop {
             let state = self.wait(link, connected)?;
             (self.housekeeping)();
-            if let Some(log) = &mut self.kernel_log {
+            if let Some(log) = &mut self.probe.kernel_log {
                 log.drain();
             }
             let gone = state.intersects(PollFlags::HUP | PollFlags::ERR | PollFlags::NVAL);
@@ -155,7 +67,7 @@ impl Control {
                 link.queue_newline();
                 link.queue(&self.greeting());
             }
-            if gone && self.role == Role::Host {
+            if gone && self.probe.role == Role::Host {
                 return Ok(());
             }
             if connected && !self.turn(link)? {
@@ -169,23 +81,23 @@ impl Control {
         match link.read_lines() {
             Ok(Some(lines)) => lines.iter().for_each(|line| self.handle(line, link)),
             // A port whose host has just gone; the next poll says so.
-            _ if self.role == Role::Guest => {}
+            _ if self.probe.role == Role::Guest => {}
             Ok(None) => return Ok(false),
             Err(error) => return Err(error),
         }
-        self.runs.tend(&self.jobs);
+        self.probe.tend();
         for (asker, answer) in self.answers.try_iter() {
             if asker.connection == self.connection {
                 link.queue(&reply(&asker.id, answer));
             }
         }
-        if let Some(beat) = self.heartbeat.due() {
+        if let Some(beat) = self.probe.heartbeat.due() {
             if !link.is_behind() {
                 link.queue(&beat);
             }
         }
         match link.flush() {
-            Err(_) if self.role == Role::Guest => Ok(true),
+            Err(_) if self.probe.role == Role::Guest => Ok(true),
             other => other.map(|()| true),
         }
     }
@@ -196,7 +108,7 @@ impl Control {
             Err((id, failure)) => return link.queue(&reply(&id, Err(failure))),
         };
         let asker = Asker { id: request.id.clone(), connection: self.connection };
-        if let Outcome::Now(answer) = commands::carry_out(self, &mut request, asker) {
+        if let Outcome::Now(answer) = commands::carry_out(&mut self.probe, &mut request, asker) {
             link.queue(&reply(&request.id, answer));
         }
     }
@@ -209,9 +121,9 @@ impl Control {
         }
         let mut fds = vec![
             PollFd::new(&self.wakeup, PollFlags::IN),
-            PollFd::new(&self.heartbeat, PollFlags::IN),
+            PollFd::new(&self.probe.heartbeat, PollFlags::IN),
         ];
-        if let Some(log) = &self.kernel_log {
+        if let Some(log) = &self.probe.kernel_log {
             fds.push(PollFd::new(log, PollFlags::IN));
         }
         // A port that hung up is readable all the time: look at it once a tick instead.

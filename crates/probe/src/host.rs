@@ -8,11 +8,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use semper_probe::config::Config;
-use semper_probe::control::{Control, Role};
+use semper_probe::control::Control;
 use semper_probe::device::Device;
 use semper_probe::kmsg::Tally;
 use semper_probe::link::Link;
 use semper_probe::runs::stats;
+use semper_probe::subject::Role;
 use semper_probe::verify::verify;
 use semper_probe::wakeup::Wakeup;
 use semper_probe::writers::Run;

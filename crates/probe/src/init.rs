@@ -27,10 +27,11 @@ use rustix::fs::{Mode, OFlags, open};
 use rustix::mount::{MountFlags, mount};
 use rustix::system::{RebootCommand, reboot};
 
-use crate::control::{Control, Role};
+use crate::control::Control;
 use crate::link::Link;
 use crate::modules;
 use crate::program::BUSYBOX;
+use crate::subject::Role;
 
 /// Name of the virtio-serial port.
 pub const PORT: &str = "org.sempervirt.probe";

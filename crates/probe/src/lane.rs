@@ -17,7 +17,7 @@ use crate::clock::now_ns;
 use crate::config::{MAX_STRETCH, Mode};
 use crate::judge::Expectation;
 use crate::ledger::Entry;
-use crate::writers::{LaneState, Op, Shared};
+use crate::shared::{LaneState, Op, Shared};
 
 const STACK: usize = 128 << 10;
 /// Blocks written lately, which half of the reads choose from: a stale answer is likeliest there.

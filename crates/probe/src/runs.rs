@@ -11,14 +11,15 @@ use serde_json::{Value, json};
 
 use crate::clock::now_ns;
 use crate::config::Config;
-use crate::control::{Asker, Jobs};
 use crate::device::Device;
+use crate::jobs::{Asker, Jobs};
 use crate::kmsg::Tally;
 use crate::protocol::{Answer, Failure};
+use crate::shared::{LaneState, Shared};
 use crate::timeline::BIN_NS;
 use crate::verify::{Report, verify};
 use crate::wakeup::Wakeup;
-use crate::writers::{Run, Shared};
+use crate::writers::Run;
 
 /// A `write_stop` that waits for its lanes.
 struct Stopping {
@@ -47,9 +48,7 @@ fn json_of(value: impl serde::Serialize) -> Value {
 pub fn stats(shared: &Shared, running: bool, tally: &Tally) -> Value {
     let now = now_ns();
     let lanes = shared.lanes.lock().expect("a thread that panics ends the probe").clone();
-    let sum = |field: fn(&crate::writers::LaneState) -> u64| -> u64 {
-        lanes.iter().map(|lane| field(lane)).sum()
-    };
+    let sum = |field: fn(&LaneState) -> u64| -> u64 { lanes.iter().map(|lane| field(lane)).sum() };
     let wrong = shared.wrong();
     let [lost, torn, misplaced, foreign] = wrong.counts;
     let microseconds = |ns: u64| ns as f64 / 1000.0;

@@ -8,7 +8,7 @@ use serde::Serialize;
 use crate::buffer::Buffer;
 use crate::clock::now_ns;
 use crate::ledger::Entry;
-use crate::writers::{Op, Shared};
+use crate::shared::{Op, Shared};
 
 /// Bytes of one read.
 const CHUNK: usize = 256 << 10;

@@ -11,9 +11,10 @@ use std::time::{Duration, Instant};
 use semper_probe::config::Config;
 use semper_probe::device::Device;
 use semper_probe::ledger::Ledger;
+use semper_probe::shared::LaneState;
 use semper_probe::verify::verify;
 use semper_probe::wakeup::Wakeup;
-use semper_probe::writers::{LaneState, Run};
+use semper_probe::writers::Run;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 

@@ -7,11 +7,9 @@
 //!   block  3 u8, pages u8, image u8, first block u64 (little-endian); further pages follow it
 //! ```
 
-use crate::format::{Entry, Kind};
+use crate::format::{BODY_MAX, Entry, Kind};
 use crate::{CHUNK, CHUNK_PAGES, Error, PAGE};
 
-/// No body is larger: each page a run of its own, and all of them data.
-pub const BODY_MAX: usize = 1 + CHUNK_PAGES * 11 + CHUNK;
 const LEVEL: i32 = 1;
 
 /// Where a page can be found.

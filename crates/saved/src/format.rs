@@ -25,6 +25,8 @@ pub const VERSION: u16 = 1;
 pub const HEADER: usize = 64;
 /// Bytes of an entry of the index.
 pub const ENTRY: usize = 48;
+/// No packed chunk is larger before zstd: each page a run of its own (`chunk`), all of them data.
+pub const BODY_MAX: usize = 1 + CHUNK_PAGES * 11 + CHUNK;
 /// A description is a VM file and some figures.
 pub const DESCRIPTION_MAX: usize = 16 << 20;
 /// What devices come to is less than a MiB; some have a lot of memory of their own.
@@ -203,7 +205,7 @@ impl Entry {
         let end = entry.offset.checked_add(entry.length.into());
         let within =
             entry.offset >= header.chunks_begin() && end.is_some_and(|e| e <= header.index);
-        if !within || entry.length == 0 || entry.length as usize > crate::chunk::BODY_MAX {
+        if !within || entry.length == 0 || entry.length as usize > BODY_MAX {
             return Err(Error::corrupt("a chunk outside of the file"));
         }
         Ok(entry)

@@ -5,7 +5,8 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-use crate::chunk::{self, BODY_MAX};
+use crate::chunk;
+use crate::format::BODY_MAX;
 use crate::format::{self, ENTRY, Entry, HEADER, Header, Kind};
 use crate::image::Image;
 use crate::save::Description;

@@ -1,47 +1,15 @@
-//! A batch: a piece of the stream, in columns.
-//!
-//! ```text
-//!   BATCH     id u32 | stream_len u32 | flags u32 (bit 0: the body is packed)
-//!             pages u32 | references u32 | ops_len u32 | blocks_len u32 | raw_len u32
-//!             references times: hash 16 bytes
-//!             body: pages times 4096 bytes | ops | blocks | raw, one zstd frame if packed
-//!
-//!   ops       each: op + 8 * n as a number; n from 1
-//!             1 RAW n      the next n bytes of `raw`
-//!             2 ZEROS n    n zero pages with headers      address|ZERO|CONTINUE, and a byte 0
-//!             3 PAGES n    n of the pages with headers    address|PAGE|CONTINUE
-//!             4 BLOCKS n   n of the references with such headers
-//!             5 BARE_PAGES n, 6 BARE_BLOCKS n   the same without headers, which RAW has given
-//!             7 SEEK n     the next address is (n - 1) * 4096; it is 0 at first, and each of
-//!                          2, 3 and 4 moves it one page further
-//!   blocks    each: zigzag(block - expected) * 2 + d as a number, and if d is 1 the disk as a
-//!             number; expected is the block after the last; disk and block are 0 at first
-//! ```
-//!
-//! Numbers are of seven bits a byte (`varint`).
+//! A batch: a piece of the stream, in columns; drawn in `format`.
 
 use zstd::bulk::Decompressor;
 
 use crate::draft::Draft;
-use crate::format::{FRAME_HEADER, MAX_REFERENCES, MAX_STREAM, Reader, WireError};
+use crate::format::op::{BARE_BLOCKS, BARE_PAGES, BLOCKS, PAGES, RAW, SEEK, ZEROS};
+use crate::format::{FLAG_PACKED, HEAD_ROOM, MAX_REFERENCES, MAX_STREAM, Reader, WireError};
 use crate::index::BlockRef;
 use crate::stream::{NEXT_PAGE, NEXT_ZERO};
 use crate::varint;
 use crate::{Hash, PAGE_SIZE, Page};
 
-const RAW: u8 = 1;
-const ZEROS: u8 = 2;
-const PAGES: u8 = 3;
-const BLOCKS: u8 = 4;
-const BARE_PAGES: u8 = 5;
-const BARE_BLOCKS: u8 = 6;
-const SEEK: u8 = 7;
-
-pub(crate) const FLAG_PACKED: u32 = 1;
-/// Bytes before the hashes: a frame's header and the eight numbers of a batch.
-pub(crate) const FIXED_HEAD: usize = FRAME_HEADER + 32;
-/// Bytes before the body, at most.
-pub(crate) const HEAD_ROOM: usize = FIXED_HEAD + MAX_REFERENCES * size_of::<Hash>();
 /// Longest body: no op takes more bytes than twice what it stands for.
 const MAX_BODY: usize = 2 * MAX_STREAM;
 /// Pages of zeros that are given as one piece take no more than this of the stream.

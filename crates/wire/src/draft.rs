@@ -5,8 +5,7 @@ use std::io;
 
 use zstd::bulk::Compressor;
 
-use crate::batch::{FIXED_HEAD, FLAG_PACKED, HEAD_ROOM};
-use crate::format::{FRAME_HEADER, Kind};
+use crate::format::{FIXED_HEAD, FLAG_PACKED, FRAME_HEADER, HEAD_ROOM, Kind};
 use crate::index::BlockRef;
 use crate::ledger::{Held, charge};
 use crate::{Hash, PAGE_SIZE, hash_page};

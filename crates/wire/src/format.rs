@@ -9,7 +9,7 @@
 //!   2 START      S → D  version u16 | zero u16 | features u64 | key 32 bytes
 //!                       disks u16 | of each: size u64, name text
 //!   3 READY      D → S  disks u16 | of each: 1 it can be referred to, 0 it cannot
-//!   4 BATCH      S → D  a piece of the stream; drawn in `batch`
+//!   4 BATCH      S → D  a piece of the stream, in columns; see below
 //!   5 REPAIR     S → D  batch u32 | n u32 | n times: reference u32 | n pages
 //!   6 END        S → D  length of the whole stream u64
 //!   7 VERDICT    D → S  batch u32 | n u32 | n times: reference that did not match u32
@@ -22,13 +22,35 @@
 //!   text      length u16 | UTF-8
 //! ```
 //!
+//! A batch:
+//!
+//! ```text
+//!   BATCH     id u32 | stream_len u32 | flags u32 (bit 0: the body is packed)
+//!             pages u32 | references u32 | ops_len u32 | blocks_len u32 | raw_len u32
+//!             references times: hash 16 bytes
+//!             body: pages times 4096 bytes | ops | blocks | raw, one zstd frame if packed
+//!
+//!   ops       each: op + 8 * n as a number; n from 1
+//!             1 RAW n      the next n bytes of `raw`
+//!             2 ZEROS n    n zero pages with headers      address|ZERO|CONTINUE, and a byte 0
+//!             3 PAGES n    n of the pages with headers    address|PAGE|CONTINUE
+//!             4 BLOCKS n   n of the references with such headers
+//!             5 BARE_PAGES n, 6 BARE_BLOCKS n   the same without headers, which RAW has given
+//!             7 SEEK n     the next address is (n - 1) * 4096; it is 0 at first, and each of
+//!                          2, 3 and 4 moves it one page further
+//!   blocks    each: zigzag(block - expected) * 2 + d as a number, and if d is 1 the disk as a
+//!             number; expected is the block after the last; disk and block are 0 at first
+//! ```
+//!
+//! Numbers are of seven bits a byte (`varint`).
+//!
 //! **Version rule.** Each end says the oldest and the newest version that it speaks; the newest
 //! that both speak is spoken, and named in START. The version changes when a peer of the old one
 //! would misunderstand the new one. What a peer may ignore does not change it: more bytes at the
 //! end of HELLO, START and READY; bits of `features`, in force only where both set them; and frames
 //! of kinds from 128 on. Kind 0 is invalid.
 
-use crate::PAGE_SIZE;
+use crate::{Hash, PAGE_SIZE};
 
 /// First bytes of a HELLO.
 pub const MAGIC: &[u8; 8] = b"SEMPRWIR";
@@ -45,6 +67,24 @@ pub const MAX_STREAM: usize = 2 << 20;
 pub const MAX_PAYLOAD: usize = 2 * MAX_STREAM + (64 << 10);
 /// Most references in one batch.
 pub const MAX_REFERENCES: usize = MAX_STREAM / PAGE_SIZE;
+/// In the flags of a batch: its body is one zstd frame.
+pub(crate) const FLAG_PACKED: u32 = 1;
+/// Bytes of a batch before its hashes: the frame's header and eight numbers.
+pub(crate) const FIXED_HEAD: usize = FRAME_HEADER + 32;
+/// Bytes of a batch before its body, at most.
+pub(crate) const HEAD_ROOM: usize = FIXED_HEAD + MAX_REFERENCES * size_of::<Hash>();
+
+/// What a batch's `ops` say.
+pub(crate) mod op {
+    pub(crate) const RAW: u8 = 1;
+    pub(crate) const ZEROS: u8 = 2;
+    pub(crate) const PAGES: u8 = 3;
+    pub(crate) const BLOCKS: u8 = 4;
+    pub(crate) const BARE_PAGES: u8 = 5;
+    pub(crate) const BARE_BLOCKS: u8 = 6;
+    pub(crate) const SEEK: u8 = 7;
+}
+
 /// Most pages in one REPAIR.
 pub const MAX_REPAIRS: usize = 64;
 /// Most bytes of the return path in one frame.

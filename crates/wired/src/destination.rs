@@ -26,9 +26,10 @@ use semper_wire::{Decoded, Decoder, Ready, Start, agree};
 use crate::args::DestinationArgs;
 use crate::channel::{Channel, Inbox, expect};
 use crate::control;
-use crate::disks::{Disk, DiskReader};
+use crate::disks::Disk;
 use crate::failure::Failure;
 use crate::progress::{Phase, Progress};
+use crate::reader::DiskReader;
 use crate::tls::Identity;
 use crate::touched::Touched;
 

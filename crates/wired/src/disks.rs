@@ -4,15 +4,13 @@ use std::fs::{File, OpenOptions};
 use std::io::{Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::PathBuf;
-use std::sync::Arc;
 
 use rustix::fs::OFlags;
 use semper_blockmap::Page;
-use semper_wire::{BlockRef, Disks, PAGE_SIZE};
+use semper_wire::PAGE_SIZE;
 
 use crate::args::{DiskArg, MapSource};
 use crate::failure::Failure;
-use crate::touched::Touched;
 
 /// Most blocks of one read.
 pub(crate) const RUN: usize = 64;
@@ -61,28 +59,5 @@ impl Disk {
         let bytes = Page::bytes_mut(into);
         self.file.read_exact_at(bytes, first * PAGE_SIZE as u64).ok()?;
         Some(bytes)
-    }
-}
-
-/// The disks that a source refers to, by its numbers; none where there is no such disk here.
-pub(crate) struct DiskReader {
-    disks: Vec<Option<Disk>>,
-    buffer: Vec<Page>,
-    touched: Arc<Touched>,
-}
-
-impl DiskReader {
-    pub(crate) fn new(disks: Vec<Option<Disk>>, touched: Arc<Touched>) -> Self {
-        Self { disks, buffer: vec![Page::default(); RUN], touched }
-    }
-}
-
-impl Disks for DiskReader {
-    fn read(&mut self, first: BlockRef, count: usize) -> Option<&[u8]> {
-        #[cfg(feature = "unsafe-no-verify")]
-        crate::trial::before_read(first, count);
-        let disk = self.disks.get(usize::from(first.disk))?.as_ref()?;
-        self.touched.add(first, count as u64);
-        disk.read(first.block, self.buffer.get_mut(..count)?)
     }
 }

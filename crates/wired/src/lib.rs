@@ -23,6 +23,7 @@ mod indexing;
 mod maps;
 mod pipeline;
 mod progress;
+mod reader;
 mod source;
 mod tls;
 mod touched;
