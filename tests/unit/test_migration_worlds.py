@@ -10,13 +10,16 @@ machine as in a driver, must break one of them.
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 
+from sempervirt.core.errors import SempervirtError, Unavailable
 from sempervirt.migration.destination import decide as arrives
 from sempervirt.migration.destination import ports as destination_ports
 from sempervirt.migration.destination.driver import DestinationDriver
@@ -29,32 +32,46 @@ from sempervirt.migration.destination.state import (
     QemuEnded,
     Ready,
     SourceSilent,
+    TakeAndRun,
     ToldToAbort,
     ToldToRun,
 )
+from sempervirt.migration.destination.state import Step as DestinationStep
 from sempervirt.migration.events import Loaded, Side, StreamFailed, Tick
 from sempervirt.migration.messages import ArrivalAnswer
 from sempervirt.migration.source import decide as leaves
 from sempervirt.migration.source import ports as source_ports
-from sempervirt.migration.source.driver import SourceDriver
+from sempervirt.migration.source.driver import SourceDriver, failure_of
 from sempervirt.migration.source.state import (
+    AbortDestination,
+    AnswerLost,
     Bounds,
     CancelAsked,
+    Certain,
+    Committed,
     DestinationEnded,
     DestinationGone,
+    EndSource,
+    Failed,
+    Finish,
     GoBack,
     GuestStopped,
     HandOver,
     Hopeless,
     Migration,
+    NotCommitted,
     PostcopyChosen,
+    Prepared,
     Resolved,
     SourceEffect,
     SourceEnded,
+    SourceEvent,
     StartStream,
     Superseded,
+    Withdraw,
     Withdrawn,
 )
+from sempervirt.migration.source.state import Step as SourceStep
 from sempervirt.migration.source.watch import answered
 from sempervirt.store.registry import Claim
 from sempervirt.vm.phases import Arrival, Mode, Phase
@@ -73,13 +90,18 @@ NOW, LATER = 0.0, 1.0
 CLAIM = Claim("web", "b", 8, "c" * 32)
 UNKNOWN_EXITS = (Withdrawn, Superseded, Resolved)
 # Ports that neither fail nor wait for anybody in a way that matters.
+# `make worlds` tries more.
+FAULTS = int(os.environ.get("SEMPERVIRT_WORLD_FAULTS", "1"))
+UNRECORDED_PROMISE = "a promise was made that is not on record"
+BEFORE_THE_RECORD = "the store was asked before that was on record"
 AT_ONCE = ("arm", "abort", "end_wire", "forget", "give_back")
 
 
 @dataclass(frozen=True)
 class World:
     """`hand_over` "sent": it may still succeed; "doomed": the entry has changed since. `answer` is
-    that of the hand-over, on its way back. `streaming`: what is left is being sent.
+    that of the hand-over, on its way back. `streaming`: what is left is being sent; `arrived`: the
+    destination's QEMU has all of it.
     """
 
     source: Migration
@@ -98,6 +120,7 @@ class World:
     hand_over: str = ""
     answer: str = ""
     streaming: bool = False
+    arrived: bool = False
     to_destination: frozenset[str] = frozenset()
 
     @property
@@ -107,7 +130,9 @@ class World:
 
     @property
     def at_rest(self) -> bool:
-        return self.source.finished and self.destination.finished
+        """A VM that is lost is left at the destination, for somebody to look at and end."""
+        left = self.source.phase is Phase.LOST and self.destination.phase is Arrival.RUNNING
+        return self.source.finished and (self.destination.finished or left)
 
 
 @dataclass(frozen=True)
@@ -172,7 +197,7 @@ class Source(SourceDriver):
             if world.hand_over or world.owner is not Side.SOURCE:
                 self.explorer.broken.add("handed over twice")
             if world.source_record[0] is not Phase.COMMIT:
-                self.explorer.broken.add("the store was asked before that was on record")
+                self.explorer.broken.add(BEFORE_THE_RECORD)
         self.explorer.take_up(self, effect, (), "source_work")
 
     def cancel_work(self, *kinds: type) -> None:
@@ -185,6 +210,11 @@ class Destination(DestinationDriver):
     """The real driver; work is kept in the world instead of a task."""
 
     explorer: Explorer
+
+    def settled(self, before: Incoming) -> None:
+        promised = Arrival.PROMISED
+        if self.state.phase is promised and self.explorer.world.destination_record is not promised:
+            self.explorer.broken.add(UNRECORDED_PROMISE)
 
     def begin(self, effect: DestinationEffect) -> None:
         self.explorer.take_up(self, effect, (), "destination_work")
@@ -222,18 +252,25 @@ class Explorer:
             self.source.carry_out(effect)
         self.first = self.world
 
-    def run(self, until_broken: str = "") -> None:
-        queue = deque([self.first])
-        self.edges[self.first] = []
+    def run(self, faults: int, until_broken: str = "") -> None:
+        """Explores what up to so many faults lead to; those with fewer faults first."""
+        queue = deque([(self.first, 0)])
+        needed = {self.first: 0}
         while queue and not (until_broken and until_broken in self.broken):
-            world = queue.popleft()
+            world, had = queue.popleft()
+            if world in self.edges:
+                continue
+            self.edges[world] = []
             for seen in self.moves(world):
+                count = had + seen.fault
+                if count > faults:
+                    continue
                 edge = replace(seen, world=tidy(seen.world))
                 self.edges[world].append(edge)
                 self.check(world, edge)
-                if edge.world not in self.edges:
-                    self.edges[edge.world] = []
-                    queue.append(edge.world)
+                if count < needed.get(edge.world, faults + 1):
+                    needed[edge.world] = count
+                    (queue.append if seen.fault else queue.appendleft)((edge.world, count))
         if not until_broken or until_broken not in self.broken:
             self.check_rest()
 
@@ -461,8 +498,11 @@ class Explorer:
             yield from self.tell(told, "destination", messages[message])
             yield Edge("message lost", told, fault=True)
         if world.streaming:
-            sent = replace(world, streaming=False)
+            sent = replace(world, streaming=False, arrived=True)
             yield from self.tell(sent, "destination", Loaded())
+        elif world.arrived and world.destination_alive and not world.destination.drained:
+            # An agent that begins anew asks QEMU, and finds it so.
+            yield from self.tell(world, "destination", Loaded())
         if not world.destination_alive and not world.destination.qemu_ended:
             yield from self.tell(world, "destination", QemuEnded("killed"))
         if arrives.wake_at(world.destination) is not None:
@@ -553,7 +593,8 @@ def tidy(world: World) -> World:
     """The same world without what nothing depends on any more."""
     if world.destination.finished:
         none: frozenset[Any] = frozenset()
-        world = replace(world, to_destination=none, destination_work=none, streaming=False)
+        world = replace(world, to_destination=none, destination_work=none)
+        world = replace(world, streaming=False, arrived=False)
     phase, mode = world.source_record
     if leaves.recover(phase, mode, NOW)[0].phase is Phase.ABANDONED:
         world = replace(world, source_record=(Phase.PREPARE, Mode.PRECOPY))
@@ -601,3 +642,173 @@ def wordless(effect: Any) -> Any:
         if getattr(effect, name, ""):
             return replace(effect, **{name: "why"})
     return effect
+
+
+async def test_every_order_of_everything() -> None:
+    explorer = Explorer(Rules())
+    explorer.run(faults=FAULTS)
+    assert not explorer.broken, (explorer.broken, explorer.stuck[:3])
+    worlds = explorer.edges
+    assert len(worlds) > 10_000
+    # The interesting ends are all reached, so the invariants were not held by idleness.
+    ends = {(world.source.phase, world.destination.phase) for world in worlds if world.at_rest}
+    assert {
+        (Phase.DONE, Arrival.RUNNING),
+        (Phase.ABANDONED, Arrival.ABORTED),
+        (Phase.LOST, Arrival.RUNNING),
+    } <= ends
+    assert any(world.source.phase is Phase.UNKNOWN and world.destination_runs for world in worlds)
+    assert any(world.source.phase is Phase.POSTCOPY for world in worlds)
+    assert {world.source.phase for world in worlds} == set(Phase)
+    assert {world.destination.phase for world in worlds} == set(Arrival)
+
+
+# Mistakes in the machines
+
+
+class ResumesOnALostAnswer(Source):
+    def decide(self, state: Migration, event: SourceEvent, now: float) -> SourceStep:
+        if state.phase is Phase.COMMIT and isinstance(event, AnswerLost):
+            event = NotCommitted(event.reason)
+        return super().decide(state, event, now)
+
+
+class HandsOverBeforeThePromise(Source):
+    def decide(self, state: Migration, event: SourceEvent, now: float) -> SourceStep:
+        after, effects = super().decide(state, event, now)
+        if after.phase is Phase.SWITCHOVER and after.disks_released:
+            return replace(after, phase=Phase.COMMIT), [*effects, HandOver(after.mode)]
+        return after, effects
+
+
+class RunsWhenLoaded(Destination):
+    def decide(self, state: Incoming, event: DestinationEvent, now: float) -> DestinationStep:
+        after, effects = super().decide(state, event, now)
+        if after.phase is Arrival.PROMISED and state.phase is Arrival.INCOMING:
+            return replace(after, phase=Arrival.RUNNING), [*effects, TakeAndRun(CLAIM)]
+        return after, effects
+
+
+class GivesUpOnSilence(Destination):
+    def decide(self, state: Incoming, event: DestinationEvent, now: float) -> DestinationStep:
+        if state.phase is Arrival.PROMISED and isinstance(event, SourceSilent):
+            event = ToldToAbort()
+        return super().decide(state, event, now)
+
+
+# Mistakes in the drivers
+
+
+class DropsTheWayBack(Source):
+    def carry_out(self, effect: SourceEffect) -> None:
+        if not isinstance(effect, GoBack):
+            super().carry_out(effect)
+
+
+class AsksTheStoreTwice(Source):
+    def carry_out(self, effect: SourceEffect) -> None:
+        super().carry_out(effect)
+        if isinstance(effect, HandOver):
+            super().carry_out(effect)
+
+
+class AsksTheStoreBeforeTheRecord(Source):
+    def record(self, before: Migration, after: Migration) -> bool:
+        if after.phase is Phase.COMMIT:
+            return True
+        return super().record(before, after)
+
+
+class LetsQemuRunOn(Source):
+    """The guest is not looked at, nor QEMU suspended, before the store is asked."""
+
+    async def _hand_over(self, mode: Mode) -> SourceEvent:
+        return Committed(await self._ports.ownership.hand_over())
+
+
+class TellsNobody(Source):
+    def carry_out(self, effect: SourceEffect) -> None:
+        if not isinstance(effect, EndSource):
+            super().carry_out(effect)
+
+
+class TakesALostAnswerForANo(Source):
+    async def work(self, effect: SourceEffect) -> None:
+        try:
+            event = await self._outcome(effect)
+        except SempervirtError as error:
+            event = failure_of(effect, Unavailable(str(error)))
+        if event is not None:
+            self.post(event)
+
+
+class ForgetsWhatFailed(Destination):
+    async def work(self, effect: DestinationEffect) -> None:
+        with suppress(SempervirtError):
+            event = await self._outcome(effect)
+            if event is not None:
+                self.post(event)
+
+
+class PromisesWithoutARecord(Destination):
+    def record(self, before: Incoming, after: Incoming) -> bool:
+        super().record(before, after)
+        return True
+
+
+@pytest.mark.parametrize(
+    ("mistake", "consequence"),
+    [
+        (Rules(source=ResumesOnALostAnswer), "two guests run"),
+        (Rules(source=HandsOverBeforeThePromise), "the owner gave up"),
+        (Rules(destination=RunsWhenLoaded), "two guests run"),
+        (Rules(destination=GivesUpOnSilence), "the owner gave up"),
+        (Rules(withdraw_changes_the_entry=False), "two guests run"),
+        (Rules(source=DropsTheWayBack), "the guest stands still for nothing"),
+        (Rules(source=AsksTheStoreTwice), "handed over twice"),
+        (Rules(source=AsksTheStoreBeforeTheRecord), BEFORE_THE_RECORD),
+        (Rules(source=LetsQemuRunOn), "the source runs what it does not own"),
+        (Rules(source=TellsNobody), "no way to rest"),
+        (Rules(source=TakesALostAnswerForANo), "two guests run"),
+        (Rules(destination=ForgetsWhatFailed), "no way to rest"),
+        (Rules(destination=PromisesWithoutARecord), UNRECORDED_PROMISE),
+    ],
+    ids=lambda value: (
+        "-".join(
+            kind.__name__
+            for kind in (value.source, value.destination)
+            if kind.__name__ not in ("Source", "Destination")
+        )
+        if isinstance(value, Rules)
+        else ""
+    ),
+)
+async def test_each_mistake_is_found(mistake: Rules, consequence: str) -> None:
+    explorer = Explorer(mistake)
+    explorer.run(faults=FAULTS, until_broken=consequence)
+    assert consequence in explorer.broken
+
+
+def test_a_blackout_that_lasts_too_long_ends_with_the_guest_where_it_was() -> None:
+    state, _ = leaves.begin(Bounds(deadline_s=600, blackout_s=2), 0)
+    assert leaves.wake_at(state) == 600
+    for event in (Prepared("x"), GuestStopped(), Loaded()):
+        state, effects = leaves.step(state, event, 0)
+    assert leaves.wake_at(state) == 2
+    state, effects = leaves.step(state, Tick(), 1.9)
+    assert effects == []
+    state, effects = leaves.step(state, Tick(), 2)
+    assert (state.phase, state.why) == (Phase.ABANDONED, "the guest's blackout took too long")
+    assert effects == [GoBack(stopped=True), AbortDestination(state.why), Withdraw()]
+
+
+def test_what_has_to_be_done_is_tried_again_in_its_time() -> None:
+    state, _ = leaves.recover(Phase.DONE, Mode.PRECOPY, 0)
+    state, effects = leaves.step(state, Failed(EndSource(""), "stuck"), 10)
+    assert (effects, leaves.wake_at(state)) == ([], 11)
+    state, effects = leaves.step(state, Tick(), 11)
+    assert (effects, leaves.wake_at(state)) == ([EndSource("")], None)
+    state, effects = leaves.step(state, Certain(None), 12)
+    state, effects = leaves.step(state, SourceEnded("killed"), 12)
+    assert effects == [Finish(stays=False)]
+    assert leaves.step(state, Tick(), 99) == (state, [])

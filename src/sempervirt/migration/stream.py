@@ -27,6 +27,7 @@ UNKNOWN_BANDWIDTH = 10e6
 MIN_THROTTLE = 1
 # QEMU's states of a migration, by what they mean to the source.
 STOPPED = ("pre-switchover", "device")
+FINISHING = ("device", "postcopy-device", "postcopy-active", "postcopy-paused", "completed")
 FAILED = ("failed", "cancelled")
 BROKEN = "postcopy-paused"
 CAPABILITIES = {

@@ -49,9 +49,8 @@ class WireEnd:
     async def start_destination(self, listen: str) -> str:
         """Starts it anew, at this host's address "HOST:PORT"; gives where it listens.
 
-        Raises Unavailable.
+        Raises Unavailable. QEMU listens for it already: what was there before is gone.
         """
-        await self._anew()
         digits = await asyncio.to_thread(_digits, listen)
         self._wire = Wire.destination(
             self.files, self._trust, self._migration, self._peer, f"{digits}:0", self._disks()

@@ -8,7 +8,7 @@ import time
 from dataclasses import replace
 
 from sempervirt.cluster.cluster import Cluster
-from sempervirt.core.errors import Unavailable
+from sempervirt.core.errors import StateConflict, Unavailable
 from sempervirt.disk.driver import Disk
 from sempervirt.migration import stream
 from sempervirt.migration.messages import ArrivalRequest, MovePolicy
@@ -59,8 +59,13 @@ class SourceGuest:
         await self._vm.machine.execute("migrate-start-postcopy")
 
     async def finish_stream(self) -> None:
-        """Has QEMU send what is left."""
-        await stream.finish(self._vm.machine.execute)
+        """Has QEMU send what is left, unless it does so already."""
+        execute = self._vm.machine.execute
+        try:
+            await stream.finish(execute)
+        except StateConflict:
+            if (await stream.look(execute)).status not in stream.FINISHING:
+                raise
 
     async def recover(self, address: str) -> None:
         """Both QEMUs know what is missing; a new wire carries it."""

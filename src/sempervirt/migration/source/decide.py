@@ -129,7 +129,8 @@ def recover(phase: Phase, mode: Mode, now: float) -> Step:
         case Phase.UNKNOWN:
             return replace(state, why=ANEW), [Withdraw()]
         case Phase.POSTCOPY:
-            return replace(state, told=True), []
+            # Whether QEMU was told to send the rest is not on record.
+            return replace(state, told=True), [FinishStream()]
         case Phase.ABANDONED:
             return _abandon(state, ANEW)
         case Phase.DONE:
