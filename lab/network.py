@@ -112,7 +112,7 @@ class Network:
         a, b = self.host("a"), self.host("b")
         if self.link.delay_ms:
             argv = [sys.executable, "-m", "lab.delay", str(self.link.delay_ms), a, b]
-            root = Path(__file__).resolve().parents[2]
+            root = Path(__file__).resolve().parents[1]
             # It is killed with the rest: it ends when its devices go.
             relay = subprocess.Popen(argv, cwd=root, stdout=subprocess.PIPE)
             assert relay.stdout is not None

@@ -212,8 +212,9 @@ class Destination(DestinationDriver):
     explorer: Explorer
 
     def settled(self, before: Incoming) -> None:
-        promised = Arrival.PROMISED
-        if self.state.phase is promised and self.explorer.world.destination_record is not promised:
+        on_record = (Arrival.PROMISED, Arrival.RUNNING)
+        record = self.explorer.world.destination_record
+        if self.state.phase is Arrival.PROMISED and record not in on_record:
             self.explorer.broken.add(UNRECORDED_PROMISE)
 
     def begin(self, effect: DestinationEffect) -> None:
