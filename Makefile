@@ -6,7 +6,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help demo setup system-packages venv binaries guest debian-guest test lint format wheel \
-	lock fuzz torture restarts saved-states corruption moves migration-kills bench bench-migrate \
+	lock fuzz worlds torture restarts saved-states corruption moves migration-kills bench bench-migrate \
 	scale fresh clean
 
 help: ## this list
@@ -54,6 +54,9 @@ format: setup ## put Python and Rust into their standard form
 	.venv/bin/ruff check --quiet --fix-only .
 	.venv/bin/ruff format --quiet .
 	source scripts/toolchain && cargo fmt --all
+
+worlds: setup ## every order of events and two faults of a move, by stepping the real drivers
+	SEMPERVIRT_WORLD_FAULTS=2 .venv/bin/pytest -q tests/unit/test_migration_worlds.py $(ARGS)
 
 torture: setup guest ## 1,000 kills over engines, queues, loads and file systems; must lose nothing
 	@scripts/torture $(ARGS)
