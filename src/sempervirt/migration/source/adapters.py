@@ -42,6 +42,8 @@ class SourceGuest:
         self.wire = WireEnd(vm, cluster.identity.directory, work.id, work.destination)
         self.steering = Steering()
         self.postcopy = False
+        # Before, QEMU tells how its last migration ended.
+        self.started = False
         self._vm = vm
         self._work = work
         self._figures = figures
@@ -53,6 +55,7 @@ class SourceGuest:
         await stream.prepare_source(execute, postcopy=self.postcopy)
         await self.steering.begin(execute)
         await stream.start(execute, self.wire.files.stream)
+        self.started = True
 
     async def switch_to_postcopy(self) -> None:
         """Has QEMU stop the guest; memory follows."""
@@ -234,6 +237,7 @@ class Destination:
         work: Departing,
         claim: Claim,
         policy: MovePolicy,
+        figures: Figures,
     ) -> None:
         self._peer = peer
         self._vm = vm
@@ -241,6 +245,7 @@ class Destination:
         self._work = work
         self._claim = claim
         self._policy = policy
+        self._figures = figures
 
     async def prepare(self) -> str:
         """Describes the VM as the guest sees it, and the images by their ids."""
@@ -267,6 +272,13 @@ class Destination:
     async def run(self, claim: Claim) -> None:
         """Returns when the guest runs there."""
         await self._peer.run(claim.epoch, claim.id)
+        self._figures.guest_runs()
+        log.info(
+            "migrate vm=%s blackout_ms=%s after its stop: %s",
+            self._vm.name,
+            self._figures.blackout_ms,
+            self._figures.timeline_ms,
+        )
 
     async def abort(self, why: str) -> None:
         """The VM does not come."""

@@ -101,7 +101,7 @@ class SourceMigration:
     def _go(self, destination: DestinationPeer, begun: Step) -> None:
         vm, host = self.vm, self._cluster.settings.host
         ports = Ports(
-            Destination(destination, vm, host, self.work, self._claim, self._policy),
+            Destination(destination, vm, host, self.work, self._claim, self._policy, self.figures),
             self._transfer,
             self._guest,
             self._disks,

@@ -148,7 +148,7 @@ class StreamWatch:
         if state.phase is Phase.POSTCOPY:
             if told.status == stream.BROKEN and not state.recovering:
                 self._driver.post(StreamFailed(failure or "the connection broke"))
-        elif state.phase in STREAMING:
+        elif state.phase in STREAMING and self._guest.started:
             self._judge(told.status, failure or told.error or "QEMU says no more")
             if state.phase is Phase.PRECOPY and told.status == "active" and told.sample:
                 await self._steer(told.sample)
