@@ -107,16 +107,24 @@ async def test_a_qemu_that_cannot_take_over_leaves_the_old_one_running(
     assert (await agent.restart_qemu("web")).pid != pid
 
 
-async def test_requests_wait_for_the_end_of_a_restart_and_kill_does_not(
-    agent: Agent, firmware_spec: Spec
+async def test_other_work_is_refused_during_a_restart_and_kill_is_not(
+    agent: Agent, firmware_spec: Spec, place: Path
 ) -> None:
     vm = await agent.run_vm(firmware_spec())
     restart = asyncio.create_task(agent.restart_qemu("web"))
-    await vm.machine.changes.wait_until(lambda: vm.machine.held, timeout_s=5, what="the restart")
-    with pytest.raises(StateConflict, match="busy with a restart of QEMU"):
-        await vm.pause()
+    await vm.machine.changes.wait_until(
+        lambda: vm.work is not None, timeout_s=5, what="the restart"
+    )
+    for another in (
+        vm.pause(),
+        vm.stop(),
+        agent.restart_qemu("web"),
+        agent.save_vm("web", place / "s"),
+    ):
+        with pytest.raises(StateConflict, match="a restart of QEMU is under way"):
+            await another
     await vm.kill()
-    with pytest.raises(SempervirtError):
+    with pytest.raises(StateConflict, match="VM web has ended meanwhile: killed on request"):
         await restart
     assert vm.run is Runstate.STOPPED
     assert vm.end is not None
@@ -164,27 +172,26 @@ async def test_a_death_before_the_switch(
     assert (await vm.machine.execute("query-status"))["status"] == "running"
 
 
-@pytest.mark.parametrize("where", ["_prepare", "_hand_over", "switch", "_go_on"])
-async def test_an_agent_that_dies_meanwhile_is_followed_by_one_that_settles_it(
+@pytest.mark.parametrize(
+    "where", ["start", "take", "switch", "end_old", "connect", "move_in", "link"]
+)
+async def test_an_agent_that_dies_meanwhile_is_followed_by_one_that_brings_it_to_an_end(
     config: AgentConfig, firmware_spec: Spec, where: str
 ) -> None:
     """The agent is a process of its own, which stops itself for good at one step."""
     script = f"""
 import asyncio, os, signal, sys
-from dataclasses import replace
 from pathlib import Path
 from sempervirt.agent import Agent, AgentConfig
-from sempervirt.renewal import restart
-from sempervirt.qemu.driver import Machine
+from sempervirt.renewal.restart.adapters import LiveRestart
 from sempervirt.qemu.spec import VmSpec
-owner = Machine if {where!r} == "switch" else restart._Restart
-real = getattr(owner, {where!r})
+real = getattr(LiveRestart, {where!r})
 async def die(*arguments):
-    if {where!r} in ("_prepare", "_hand_over"):
+    if {where!r} in ("start", "take"):
         await real(*arguments)
     os.kill(os.getpid(), signal.SIGKILL)
 async def main():
-    setattr(owner, {where!r}, die)
+    setattr(LiveRestart, {where!r}, die)
     config = AgentConfig(Path(sys.argv[1]), Path(sys.argv[2]), keep_vms=True)
     async with Agent.open(config) as agent:
         await agent.run_vm(VmSpec.model_validate_json(sys.argv[3]))
@@ -201,6 +208,6 @@ asyncio.run(main())
         vm = agent.vm("web")
         await vm.wait_state(Runstate.RUNNING, timeout_s=20)
         assert vm.work is None
-        assert vm.record.number == (2 if where in ("switch", "_go_on") else 1)
+        assert vm.record.number == (1 if where in ("start", "take") else 2)
         await agent.disks["web/root"].wait_spare_ready(20)
         assert (await agent.restart_qemu("web")).blackout_ms < BLACKOUT_MAX_MS

@@ -21,7 +21,7 @@ from sempervirt.host import process
 from sempervirt.qemu import handover, memory
 from sempervirt.qemu.spec import NicSpec, VmSpec
 from sempervirt.qemu.state import Runstate
-from sempervirt.renewal.saving import Changes
+from sempervirt.renewal.restore.plan import Changes
 
 pytestmark = pytest.mark.timeout(180)
 Spec = Callable[..., VmSpec]

@@ -9,12 +9,9 @@ backend, its guest stalls.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import re
-from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import assert_never
 
 from sempervirt.core.errors import SempervirtError
@@ -24,9 +21,10 @@ from sempervirt.host.procfs import ProcessId, find_by_argument, identify
 from sempervirt.qemu.driver import Machine
 from sempervirt.qemu.files import VmFiles
 from sempervirt.qemu.state import Request
-from sempervirt.renewal.resumption import end_unfinished, settle_restart
-from sempervirt.vm.claims import give_back
+from sempervirt.renewal.recovery import recover
+from sempervirt.vm import claims
 from sempervirt.vm.config import AgentConfig
+from sempervirt.vm.ledger import Ledger
 from sempervirt.vm.record import VmRecord, read_vm_record
 from sempervirt.vm.setup import adopted_setups
 from sempervirt.vm.vm import Vm
@@ -35,51 +33,47 @@ from sempervirt.vm.work import Arriving, Departing, Restarting, Restoring, Savin
 log = logging.getLogger(__name__)
 
 
-def vm_record_path(config: AgentConfig, name: str) -> Path:
-    """The file that a VM is adopted from."""
-    return config.vm_state_dir(name) / "vm.json"
+Adopted = tuple[dict[str, Vm], dict[str, SempervirtError]]
 
 
-async def adopt_all(config: AgentConfig) -> dict[str, Vm]:
-    """Every VM on record, running or ended. One that cannot be adopted is logged and left."""
-    adopted = {}
-    for path in _records(config):
+async def adopt_all(config: AgentConfig) -> Adopted:
+    """Every VM on record, running or ended, and why those that are missing could not be adopted.
+
+    What cannot be read is unknown, and not absent: something of it may run.
+    """
+    adopted, barred = {}, {}
+    for path in sorted(config.vm_state_dir("web").parent.glob("*/vm.json")):
+        name = path.parent.name
         try:
             record = read_vm_record(path)
             if record is not None:
-                adopted[record.spec.name] = await _adopt(config, record, path)
+                adopted[name] = await _adopt(config, Ledger(record, path))
         except SempervirtError as error:
             log.error("adopt record=%s failed: %s", path, error)  # noqa: TRY400
-    return adopted
+            barred[name] = error
+    return adopted, barred
 
 
-def _records(config: AgentConfig) -> list[Path]:
-    return sorted((config.state_dir / "vms").glob("*/vm.json"))
-
-
-async def _adopt(config: AgentConfig, record: VmRecord, path: Path) -> Vm:
-    spec = record.spec
+async def _adopt(config: AgentConfig, ledger: Ledger) -> Vm:
+    spec = ledger.record.spec
     files = VmFiles(config.vm_run_dir(spec.name))
-    release = partial(give_back, config)
-    if record.end is not None:
-        return Vm(Machine.remember(spec, files, record.end), {}, record, path, release)
-    record = await settle_restart(config, record)
-    identity = record.qemu or _find_qemu(files)
-    await end_unfinished(record, identity)
-    record = replace(record, qemu=identity)
-    runs = identity is not None and identity.is_alive()
+    release = partial(claims.release, config)
+    if ledger.record.end is not None:
+        return Vm(Machine.remember(spec, files, ledger.record.end), {}, ledger, release)
+    if ledger.record.qemu is None:
+        ledger.started(_find_qemu(files))
+    await recover(config, ledger)
+    record = ledger.record
     disks: dict[str, Disk] = {}
-    if runs:
+    if record.qemu is not None and record.qemu.is_alive():
         disks = await _adopt_disks(config, record)
     else:
         await _sweep_disks(config, record)
     held, leaving = _held_for(record.work)
-    machine = Machine.adopt(spec, files, identity, config.patience, held, leaving)
+    machine = Machine.adopt(spec, files, record.qemu, config.patience, held, leaving)
     machine.started = record.started
-    with contextlib.suppress(OSError):
-        record.write(path)
     log.info("adopt vm=%s pid=%s", spec.name, machine.pid)
-    return Vm(machine, disks, record, path, release)
+    return Vm(machine, disks, ledger, release)
 
 
 def _find_qemu(files: VmFiles) -> ProcessId | None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import shutil
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from sempervirt.agent import adoption
@@ -18,74 +16,49 @@ from sempervirt.agent.lock import agent_lock
 from sempervirt.core.errors import (
     InvalidRequest,
     NotFound,
-    OutcomeUnknown,
+    RollbackFailed,
     SempervirtError,
     StateConflict,
-    Unavailable,
 )
 from sempervirt.core.names import split_disk_name, suggest
-from sempervirt.disk.backend import ImageTitle
 from sempervirt.disk.driver import Disk
-from sempervirt.disk.lifecycle import start_disk
-from sempervirt.qemu import accel, features, memory, saved
-from sempervirt.qemu.command_line import Incoming, build, disk_id
-from sempervirt.qemu.driver import Machine
+from sempervirt.qemu import accel, features, saved
 from sempervirt.qemu.facts import HostFacts, HostProbe
-from sempervirt.qemu.files import VmFiles
 from sempervirt.qemu.spec import DiskSpec, VmSpec
 from sempervirt.qemu.state import Runstate
-from sempervirt.renewal.restart import Program, Restarted, restart_qemu
-from sempervirt.renewal.saving import (
+from sempervirt.renewal.operations import RestartReport, restart_qemu, restore_into, save_vm
+from sempervirt.renewal.restart.adapters import Program
+from sempervirt.renewal.restore.adapters import Unpacking
+from sempervirt.renewal.restore.plan import (
     NO_CHANGES,
     Changes,
-    Origin,
     Plan,
-    Saving,
     check_accelerator,
     copy_images,
     plan_of,
-    save_vm,
 )
-from sempervirt.store.registry import Claim
-from sempervirt.vm import claims
+from sempervirt.renewal.save.state import Saved
 from sempervirt.vm.config import AgentConfig
-from sempervirt.vm.planning import offer_of, plan_devices
-from sempervirt.vm.record import VmRecord
-from sempervirt.vm.setup import disk_setup, inspect_images, prepare_directories
+from sempervirt.vm.launch import BOOT, Beginning, launch, wait_started
+from sempervirt.vm.setup import prepare_directories
 from sempervirt.vm.vm import Vm
 from sempervirt.vm.work import Arriving, Restoring
 
 log = logging.getLogger(__name__)
 
-# From the start of QEMU until its monitor answers; TCG on a busy machine is slow.
-VM_START_DEADLINE_S = 60.0
-
-
-@dataclass(frozen=True)
-class Beginning:
-    """What a VM begins with, if it does not just boot: a saved state or another host's QEMU, of
-    that versioned machine. `host` is this host's name, and only given with an arrival.
-    """
-
-    machine: str = ""
-    origin: Origin | None = None
-    arrival: Arriving | None = None
-    host: str = ""
-
-    def title(self, claim: Claim | None, disk: DiskSpec) -> ImageTitle | None:
-        """By what right the backend of a disk writes, now or later."""
-        if self.arrival is not None:
-            return claims.awaited_title(self.host, disk)
-        return claims.title_of(claim, disk)
-
 
 class Agent:
-    """Owns the VMs of one state directory. Made by `Agent.open`."""
+    """Owns the VMs of one state directory. Made by `Agent.open`.
+
+    `barred` names the VMs of which something may run that this agent cannot take over, and why:
+    they cannot be used, and their names are not free.
+    """
 
     def __init__(self, config: AgentConfig) -> None:
         self.config = config
         self.started = time.time()
         self.vms: dict[str, Vm] = {}
+        self.barred: dict[str, SempervirtError] = {}
         self._starting: set[str] = set()
         self._host = HostProbe(config.qemu, config.state_dir / "cache")
 
@@ -100,7 +73,7 @@ class Agent:
         prepare_directories(config)
         with agent_lock(config.state_dir):
             agent = cls(config)
-            agent.vms = await adoption.adopt_all(config)
+            agent.vms, agent.barred = await adoption.adopt_all(config)
             try:
                 yield agent
             finally:
@@ -132,12 +105,14 @@ class Agent:
         return await self._host.facts()
 
     def vm(self, name: str) -> Vm:
-        """The VM of that name. Raises NotFound."""
-        try:
+        """The VM of that name. Raises NotFound; StateConflict, with the cause, for one that could
+        not be taken over.
+        """
+        if name in self.vms:
             return self.vms[name]
-        except KeyError:
-            hint = suggest(name, self.vms) or "list them with: semper vm list"
-            raise NotFound(f"there is no VM {name}", remedy=hint) from None
+        self._require_unbarred(name)
+        hint = suggest(name, self.vms) or "list them with: semper vm list"
+        raise NotFound(f"there is no VM {name}", remedy=hint)
 
     def disk(self, name: str) -> Disk:
         """The disk VM/DISK that a backend serves.
@@ -165,71 +140,76 @@ class Agent:
         """Starts a VM and returns when QEMU runs it.
 
         Raises StateConflict when one of that name has not ended, ImageLocked, InvalidRequest
-        or Unavailable as the cause may be (nothing is left running then), OutcomeUnknown when
-        QEMU runs and its monitor does not answer (the VM is there, in the state unknown).
+        or Unavailable as the cause may be (nothing is left running then), RollbackFailed when a
+        backend does not end, OutcomeUnknown when QEMU runs and its monitor does not answer (the VM
+        is there, in the state unknown).
         """
         with self._name_taken(spec.name):
-            return await self._run(spec)
+            return await self._launch(spec)
 
-    @contextmanager
-    def _name_taken(self, name: str) -> Iterator[None]:
-        self._require_free(name)
-        self._starting.add(name)
-        try:
-            yield
-        finally:
-            self._starting.discard(name)
+    async def receive_vm(self, spec: VmSpec, machine: str, host: str, arrival: Arriving) -> Vm:
+        """Starts a VM that is to come from another host.
 
-    async def save_vm(self, name: str, output: Path) -> Saving:
-        """Saves a VM to a file and ends it. Raises as `saving.save_vm`; NotFound."""
+        Its backends await their claim, and QEMU, of the versioned `machine`, its state. Raises
+        what `run_vm` raises; nothing is left of the VM then.
+        """
+        with self._name_taken(spec.name):
+            return await self._launch(spec, Beginning(machine, arrival, host=host))
+
+    async def save_vm(self, name: str, output: Path) -> Saved:
+        """Saves a VM to a file and ends it. Raises as `operations.save_vm`; NotFound."""
         return await save_vm(self.vm(name), output)
 
     async def restore_vm(self, file: Path, changes: Changes = NO_CHANGES) -> Vm:
         """Makes a VM from a saved state; it runs on, or is paused, as it was.
 
         Raises InvalidRequest for a file that cannot be used, StateConflict for disks in another
-        state; Unavailable. Nothing is left running then.
+        state, Unavailable: nothing is left running then. Raises RollbackFailed or OutcomeUnknown
+        when the VM is still there.
         """
         return await self._restore(file, plan_of(await saved.show(file), changes))
 
     async def clone_vm(self, file: Path, directory: Path, changes: Changes) -> Vm:
         """As `restore_vm`, with copies of the disks in `directory`; it needs a name."""
-        assert changes.name is not None
+        name = changes.name
+        assert name is not None
         shown = await saved.show(file)
-        with self._name_taken(changes.name):
-            images = await copy_images(shown, directory, changes.name)
-        try:
-            return await self._restore(file, plan_of(shown, replace(changes, images=images)))
-        except BaseException:
+        with self._name_taken(name):
+            images = await copy_images(shown, directory, name)
+        async with AsyncExitStack() as undo:
+            undo.callback(self._remove_copies, name, images)
+            vm = await self._restore(file, plan_of(shown, replace(changes, images=images)))
+            undo.pop_all()
+            return vm
+
+    def _remove_copies(self, name: str, images: Mapping[str, Path]) -> None:
+        """Unless a VM may still use them."""
+        if name not in self.vms and name not in self.barred:
             for image in images.values():
                 image.unlink(missing_ok=True)
-            raise
 
     async def _restore(self, file: Path, plan: Plan) -> Vm:
         with self._name_taken(plan.spec.name):
             facts = await self.host()
             check_accelerator(plan, accel.choose(plan.spec.accel, facts.accelerator).kind)
-            origin = Origin(file, plan)
+            unpacking = Unpacking(file, plan)
+            async with AsyncExitStack() as undo:
+                undo.callback(unpacking.cancel)
+                beginning = Beginning(plan.machine, Restoring(), unpacking.begin)
+                vm = await self._launch(plan.spec, beginning)
+                undo.pop_all()
             try:
-                vm = await self._run(plan.spec, Beginning(plan.machine, origin=origin))
-            except BaseException:
-                origin.cancel()
+                await restore_into(vm, unpacking)
+            except SempervirtError:
+                if vm.settled:
+                    await self.forget_vm(vm.name)
                 raise
-            try:
-                await origin.load(vm)
-            except BaseException:
-                origin.cancel()
-                if not vm.settled:
-                    await vm.kill()
-                await self.forget_vm(vm.name)
-                raise
-            log.info("restore vm=%s file=%s", vm.name, file)
             return vm
 
-    async def restart_qemu(self, name: str, qemu: Path | None = None) -> Restarted:
+    async def restart_qemu(self, name: str, qemu: Path | None = None) -> RestartReport:
         """Moves a VM to a new QEMU process, by default of the installed program.
 
-        Raises as `restart.restart_qemu`; NotFound.
+        Raises as `operations.restart_qemu`; NotFound.
         """
         vm = self.vm(name)
         if qemu is None:
@@ -255,136 +235,53 @@ class Agent:
         shutil.rmtree(self.config.vm_state_dir(name), ignore_errors=True)
         shutil.rmtree(self.config.vm_run_dir(name), ignore_errors=True)
 
+    @contextmanager
+    def _name_taken(self, name: str) -> Iterator[None]:
+        self._require_free(name)
+        self._starting.add(name)
+        try:
+            yield
+        finally:
+            self._starting.discard(name)
+
     def _require_free(self, name: str) -> None:
-        present = self.vms.get(name)
         if name in self._starting:
             raise StateConflict(f"VM {name} is being started")
+        self._require_unbarred(name)
+        present = self.vms.get(name)
         if present is not None and not present.settled:
             remedy = f"end it first: semper vm stop {name}"
             if present.run is Runstate.UNKNOWN:
                 remedy = f"its QEMU may still run; settle it: semper vm kill {name}"
             raise StateConflict(f"VM {name} is {present.run.value}", remedy=remedy)
 
-    async def receive_vm(self, spec: VmSpec, machine: str, host: str, arrival: Arriving) -> Vm:
-        """Starts a VM that is to come from another host.
+    def _require_unbarred(self, name: str) -> None:
+        if (cause := self.barred.get(name)) is not None:
+            raise StateConflict(
+                f"something of VM {name} may run that this agent cannot take over: {cause.message}",
+                remedy=cause.remedy,
+            ) from cause
 
-        Its backends await their claim, and QEMU, of the versioned `machine`, its state. Raises
-        what `run_vm` raises.
+    async def _launch(self, spec: VmSpec, beginning: Beginning = BOOT) -> Vm:
+        """A VM that has begun. One with work to come is gone again when this raises: the guest
+        never ran here.
         """
-        with self._name_taken(spec.name):
-            try:
-                return await self._run(spec, Beginning(machine, arrival=arrival, host=host))
-            except BaseException:
-                # It never ran: whatever its QEMU does, it can go.
-                if (vm := self.vms.get(spec.name)) is not None:
-                    await vm.kill()
-                    await self.forget_vm(spec.name)
-                raise
-
-    async def _run(self, spec: VmSpec, beginning: Beginning = Beginning()) -> Vm:
         facts = await self.host()
-        accelerator = accel.choose(spec.accel, facts.accelerator)
         if (ended := self.vms.pop(spec.name, None)) is not None:
             await ended.detach()
-        files = VmFiles(self.config.vm_run_dir(spec.name))
-        files.prepare(spec)
-        record_path = adoption.vm_record_path(self.config, spec.name)
-        volumes = inspect_images(spec)
-        plans = plan_devices(spec, await offer_of(self.config, spec, facts.features))
-        origin = beginning.origin
-        record = VmRecord(
-            spec,
-            accelerator,
-            time.time(),
-            plans=plans,
-            work=Restoring() if origin is not None else beginning.arrival,
-        )
-        disks: dict[str, Disk] = {}
-        with memory.created(spec.memory) as memory_fd:
-            self._write_first(record, record_path)
-            try:
-                record = await self._claimed(record, record_path)
-                setups = [
-                    disk_setup(
-                        self.config,
-                        spec,
-                        disk,
-                        plans[disk_id(disk)],
-                        volumes[disk.name],
-                        beginning.title(record.claim, disk),
-                    )
-                    for disk in spec.disks
-                    if disk.backend == "blkd"
-                ]
-                argv = build(
-                    spec,
-                    facts.features,
-                    qemu=facts.qemu,
-                    accel=accelerator.kind,
-                    files=files,
-                    disk_sockets={setup.short_name: setup.files.socket for setup in setups},
-                    plans=plans,
-                    memory_fd=memory_fd,
-                    block_devices={v.path for v in volumes.values() if v.block_device},
-                    incoming=Incoming(beginning.machine) if beginning.machine else None,
-                )
-                for setup in setups:
-                    disks[setup.short_name] = await start_disk(setup)
-                if origin is not None:  # while QEMU starts, and with the images locked
-                    origin.begin(files, memory_fd)
-                machine = Machine.launch(spec, files, argv, self.config.patience, memory_fd)
-            except BaseException:
-                await asyncio.gather(*(disk.stop() for disk in disks.values()))
-                if record.claim is not None:
-                    await claims.give_back(self.config, record.claim)
-                record_path.unlink(missing_ok=True)
-                raise
-        record = replace(record, qemu=machine.identity)
-        # If this fails, the first record stands, and QEMU is found by its monitor's socket.
-        with contextlib.suppress(OSError):
-            record.write(record_path)
-        vm = Vm(machine, disks, record, record_path, partial(claims.give_back, self.config))
+        try:
+            vm = await launch(self.config, facts, spec, beginning)
+        except RollbackFailed as error:
+            self.barred[spec.name] = error
+            raise
         self.vms[spec.name] = vm
-        await self._wait_started(vm)
-        log.info("run vm=%s pid=%s accel=%s", vm.name, vm.pid, accelerator.kind)
+        async with AsyncExitStack() as undo:
+            if beginning.work is not None:
+                undo.push_async_callback(self.forget_vm, spec.name)
+                undo.push_async_callback(vm.kill)
+            await wait_started(vm)
+            undo.pop_all()
         return vm
-
-    async def _claimed(self, record: VmRecord, path: Path) -> VmRecord:
-        """With a claim, unless the VM comes from a host that has one."""
-        if isinstance(record.work, Arriving):
-            return record
-        record = replace(record, claim=await claims.take(self.config, record.spec))
-        self._write_first(record, path)
-        return record
-
-    def _write_first(self, record: VmRecord, path: Path) -> None:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            record.write(path)
-        except OSError as error:
-            raise Unavailable(
-                f"cannot write {path}: {error.strerror}",
-                remedy="make room, or choose another SEMPERVIRT_STATE_DIR",
-            ) from error
-
-    async def _wait_started(self, vm: Vm) -> None:
-        started = (Runstate.RUNNING, Runstate.PAUSED, Runstate.HALTED, Runstate.UNKNOWN)
-        try:
-            await vm.wait_state(*started, timeout_s=VM_START_DEADLINE_S)
-        except Unavailable as error:
-            if not vm.run.is_end:
-                await vm.kill()
-            await vm.wait_settled()
-            tail = "; ".join(vm.log_tail(3)) or vm.state.why
-            raise Unavailable(
-                f"VM {vm.name} did not start: {tail}",
-                remedy=f"see its log: semper vm logs {vm.name} --source qemu",
-            ) from error
-        if vm.run is Runstate.UNKNOWN:
-            raise OutcomeUnknown(
-                f"VM {vm.name} was started, and its monitor does not answer: {vm.state.why}",
-                remedy=f"look at it: semper vm show {vm.name}; or end it: semper vm kill {vm.name}",
-            )
 
     async def _close(self) -> None:
         if self.config.keep_vms:

@@ -36,7 +36,7 @@ from sempervirt.disk.running import DiskFiles
 from sempervirt.host import process
 from sempervirt.host.http import ErrorView
 from sempervirt.qemu.spec import VmSpec
-from sempervirt.renewal.saving import Changes
+from sempervirt.renewal.restore.plan import Changes
 from sempervirt.trust.identity import Peer
 from sempervirt.vm.vm import Vm
 

@@ -1,4 +1,4 @@
-"""This host's claims on VMs and their images: taken before a VM starts, given back after its end.
+"""This host's claims on VMs and their images: taken before a VM starts, released after its end.
 
 A host that belongs to no cluster claims nothing: the images' locks are all that it needs. In a
 cluster no VM is started before the store has given it to this host (docs/design/ownership.md).
@@ -62,8 +62,13 @@ async def take(config: AgentConfig, spec: VmSpec) -> Claim | None:
     paths = [epoch.record_path(image) for image in claimed_images(spec)]
     images = await asyncio.to_thread(lambda: [epoch.identify(path) for path in paths])
     async with Cluster.opened(config) as cluster:
-        claim = await Registry(cluster.store).claim(spec.name, cluster.settings.host, images)
-    await put_on_record(claim, spec)
+        registry = Registry(cluster.store)
+        claim = await registry.claim(spec.name, cluster.settings.host, images)
+        try:
+            await put_on_record(claim, spec)
+        except SempervirtError:
+            await _release(registry, claim)
+            raise
     return claim
 
 
@@ -76,11 +81,21 @@ async def put_on_record(claim: Claim, spec: VmSpec) -> None:
         await asyncio.to_thread(epoch.advance, epoch.record_path(image), claim)
 
 
-async def give_back(config: AgentConfig, claim: Claim) -> bool:
-    """Frees a VM that has ended; whether that is settled. A claim that is stale needs nothing."""
+async def release(config: AgentConfig, claim: Claim) -> bool:
+    """Frees a VM that has ended, in the store; whether nothing is left to do. A claim that is stale
+    needs nothing.
+    """
     try:
         async with Cluster.opened(config) as cluster:
-            await Registry(cluster.store).release(claim)
+            return await _release(Registry(cluster.store), claim)
+    except SempervirtError as error:
+        log.warning("release vm=%s is tried again later: %s", claim.vm, error)
+        return False
+
+
+async def _release(registry: Registry, claim: Claim) -> bool:
+    try:
+        await registry.release(claim)
     except StaleClaim as error:
         log.info("release vm=%s %s", claim.vm, error)
     except SempervirtError as error:

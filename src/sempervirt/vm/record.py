@@ -8,7 +8,8 @@
      "claim": {"vm": "…", "host": "a", "epoch": 7, "id": "…", "images": ["…"]} | null,
      "work": {"kind": "restarting", "number": 2, "resume": true, "switched": false,
               "qemu": {"pid": 4712, …} | null}
-           | {"kind": "saving", "resume": true} | {"kind": "restoring"}
+           | {"kind": "saving", "resume": true, "saved": false}
+           | {"kind": "restoring", "loaded": false, "resume": false}
            | {"kind": "departing", "id": "…", "destination": "b", "address": "10.0.0.2:7443",
               "phase": "precopy", "mode": "precopy", "running": true}
            | {"kind": "arriving", "id": "…", "source": "a", "phase": "promised", "running": true,
@@ -16,7 +17,7 @@
      "end": {"run": "stopped", "reason": "…", "exit_code": 0, "signal": null} | null}
 
 `number` counts the QEMUs that this VM has had. `claim` is what the store gave this host, until it
-was given back. `work` is what went on with the VM when the record was written (`vm.work`).
+was released. `work` is what went on with the VM when the record was written (`vm.work`).
 
 Neither `qemu` nor `end`: the agent ended between its intention and the start of QEMU.
 """
@@ -78,6 +79,11 @@ class VmRecord:
     def ended(self, state: VmState) -> VmRecord:
         """The record of the same VM after its end."""
         return replace(self, end=state)
+
+
+def record_path(directory: Path) -> Path:
+    """The record in the directory of a VM."""
+    return directory / "vm.json"
 
 
 def read_vm_record(path: Path) -> VmRecord | None:

@@ -6,21 +6,22 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
-from sempervirt.core.errors import NotFound, SempervirtError, StateConflict, Unavailable
+from sempervirt.core.errors import NotFound, SempervirtError, StateConflict
 from sempervirt.core.queue_map import DevicePlan
 from sempervirt.disk.driver import Disk
 from sempervirt.host import background, process
-from sempervirt.host.procfs import ProcessId
 from sempervirt.qemu.command_line import disk_id
 from sempervirt.qemu.driver import STOP_GRACE_S, Machine
 from sempervirt.qemu.spec import VmSpec
 from sempervirt.qemu.state import ON_REQUEST, End, Runstate, VmState
 from sempervirt.store.registry import Claim
 from sempervirt.vm.claims import title_of
+from sempervirt.vm.ledger import Ledger
 from sempervirt.vm.planning import plans_of_record
 from sempervirt.vm.record import VmRecord
 from sempervirt.vm.work import Work
@@ -30,47 +31,67 @@ log = logging.getLogger(__name__)
 RELEASE_WAIT_S = 2.0
 
 
-class Move(Protocol):
-    """A migration of a VM, from here or to here, as the VM sees it."""
+class Worker(Protocol):
+    """Whoever does the work of many steps that goes on with a VM."""
 
     @property
     def over(self) -> bool:
         """Whether nothing follows any more."""
 
     def shown(self) -> tuple[Runstate, str] | None:
-        """What the VM is because of it, if that is not what QEMU alone would tell."""
+        """What the VM is because of the work, if that is not what QEMU alone would tell."""
 
     async def detach(self) -> None:
         """Leaves everything as it is, for another agent to go on with."""
 
 
+class Renewal(Worker, Protocol):
+    """A restart of QEMU, a save or a restore."""
+
+    @property
+    def doing(self) -> str:
+        """What it is, in plain words."""
+
+
+class LongWork(StrEnum):
+    """Work that takes so long that people want to see how far it is."""
+
+    SAVING = "saving"
+    RESTORING = "restoring"
+
+
 @dataclass(frozen=True)
 class Progress:
-    """Work on the whole VM that takes long: bytes that are done, of how many."""
+    """How far work on the whole VM is: bytes that are done, of how many."""
 
-    what: str
+    what: LongWork
     done: int
     total: int
 
 
 class Vm:
-    """Made by `Agent.run_vm` or adoption. Its disks end with QEMU, and never before."""
+    """Made by `launch.launch` or adoption. Its disks end with QEMU, and never before.
+
+    Two things keep others from a VM on which work of many steps goes on. The work on record
+    (`begin`, `advance`, `end_work`) is the VM's: one at a time, known to the next agent, named to
+    whoever asks for something else. `Machine.hold` is the present QEMU's: the pauses of the work
+    are not taken for the VM's runstate, and it ends by itself when QEMU falls silent or has ended.
+    """
 
     def __init__(
         self,
         machine: Machine,
         disks: dict[str, Disk],
-        record: VmRecord,
-        record_path: Path,
+        ledger: Ledger,
         release: Callable[[Claim], Awaitable[bool]],
     ) -> None:
         self.machine = machine
         self.disks = disks
-        self._record = record
-        self._record_path = record_path
+        self.ledger = ledger
         self._release = release
         self.progress: Progress | None = None
-        self.moving: Move | None = None
+        self.moving: Worker | None = None
+        self._renewal: Renewal | None = None
         self._unsettled: SempervirtError | None = None
         self._releasing: asyncio.Task[None] | None = None
         self._settling = background.start(self._settle(), f"{self.name}: settle", crash=True)
@@ -82,13 +103,13 @@ class Vm:
 
     @property
     def record(self) -> VmRecord:
-        """What the next agent is told about the VM; only this class changes it."""
-        return self._record
+        """What the next agent is told about the VM; only the ledger changes it."""
+        return self.ledger.record
 
     @property
     def work(self) -> Work | None:
         """The work of many steps that goes on with the VM."""
-        return self._record.work
+        return self.ledger.record.work
 
     @property
     def spec(self) -> VmSpec:
@@ -107,9 +128,11 @@ class Vm:
 
     @property
     def shown(self) -> tuple[Runstate, str]:
-        """Its runstate and the reason, for people: a move may know better than QEMU."""
-        moving = self.moving.shown() if self.moving is not None else None
-        return moving or (self.run, self.state.why)
+        """Its runstate and the reason, for people: the work may know better than QEMU."""
+        for worker in (self.moving, self._renewal):
+            if worker is not None and not self.run.is_end and (better := worker.shown()):
+                return better
+        return self.run, self.state.why
 
     @property
     def end(self) -> End | None:
@@ -158,15 +181,20 @@ class Vm:
         raise NotFound(f"VM {self.name} has no channel {name}")
 
     async def pause(self) -> None:
-        """See `Machine.pause`."""
+        """See `Machine.pause`. Raises StateConflict while work goes on."""
+        self.ledger.require_idle()
         await self.machine.pause()
 
     async def resume(self) -> None:
-        """See `Machine.resume`."""
+        """See `Machine.resume`. Raises StateConflict while work goes on."""
+        self.ledger.require_idle()
         await self.machine.resume()
 
     async def stop(self, grace_s: float = STOP_GRACE_S) -> None:
-        """See `Machine.stop`; returns when the disks are free too."""
+        """See `Machine.stop`; returns when the disks are free too. Raises StateConflict while work
+        goes on.
+        """
+        self.ledger.require_idle()
         await self.machine.stop(grace_s)
         await self.wait_settled()
 
@@ -195,66 +223,40 @@ class Vm:
 
     def set_claim(self, claim: Claim) -> None:
         """From now on the images are written by this claim."""
-        self._record = replace(self._record, claim=claim)
         for disk in self.disks.values():
             title = title_of(claim, self.spec.disk(disk.setup.short_name))
             if title is not None:
                 disk.set_title(title)
-        self._keep_record()
+        self.ledger.set_claim(claim)
 
     # Work of many steps (`vm.work`)
 
     def begin(self, work: Work) -> None:
-        """Puts work on record, before anything of it is done.
-
-        Raises StateConflict while other work goes on, Unavailable when the record cannot be
-        written: nothing was begun then.
-        """
-        if self.work is not None:
-            raise StateConflict(f"VM {self.name} is busy: {self.work.kind}")
-        before, self._record = self._record, replace(self._record, work=work)
-        try:
-            self._write_record()
-        except OSError as error:
-            self._record = before
-            raise Unavailable(
-                f"the record of VM {self.name} cannot be written: {error.strerror}",
-                remedy="make room in the state directory",
-            ) from error
+        """See `Ledger.begin`."""
+        self.ledger.begin(work)
 
     def advance(self, work: Work) -> bool:
-        """Replaces the work by the same work, further on; whether that is on record."""
-        assert self.work is not None
-        assert self.work.kind == work.kind
-        self._record = replace(self._record, work=work)
-        return self._keep_record()
+        """See `Ledger.advance`."""
+        return self.ledger.advance(work)
 
     def end_work(self) -> bool:
-        """Nothing goes on with the VM any more; whether that is on record."""
-        self._record = replace(self._record, work=None)
-        return self._keep_record()
+        """See `Ledger.end_work`."""
+        return self.ledger.end_work()
 
-    def took_over(self, qemu: ProcessId, number: int) -> bool:
-        """Ends a restart: from now on `qemu`, the VM's QEMU of that number, is the VM."""
-        self._record = replace(self._record, qemu=qemu, number=number, work=None)
-        return self._keep_record()
+    def employ(self, worker: Renewal) -> None:
+        """`worker` restarts the VM's QEMU, or saves or restores the VM, from now on.
 
-    def _keep_record(self) -> bool:
-        """A failure is logged: the next agent finds the former record, and asks the processes."""
-        try:
-            self._write_record()
-        except OSError as error:
-            log.error("record vm=%s not written: %s", self.name, error)  # noqa: TRY400
-            return False
-        return True
-
-    def _write_record(self) -> None:
-        self._record.write(self._record_path)
+        Raises StateConflict while another one does.
+        """
+        if self._renewal is not None and not self._renewal.over:
+            raise StateConflict(f"VM {self.name} is busy: {self._renewal.doing} is under way")
+        self._renewal = worker
 
     async def detach(self) -> None:
         """Leaves QEMU and the backends running, for another agent to adopt."""
-        if self.moving is not None:
-            await self.moving.detach()
+        for worker in (self.moving, self._renewal):
+            if worker is not None:
+                await worker.detach()
         if not self._settling.done():
             self._settling.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -271,14 +273,12 @@ class Vm:
         """
         claim = self.record.claim
         if claim is not None and self._unsettled is None and await self._release(claim):
-            self._record = replace(self._record, claim=None)
-            self._keep_record()
+            self.ledger.set_claim(None)
 
     async def _settle(self) -> None:
         """Frees the disks after QEMU's end, and writes the end down."""
         await self.machine.wait_ended()
-        self._record = self._record.ended(self.state)
-        self._keep_record()
+        self.ledger.ended(self.state)
         try:
             await asyncio.gather(*(disk.stop() for disk in self.disks.values()))
         except SempervirtError as error:

@@ -7,15 +7,16 @@
 An agent that begins anew reads the record, and what kind of work it was says how it goes on:
 
 - `Restarting`: two QEMUs may be there; `switched` says which of them is the VM.
-- `Saving`: the guest was paused for it, and goes on.
-- `Restoring`: the memory is not there and never will be; QEMU is ended.
+- `Saving`: the guest was paused for a save, and goes on; once `saved`, QEMU is ended.
+- `Restoring`: the memory is not there and never will be: QEMU is ended; once `loaded`, the guest
+  goes on.
 - `Departing`, `Arriving`: the machines of the migration go on from the phase.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, assert_never
 
 from pydantic import Field
 
@@ -40,16 +41,25 @@ class Restarting:
 
 @dataclass(frozen=True)
 class Saving:
-    """The guest is paused for a save. `resume`: it ran, and runs on if the save fails."""
+    """The guest is paused for a save. `resume`: it ran, and runs on if the save fails.
+
+    Once `saved` the file is durable, and the VM ends.
+    """
 
     resume: bool
+    saved: bool = False
     kind: Literal["saving"] = "saving"
 
 
 @dataclass(frozen=True)
 class Restoring:
-    """The guest's memory is being unpacked; QEMU waits for it."""
+    """The guest's memory is being unpacked; QEMU waits for it.
 
+    Once `loaded` QEMU has the guest, which is to run on if it ran (`resume`).
+    """
+
+    loaded: bool = False
+    resume: bool = False
     kind: Literal["restoring"] = "restoring"
 
 
@@ -91,3 +101,20 @@ class Arriving:
 Work = Annotated[
     Restarting | Saving | Restoring | Departing | Arriving, Field(discriminator="kind")
 ]
+
+
+def in_words(work: Work) -> str:
+    """What goes on, for people: "a restart of QEMU"."""
+    match work:
+        case Restarting():
+            return "a restart of QEMU"
+        case Saving():
+            return "a save"
+        case Restoring():
+            return "its restoration"
+        case Departing():
+            return f"its migration to {work.destination}"
+        case Arriving():
+            return f"its migration from {work.source}"
+        case _:
+            assert_never(work)

@@ -1,0 +1,1 @@
+"""A VM moves to a new QEMU process on the same host."""

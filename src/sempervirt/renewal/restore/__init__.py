@@ -1,0 +1,1 @@
+"""A VM is made from a saved state."""

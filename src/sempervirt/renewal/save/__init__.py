@@ -1,0 +1,1 @@
+"""A VM is saved to a file, and ends."""

@@ -1,0 +1,207 @@
+"""How a VM begins: its memory, record, claim, disks and QEMU, one after the other.
+
+    record ──► claim ──► backends ──► QEMU ──► its monitor answers
+       ◄──────────◄──────────◄── what fails, or a request that is cancelled, undoes all before it
+
+A backend that does not end may still write: then the claim is kept, and the record as well.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from functools import partial
+
+from sempervirt.core.errors import OutcomeUnknown, RollbackFailed, SempervirtError, Unavailable
+from sempervirt.disk.backend import ImageTitle
+from sempervirt.disk.driver import Disk
+from sempervirt.disk.lifecycle import start_disk
+from sempervirt.disk.setup import DiskSetup
+from sempervirt.qemu import accel, memory
+from sempervirt.qemu.command_line import Incoming, build, disk_id
+from sempervirt.qemu.driver import Machine
+from sempervirt.qemu.facts import HostFacts
+from sempervirt.qemu.files import VmFiles
+from sempervirt.qemu.spec import DiskSpec, VmSpec
+from sempervirt.qemu.state import Runstate
+from sempervirt.store.registry import Claim
+from sempervirt.vm import claims
+from sempervirt.vm.config import AgentConfig
+from sempervirt.vm.ledger import Ledger
+from sempervirt.vm.planning import offer_of, plan_devices
+from sempervirt.vm.record import VmRecord, record_path
+from sempervirt.vm.setup import disk_setup, inspect_images
+from sempervirt.vm.vm import Vm
+from sempervirt.vm.work import Arriving, Restoring
+
+log = logging.getLogger(__name__)
+
+# From the start of QEMU until its monitor answers; TCG on a busy machine is slow.
+START_DEADLINE_S = 60.0
+
+# Gets the VM's files and a descriptor of its memory, which is open until the call returns.
+Fill = Callable[[VmFiles, int], None]
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What a VM begins with, if it does not just boot.
+
+    `machine` is the versioned name of the machine whose state QEMU waits for, and `work` what
+    brings it. `fill` is called when the images are locked and QEMU is about to start. `host` is
+    this host's name in its cluster, and only given with an arrival.
+    """
+
+    machine: str = ""
+    work: Restoring | Arriving | None = None
+    fill: Fill | None = None
+    host: str = ""
+
+    def title(self, claim: Claim | None, disk: DiskSpec) -> ImageTitle | None:
+        """By what right the backend of a disk writes, now or later."""
+        if isinstance(self.work, Arriving):
+            return claims.awaited_title(self.host, disk)
+        return claims.title_of(claim, disk)
+
+
+BOOT = Beginning()
+
+
+async def launch(
+    config: AgentConfig, facts: HostFacts, spec: VmSpec, beginning: Beginning = BOOT
+) -> Vm:
+    """Starts the backends and QEMU; `wait_started` follows.
+
+    Raises StateConflict, ImageLocked, InvalidRequest or Unavailable as the cause may be: nothing is
+    left running then. Raises RollbackFailed when a backend does not end: the VM must not be started
+    again before it has.
+    """
+    files = VmFiles(config.vm_run_dir(spec.name))
+    files.prepare(spec)
+    volumes = inspect_images(spec)
+    plans = plan_devices(spec, await offer_of(config, spec, facts.features))
+    accelerator = accel.choose(spec.accel, facts.accelerator)
+    record = VmRecord(spec, accelerator, time.time(), plans=plans, work=beginning.work)
+    ledger = Ledger(record, record_path(config.vm_state_dir(spec.name)))
+    undo = _Undo(config, ledger)
+    with memory.created(spec.memory) as memory_fd:
+        ledger.create()
+        async with AsyncExitStack() as stack:
+            stack.push_async_callback(undo.run)
+            if not isinstance(beginning.work, Arriving):  # whose source has a claim
+                await undo.claim()
+            setups = [
+                disk_setup(
+                    config,
+                    spec,
+                    disk,
+                    plans[disk_id(disk)],
+                    volumes[disk.name],
+                    beginning.title(ledger.record.claim, disk),
+                )
+                for disk in spec.disks
+                if disk.backend == "blkd"
+            ]
+            argv = build(
+                spec,
+                facts.features,
+                qemu=facts.qemu,
+                accel=accelerator.kind,
+                files=files,
+                disk_sockets={setup.short_name: setup.files.socket for setup in setups},
+                plans=plans,
+                memory_fd=memory_fd,
+                block_devices={v.path for v in volumes.values() if v.block_device},
+                incoming=Incoming(beginning.machine) if beginning.machine else None,
+            )
+            await undo.start_disks(setups)
+            if beginning.fill is not None:
+                beginning.fill(files, memory_fd)
+            machine = Machine.launch(spec, files, argv, config.patience, memory_fd)
+            stack.pop_all()
+    # If this is not written, the first record stands, and QEMU is found by its monitor's socket.
+    ledger.started(machine.identity)
+    log.info("run vm=%s pid=%s accel=%s", spec.name, machine.pid, accelerator.kind)
+    return Vm(machine, undo.disks, ledger, partial(claims.release, config))
+
+
+class _Undo:
+    """What was begun of a VM that does not start."""
+
+    def __init__(self, config: AgentConfig, ledger: Ledger) -> None:
+        self.disks: dict[str, Disk] = {}
+        self._config = config
+        self._ledger = ledger
+        self._claiming: asyncio.Future[Claim | None] | None = None
+
+    async def claim(self) -> None:
+        """Claims the VM, and puts that on record. Whoever does not wait for the store any more
+        leaves it to `run` to find out what came of it.
+        """
+        self._claiming = asyncio.ensure_future(claims.take(self._config, self._ledger.record.spec))
+        claim = await asyncio.shield(self._claiming)
+        if claim is not None:
+            self._ledger.claimed(claim)
+
+    async def start_disks(self, setups: list[DiskSetup]) -> None:
+        """Starts the backends. One that does not start has ended when this raises."""
+        for setup in setups:
+            self.disks[setup.short_name] = await start_disk(setup)
+
+    async def run(self) -> None:
+        """Undoes it to the end, also when whoever asked for the VM does not wait for that."""
+        await asyncio.shield(asyncio.ensure_future(self._run()))
+
+    async def _run(self) -> None:
+        ends = await asyncio.gather(
+            *(disk.stop() for disk in self.disks.values()), return_exceptions=True
+        )
+        for error in ends:
+            if isinstance(error, SempervirtError):
+                name = self._ledger.name
+                raise RollbackFailed(
+                    f"VM {name} was not started, and something of it may still run: "
+                    f"{error.message}",
+                    remedy="when that process has ended, start semperd again: it clears this up",
+                ) from error
+            if error is not None:
+                raise error
+        await self._release()
+        self._ledger.remove()
+
+    async def _release(self) -> None:
+        if self._claiming is None:
+            return
+        try:
+            claim = await self._claiming
+        except SempervirtError:  # nothing was claimed, as was told, or nobody knows
+            return
+        if claim is not None:
+            await claims.release(self._config, claim)
+
+
+async def wait_started(vm: Vm) -> None:
+    """Waits until QEMU runs the guest, or has it stand still as it was told.
+
+    Raises Unavailable with QEMU's last words when it does not: it has ended then. Raises
+    OutcomeUnknown when QEMU runs and its monitor does not answer.
+    """
+    started = (Runstate.RUNNING, Runstate.PAUSED, Runstate.HALTED, Runstate.UNKNOWN)
+    try:
+        await vm.wait_state(*started, timeout_s=START_DEADLINE_S)
+    except Unavailable as error:
+        await vm.kill()
+        tail = "; ".join(vm.log_tail(3)) or vm.state.why
+        raise Unavailable(
+            f"VM {vm.name} did not start: {tail}",
+            remedy=f"see its log: semper vm logs {vm.name} --source qemu",
+        ) from error
+    if vm.run is Runstate.UNKNOWN:
+        raise OutcomeUnknown(
+            f"VM {vm.name} was started, and its monitor does not answer: {vm.state.why}",
+            remedy=f"look at it: semper vm show {vm.name}; or end it: semper vm kill {vm.name}",
+        )
