@@ -7,8 +7,8 @@
 - LOAD: the memory is unpacked and verified, the devices are loaded; the guest stands still. That is
   on record before the guest runs (RUN): from then on it may write to its disks, the file fits them
   no more, and QEMU is the only one to have the guest.
-- Before that every failure ends QEMU. So does a guest that QEMU refuses to let run. One of which
-  nobody knows whether it runs stays.
+- Before that every failure ends QEMU. So does a guest that QEMU refuses to let run. A guest stays
+  of which nobody knows whether it runs, or whether it ran under a former agent.
 - An agent that begins anew goes on by `recover`: it ends a QEMU whose memory nobody unpacks any
   more, and lets a guest run that was loaded.
 """
@@ -58,7 +58,7 @@ def recover(vm: str, work: Restoring) -> Decision:
     """A restore that another agent has left."""
     state = Restore(vm, work.resume)
     if work.loaded:
-        return replace(state, step=Step.RUN), [Run(cont=work.resume)]
+        return replace(state, step=Step.RUN, may_have_run=True), [Run(cont=work.resume)]
     return _end(state, Failure.named(Unavailable, "the agent ended during a restore"))
 
 
@@ -111,10 +111,9 @@ def _failed(state: Restore, effect: Effect, failure: Failure) -> Decision:
     match effect:
         case Hold() | Load():
             return _end(state, failure)
-        case Run() if failure.unknown:
-            message = f"VM {state.vm} is restored, and does not say whether it runs"
-            unknown = _unknown(state, f"{message}: {failure.message}")
-            return replace(state, step=Step.LEAVE, failure=unknown), [Leave(running=False)]
+        case Run() if failure.unknown or state.may_have_run:
+            stays = _stays(state, failure)
+            return replace(state, step=Step.LEAVE, failure=stays), [Leave(running=False)]
         case Run():
             return _end(state, failure)
         case Leave():
@@ -140,8 +139,13 @@ def _cause(state: Restore) -> str:
     return state.failure.message if state.failure is not None else "it was given up"
 
 
-def _unknown(state: Restore, message: str) -> Failure:
-    return Failure.named(OutcomeUnknown, message, f"look at it: semper vm show {state.vm}")
+def _stays(state: Restore, failure: Failure) -> Failure:
+    message = f"VM {state.vm} is restored, and"
+    if failure.unknown:
+        message = f"{message} does not say whether the guest runs: {failure.message}"
+        return Failure.named(OutcomeUnknown, message, f"look at it: semper vm show {state.vm}")
+    message = f"{message} the guest stays paused: {failure.message}"
+    return Failure.named(RollbackFailed, message, f"let it run on: semper vm resume {state.vm}")
 
 
 def _ended(state: Restore, ended: str) -> Failure:

@@ -122,12 +122,14 @@ class Restored:
 class Restore:
     """Everything that a decision depends on. `vm` is the VM's name; `running`: the guest is to run.
 
-    `failure` is why it did not go as asked, `answer` what the caller is told.
+    `may_have_run`: a former agent may have let the guest run. `failure` is why it did not go as
+    asked, `answer` what the caller is told.
     """
 
     vm: str
     running: bool
     step: Step = Step.HOLD
+    may_have_run: bool = False
     given_up: str = ""
     failure: Failure | None = None
     answer: Restored | Failure | None = None
