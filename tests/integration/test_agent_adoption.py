@@ -173,7 +173,7 @@ async def test_one_agent_for_each_state_directory(config: AgentConfig) -> None:
         pass
 
 
-async def test_a_damaged_record_harms_only_its_vm(
+async def test_a_damaged_record_harms_only_its_vm_whose_name_is_not_free(
     config: AgentConfig, firmware_spec: Spec, caplog: pytest.LogCaptureFixture
 ) -> None:
     damaged = config.vm_state_dir("old") / "vm.json"
@@ -182,4 +182,8 @@ async def test_a_damaged_record_harms_only_its_vm(
     async with Agent.open(config) as agent:
         assert "has version 99" in caplog.text
         await agent.run_vm(firmware_spec())
+        other = firmware_spec().model_copy(update={"name": "old"})
+        for name in (lambda: agent.run_vm(other), lambda: agent.restart_qemu("old")):
+            with pytest.raises(StateConflict, match=r"something of VM old may run .* version 99"):
+                await name()
     assert damaged.exists()

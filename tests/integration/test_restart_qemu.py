@@ -14,11 +14,20 @@ from typing import Any
 import pytest
 
 from sempervirt.agent import Agent, AgentConfig
-from sempervirt.core.errors import SempervirtError, StateConflict, Unavailable
+from sempervirt.api.client import Client
+from sempervirt.api.server import serving
+from sempervirt.core.errors import (
+    OutcomeUnknown,
+    RollbackFailed,
+    SempervirtError,
+    StateConflict,
+    Unavailable,
+)
 from sempervirt.guest import ProbeClient
 from sempervirt.qemu import handover, successor
 from sempervirt.qemu.spec import VmSpec
 from sempervirt.qemu.state import Runstate
+from sempervirt.renewal.guest import HeldGuest
 
 pytestmark = pytest.mark.timeout(120)
 Spec = Callable[..., VmSpec]
@@ -129,6 +138,94 @@ async def test_other_work_is_refused_during_a_restart_and_kill_is_not(
     assert vm.run is Runstate.STOPPED
     assert vm.end is not None
     assert vm.end.reason == "killed on request"
+
+
+@pytest.mark.parametrize("way_back", ["cont is refused", "the monitor is silent"])
+async def test_a_way_back_that_fails_is_told(
+    agent: Agent, firmware_spec: Spec, monkeypatch: pytest.MonkeyPatch, way_back: str
+) -> None:
+    vm = await agent.run_vm(firmware_spec())
+    pid = vm.pid
+    assert pid is not None
+
+    async def refuse(*_arguments: Any) -> None:
+        raise StateConflict("QEMU refused cont: struck")
+
+    async def fail(*_arguments: Any) -> None:
+        if way_back == "the monitor is silent":
+            os.kill(pid, signal.SIGSTOP)
+        raise Unavailable("the new QEMU is struck")
+
+    monkeypatch.setattr(handover, "take", fail)
+    if way_back == "cont is refused":
+        monkeypatch.setattr(HeldGuest, "cont", refuse)
+    with pytest.raises(RollbackFailed) as caught:
+        await agent.restart_qemu("web")
+    monkeypatch.undo()
+    assert "was not restarted (the new QEMU is struck), and the guest does not run on" in str(
+        caught.value
+    )
+    assert "semper vm show web; then resume or kill it" in caught.value.remedy
+    assert (vm.pid, vm.work) == (pid, None)
+    if way_back == "the monitor is silent":
+        await vm.wait_state(Runstate.UNKNOWN, timeout_s=10)
+        os.kill(pid, signal.SIGCONT)
+    await vm.wait_state(Runstate.PAUSED, timeout_s=10)
+    await vm.resume()
+    assert (await agent.restart_qemu("web")).pid == vm.pid
+
+
+async def test_a_new_qemu_that_does_not_end_is_told_and_the_guest_goes_on_when_it_has(
+    agent: Agent, firmware_spec: Spec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm = await agent.run_vm(firmware_spec())
+    real, ends = successor.Successor.discard, asyncio.Event()
+
+    async def fail(*_arguments: Any) -> None:
+        raise Unavailable("struck")
+
+    async def discard(one: successor.Successor) -> None:
+        if not ends.is_set():
+            raise OutcomeUnknown("the new QEMU does not end")
+        await real(one)
+
+    monkeypatch.setattr(handover, "take", fail)
+    monkeypatch.setattr(successor.Successor, "discard", discard)
+    with pytest.raises(RollbackFailed, match="the guest stays paused until then") as caught:
+        await agent.restart_qemu("web")
+    assert "goes on by itself" in caught.value.remedy
+    assert vm.shown == (Runstate.PAUSED, caught.value.message)
+    with pytest.raises(StateConflict, match="a restart of QEMU is under way"):
+        await vm.resume()
+    ends.set()
+    await vm.machine.changes.wait_until(lambda: vm.work is None, timeout_s=10, what="the end")
+    await vm.wait_state(Runstate.RUNNING, timeout_s=10)
+    assert vm.shown == (Runstate.RUNNING, "")
+    assert (await vm.machine.execute("query-status"))["status"] == "running"
+
+
+async def test_other_work_is_refused_over_the_api_by_its_name(
+    agent: Agent, firmware_spec: Spec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm = await agent.run_vm(firmware_spec())
+    reached, go = asyncio.Event(), asyncio.Event()
+    real = handover.take
+
+    async def wait(*arguments: Any) -> None:
+        reached.set()
+        await go.wait()
+        await real(*arguments)
+
+    monkeypatch.setattr(handover, "take", wait)
+    async with serving(agent, agent.config.socket), Client.connect(agent.config.socket) as client:
+        restart = asyncio.create_task(client.restart_qemu("web", None))
+        await asyncio.wait_for(reached.wait(), 10)
+        with pytest.raises(StateConflict, match="VM web is busy: a restart of QEMU is under way"):
+            await client.pause_vm("web")
+        with pytest.raises(StateConflict, match="a restart of QEMU is under way"):
+            await client.save_vm("web", agent.config.state_dir / "web.saved")
+        go.set()
+        assert (await restart).pid == vm.pid
 
 
 @pytest.mark.parametrize("phase", ["give", "take"])

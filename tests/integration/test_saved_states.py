@@ -9,18 +9,26 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sempervirt.agent import Agent, AgentConfig
-from sempervirt.core.errors import InvalidRequest, SempervirtError, StateConflict, Unavailable
+from sempervirt.core.errors import (
+    InvalidRequest,
+    RollbackFailed,
+    SempervirtError,
+    StateConflict,
+    Unavailable,
+)
 from sempervirt.guest import ProbeClient
 from sempervirt.host import process
-from sempervirt.qemu import handover, memory
+from sempervirt.qemu import handover, memory, saved
 from sempervirt.qemu.spec import NicSpec, VmSpec
 from sempervirt.qemu.state import Runstate
+from sempervirt.renewal.guest import HeldGuest
 from sempervirt.renewal.restore.plan import Changes
 
 pytestmark = pytest.mark.timeout(180)
@@ -213,6 +221,48 @@ async def test_a_save_that_fails_leaves_the_guest_running(
     await asyncio.wait_for(vm.pause(), 5)
 
 
+async def test_a_save_whose_way_back_fails_is_told(
+    agent: Agent, firmware_spec: Spec, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm = await agent.run_vm(firmware_spec())
+
+    async def refuse(*_arguments: Any) -> None:
+        raise StateConflict("QEMU refused cont: struck")
+
+    monkeypatch.setenv("SEMPERVIRT_SAVED", "/bin/false")
+    monkeypatch.setattr(HeldGuest, "cont", refuse)
+    with pytest.raises(RollbackFailed, match=r"was not saved .*, and the guest does not run on"):
+        await agent.save_vm("web", place / "web.saved")
+    monkeypatch.undo()
+    assert vm.work is None
+    await vm.wait_state(Runstate.PAUSED, timeout_s=10)
+    await vm.resume()
+    await agent.save_vm("web", place / "web.saved")
+
+
+async def test_an_agent_that_closes_during_a_save_lets_the_guest_go_on(
+    config: AgentConfig, firmware_spec: Spec, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reached = asyncio.Event()
+
+    async def never_done(*_arguments: Any) -> None:
+        reached.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(saved, "save", never_done)
+    async with Agent.open(replace(config, keep_vms=True)) as agent:
+        await agent.run_vm(firmware_spec())
+        save = asyncio.create_task(agent.save_vm("web", place / "web.saved"))
+        await asyncio.wait_for(reached.wait(), 10)
+    with pytest.raises(Unavailable, match="given up"):
+        await save
+    monkeypatch.undo()
+    async with Agent.open(config) as agent:
+        vm = agent.vm("web")
+        await vm.wait_state(Runstate.RUNNING, timeout_s=10)
+        assert vm.work is None
+
+
 async def test_a_restore_that_fails_leaves_nothing(
     agent: Agent, firmware_spec: Spec, place: Path
 ) -> None:
@@ -230,7 +280,7 @@ async def test_a_restore_that_fails_leaves_nothing(
 
 
 @pytest.mark.parametrize("work", ["save", "restore"])
-async def test_an_agent_that_dies_meanwhile_is_followed_by_one_that_settles_it(
+async def test_an_agent_that_dies_meanwhile_is_followed_by_one_that_brings_it_to_an_end(
     config: AgentConfig, firmware_spec: Spec, place: Path, work: str
 ) -> None:
     """The agent is a process of its own, which kills itself when the memory is being worked on."""

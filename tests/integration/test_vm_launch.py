@@ -1,0 +1,197 @@
+"""A VM that does not start leaves nothing behind, at whatever step it fails or is given up."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sempervirt.agent import Agent, AgentConfig
+from sempervirt.core.errors import (
+    CommandFailed,
+    OutcomeUnknown,
+    RollbackFailed,
+    StateConflict,
+    Unavailable,
+)
+from sempervirt.disk import lifecycle
+from sempervirt.disk.driver import Disk
+from sempervirt.disk.setup import DiskSetup
+from sempervirt.host.procfs import find_by_argument
+from sempervirt.qemu.driver import Machine
+from sempervirt.qemu.spec import VmSpec
+from sempervirt.qemu.state import Runstate
+from sempervirt.store.registry import Claim
+from sempervirt.vm import claims, launch
+from sempervirt.vm.record import VmRecord
+
+pytestmark = pytest.mark.timeout(90)
+Spec = Callable[..., VmSpec]
+
+CLAIM = Claim("web", "a", 7, "c" * 32)
+
+
+class Store:
+    """What was claimed and released; no store."""
+
+    def __init__(self) -> None:
+        self.claimed = 0
+        self.released = 0
+        self.silent = False
+        self.asked = asyncio.Event()
+        self.answers = asyncio.Event()
+        self.answers.set()
+
+    async def take(self, *_arguments: Any) -> Claim | None:
+        self.asked.set()
+        if self.silent:
+            raise OutcomeUnknown("the store does not answer")
+        await self.answers.wait()
+        self.claimed += 1
+        return CLAIM
+
+    async def release(self, *_arguments: Any) -> bool:
+        self.released += 1
+        return True
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    """Claims that no backend is told of."""
+    store = Store()
+    monkeypatch.setattr(claims, "take", store.take)
+    monkeypatch.setattr(claims, "release", store.release)
+    monkeypatch.setattr(claims, "title_of", lambda *_arguments: None)
+    yield store
+    assert store.released == store.claimed, "a claim was left behind"
+
+
+def nothing_is_left(agent: Agent) -> None:
+    config = agent.config
+    assert not agent.disks
+    assert not (config.vm_state_dir("web") / "vm.json").exists()
+    assert not find_by_argument(re.compile(rf".*{re.escape(str(config.run_dir))}/.*"))
+
+
+@pytest.mark.parametrize("step", ["first record", "claim", "claim on record", "disk", "QEMU"])
+async def test_what_fails_undoes_all_before_it(
+    agent: Agent,
+    firmware_spec: Spec,
+    monkeypatch: pytest.MonkeyPatch,
+    store: Store,
+    step: str,
+) -> None:
+    real, writes = VmRecord.write, {"first record": 1, "claim on record": 2}
+
+    def write(record: VmRecord, path: Path) -> None:
+        writes[step] = writes.get(step, 0) - 1
+        if writes[step] == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(record, path)
+
+    def fail(*_arguments: Any) -> Machine:
+        raise CommandFailed("qemu", 127, ["struck"])
+
+    async def fail_too(*_arguments: Any) -> Disk:
+        raise Unavailable("struck")
+
+    monkeypatch.setattr(VmRecord, "write", write)
+    store.silent = step == "claim"
+    if step == "disk":
+        monkeypatch.setattr(launch, "start_disk", fail_too)
+    if step == "QEMU":
+        monkeypatch.setattr(Machine, "launch", fail)
+    expected = OutcomeUnknown if step == "claim" else Unavailable
+    with pytest.raises(expected):
+        await agent.run_vm(firmware_spec())
+    nothing_is_left(agent)
+    monkeypatch.setattr(VmRecord, "write", real)
+    store.silent = False
+    if step not in ("disk", "QEMU"):
+        await (await agent.run_vm(firmware_spec())).kill()
+
+
+async def wait_nothing_is_left(agent: Agent) -> None:
+    async with asyncio.timeout(10):
+        while (agent.config.vm_state_dir("web") / "vm.json").exists():  # noqa: ASYNC110 a file
+            await asyncio.sleep(0.01)  # poll interval
+    nothing_is_left(agent)
+
+
+async def test_a_claim_that_nobody_waits_for_any_more_is_released(
+    agent: Agent, firmware_spec: Spec, store: Store
+) -> None:
+    store.answers.clear()
+    run = asyncio.create_task(agent.run_vm(firmware_spec()))
+    await asyncio.wait_for(store.asked.wait(), 30)
+    run.cancel()
+    store.answers.set()
+    with pytest.raises(asyncio.CancelledError):
+        await run
+    await wait_nothing_is_left(agent)
+    assert store.claimed == 1
+
+
+async def test_a_request_that_is_cancelled_twice_undoes_all(
+    agent: Agent, firmware_spec: Spec, monkeypatch: pytest.MonkeyPatch, store: Store, place: Path
+) -> None:
+    """The second time while all is being undone."""
+    other = place / "other.raw"
+    other.write_bytes(bytes(1 << 20))
+    spec = firmware_spec()
+    second = spec.disks[0].model_copy(update={"name": "other", "image": other})
+    spec = spec.model_copy(update={"disks": (spec.disks[0], second)})
+    starts, stops, go = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    real_start, real_stop = lifecycle.start_disk, Disk.stop
+
+    async def start_disk(setup: DiskSetup) -> Disk:
+        if setup.short_name == "other":
+            starts.set()
+            await asyncio.Event().wait()
+        return await real_start(setup)
+
+    async def stop(disk: Disk) -> None:
+        stops.set()
+        await go.wait()
+        await real_stop(disk)
+
+    monkeypatch.setattr(launch, "start_disk", start_disk)
+    monkeypatch.setattr(Disk, "stop", stop)
+    run = asyncio.create_task(agent.run_vm(spec))
+    await asyncio.wait_for(starts.wait(), 30)
+    run.cancel()
+    await asyncio.wait_for(stops.wait(), 10)
+    run.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await run
+    go.set()
+    await wait_nothing_is_left(agent)
+
+
+async def test_a_backend_that_does_not_end_keeps_the_name(
+    config: AgentConfig, firmware_spec: Spec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def stop(disk: Disk) -> None:
+        await disk.detach()
+        raise OutcomeUnknown(f"disk {disk.name}: the backend does not end")
+
+    def fail(*_arguments: Any) -> Machine:
+        raise CommandFailed("qemu", 127, ["struck"])
+
+    async with Agent.open(config) as agent:
+        with monkeypatch.context() as patch:
+            patch.setattr(Disk, "stop", stop)
+            patch.setattr(Machine, "launch", fail)
+            with pytest.raises(RollbackFailed, match="something of it may still run"):
+                await agent.run_vm(firmware_spec())
+        with pytest.raises(StateConflict, match="the backend does not end"):
+            await agent.run_vm(firmware_spec())
+    async with Agent.open(config) as agent:  # it has ended, and the next agent clears it up
+        await agent.vm("web").wait_ended(10)
+        assert (await agent.run_vm(firmware_spec())).run is Runstate.RUNNING
