@@ -6,8 +6,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use crate::chunk;
-use crate::format::BODY_MAX;
-use crate::format::{self, ENTRY, Entry, HEADER, Header, Kind};
+use crate::format::{self, BODY_MAX, ENTRY, Entry, HEADER, Header, Kind};
 use crate::image::Image;
 use crate::save::Description;
 use crate::{CHUNK, CHUNK_PAGES, Error, PAGE, Progress};
