@@ -85,7 +85,7 @@ class Agent:
         return {
             disk.name: disk
             for vm in self.vms.values()
-            if not vm.settled
+            if not vm.freed
             for disk in vm.disks.values()
         }
 
@@ -95,7 +95,7 @@ class Agent:
         return {
             f"{vm.name}/{disk.name}": (vm, disk)
             for vm in self.vms.values()
-            if not vm.settled
+            if not vm.freed
             for disk in vm.spec.disks
             if disk.backend == "qemu"
         }
@@ -127,7 +127,7 @@ class Agent:
         names = [disk.name for disk in vm.spec.disks]
         if disk_name not in names:
             raise NotFound(f"there is no disk {name}", remedy=suggest(disk_name, names))
-        if vm.settled:
+        if vm.freed:
             raise StateConflict(f"VM {vm_name} has ended, its disks are not served")
         if disk_name not in vm.disks:
             raise InvalidRequest(
@@ -201,7 +201,7 @@ class Agent:
             try:
                 await restore_into(vm, unpacking)
             except SempervirtError:
-                if vm.settled:
+                if vm.freed:
                     await self.forget_vm(vm.name)
                 raise
             return vm
@@ -223,7 +223,7 @@ class Agent:
     async def forget_vm(self, name: str) -> None:
         """Drops a VM that has ended, with its logs. Raises NotFound, StateConflict."""
         vm = self.vm(name)
-        if not vm.settled:
+        if not vm.freed:
             raise StateConflict(
                 f"VM {name} is {vm.run.value}", remedy=f"end it first: semper vm stop {name}"
             )
@@ -249,7 +249,7 @@ class Agent:
             raise StateConflict(f"VM {name} is being started")
         self._require_unbarred(name)
         present = self.vms.get(name)
-        if present is not None and not present.settled:
+        if present is not None and not present.freed:
             remedy = f"end it first: semper vm stop {name}"
             if present.run is Runstate.UNKNOWN:
                 remedy = f"its QEMU may still run; settle it: semper vm kill {name}"
@@ -285,7 +285,7 @@ class Agent:
 
     async def _close(self) -> None:
         if self.config.keep_vms:
-            log.info("close vms=%d left running", sum(not vm.settled for vm in self.vms.values()))
+            log.info("close vms=%d left running", sum(not vm.freed for vm in self.vms.values()))
         else:
             await asyncio.gather(*(self._kill(vm) for vm in self.vms.values()))
         for vm in self.vms.values():

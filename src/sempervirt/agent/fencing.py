@@ -30,7 +30,7 @@ async def follow_claims(
             for key, entry in state.entries.items():
                 owned = parse(Ownership, key, entry.value)
                 vm = vms().get(owned.vm)
-                if vm is not None and vm.record.claim is not None and not vm.settled:
+                if vm is not None and vm.record.claim is not None and not vm.freed:
                     await _compare(vm, vm.record.claim, owned, host)
 
 

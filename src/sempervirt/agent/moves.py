@@ -153,7 +153,7 @@ async def resume_all(agent: Agent) -> None:
     held, and the next agent tries again.
     """
     for vm in list(agent.vms.values()):
-        if vm.settled or not isinstance(vm.work, Departing | Arriving):
+        if vm.freed or not isinstance(vm.work, Departing | Arriving):
             continue
         try:
             await _resume(agent, vm)

@@ -67,7 +67,7 @@ async def _embedded_agent(config: AgentConfig) -> AsyncIterator[Agent]:
 async def _end(agent: Agent, name: str, before: set[str]) -> None:
     """Leaves no VM of this command behind, however it ends; others run on."""
     for vm in agent.vms.values():
-        if vm.settled:
+        if vm.freed:
             continue
         if vm.name == name and name not in before:
             await vm.kill()

@@ -89,7 +89,7 @@ class Successor:
         """Lets the guest run on. Raises as `Monitor.execute`."""
         await self.monitor.execute("cont", timeout_s=COMMAND_S)
 
-    async def settle(self) -> None:
+    async def finish(self) -> None:
         """Puts back what a hand-over has set, and lets go of the monitor."""
         try:
             await handover.reset(self.monitor.execute_within(COMMAND_S))

@@ -198,7 +198,7 @@ def _not_given(tap: str, error: OSError) -> Unavailable:
     return Unavailable(f"the tap {tap} cannot be given to the new QEMU: {error.strerror}")
 
 
-async def settle(pid: int, netdev: str, tap: str) -> None:
+async def finish(pid: int, netdev: str, tap: str) -> None:
     """Does for QEMU `pid` what an agent that died may have left undone. Raises Unavailable."""
     files: list[int] = []
     try:

@@ -198,7 +198,7 @@ class TwoQemus(LeftQemu):
                 lead_to_disk(self._late.directory, socket)
         for index, nic in enumerate(spec.nics):
             if nic.tap is not None and self._new is not None:
-                await tap.settle(self._new.pid, nic_id(index), nic.tap)
+                await tap.finish(self._new.pid, nic_id(index), nic.tap)
 
     async def cont_new(self) -> None:
         """Lets the guest run in the new QEMU."""

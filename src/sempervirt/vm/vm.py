@@ -92,9 +92,9 @@ class Vm:
         self.progress: Progress | None = None
         self.moving: Worker | None = None
         self._renewal: Renewal | None = None
-        self._unsettled: SempervirtError | None = None
+        self._not_freed: SempervirtError | None = None
         self._releasing: asyncio.Task[None] | None = None
-        self._settling = background.start(self._settle(), f"{self.name}: settle", crash=True)
+        self._freeing = background.start(self._free(), f"{self.name}: free", crash=True)
 
     @property
     def name(self) -> str:
@@ -165,9 +165,9 @@ class Vm:
         return spec.model_copy(update={"nics": tuple(nics), "disks": tuple(disks)})
 
     @property
-    def settled(self) -> bool:
+    def freed(self) -> bool:
         """Whether QEMU has ended and its disks are free."""
-        return self._settling.done()
+        return self._freeing.done()
 
     def log_tail(self, lines: int = process.TAIL_LINES) -> list[str]:
         """The last lines that QEMU wrote."""
@@ -196,30 +196,30 @@ class Vm:
         """
         self.ledger.require_idle()
         await self.machine.stop(grace_s)
-        await self.wait_settled()
+        await self.wait_freed()
 
     async def kill(self, because: str = ON_REQUEST) -> None:
         """See `Machine.kill`; returns when the disks are free too."""
         if not self.run.is_end:
             await self.machine.kill(because)
-        await self.wait_settled()
+        await self.wait_freed()
 
     async def wait_ended(self, timeout_s: float | None = None) -> None:
         """Waits until QEMU has ended and the disks are free. Raises Unavailable."""
         await self.machine.wait_ended(timeout_s)
-        await self.wait_settled()
+        await self.wait_freed()
 
     async def wait_state(self, *states: Runstate, timeout_s: float) -> None:
         """See `Machine.wait_state`."""
         await self.machine.wait_state(*states, timeout_s=timeout_s)
 
-    async def wait_settled(self) -> None:
+    async def wait_freed(self) -> None:
         """Waits until the disks are free. Raises OutcomeUnknown when a backend does not end."""
-        await asyncio.shield(self._settling)
+        await asyncio.shield(self._freeing)
         if self._releasing is not None:  # so that another host can have it at once
             await asyncio.wait([self._releasing], timeout=RELEASE_WAIT_S)
-        if self._unsettled is not None:
-            raise self._unsettled
+        if self._not_freed is not None:
+            raise self._not_freed
 
     def set_claim(self, claim: Claim) -> None:
         """From now on the images are written by this claim."""
@@ -257,32 +257,32 @@ class Vm:
         for worker in (self.moving, self._renewal):
             if worker is not None:
                 await worker.detach()
-        if not self._settling.done():
-            self._settling.cancel()
+        if not self._freeing.done():
+            self._freeing.cancel()
             with contextlib.suppress(asyncio.CancelledError):
-                await self._settling
+                await self._freeing
             for disk in self.disks.values():
                 await disk.detach()
         if self._releasing is not None:
             self._releasing.cancel()
         await self.machine.detach()
 
-    async def give_back(self) -> None:
+    async def release_claim(self) -> None:
         """Frees the VM in the store, if this host has claimed it; otherwise it is tried again when
         the agent begins anew.
         """
         claim = self.record.claim
-        if claim is not None and self._unsettled is None and await self._release(claim):
+        if claim is not None and self._not_freed is None and await self._release(claim):
             self.ledger.set_claim(None)
 
-    async def _settle(self) -> None:
+    async def _free(self) -> None:
         """Frees the disks after QEMU's end, and writes the end down."""
         await self.machine.wait_ended()
         self.ledger.ended(self.state)
         try:
             await asyncio.gather(*(disk.stop() for disk in self.disks.values()))
         except SempervirtError as error:
-            self._unsettled = error
+            self._not_freed = error
             log.error("vm name=%s its disks are not free: %s", self.name, error)  # noqa: TRY400
-        self._releasing = background.start(self.give_back(), f"{self.name}: release")
+        self._releasing = background.start(self.release_claim(), f"{self.name}: release")
         log.info("ended vm=%s state=%s: %s", self.name, self.run.value, self.state.why)

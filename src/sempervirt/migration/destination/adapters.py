@@ -54,7 +54,7 @@ class DestinationOwnership:
         """Whoever runs the VM next may claim it."""
         if claim is not None:
             self._vm.set_claim(claim)
-        await self._vm.give_back()
+        await self._vm.release_claim()
 
 
 class DestinationGuest:
@@ -101,7 +101,7 @@ class DestinationGuest:
 
     async def forget(self) -> None:
         """A VM of which something is left stays, and can be looked at."""
-        await self._vm.wait_settled()
+        await self._vm.wait_freed()
         await self._forget()
 
 

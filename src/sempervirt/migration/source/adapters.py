@@ -110,7 +110,7 @@ class SourceGuest:
         """SIGKILL; then the disks are freed."""
         if not self._vm.run.is_end:
             await self._vm.machine.kill(because or self._farewell)
-        await self._vm.wait_settled()
+        await self._vm.wait_freed()
 
     async def end_wire(self) -> None:
         """Kills it, if it has not ended by itself."""

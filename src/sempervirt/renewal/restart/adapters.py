@@ -170,7 +170,7 @@ class LiveRestart(HeldGuest):
         """Puts the sockets into their places, and lets go of the monitor of the new QEMU."""
         self._close_taps()
         try:
-            await self._new.settle()
+            await self._new.finish()
         except SempervirtError as error:
             log.info("restart-qemu vm=%s %s", self._vm.name, error)
         move_sockets(self._files, self._machine.files, self._vm.spec)

@@ -94,7 +94,7 @@ class LiveSave(HeldGuest):
 
     async def free(self) -> None:
         """Waits until the disks are free. Raises OutcomeUnknown when a backend does not end."""
-        await self._vm.wait_settled()
+        await self._vm.wait_freed()
 
     async def _describe(self) -> dict[str, Any]:
         vm = self._vm
