@@ -18,6 +18,7 @@ from sempervirt.api.schemas import DiskView, VmView
 from sempervirt.core.errors import AgentUnavailable
 from sempervirt.core.queue_map import counted
 from sempervirt.demo.trial import BOOT_ATTEMPTS, emulator_died
+from sempervirt.disk.state import Condition
 from sempervirt.guest import ProbeClient, ProbeGone, ProbeSilent
 from sempervirt.guest import image as guest_image
 from sempervirt.qemu.spec import VmSpec
@@ -169,10 +170,11 @@ async def _wait_guarded(client: Client, shape: Shape) -> None:
     deadline = time.monotonic() + GUARDED_S
     while True:
         conditions = [disk.condition for disk in await client.disks()]
-        if conditions.count("guarded") == shape.disks_total:
+        if conditions.count(Condition.GUARDED) == shape.disks_total:
             return
         if time.monotonic() > deadline:
-            raise FleetError(f"{GUARDED_S:.0f} s later the disks are {sorted(set(conditions))}")
+            words = sorted({found.value for found in conditions})
+            raise FleetError(f"{GUARDED_S:.0f} s later the disks are {words}")
         await asyncio.sleep(POLL_S)
 
 

@@ -16,6 +16,7 @@ from sempervirt.agent import Agent, AgentConfig
 from sempervirt.api.client import Client
 from sempervirt.api.schemas import DiskView, VmView
 from sempervirt.core.errors import AgentUnavailable, StateConflict
+from sempervirt.disk.state import Condition
 from sempervirt.guest import ProbeClient
 from sempervirt.host.procfs import start_ticks
 from sempervirt.qemu.spec import VmSpec
@@ -51,7 +52,7 @@ async def wait_state(client: Client, state: Runstate) -> VmView:
 
 
 def is_guarded(view: DiskView) -> bool:
-    return view.condition == "guarded"
+    return view.condition is Condition.GUARDED
 
 
 @pytest.mark.guest

@@ -22,7 +22,7 @@ from sempervirt.disk.lifecycle import adopt_disk, start_disk, sweep_disk
 from sempervirt.disk.record import DiskRecord
 from sempervirt.disk.running import DiskFiles
 from sempervirt.disk.setup import DiskSetup
-from sempervirt.disk.state import Policy
+from sempervirt.disk.state import Condition, Policy
 from sempervirt.disk.volume import inspect
 from sempervirt.host import process
 from sempervirt.host.procfs import identify, start_ticks
@@ -263,7 +263,9 @@ async def test_crash_loop_backs_off_says_why_and_recovers(
     kill(disk.spare_pid)
     kill(disk.active_pid)
     await disk.changes.wait_until(
-        lambda: disk.condition == "failing", timeout_s=READY_S, what="the disk to be failing"
+        lambda: disk.condition is Condition.FAILING,
+        timeout_s=READY_S,
+        what="the disk to be failing",
     )
     assert disk.reason == "exit code 1: no luck"
     bad.unlink()

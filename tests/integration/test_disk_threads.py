@@ -28,7 +28,7 @@ from sempervirt.disk.lifecycle import adopt_disk, start_disk
 from sempervirt.disk.presets import Preset, PresetStore
 from sempervirt.disk.running import DiskFiles
 from sempervirt.disk.setup import DiskSetup
-from sempervirt.disk.state import Policy
+from sempervirt.disk.state import Condition, Policy
 from sempervirt.disk.storage import storage_key
 from sempervirt.disk.volume import inspect
 from sempervirt.guest import ProbeClient
@@ -327,9 +327,9 @@ async def test_by_the_api_and_across_a_restart_of_the_agent(
             assert takeover.thread_map(moved.backend) == (0, 1, 0)
             assert moved.backend["poll_us"] == 5
             moved = await client.move_queues("web/root", thread_map=(2, 1, 0))
-            first = await wait_disk(client, lambda view: view.condition == "guarded")
+            first = await wait_disk(client, lambda view: view.condition is Condition.GUARDED)
         async with semperd():
-            again = await wait_disk(client, lambda view: view.condition == "guarded")
+            again = await wait_disk(client, lambda view: view.condition is Condition.GUARDED)
             assert again.active_pid == first.active_pid
             assert again.queues == moved.queues
             assert again.queues is not None
@@ -338,7 +338,7 @@ async def test_by_the_api_and_across_a_restart_of_the_agent(
             assert again.active_pid is not None
             os.kill(again.active_pid, signal.SIGKILL)
             last = await wait_disk(
-                client, lambda view: view.condition == "guarded" and view.restart_count > 0
+                client, lambda view: view.condition is Condition.GUARDED and view.restart_count > 0
             )
             assert last.backend is not None
             assert takeover.thread_map(last.backend) == (2, 1, 0)

@@ -482,10 +482,10 @@ async def test_what_would_stop_a_migration_is_all_listed(
             assert (found := epoch.read_epoch(record)) is not None
             assert (found.epoch, found.holder) == (1, "a")  # claimed when it was run
             facts = await second.agent.host()
-            side = await side_of(facts, "b", spec, vm_state="", source=False)
+            side = await side_of(facts, "b", spec, vm_state=None, source=False)
             assert side.images["root"].id == found.image
             record.unlink()
-            side = await side_of(facts, "b", spec, vm_state="", source=False)
+            side = await side_of(facts, "b", spec, vm_state=None, source=False)
             assert side.images["root"].id == ""
     await first.agent.vm("web").kill()
 

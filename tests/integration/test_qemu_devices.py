@@ -17,6 +17,7 @@ from sempervirt.api.client import Client
 from sempervirt.api.server import serving
 from sempervirt.core.errors import ImageLocked, InvalidRequest, Unavailable
 from sempervirt.core.queue_map import Binding
+from sempervirt.disk.state import Condition
 from sempervirt.guest import ProbeClient
 from sempervirt.qemu.facts import HostFacts, HostProbe
 from sempervirt.qemu.spec import VmSpec
@@ -128,7 +129,7 @@ async def test_such_a_disk_has_no_spare_and_says_so(
     assert sorted(views) == ["web/ours", "web/own"]
     view = await client.disk("web/own")
     assert view == views["web/own"]
-    assert (view.condition, view.active_pid, view.spare_pid) == ("qemu", vm.pid, None)
+    assert (view.condition, view.active_pid, view.spare_pid) == (Condition.QEMU, vm.pid, None)
     assert view.size_bytes == 32 * MIB
     assert view.queues is not None
     assert view.queues.summary == "2 queues on 1 thread, engine threads (built-in default)"

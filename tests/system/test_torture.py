@@ -13,6 +13,7 @@ import pytest
 
 from sempervirt.demo.trial import TrialSetup
 from sempervirt.demo.verdict import Verdict
+from sempervirt.qemu.spec import Engine
 from tests.torture import campaigns
 from tests.torture.campaigns import PLANS, Life, Plan
 from tests.torture.cells import (
@@ -64,7 +65,7 @@ async def test_kills_at_random_instants_lose_nothing(cell: Cell) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-async def test_kills_while_queues_change_threads_lose_nothing(engine: str) -> None:
+async def test_kills_while_queues_change_threads_lose_nothing(engine: Engine) -> None:
     setup = Cell(engine, REBOUND, "heavy", STORAGES[engine][-1]).setup(seed=5)
     verdict = await campaigns.kills_while_rebinding(setup, KILLS_PER_CELL, 5, lambda: None)
     assert verdict.kills == KILLS_PER_CELL

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from sempervirt.core.errors import SempervirtError, Unavailable
 from sempervirt.core.queue_map import ThreadMap
+from sempervirt.demo.stall import Cause
 from sempervirt.demo.trial import Trial, TrialSetup, running
 from sempervirt.demo.verdict import Verdict
 from sempervirt.disk.backend import Blkd
@@ -98,7 +99,7 @@ async def _kill_twice(trial: Trial, chance: random.Random) -> None:
     trial.verdict.kills += 1
     # The stall of the pair is not that of one kill, so it is not counted among them.
     stall = await trial.kill_backend()
-    trial.verdict.stalls[-1] = replace(stall, cause="double kill")
+    trial.verdict.stalls[-1] = replace(stall, cause=Cause.DOUBLE_KILL)
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from sempervirt.core.queue_map import ThreadMap, format_map
 from sempervirt.demo.trial import Load, TrialSetup
+from sempervirt.qemu.spec import Engine
 
 # Where each engine is used: synchronous ones and the mapping through the page cache, the others
 # where they wait. A mapping goes not around the cache.
-STORAGES = {
+STORAGES: dict[Engine, tuple[str, ...]] = {
     "sync": ("tmpfs", "ext4-direct"),
     "nowait": ("tmpfs", "ext4"),
     "uring": ("tmpfs", "ext4-direct"),
@@ -32,7 +33,7 @@ DISK = Path(os.environ.get("SEMPERVIRT_TORTURE_DIR", "/var/tmp"))
 class Cell:
     """One combination. `threads` gives the thread of each queue."""
 
-    engine: str
+    engine: Engine
     threads: ThreadMap
     load: str
     storage: str
@@ -75,18 +76,19 @@ def few_cells() -> list[Cell]:
     return chosen
 
 
-def engines_and_storages() -> list[tuple[str, str]]:
+def engines_and_storages() -> list[tuple[Engine, str]]:
     """Each engine on each of its storages."""
     return [(engine, storage) for engine, storages in STORAGES.items() for storage in storages]
 
 
 # Where each engine is at home, with two queues on two threads: for the crash points.
-POINT_CELLS = tuple(
-    Cell(engine, (0, 1), "heavy", storage)
-    for engine, storage in (
-        ("sync", "tmpfs"), ("uring", "ext4-direct"), ("nowait", "ext4"), ("mmap", "tmpfs"),
-    )
-)  # fmt: skip
+_AT_HOME: dict[Engine, str] = {
+    "sync": "tmpfs",
+    "uring": "ext4-direct",
+    "nowait": "ext4",
+    "mmap": "tmpfs",
+}
+POINT_CELLS = tuple(Cell(engine, (0, 1), "heavy", storage) for engine, storage in _AT_HOME.items())
 
 EVENT_CELLS = (
     Cell("sync", (0,), "heavy", "tmpfs"),

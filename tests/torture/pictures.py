@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sempervirt.demo.report import STEP_NAMES
+from sempervirt.demo.stall import Cause
 from sempervirt.demo.verdict import Verdict
 
 
@@ -12,7 +13,7 @@ def draw_stalls(verdict: Verdict, path: Path) -> None:
     """For the stall and for each step before it: which share of the kills was done by when."""
     from matplotlib.figure import Figure
 
-    kills = [stall for stall in verdict.stalls if stall.cause == "kill"]
+    kills = [stall for stall in verdict.stalls if stall.cause is Cause.KILL]
     if not kills:
         return
     curves = [

@@ -103,10 +103,10 @@ def test_backoff_doubles_to_its_ceiling() -> None:
 def test_a_journal_forgets_the_oldest() -> None:
     journal = Journal()
     for time in range(JOURNAL_LENGTH + 5):
-        journal.note(time, "even" if time % 2 == 0 else "odd", str(time))
+        journal.note(time, "save" if time % 2 == 0 else "restore", str(time))
     assert len(journal.events) == JOURNAL_LENGTH
     assert journal.events[0].message == "5"
-    last = journal.last("even")
+    last = journal.last("save")
     assert last is not None
     assert last.message == str(JOURNAL_LENGTH + 4)
-    assert journal.last("never") is None
+    assert journal.last("claim") is None

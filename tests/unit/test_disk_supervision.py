@@ -18,6 +18,7 @@ from sempervirt.disk.decide import condition, decide, next_wake
 from sempervirt.disk.state import (
     Backend,
     Begin,
+    Condition,
     Effect,
     Exited,
     Freeze,
@@ -187,7 +188,7 @@ def check(world: World) -> None:
         assert state.upgrade.generation is not None
     assert 0 <= world.upgrades_asked - world.upgrades_answered <= 1
     assert (state.upgrade is not None) == (world.upgrades_asked > world.upgrades_answered)
-    assert condition(state, POLICY)
+    assert condition(state, POLICY) in Condition
 
 
 def choices(world: World) -> list[World]:
@@ -256,7 +257,7 @@ def test_every_order_of_events_up_to_depth_twelve() -> None:
             assert rest.stopped or rest.refused
             assert not rest.alive
         else:
-            assert condition(rest.state, POLICY) == "guarded"
+            assert condition(rest.state, POLICY) is Condition.GUARDED
         assert rest.upgrades_asked == rest.upgrades_answered
         if depth == 12:
             continue
@@ -323,7 +324,7 @@ def test_a_new_map_changes_nothing_else_wherever_it_comes(stopping: bool) -> Non
 
 def test_a_loop_of_crashes_backs_off_to_the_ceiling_and_goes_on() -> None:
     world = settle(serving(), healthy=False)
-    assert condition(world.state, POLICY) == "failing"
+    assert condition(world.state, POLICY) is Condition.FAILING
     assert world.state.next_generation > 50  # it went on trying
     starts = world.state.next_generation
     later = settle(replace(world, now=0.0), healthy=False)
@@ -427,4 +428,4 @@ def test_the_one_that_got_the_lock_is_the_active_one() -> None:
     assert world.state.active is not None
     assert world.state.spare is not None
     assert (world.state.active.generation, world.state.spare.generation) == (won, waits)
-    assert condition(world.state, POLICY) == "guarded"
+    assert condition(world.state, POLICY) is Condition.GUARDED

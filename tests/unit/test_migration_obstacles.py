@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from sempervirt.migration.obstacles import HostSide, ImageSeen, obstacles
+from sempervirt.qemu.accel import AcceleratorKind
 from sempervirt.qemu.spec import VmSpec
+from sempervirt.qemu.state import Runstate
 
 GIB = 1 << 30
 HERE = HostSide(
@@ -18,10 +20,10 @@ HERE = HostSide(
     cpu_model="Fast",
     cpu_flags=frozenset({"sse2", "avx2"}),
     memory_available=GIB,
-    vm_state="running",
+    vm_state=Runstate.RUNNING,
     images={"root": ImageSeen(id="11"), "iso": ImageSeen()},
 )
-THERE = replace(HERE, name="b", vm_state="", qemu_version="11.1.0", memory_available=4 * GIB)
+THERE = replace(HERE, name="b", vm_state=None, qemu_version="11.1.0", memory_available=4 * GIB)
 
 
 def spec(**keys: Any) -> VmSpec:
@@ -32,21 +34,23 @@ def spec(**keys: Any) -> VmSpec:
     return VmSpec.model_validate({"name": "web", "memory": "2G", "disks": disks, **keys})
 
 
-def found(*, vm: VmSpec | None = None, runs_with: str = "kvm", **changes: Any) -> list[str]:
+def found(
+    *, vm: VmSpec | None = None, runs_with: AcceleratorKind = "kvm", **changes: Any
+) -> list[str]:
     there = replace(THERE, **changes)
     return [obstacle.what for obstacle in obstacles(vm or spec(), runs_with, HERE, there)]
 
 
 def test_nothing_stops_a_vm_between_two_hosts_that_fit() -> None:
     assert found() == []
-    assert found(vm_state="stopped", cpu_flags=frozenset({"sse2", "avx2", "avx512f"})) == []
+    assert found(vm_state=Runstate.STOPPED, cpu_flags=frozenset({"sse2", "avx2", "avx512f"})) == []
 
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"vm_state": "running"}, "a VM web of its own, which is running"),
-        ({"vm_state": "unknown"}, "which is unknown"),
+        ({"vm_state": Runstate.RUNNING}, "a VM web of its own, which is running"),
+        ({"vm_state": Runstate.UNKNOWN}, "which is unknown"),
         ({"memory_available": GIB}, "b has 1G of memory available, and the VM has 2G"),
         ({"accelerator": "tcg"}, "runs with kvm, and b offers tcg"),
         ({"cpu_flags": frozenset({"sse2"})}, "lacks avx2"),
@@ -89,7 +93,7 @@ def test_disks_and_networks_that_cannot_move() -> None:
 
 def test_all_of_them_are_found_at_once() -> None:
     everything = found(
-        vm_state="running",
+        vm_state=Runstate.RUNNING,
         memory_available=0,
         accelerator="tcg",
         cpu_flags=frozenset(),

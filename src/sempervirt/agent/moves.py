@@ -46,7 +46,7 @@ async def find_obstacles(agent: Agent, vm: Vm, cluster: Cluster, member: Member)
     host = member.host.name
     found = list(membership_obstacles(member))
     facts = await agent.host()
-    state = vm.run.value
+    state = vm.run
     here = await side_of(facts, cluster.settings.host, vm.spec, vm_state=state, source=True)
     if vm.record.claim is None:
         what = f"VM {vm.name} was started before this host belonged to a cluster"

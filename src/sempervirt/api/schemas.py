@@ -7,7 +7,10 @@ from typing import Any, Self
 
 from pydantic import BaseModel, Field, model_validator
 
+from sempervirt.core.events import EventKind
+from sempervirt.disk.state import Condition
 from sempervirt.migration.messages import MigrationView, MovePolicy
+from sempervirt.qemu.accel import AcceleratorKind
 from sempervirt.qemu.spec import VmSpec
 from sempervirt.qemu.state import Runstate
 
@@ -18,7 +21,7 @@ class EventView(BaseModel):
     """Something that happened. `time` is in seconds since the epoch."""
 
     time: float
-    kind: str
+    kind: EventKind
     message: str
 
 
@@ -36,7 +39,7 @@ class AgentView(BaseModel):
 class HostView(BaseModel):
     """What the host offers to VMs."""
 
-    accelerator: str
+    accelerator: AcceleratorKind
     accelerator_reason: str
     qemu: str
     qemu_version: str
@@ -90,7 +93,7 @@ class VmView(BaseModel):
     state: Runstate
     why: str
     pid: int | None
-    accelerator: str
+    accelerator: AcceleratorKind
     memory: int
     vcpus: int
     started: float
@@ -131,7 +134,7 @@ class DiskView(BaseModel):
     """
 
     name: str
-    condition: str
+    condition: Condition
     reason: str = Field(description="why the last backend ended")
     image: Path
     size_bytes: int | None
@@ -312,12 +315,12 @@ class HostSideView(BaseModel):
     """What the destination of a migration is, has and sees of the VM."""
 
     name: str
-    accelerator: str
+    accelerator: AcceleratorKind
     qemu_version: str
     cpu_model: str
     cpu_flags: list[str]
     memory_available: int
-    vm_state: str = Field(description='of a VM of that name there; "" if there is none')
+    vm_state: Runstate | None = Field(description="of a VM of that name there, if there is one")
     images: dict[str, ImageSeenView]
     missing: list[str]
 

@@ -22,6 +22,7 @@ from sempervirt.core.errors import InvalidRequest, SempervirtError
 from sempervirt.core.events import Journal
 from sempervirt.core.queue_map import DevicePlan
 from sempervirt.disk.driver import Disk
+from sempervirt.disk.state import Condition
 from sempervirt.disk.takeover import Restart
 from sempervirt.disk.volume import inspect
 from sempervirt.migration.source.migration import SourceMigration
@@ -126,7 +127,7 @@ def own_disk_view(vm: Vm, disk: DiskSpec) -> DiskView:
     """A disk that QEMU itself serves."""
     return DiskView(
         name=f"{vm.name}/{disk.name}",
-        condition="qemu",
+        condition=Condition.QEMU,
         reason="",
         image=disk.image,
         size_bytes=_size_bytes(disk),

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-from pydantic import BaseModel
-
+from sempervirt.cli.members import MemberState, MemberView
 from sempervirt.cluster.cluster import Cluster, Member, begin_cluster
 from sempervirt.cluster.joining import join_cluster
 from sempervirt.trust.invitation import Invitation, parse_invitation
@@ -13,17 +12,6 @@ from sempervirt.vm.config import AgentConfig
 from sempervirt.vm.setup import prepare_directories
 
 __all__ = ["begin_cluster", "invite", "join_cluster", "members", "parse_invitation", "prepared"]
-
-
-class MemberView(BaseModel):
-    """A host as it is printed. `certificate_ends` is in seconds since the epoch."""
-
-    name: str
-    state: str
-    address: str
-    certificate_ends: float
-    boot_id: str | None
-    agent_pid: int | None
 
 
 def prepared() -> AgentConfig:
@@ -52,10 +40,10 @@ async def revoke(name: str, reason: str) -> None:
 
 
 def _member_view(member: Member) -> MemberView:
-    state = "revoked" if member.revoked else "alive" if member.presence else "silent"
+    heard = MemberState.ALIVE if member.presence else MemberState.SILENT
     return MemberView(
         name=member.host.name,
-        state=state,
+        state=MemberState.REVOKED if member.revoked else heard,
         address=member.host.address,
         certificate_ends=member.host.not_after,
         boot_id=member.presence and member.presence.boot_id,

@@ -25,6 +25,7 @@ from sempervirt.cli.output import (
 )
 from sempervirt.cli.session import ask_agent
 from sempervirt.core.sizes import format_size
+from sempervirt.disk.state import Condition
 
 app = typer.Typer(no_args_is_help=True, help="Disks, and the backends that serve them.")
 
@@ -109,12 +110,12 @@ def _size(view: DiskView) -> str:
 
 def _rows(view: DiskView) -> list[tuple[str, str | None]]:
     backend = view.backend or {}
-    if view.condition == "qemu":
+    if view.condition is Condition.QEMU:
         return _own_rows(view)
     spare = f"{view.spare_pid} ({'ready' if view.spare_ready else 'preparing'})"
     rows: list[tuple[str, str | None]] = [
         ("disk", view.name),
-        ("condition", view.condition),
+        ("condition", view.condition.value),
         ("image", f"{view.image} ({_size(view)}{', read-only' if view.read_only else ''})"),
         ("active", f"{view.active_pid or 'none'}, generation {view.generation}"),
         ("spare", spare if view.spare_pid else "none"),

@@ -6,13 +6,14 @@ import asyncio
 import json
 import time
 from datetime import timedelta
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from sempervirt.api.client import Client
 from sempervirt.api.schemas import HostView
 from sempervirt.api.views import host_view
+from sempervirt.cli.members import MemberState, MemberView
 from sempervirt.cli.output import (
     Output,
     OutputOption,
@@ -26,9 +27,6 @@ from sempervirt.cli.output import (
 from sempervirt.core.durations import format_duration
 from sempervirt.qemu.facts import HostProbe
 from sempervirt.vm.config import AgentConfig
-
-if TYPE_CHECKING:
-    from sempervirt.cli.cluster import MemberView
 
 app = typer.Typer(no_args_is_help=True, help="This host and its cluster.")
 
@@ -173,7 +171,7 @@ def revoke(
 
 def _expiry(view: MemberView) -> str:
     left_s = view.certificate_ends - time.time()
-    if view.state == "revoked":
+    if view.state is MemberState.REVOKED:
         return "revoked"
     if left_s <= 0:
         return f"EXPIRED on {_day(view.certificate_ends)}; semper host add {view.name}"

@@ -14,7 +14,10 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from sempervirt.cli.members import MemberState
 from sempervirt.core.durations import format_duration
+from sempervirt.disk.state import Condition
+from sempervirt.qemu.state import Runstate
 
 out = Console()
 err = Console(stderr=True)
@@ -31,24 +34,30 @@ OutputOption = Annotated[
     Output, typer.Option("--output", "-o", help="How to print the result.", show_default=True)
 ]
 
-_STYLES = {
-    "running": "green",
-    "alive": "green",
-    "silent": "yellow",
-    "revoked": "red",
-    "guarded": "green",
-    "starting": "cyan",
-    "recovering": "cyan",
-    "stopping": "cyan",
-    "paused": "yellow",
-    "unguarded": "yellow",
-    "qemu": "yellow",
-    "halted": "yellow",
-    "backing-off": "yellow",
-    "unknown": "bold red",
-    "failing": "bold red",
-    "crashed": "red",
-    "stopped": "dim",
+State = Runstate | Condition | MemberState
+_GOOD, _ON_THE_WAY, _LOOK, _BAD, _ENDED = "green", "cyan", "yellow", "bold red", "dim"
+_STYLES: dict[State, str] = {
+    Runstate.STARTING: _ON_THE_WAY,
+    Runstate.RUNNING: _GOOD,
+    Runstate.PAUSED: _LOOK,
+    Runstate.HALTED: _LOOK,
+    Runstate.STOPPING: _ON_THE_WAY,
+    Runstate.UNKNOWN: _BAD,
+    Runstate.STOPPED: _ENDED,
+    Runstate.CRASHED: _BAD,
+    Condition.STARTING: _ON_THE_WAY,
+    Condition.GUARDED: _GOOD,
+    Condition.UNGUARDED: _LOOK,
+    Condition.RECOVERING: _ON_THE_WAY,
+    Condition.BACKING_OFF: _LOOK,
+    Condition.FAILING: _BAD,
+    Condition.FROZEN: _LOOK,
+    Condition.STOPPING: _ON_THE_WAY,
+    Condition.STOPPED: _ENDED,
+    Condition.QEMU: _LOOK,
+    MemberState.ALIVE: _GOOD,
+    MemberState.SILENT: _LOOK,
+    MemberState.REVOKED: _BAD,
 }
 
 
@@ -66,9 +75,9 @@ def print_json(value: BaseModel | Sequence[BaseModel]) -> None:
     typer.echo(json.dumps(document, indent=2))
 
 
-def styled(word: str) -> Text:
+def styled(state: State) -> Text:
     """A state in its colour."""
-    return Text(word, style=_STYLES.get(word, ""))
+    return Text(state.value, style=_STYLES[state])
 
 
 def listing(*columns: str) -> Table:

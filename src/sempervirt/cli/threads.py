@@ -80,7 +80,7 @@ def _parsed(text: str) -> ThreadMap:
 
 
 def _rows(view: DiskView) -> list[tuple[str, str]]:
-    rows = [("disk", f"{view.name}, {view.condition}")]
+    rows = [("disk", f"{view.name}, {view.condition.value}")]
     if (queues := view.queues) is None:
         return rows
     number = f"{counted(queues.queues, 'queue')} on {counted(queues.threads, 'thread')}"

@@ -81,7 +81,7 @@ def list_vms(output: OutputOption = Output.TABLE) -> None:
     for view in views:
         table.add_row(
             view.name,
-            styled(view.state.value),
+            styled(view.state),
             str(view.pid or "-"),
             view.accelerator,
             str(view.vcpus),

@@ -58,14 +58,14 @@ class Watch:
         lines = {view.name: f"{view.name} is {view.state.value}"}
         for disk in disks:
             restarts = f", {disk.restart_count} restarts" if disk.restart_count else ""
-            lines[disk.name] = f"{disk.name} is {disk.condition}{restarts}"
+            lines[disk.name] = f"{disk.name} is {disk.condition.value}{restarts}"
         for key, line in lines.items():
             if self._told.get(key) != line:
                 out.print(line, highlight=False)
                 self._told[key] = line
 
     def _render(self, view: VmView, disks: list[DiskView]) -> RenderableType:
-        state = styled(view.state.value)
+        state = styled(view.state)
         state.append(f"  {view.why}" if view.why else "", style="")
         head = facts(
             [

@@ -8,7 +8,7 @@ import logging
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 from rich.console import Console, Group, RenderableType
@@ -16,6 +16,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from sempervirt.cli.output import Output, OutputOption
 from sempervirt.core.errors import Unavailable
 from sempervirt.demo import plots, report
 from sempervirt.demo.script import Act, Story, play
@@ -23,6 +24,7 @@ from sempervirt.demo.trial import Load, Trial, TrialSetup
 from sempervirt.demo.verdict import Verdict
 from sempervirt.guest.errors import ProbeGone, ProbeSilent
 from sempervirt.guest.reports import Stats
+from sempervirt.qemu.spec import Engine
 
 REFRESH_S = 0.25
 
@@ -68,7 +70,7 @@ class Screen:
     def acted(self, act: Act) -> None:
         """One more act is done."""
         stall = "" if act.stall_ms is None else f", the guest waited {act.stall_ms:.1f} ms"
-        self.bar.update(self.task, advance=1, description=f"{act.kind}{stall}")
+        self.bar.update(self.task, advance=1, description=f"{act.deed.value}{stall}")
 
     def show(self, stats: Stats, verdict: Verdict) -> None:
         """What the guest sees now."""
@@ -122,14 +124,17 @@ def demo(
     upgrades: Annotated[int, typer.Option(help="How often the backend is upgraded.")] = 1,
     writers: Annotated[int, typer.Option(help="Writers in the guest.", min=1, max=64)] = 16,
     queues: Annotated[int, typer.Option(help="Virtqueues of the disk.", min=1, max=16)] = 1,
-    engine: Annotated[str, typer.Option(help="auto, sync or uring.")] = "auto",
+    engine: Annotated[
+        Engine,
+        typer.Option(help="How the backend does its I/O; auto: as a preset says."),
+    ] = "auto",
     direct: Annotated[bool, typer.Option(help="Go around the page cache (O_DIRECT).")] = False,
     image: Annotated[
         Path | None, typer.Option(help="Where the disk's image is made (and removed).")
     ] = None,
     plot: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("semper-demo.png"),
     seed: Annotated[int | None, typer.Option(help="Repeat the same order of events.")] = None,
-    output: Annotated[Literal["table", "json"], typer.Option(help="Form of the result.")] = "table",
+    output: OutputOption = Output.TABLE,
 ) -> None:
     """Boot a guest, kill its disk's backend again and again, and prove that nothing is lost.
 
@@ -141,7 +146,7 @@ def demo(
     """
     # Every kill is a warning of the supervision; here they are what was ordered.
     logging.getLogger("sempervirt").setLevel(logging.ERROR)
-    console = Console(stderr=output == "json")
+    console = Console(stderr=output is Output.JSON)
     story = Story(kills=kills, pauses=pauses, upgrades=upgrades, seed=seed)
     setup = TrialSetup(
         image=image or _default_image(),
@@ -166,7 +171,7 @@ def demo(
     except (Unavailable, OSError) as error:
         drawn = None
         console.print(f"[yellow]{error}[/]")
-    if output == "json":
+    if output is Output.JSON:
         document = {**verdict.as_dict(), "accelerator": accelerator, "plot": drawn}
         json.dump(document, sys.stdout, indent=2)
         print()

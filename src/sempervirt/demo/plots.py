@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sempervirt.core.errors import Unavailable
-from sempervirt.demo.script import Act
+from sempervirt.demo.script import Act, Deed
 
 BIN_S = 0.05
 ROWS = 10
 LABEL_WIDTH = 10
 EIGHTHS = " ▁▂▃▄▅▆▇█"
-COLOURS = {"kill": "red", "pause": "orange", "upgrade": "blue"}
+COLOURS = {Deed.KILL: "red", Deed.PAUSE: "orange", Deed.UPGRADE: "blue"}
 
 
 def rebin(completions: Sequence[tuple[float, int]]) -> tuple[list[float], list[float]]:
@@ -50,7 +50,7 @@ def draw_terminal(
     marks = [" "] * columns
     for act in acts:
         column = int((act.at_ns - start_ns) / 1e9 / BIN_S / per_column)
-        marks[min(max(column, 0), columns - 1)] = act.kind[0].upper()
+        marks[min(max(column, 0), columns - 1)] = act.deed.value[0].upper()
     rows.append(" " * LABEL_WIDTH + "".join(marks))
     rows.append(
         f"requests per second in the guest over {seconds[-1]:.0f} s, the lowest "
@@ -79,15 +79,15 @@ def draw_file(
     axes = figure.add_subplot()
     axes.fill_between(seconds, iops, step="post", color="#3b7d4f", alpha=0.35, linewidth=0)
     axes.step(seconds, iops, where="post", color="#3b7d4f", linewidth=0.8)
-    for kind, colour in COLOURS.items():
-        of_kind = [act for act in acts if act.kind == kind]
-        for index, act in enumerate(of_kind):
+    for deed, colour in COLOURS.items():
+        done = [act for act in acts if act.deed is deed]
+        for index, act in enumerate(done):
             axes.axvline(
                 (act.at_ns - start_ns) / 1e9,
                 color=colour,
                 linewidth=0.9,
                 alpha=0.8,
-                label=f"{kind} ({len(of_kind)})" if index == 0 else None,
+                label=f"{deed.value} ({len(done)})" if index == 0 else None,
             )
     axes.set(
         xlabel="seconds",

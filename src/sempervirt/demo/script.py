@@ -6,6 +6,8 @@ import asyncio
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
+from typing import assert_never
 
 from sempervirt.demo.trial import Trial
 
@@ -25,11 +27,21 @@ class Story:
         return self.kills + self.pauses + self.upgrades
 
 
+class Deed(Enum):
+    """What can be done to the guest."""
+
+    KILL = "kill"
+    PAUSE = "pause"
+    UPGRADE = "upgrade"
+
+
 @dataclass(frozen=True)
 class Act:
-    """Something that was done to the guest. `at_ns` is CLOCK_MONOTONIC."""
+    """Something that was done to the guest. `at_ns` is CLOCK_MONOTONIC; `stall_ms` None: no stall
+    was measured.
+    """
 
-    kind: str
+    deed: Deed
     at_ns: int
     stall_ms: float | None
 
@@ -37,21 +49,28 @@ class Act:
 async def play(trial: Trial, story: Story, done: Callable[[Act], None]) -> list[Act]:
     """Carries the story out in random order; `done` is told after each act."""
     chance = random.Random(story.seed)
-    kinds = ["kill"] * story.kills + ["pause"] * story.pauses + ["upgrade"] * story.upgrades
-    chance.shuffle(kinds)
+    deeds = (
+        [Deed.KILL] * story.kills + [Deed.PAUSE] * story.pauses + [Deed.UPGRADE] * story.upgrades
+    )
+    chance.shuffle(deeds)
     acts: list[Act] = []
     await asyncio.sleep(0.5)
-    for kind in kinds:
+    for deed in deeds:
         await asyncio.sleep(chance.uniform(0.1, 0.6))
-        acts.append(await _perform(trial, kind))
+        acts.append(await _perform(trial, deed))
         done(acts[-1])
     await asyncio.sleep(0.5)
     return acts
 
 
-async def _perform(trial: Trial, kind: str) -> Act:
-    if kind == "pause":
-        paused_ns = await trial.stop_and_continue(pause_s=0.1)
-        return Act(kind, paused_ns, None)
-    stall = await (trial.kill_backend() if kind == "kill" else trial.upgrade())
-    return Act(kind, stall.at_ns, stall.ms)
+async def _perform(trial: Trial, deed: Deed) -> Act:
+    match deed:
+        case Deed.PAUSE:
+            return Act(deed, await trial.stop_and_continue(pause_s=0.1), None)
+        case Deed.KILL:
+            stall = await trial.kill_backend()
+        case Deed.UPGRADE:
+            stall = await trial.upgrade()
+        case _:
+            assert_never(deed)
+    return Act(deed, stall.at_ns, stall.ms)

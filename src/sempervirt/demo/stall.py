@@ -11,11 +11,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 STEPS = ("lock_acquired", "accepted", "started", "replayed", "first_completion")
 # How far the clocks of guest and host may be apart after a comparison over virtio-serial.
 CLOCK_SLACK_NS = 500_000
+
+
+class Cause(Enum):
+    """Why one backend followed another."""
+
+    KILL = "kill"
+    DOUBLE_KILL = "double kill"
+    UPGRADE = "upgrade"
+    TERMINATE = "terminate"
 
 
 @dataclass(frozen=True)
@@ -26,7 +36,7 @@ class Stall:
     ms: float | None
     steps_ms: Mapping[str, float]
     replayed: int
-    cause: str
+    cause: Cause
 
 
 def stall_ms(kill_ns: int, first_completion_ns: int, gaps_ns: Iterable[tuple[int, int]]) -> float:

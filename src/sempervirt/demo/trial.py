@@ -15,7 +15,7 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,14 +25,16 @@ from typing import Any, Self
 from sempervirt.agent import Agent, AgentConfig
 from sempervirt.core.errors import OutcomeUnknown, SempervirtError, Unavailable
 from sempervirt.core.queue_map import Binding, ThreadMap
-from sempervirt.demo.stall import Stall, stall_ms, steps_ms
+from sempervirt.demo.stall import Cause, Stall, stall_ms, steps_ms
 from sempervirt.demo.verdict import Verdict
 from sempervirt.disk.backend import BackendCommand, Blkd
 from sempervirt.disk.driver import Disk
 from sempervirt.guest import image as guest_image
 from sempervirt.guest.errors import ProbeGone, ProbeSilent
 from sempervirt.guest.probe import ClockOffset, ProbeClient
-from sempervirt.qemu.spec import ChannelSpec, DiskSpec, VmSpec
+from sempervirt.guest.reports import Mode
+from sempervirt.qemu.accel import AcceleratorKind
+from sempervirt.qemu.spec import ChannelSpec, DiskSpec, Engine, VmSpec
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +54,7 @@ class Load:
 
     writers: int = 16
     depth: int = 1
-    mode: str = "mixed"
+    mode: Mode = "mixed"
     flush_every: int = 64
     hang_s: float = 20.0
 
@@ -63,7 +65,7 @@ class TrialSetup:
 
     image: Path
     size_mib: int = 128
-    engine: str = "auto"
+    engine: Engine = "auto"
     direct: bool = False
     queues: int = 1
     thread_map: ThreadMap | None = None
@@ -85,7 +87,7 @@ class Trial:
         self._stack = AsyncExitStack()
         self._probe: ProbeClient | None = None
         self._agent: Agent | None = None
-        self.accelerator = ""
+        self.accelerator: AcceleratorKind | None = None
         self._clock = ClockOffset(0, 0)
 
     async def __aenter__(self) -> Self:
@@ -211,7 +213,7 @@ class Trial:
             self.device,
             writers=load.writers,
             depth=load.depth,
-            mode=load.mode,  # type: ignore[arg-type]
+            mode=load.mode,
             flush_every=load.flush_every,
             hang_s=load.hang_s,
             seed=self.setup.seed,
@@ -242,7 +244,7 @@ class Trial:
 
     async def kill_backend(self) -> Stall:
         """SIGKILL to the backend that serves; returns when its successor is guarded again."""
-        stall = await self._take_over("kill", self.kill_active)
+        stall = await self._take_over(Cause.KILL, self.kill_active)
         self.verdict.kills += 1
         return stall
 
@@ -252,7 +254,7 @@ class Trial:
         async def upgrade() -> None:
             await self.disk.upgrade(binary)
 
-        stall = await self._take_over("upgrade", upgrade)
+        stall = await self._take_over(Cause.UPGRADE, upgrade)
         self.verdict.upgrades += 1
         return stall
 
@@ -262,7 +264,7 @@ class Trial:
         async def terminate() -> None:
             self._signal_active(signal.SIGTERM)
 
-        stall = await self._take_over("terminate", terminate)
+        stall = await self._take_over(Cause.TERMINATE, terminate)
         self.verdict.upgrades += 1
         return stall
 
@@ -281,7 +283,7 @@ class Trial:
         await self.disk.rebind(Binding(thread_map, "trial"))
         self.verdict.rebindings += 1
 
-    async def _take_over(self, cause: str, end: Any) -> Stall:
+    async def _take_over(self, cause: Cause, end: Callable[[], Awaitable[None]]) -> Stall:
         await self.compare_clocks()
         before = self.disk.active_pid
         kill_ns = time.monotonic_ns()
@@ -292,7 +294,7 @@ class Trial:
         await self.wait_guarded()
         return stall
 
-    async def _measure(self, cause: str, kill_ns: int) -> Stall:
+    async def _measure(self, cause: Cause, kill_ns: int) -> Stall:
         if not self.disk.setup.command.has_control:
             return Stall(kill_ns, None, {}, 0, cause)
         status = await self._serving_status()
@@ -370,7 +372,7 @@ class Trial:
         )
 
 
-def emulator_died(accelerator: str, by_signal: int | None) -> bool:
+def emulator_died(accelerator: AcceleratorKind | None, by_signal: int | None) -> bool:
     """Whether QEMU fell over itself, which no disk can bring about.
 
     Its emulator of several processors (QEMU 10.0) may look at a memory map that is freed, when a

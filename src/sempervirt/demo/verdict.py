@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from sempervirt.demo.stall import Spread, Stall, step_spreads
+from sempervirt.demo.stall import Cause, Spread, Stall, step_spreads
 from sempervirt.guest.reports import Stats
 
 # What a Linux guest logs when its disk lost or mixed up a request.
@@ -53,13 +53,13 @@ class Verdict:
     @property
     def stall(self) -> Spread:
         """Of the kills whose stall is known, in milliseconds."""
-        known = [s.ms for s in self.stalls if s.cause == "kill" and s.ms is not None]
+        known = [s.ms for s in self.stalls if s.cause is Cause.KILL and s.ms is not None]
         return Spread.of(known)
 
     @property
     def steps(self) -> dict[str, Spread]:
         """Milliseconds from a kill to each step of the take-over."""
-        return step_spreads([s for s in self.stalls if s.cause == "kill"])
+        return step_spreads([s for s in self.stalls if s.cause is Cause.KILL])
 
     @property
     def replayed(self) -> int:
@@ -106,6 +106,7 @@ class Verdict:
     def as_dict(self) -> dict[str, Any]:
         """For JSON: all counts, the spreads, and each stall."""
         plain = asdict(self)
+        plain["stalls"] = [asdict(stall) | {"cause": stall.cause.value} for stall in self.stalls]
         plain["clean"] = self.clean
         plain["replayed"] = self.replayed
         plain["stall_ms"] = asdict(self.stall)

@@ -43,6 +43,7 @@ from typing import assert_never
 from sempervirt.disk.state import (
     Backend,
     Begin,
+    Condition,
     Decision,
     Effect,
     Exited,
@@ -112,23 +113,24 @@ def next_wake(state: State) -> float | None:
     return min((time for time in times if time is not None), default=None)
 
 
-def condition(state: State, policy: Policy) -> str:
-    """One word for a person: what the disk's redundancy is like."""
+def condition(state: State, policy: Policy) -> Condition:
+    """How the disk is served, and whether a spare stands by."""
     active = state.active
     if state.stopping:
-        return "stopped" if active is None and state.spare is None else "stopping"
+        ended = active is None and state.spare is None
+        return Condition.STOPPED if ended else Condition.STOPPING
     serving = active is not None and active.serving_since is not None
     if not serving and policy.active_backoff.at_ceiling(state.active_failures):
-        return "failing"
+        return Condition.FAILING
     if active is None:
         if state.frozen:
-            return "frozen"
-        return "backing-off" if state.served else "stopped"
+            return Condition.FROZEN
+        return Condition.BACKING_OFF if state.served else Condition.STOPPED
     if active.serving_since is None:
-        return "recovering" if state.served else "starting"
+        return Condition.RECOVERING if state.served else Condition.STARTING
     if state.spare is not None and state.spare.ready:
-        return "guarded"
-    return "unguarded"
+        return Condition.GUARDED
+    return Condition.UNGUARDED
 
 
 def _is_steady(backend: Backend | None, now: float, policy: Policy) -> bool:

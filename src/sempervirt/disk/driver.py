@@ -34,6 +34,7 @@ from sempervirt.disk.program import Programs, is_installed, path_of
 from sempervirt.disk.running import Running
 from sempervirt.disk.setup import DiskSetup
 from sempervirt.disk.state import (
+    Condition,
     Decision,
     Effect,
     Freeze,
@@ -103,8 +104,8 @@ class Disk(Owner[State, SupervisionEvent, Effect]):
     # What it is like
 
     @property
-    def condition(self) -> str:
-        """One word; see `supervision.condition`."""
+    def condition(self) -> Condition:
+        """How the disk is served, and whether a spare stands by."""
         return condition(self._state, self.setup.policy)
 
     @property
@@ -196,7 +197,7 @@ class Disk(Owner[State, SupervisionEvent, Effect]):
 
     async def wait_spare_ready(self, timeout_s: float) -> None:
         """Waits until a backend serves and a spare is ready. Raises Unavailable."""
-        await self._wait(lambda: self.condition == "guarded", timeout_s, "a spare")
+        await self._wait(lambda: self.condition is Condition.GUARDED, timeout_s, "a spare")
 
     async def _wait(self, condition: Callable[[], bool], timeout_s: float, what: str) -> None:
         what = f"{what} of disk {self.name}"
@@ -204,7 +205,7 @@ class Disk(Owner[State, SupervisionEvent, Effect]):
             await self.changes.wait_until(condition, timeout_s=timeout_s, what=what)
         except Unavailable as error:
             last = f", last end: {self.reason}" if self.reason else ""
-            text = f"{error.message}; it is {self.condition}{last} ({self._state})"
+            text = f"{error.message}; it is {self.condition.value}{last} ({self._state})"
             raise Unavailable(text) from error
 
     async def upgrade(self, binary: str | None = None) -> None:

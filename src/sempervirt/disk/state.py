@@ -43,6 +43,21 @@ class Backend:
     progressed: bool = False
 
 
+class Condition(Enum):
+    """How a disk is served, and whether a spare stands by. The values stand in the API."""
+
+    STARTING = "starting"
+    GUARDED = "guarded"  # a spare is ready to take over
+    UNGUARDED = "unguarded"  # served, and no spare is ready yet
+    RECOVERING = "recovering"  # a backend is taking over
+    BACKING_OFF = "backing-off"  # backends ended again and again; the next one waits
+    FAILING = "failing"  # … so often that the wait does not grow any more
+    FROZEN = "frozen"
+    STOPPING = "stopping"
+    STOPPED = "stopped"
+    QEMU = "qemu"  # served by QEMU itself: nothing here supervises it
+
+
 class Phase(Enum):
     """How far an upgrade has come."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, Field
 
+from sempervirt.qemu.accel import AcceleratorKind
 from sempervirt.qemu.spec import VmSpec
 from sempervirt.vm.phases import Arrival, Mode, Phase
 
@@ -16,7 +17,7 @@ class ArrivalRequest(BaseModel):
     epoch: int = Field(description="of the source's claim")
     spec: VmSpec
     machine: str = Field(description='its versioned name, "pc-q35-10.0"')
-    accelerator: str
+    accelerator: AcceleratorKind
     running: bool = Field(description="whether the guest is to run on; otherwise it is paused")
     postcopy: bool = False
     images: dict[str, str]

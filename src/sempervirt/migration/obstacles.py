@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from sempervirt.core.sizes import format_size
+from sempervirt.qemu.accel import AcceleratorKind
 from sempervirt.qemu.spec import DiskSpec, VmSpec
+from sempervirt.qemu.state import Runstate
 
 
 @dataclass(frozen=True)
@@ -35,18 +37,18 @@ class HostSide:
     """What a host is and has. `images` are by the disk's name, `missing` are paths and taps."""
 
     name: str
-    accelerator: str
+    accelerator: AcceleratorKind
     qemu_version: str
     cpu_model: str = ""
     cpu_flags: frozenset[str] = frozenset()
     memory_available: int = 0
-    vm_state: str = ""
+    vm_state: Runstate | None = None
     images: dict[str, ImageSeen] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
 
 
 def obstacles(
-    spec: VmSpec, accelerator: str, source: HostSide, destination: HostSide
+    spec: VmSpec, accelerator: AcceleratorKind, source: HostSide, destination: HostSide
 ) -> list[Obstacle]:
     """All of them; none: the move may begin. `accelerator` is what the VM runs with."""
     return [
@@ -68,13 +70,15 @@ def obstacles(
 
 
 def _vm(spec: VmSpec, source: HostSide, destination: HostSide) -> Iterator[Obstacle]:
-    if source.vm_state not in ("running", "paused"):
+    if source.vm_state not in (Runstate.RUNNING, Runstate.PAUSED):
         yield Obstacle(
-            f"VM {spec.name} is {source.vm_state or 'not there'}", "it has to run, or be paused"
+            f"VM {spec.name} is {source.vm_state.value if source.vm_state else 'not there'}",
+            "start it, or resume it: only a VM that runs or is paused can move",
         )
-    if destination.vm_state not in ("", "stopped", "crashed"):
+    if destination.vm_state is not None and not destination.vm_state.is_end:
         yield Obstacle(
-            f"{destination.name} has a VM {spec.name} of its own, which is {destination.vm_state}",
+            f"{destination.name} has a VM {spec.name} of its own, "
+            f"which is {destination.vm_state.value}",
             f"end it there: semper vm stop {spec.name}",
         )
     if destination.memory_available < spec.memory:
@@ -86,7 +90,7 @@ def _vm(spec: VmSpec, source: HostSide, destination: HostSide) -> Iterator[Obsta
 
 
 def _processor(
-    spec: VmSpec, accelerator: str, source: HostSide, destination: HostSide
+    spec: VmSpec, accelerator: AcceleratorKind, source: HostSide, destination: HostSide
 ) -> Iterator[Obstacle]:
     if accelerator != destination.accelerator and accelerator == "kvm":
         yield Obstacle(

@@ -14,13 +14,14 @@ from sempervirt.disk.volume import inspect
 from sempervirt.migration.obstacles import HostSide, ImageSeen, Obstacle
 from sempervirt.qemu.facts import HostFacts
 from sempervirt.qemu.spec import DiskSpec, VmSpec
+from sempervirt.qemu.state import Runstate
 from sempervirt.store import epoch
 
 PROC = Path("/proc")
 
 
 async def side_of(
-    facts: HostFacts, name: str, spec: VmSpec, *, vm_state: str, source: bool
+    facts: HostFacts, name: str, spec: VmSpec, *, vm_state: Runstate | None, source: bool
 ) -> HostSide:
     """What this host, called `name`, is, has and sees of a VM. `vm_state` is the runstate of a VM
     of that name here, "" if there is none.

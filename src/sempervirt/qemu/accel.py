@@ -11,6 +11,7 @@ import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from sempervirt.core.errors import CommandFailed, Unavailable
 from sempervirt.host import process
@@ -22,11 +23,14 @@ KVM_DEVICE = Path("/dev/kvm")
 _PASSED_EXIT = PASSED << 1 | 1
 
 
+AcceleratorKind = Literal["kvm", "tcg"]
+
+
 @dataclass(frozen=True)
 class Accelerator:
-    """How guests run: `kind` is kvm or tcg; `reason` says why."""
+    """How guests run, and why so."""
 
-    kind: str
+    kind: AcceleratorKind
     reason: str
 
 
@@ -64,7 +68,7 @@ async def run_tiny_guest(qemu: str, accel: str) -> None:
         )
 
 
-def choose(wanted: str, probed: Accelerator) -> Accelerator:
+def choose(wanted: Literal["auto", "kvm", "tcg"], probed: Accelerator) -> Accelerator:
     """The accelerator for a VM that asks for auto, kvm or tcg.
 
     Raises Unavailable when it insists on a KVM that does not work.

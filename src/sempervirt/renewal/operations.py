@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from sempervirt.core.errors import InvalidRequest
+from sempervirt.core.events import EventKind
 from sempervirt.qemu.state import Runstate
 from sempervirt.renewal.failure import Failure
 from sempervirt.renewal.restart import decide as restarts
@@ -147,6 +148,6 @@ def _note_restore(vm: Vm, file: Path, answer: Restored | Failure) -> None:
         _note(vm, "restore", f"restored from {file}", logging.INFO)
 
 
-def _note(vm: Vm, kind: str, text: str, level: int) -> None:
+def _note(vm: Vm, kind: EventKind, text: str, level: int) -> None:
     vm.machine.journal.note(time.time(), kind, text)
     log.log(level, "%s vm=%s %s", kind, vm.name, text)
