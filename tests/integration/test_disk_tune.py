@@ -23,9 +23,10 @@ import pytest
 
 from sempervirt.agent import Agent, AgentConfig
 from sempervirt.core.errors import ImageLocked, InvalidRequest, StateConflict, Unavailable
+from sempervirt.core.queue_map import DeviceType
 from sempervirt.disk.backend import Blkd
 from sempervirt.disk.fingerprint import fingerprint
-from sempervirt.disk.presets import DeviceType, Preset, PresetStore
+from sempervirt.disk.presets import Preset, PresetStore
 from sempervirt.disk.storage import StorageKey, storage_key
 from sempervirt.disk.tuning.candidates import Candidate
 from sempervirt.disk.tuning.preparation import Request, prepare

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sempervirt.core.errors import Unavailable
-from sempervirt.core.queue_map import Binding, DevicePlan, check_map
+from sempervirt.core.queue_map import Binding, DevicePlan, DeviceType, check_map
 from sempervirt.disk.backend import Blkd
 from sempervirt.disk.fingerprint import HostFingerprint, fingerprint
-from sempervirt.disk.presets import DeviceType, Preset, PresetStore, Stale
+from sempervirt.disk.presets import Preset, PresetStore, Stale
 from sempervirt.disk.storage import NO_STORAGE, StorageKey, storage_key
 from sempervirt.disk.threads import Wish, plan
 from sempervirt.qemu.command_line import Features

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from sempervirt.core.errors import InvalidRequest, Unavailable
-from sempervirt.core.queue_map import Binding, Choice, DevicePlan
+from sempervirt.core.queue_map import Binding, Choice, DevicePlan, Engine
 from sempervirt.qemu.command_line import Features, build, disk_id, nic_id
 from sempervirt.qemu.files import VmFiles
 from sempervirt.qemu.spec import VmSpec
@@ -82,8 +82,8 @@ def spec(**keys: Any) -> VmSpec:
     )
 
 
-def plan(*thread_map: int, engine: str = "threads", poll_us: int | None = None) -> DevicePlan:
-    return DevicePlan("any", Binding(thread_map, "test"), Choice(engine, "test"), poll_us)
+def plan(*thread_map: int, engine: Engine = "threads", poll_us: int | None = None) -> DevicePlan:
+    return DevicePlan("virtio-blk", Binding(thread_map, "test"), Choice(engine, "test"), poll_us)
 
 
 def command(

@@ -8,6 +8,7 @@ from typing import Any, Self
 from pydantic import BaseModel, Field, model_validator
 
 from sempervirt.core.events import EventKind
+from sempervirt.core.queue_map import DeviceType, Engine
 from sempervirt.disk.state import Condition
 from sempervirt.migration.messages import MigrationView, MovePolicy
 from sempervirt.qemu.accel import AcceleratorKind
@@ -57,12 +58,12 @@ class QueuesView(BaseModel):
     queues of a network card come in pairs, and are counted so.
     """
 
-    device: str = Field(description='the type, for example "vhost-user-blk" or "virtio-net"')
+    device: DeviceType
     queues: int
     threads: int
     map: list[int] = Field(description="the thread of each queue")
     map_source: str
-    engine: str
+    engine: Engine
     engine_source: str
     poll_us: int | None = Field(description="null: the device's own default")
     poll_source: str

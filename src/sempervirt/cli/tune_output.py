@@ -13,9 +13,9 @@ from rich.table import Table
 from sempervirt.cli.output import err, facts, listing, out
 from sempervirt.core.durations import format_duration
 from sempervirt.core.errors import InvalidRequest, Unavailable
-from sempervirt.core.queue_map import counted
+from sempervirt.core.queue_map import DeviceType, counted
 from sempervirt.core.sizes import format_size
-from sempervirt.disk.presets import DeviceType, Preset
+from sempervirt.disk.presets import Preset
 from sempervirt.disk.storage import StorageKey
 from sempervirt.disk.tuning.report import (
     DeviceView,

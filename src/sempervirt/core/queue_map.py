@@ -9,8 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 ThreadMap = tuple[int, ...]
+DeviceType = Literal["vhost-user-blk", "virtio-blk", "virtio-scsi", "virtio-net"]
+# What does a device's I/O.
+Engine = Literal[
+    # semper-blkd; "auto" leaves the choice to that program, "null" does nothing
+    "auto", "sync", "nowait", "uring", "mmap", "null",
+    # QEMU's block layer (aio=)
+    "threads", "native", "io_uring",
+    # a network card: the kernel's vhost threads, or QEMU's main loop
+    "vhost", "qemu",
+]  # fmt: skip
 
 
 def check_map(thread_map: Sequence[int], queues: int | None = None) -> ThreadMap:
@@ -81,9 +92,9 @@ class Binding:
 
 @dataclass(frozen=True)
 class Choice:
-    """How something is done, and who chose it."""
+    """An engine, and who chose it."""
 
-    value: str
+    value: Engine
     source: str
 
 
@@ -91,12 +102,11 @@ class Choice:
 class DevicePlan:
     """How the queues of one device are served.
 
-    `device` is the type, for example "virtio-blk". `engine` does the I/O; for a network card
-    it is "vhost" or "qemu", and a queue is then a pair of them. `poll_us` is None where the
-    device's own default holds.
+    For a network card a queue is a pair of virtqueues. `poll_us` is in microseconds, None where
+    the device's own default holds.
     """
 
-    device: str
+    device: DeviceType
     binding: Binding
     engine: Choice
     poll_us: int | None = None

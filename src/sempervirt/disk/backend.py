@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from sempervirt.core.queue_map import ThreadMap, format_map
+from sempervirt.core.queue_map import Engine, ThreadMap, format_map
 from sempervirt.host.programs import find_program
 
 PROGRAM = "semper-blkd"
@@ -22,7 +22,7 @@ class DiskOptions:
     image: Path
     read_only: bool = False
     queues: int = 1
-    engine: str = "auto"
+    engine: Engine = "auto"
     direct: bool = False
     block_size: int | None = None
     serial: str = ""

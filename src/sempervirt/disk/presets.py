@@ -39,6 +39,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sempervirt.core.errors import Unavailable
+from sempervirt.core.queue_map import DeviceType
 from sempervirt.disk.fingerprint import HostFingerprint
 from sempervirt.disk.storage import StorageKey
 from sempervirt.host.records import RecordDamaged, RecordNewer, read_record, write_record
@@ -49,7 +50,6 @@ VERSION = 1
 FILE = "presets.json"
 REMEDY = "tune again: semper disk tune"
 
-DeviceType = Literal["vhost-user-blk", "virtio-blk", "virtio-scsi", "virtio-net"]
 Engine = Literal[
     # of semper-blkd
     "sync", "nowait", "uring", "mmap",

@@ -14,8 +14,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sempervirt.core.queue_map import Binding, Choice, DevicePlan, ThreadMap, spread
-from sempervirt.disk.presets import DeviceType, Preset, Stale
+from sempervirt.core.queue_map import (
+    Binding,
+    Choice,
+    DevicePlan,
+    DeviceType,
+    Engine,
+    ThreadMap,
+    spread,
+)
+from sempervirt.disk.presets import Preset, Stale
 
 # One thread has time for several queues: a guest rarely keeps all its processors' queues busy
 # at once, and a thread that has more to do at each wake-up spends less on waking up.
@@ -37,10 +45,10 @@ class Wish:
     device: DeviceType
     queues: int
     engines: frozenset[str] = BLKD_ENGINES
-    default_engine: str = "auto"
+    default_engine: Engine = "auto"
     thread_map: ThreadMap | None = None
     queues_per_thread: int | None = None
-    engine: str | None = None
+    engine: Engine | None = None
     poll_us: int | None = None
 
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sempervirt.core.errors import CommandFailed, Unavailable
-from sempervirt.core.queue_map import Binding, Choice, DevicePlan
+from sempervirt.core.queue_map import Binding, Choice, DevicePlan, DeviceType, Engine
 from sempervirt.disk.fingerprint import HostFingerprint, fingerprint, this_host
-from sempervirt.disk.presets import DeviceType, Preset, PresetStore, Stale
+from sempervirt.disk.presets import Preset, PresetStore, Stale
 from sempervirt.disk.storage import NO_STORAGE, StorageKey, storage_key
 from sempervirt.disk.threads import BUILT_IN, VM_FILE, Wish, named, plan
 from sempervirt.qemu.command_line import MAPPING, Features, disk_id, nic_id
@@ -22,7 +22,7 @@ from sempervirt.qemu.spec import DiskSpec, NicSpec, VmSpec
 from sempervirt.vm.config import AgentConfig
 
 VHOST_NET = Path("/dev/vhost-net")
-QEMU_AIO = {"sync": "threads", "uring": "io_uring"}
+QEMU_AIO: dict[Engine, Engine] = {"sync": "threads", "uring": "io_uring"}
 REMEDY_AIO = 'choose engine = "sync", or install a QEMU with io_uring'
 
 Find = Callable[[DeviceType, StorageKey], Preset | Stale | None]

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sempervirt.core.errors import InvalidRequest
+from sempervirt.core.queue_map import DeviceType
 from sempervirt.disk.fingerprint import HostFingerprint, fingerprint
-from sempervirt.disk.presets import DeviceType, PresetStore
+from sempervirt.disk.presets import PresetStore
 from sempervirt.disk.storage import StorageKey, storage_key
 from sempervirt.disk.tuning import driver, plan
 from sempervirt.disk.tuning.candidates import Candidate, blkd_candidates, qemu_candidates

@@ -8,8 +8,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from sempervirt.core.queue_map import DeviceType
 from sempervirt.disk.fingerprint import HostFingerprint
-from sempervirt.disk.presets import DeviceType, Engine, LoadFigures, Preset
+from sempervirt.disk.presets import Engine, LoadFigures, Preset
 from sempervirt.disk.storage import StorageKey
 from sempervirt.disk.tuning.candidates import Candidate
 from sempervirt.disk.tuning.driver import Outcome

@@ -14,8 +14,9 @@ from __future__ import annotations
 from datetime import datetime
 from pathlib import Path
 
+from sempervirt.core.queue_map import DeviceType
 from sempervirt.disk.fingerprint import HostFingerprint
-from sempervirt.disk.presets import DeviceType, Engine, Preset
+from sempervirt.disk.presets import Engine, Preset
 from sempervirt.disk.storage import NO_STORAGE, StorageKey
 
 VHOST_NET = Path("/dev/vhost-net")

@@ -18,7 +18,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from sempervirt.core.errors import StateConflict, Unavailable
-from sempervirt.disk.presets import DeviceType, Preset, PresetStore
+from sempervirt.core.queue_map import DeviceType
+from sempervirt.disk.presets import Preset, PresetStore
 from sempervirt.disk.storage import StorageKey
 from sempervirt.disk.tuning import driver, rules
 from sempervirt.disk.tuning.preparation import DEVICES, Heat, Prepared, Site
