@@ -2,7 +2,7 @@
 
 QEMU and the backends stand in sessions of their own and need no agent to go on. A new agent
 finds them by their records (pid, start time and boot, so that a reused pid is not mistaken),
-watches them by pidfd and connects to their sockets again. Disks come first: while one has no
+watches them by pidfd and connects to their sockets again. Disks come first: while a disk has no
 backend, its guest stalls.
 """
 
@@ -39,7 +39,7 @@ Adopted = tuple[dict[str, Vm], dict[str, SempervirtError]]
 async def adopt_all(config: AgentConfig) -> Adopted:
     """Every VM on record, running or ended, and why those that are missing could not be adopted.
 
-    What cannot be read is unknown, and not absent: something of it may run.
+    A VM whose record cannot be read is unknown, and not absent: something of it may run.
     """
     adopted, barred = {}, {}
     for path in sorted(config.vm_state_dir("web").parent.glob("*/vm.json")):

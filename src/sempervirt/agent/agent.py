@@ -170,7 +170,7 @@ class Agent:
         return await self._restore(file, plan_of(await saved.show(file), changes))
 
     async def clone_vm(self, file: Path, directory: Path, changes: Changes) -> Vm:
-        """As `restore_vm`, with copies of the disks in `directory`; it needs a name."""
+        """As `restore_vm`, with copies of the disks in `directory`; `changes` must name the VM."""
         name = changes.name
         assert name is not None
         shown = await saved.show(file)
@@ -183,7 +183,7 @@ class Agent:
             return vm
 
     def _remove_copies(self, name: str, images: Mapping[str, Path]) -> None:
-        """Unless a VM may still use them."""
+        """Removes copies of images, unless a VM may still use them."""
         if name not in self.vms and name not in self.barred:
             for image in images.values():
                 image.unlink(missing_ok=True)
@@ -263,8 +263,8 @@ class Agent:
             ) from cause
 
     async def _launch(self, spec: VmSpec, beginning: Beginning = BOOT) -> Vm:
-        """A VM that has begun. One with work to come is gone again when this raises: the guest
-        never ran here.
+        """Starts a VM. One that was to be restored or received is gone again when `_launch` raises:
+        the guest never ran here.
         """
         facts = await self.host()
         if (ended := self.vms.pop(spec.name, None)) is not None:
@@ -277,19 +277,27 @@ class Agent:
         self.vms[spec.name] = vm
         async with AsyncExitStack() as undo:
             if beginning.work is not None:
-                undo.push_async_callback(self.forget_vm, spec.name)
-                undo.push_async_callback(vm.kill)
+                undo.push_async_callback(self._drop, vm)
             await wait_started(vm)
             undo.pop_all()
         return vm
+
+    async def _drop(self, vm: Vm) -> None:
+        try:
+            await vm.kill()
+        except SempervirtError as error:
+            raise RollbackFailed(
+                f"VM {vm.name} did not start, and does not end: {error.message}",
+                remedy=f"end it: semper vm kill {vm.name}",
+            ) from error
+        await self.forget_vm(vm.name)
 
     async def _close(self) -> None:
         if self.config.keep_vms:
             log.info("close vms=%d left running", sum(not vm.freed for vm in self.vms.values()))
         else:
             await asyncio.gather(*(self._kill(vm) for vm in self.vms.values()))
-        for vm in self.vms.values():
-            await vm.detach()
+        await asyncio.gather(*(vm.detach() for vm in self.vms.values()))
 
     async def _kill(self, vm: Vm) -> None:
         try:

@@ -15,7 +15,7 @@ from sempervirt.core.errors import StateConflict
 def agent_lock(state_dir: Path) -> Iterator[None]:
     """Holds the lock of `state_dir`. Raises StateConflict, naming the agent that has it.
 
-    The kernel lets go of it when the process ends, however it ends.
+    The kernel lets go of the lock when the process ends, however it ends.
     """
     path = state_dir / "agent.lock"
     with path.open("a+") as file:

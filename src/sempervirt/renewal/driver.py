@@ -5,7 +5,7 @@
        └──────────────────────────────────────────────────────────────────┘
 
 A driver decides nothing and remembers nothing: what it does depends on the effect alone. So tests
-step the driver itself, with every outcome of every port (tests/unit/test_renewal_worlds.py).
+step the driver itself, with every outcome of every port (tests/unit/renewal_explorer.py).
 """
 
 from __future__ import annotations
@@ -89,7 +89,8 @@ class RenewalDriver(Owner[StateT, EventT, EffectT], Generic[StateT, EventT, Effe
         return self.answer_of(self.state)
 
     async def outcome(self) -> AnswerT:
-        """Waits for the answer. Raises the error that it is; OutcomeUnknown when the agent closes.
+        """Waits for the answer. Raises the error if the answer is one, and OutcomeUnknown when the
+        agent closes before there is an answer.
 
         A caller that does not wait any more ends nothing.
         """
@@ -114,8 +115,8 @@ class RenewalDriver(Owner[StateT, EventT, EffectT], Generic[StateT, EventT, Effe
         return Runstate.PAUSED, answer.message
 
     async def detach(self) -> None:
-        """Goes back, if that is still possible, or on to the end; if that takes too long, leaves
-        everything as it is for the next agent.
+        """Has the work go back, if that is still possible, or on to its end. After `CLOSE_S` all is
+        left as it is, for the next agent.
         """
         if not self.over:
             self.post(self.give_up("the agent closes"))

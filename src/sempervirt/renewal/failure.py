@@ -1,4 +1,4 @@
-"""Why something was not done, as a value: a state keeps it, and a caller is told it."""
+"""Why something was not done, as a value: kept in a state, and told to a caller."""
 
 from __future__ import annotations
 

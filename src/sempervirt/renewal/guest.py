@@ -27,8 +27,8 @@ class HeldGuest:
     async def stop(self, *, pause: bool) -> None:
         """Pauses the guest, unless it is paused; afterwards no request of a disk is under way.
 
-        Raises Unavailable when a backend died meanwhile: its requests are then on record in QEMU
-        alone, and nobody can tell whether they are done.
+        Raises Unavailable when a backend died meanwhile: its last requests are then on record in
+        QEMU alone, and nobody can tell whether they are done.
         """
         served = {disk: disk.generation for disk in self._vm.disks.values()}
         if pause:
@@ -43,12 +43,12 @@ class HeldGuest:
         await handover.give(self._machine.execute, self._state)
 
     def ended(self) -> str:
-        """Why the VM has ended, or is being killed; "" while it is there."""
+        """Why the VM has ended, or is being killed; "" while QEMU is there."""
         state = self._machine.state
         return state.killed_because or (state.why if state.run.is_end else "")
 
     async def reset(self) -> None:
-        """Undoes what QEMU was told for the sake of its state."""
+        """Undoes what QEMU was told so that it gives or loads a state."""
         await handover.reset(self._machine.execute)
 
     async def cont(self) -> None:

@@ -54,9 +54,9 @@ class RestartReport:
 async def restart_qemu(vm: Vm, program: Program) -> RestartReport:
     """Moves `vm` to a new process of `program`.
 
-    Raises InvalidRequest, StateConflict or Unavailable when it was not done: the VM is as it was,
-    or has ended for another reason. Raises RollbackFailed when the guest stays paused, in the old
-    QEMU or in the new one, OutcomeUnknown when nobody knows whether it runs in the new one.
+    Raises InvalidRequest, StateConflict or Unavailable when QEMU was not restarted: the VM is as it
+    was, or has ended for another reason. Raises RollbackFailed when the guest stays paused, in the
+    old QEMU or in the new one, OutcomeUnknown when nobody knows whether it runs in the new one.
     """
     _require_control(vm)
     vm.ledger.require_idle()
@@ -100,9 +100,9 @@ def _note_restart(vm: Vm, program: Program, answer: Restarted | Failure) -> None
 async def save_vm(vm: Vm, output: Path) -> Saved:
     """Saves `vm` to `output` and ends it.
 
-    Raises InvalidRequest, StateConflict or Unavailable when it was not saved: the VM is as it was,
-    or has ended for another reason. Raises RollbackFailed when it was not saved and stays paused,
-    OutcomeUnknown when it was saved and does not end.
+    Raises InvalidRequest, StateConflict or Unavailable when the VM was not saved: it is as it was,
+    or has ended for another reason. Raises RollbackFailed when the VM was not saved and stays
+    paused, OutcomeUnknown when it was saved and does not end.
     """
     if not output.parent.is_dir():
         raise InvalidRequest(f"there is no directory {output.parent}", remedy="make it first")
@@ -127,7 +127,7 @@ async def restore_into(vm: Vm, unpacking: Unpacking) -> None:
     """Has `vm`, which was started for it, go on where it was saved.
 
     Raises StateConflict, InvalidRequest or Unavailable: the VM has ended then. Raises
-    RollbackFailed when it does not end, OutcomeUnknown when nobody knows whether it runs.
+    RollbackFailed when the VM does not end, OutcomeUnknown when nobody knows whether it runs.
     """
     live = LiveRestore(vm, unpacking)
     plan = unpacking.plan

@@ -28,10 +28,10 @@ class WayBack(Protocol):
     """The QEMU that has the VM, once the work is given up."""
 
     def ended(self) -> str:
-        """Why the VM has ended, or is being killed; "" while it is there."""
+        """Why the VM has ended, or is being killed; "" while QEMU is there."""
 
     async def reset(self) -> None:
-        """Undoes what QEMU was told for the sake of its state."""
+        """Undoes what QEMU was told so that it gives or loads a state."""
 
     async def cont(self) -> None:
         """Lets the guest run on."""
@@ -41,7 +41,7 @@ class WayBack(Protocol):
 
 
 class Record(Protocol):
-    """What the next agent is told. All but `begin` give whether it is on record."""
+    """What the next agent is told. All but `begin` give whether their note is on record."""
 
     def begin(self, work: Work) -> None:
         """The first note of the work."""

@@ -47,8 +47,8 @@ AnyDriver = RenewalDriver[Any, Any, Any, Any]
 async def recover(config: AgentConfig, ledger: Ledger) -> None:
     """Ends what a former agent left half done on a VM; `ledger` tells what came of it.
 
-    Raises OutcomeUnknown or RollbackFailed when a process does not end: the VM must not be touched
-    before it has.
+    Raises OutcomeUnknown or RollbackFailed when a process does not end: nobody may touch the VM
+    before that process has ended.
     """
     work = ledger.record.work
     if ledger.record.end is not None or work is None:
@@ -116,12 +116,12 @@ class LeftQemu:
         return self._ledger.record.qemu
 
     def ended(self) -> str:
-        """Why the VM has ended; "" while it is there."""
+        """Why the VM has ended; "" while QEMU is there."""
         alive = self._identity is not None and self._identity.is_alive()
         return "" if alive else "QEMU ended while no agent ran"
 
     async def reset(self) -> None:
-        """Undoes what QEMU was told for the sake of its state."""
+        """Undoes what QEMU was told so that it gives or loads a state."""
         await handover.reset((await self._connected()).execute_within(MONITOR_S))
 
     async def cont(self) -> None:
@@ -129,7 +129,7 @@ class LeftQemu:
         await (await self._connected()).execute("cont", timeout_s=MONITOR_S)
 
     def release(self, *, running: bool) -> None:
-        """Nobody holds it yet."""
+        """Nothing: nobody holds a QEMU that has no owner yet."""
 
     def tidy(self) -> None:
         """Removes what is left of other QEMUs than the VM's."""
@@ -140,7 +140,7 @@ class LeftQemu:
         await _kill(self._name, self._identity)
 
     async def free(self) -> None:
-        """The backends of a VM that has ended are ended when it is adopted."""
+        """Nothing: adoption ends the backends of a VM that has ended."""
 
     async def close(self) -> None:
         """Lets go of the monitor, which serves one client at a time."""
@@ -187,7 +187,7 @@ class TwoQemus(LeftQemu):
             await _kill(self._name, identify(pid))
 
     async def free_taps(self) -> None:
-        """`connect` does it."""
+        """Nothing: `connect` takes away and gives in one go."""
 
     async def connect(self) -> None:
         """Leads the new QEMU to the disks and taps. Packets of that time are lost."""
@@ -215,11 +215,11 @@ class TwoQemus(LeftQemu):
         move_sockets(self._late, self._files, self._ledger.record.spec)
 
     async def link(self) -> None:
-        """The owner of its QEMU will."""
+        """Nothing: the owner of the QEMU connects to the monitor, when the VM is adopted."""
 
     @property
     def _new_monitor(self) -> Path:
-        """The former agent may have put it into its place already."""
+        """The monitor of the new QEMU; the former agent may have put it into its place."""
         late = self._late.monitor
         return late if late.exists() else self._files.monitor
 

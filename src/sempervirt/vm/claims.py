@@ -1,6 +1,6 @@
 """This host's claims on VMs and their images: taken before a VM starts, released after its end.
 
-A host that belongs to no cluster claims nothing: the images' locks are all that it needs. In a
+A host that belongs to no cluster claims nothing: the images' locks are all that its VMs need. In a
 cluster no VM is started before the store has given it to this host (docs/design/ownership.md).
 """
 
@@ -40,7 +40,7 @@ def title_of(claim: Claim | None, disk: DiskSpec) -> ImageTitle | None:
 
 
 def awaited_title(host: str, disk: DiskSpec) -> ImageTitle | None:
-    """Of a backend that gets its claim later."""
+    """By what right the backend of a disk will write, once it gets its claim."""
     if disk.read_only:
         return None
     return ImageTitle(epoch.record_path(disk.image), host)

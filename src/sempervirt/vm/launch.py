@@ -78,7 +78,7 @@ async def launch(
 
     Raises StateConflict, ImageLocked, InvalidRequest or Unavailable as the cause may be: nothing is
     left running then. Raises RollbackFailed when a backend does not end: the VM must not be started
-    again before it has.
+    again before that backend has ended.
     """
     files = VmFiles(config.vm_run_dir(spec.name))
     files.prepare(spec)
@@ -139,8 +139,8 @@ class _Undo:
         self._claiming: asyncio.Future[Claim | None] | None = None
 
     async def claim(self) -> None:
-        """Claims the VM, and puts that on record. Whoever does not wait for the store any more
-        leaves it to `run` to find out what came of it.
+        """Claims the VM, and puts that on record. When nobody waits for the store any more, it
+        is left to `run` to find out what came of the claim.
         """
         self._claiming = asyncio.ensure_future(claims.take(self._config, self._ledger.record.spec))
         claim = await asyncio.shield(self._claiming)
@@ -148,12 +148,12 @@ class _Undo:
             self._ledger.claimed(claim)
 
     async def start_disks(self, setups: list[DiskSetup]) -> None:
-        """Starts the backends. One that does not start has ended when this raises."""
+        """Starts the backends. A backend that fails has ended when `start_disks` raises."""
         for setup in setups:
             self.disks[setup.short_name] = await start_disk(setup)
 
     async def run(self) -> None:
-        """Undoes it to the end, also when whoever asked for the VM does not wait for that."""
+        """Undoes everything, also when whoever asked for the VM does not wait for that."""
         await asyncio.shield(asyncio.ensure_future(self._run()))
 
     async def _run(self) -> None:
@@ -187,8 +187,8 @@ class _Undo:
 async def wait_started(vm: Vm) -> None:
     """Waits until QEMU runs the guest, or has it stand still as it was told.
 
-    Raises Unavailable with QEMU's last words when it does not: it has ended then. Raises
-    OutcomeUnknown when QEMU runs and its monitor does not answer.
+    Raises Unavailable with QEMU's last words when QEMU does not get there: it has ended then.
+    Raises OutcomeUnknown when QEMU runs and its monitor does not answer.
     """
     started = (Runstate.RUNNING, Runstate.PAUSED, Runstate.HALTED, Runstate.UNKNOWN)
     try:

@@ -1,6 +1,6 @@
 """How far a VM is on its way between two hosts. The values stand in records and in messages.
 
-`migration.source.decide` and `migration.destination.decide` draw the machines that step them.
+`migration.source.decide` and `migration.destination.decide` draw the machines that go through them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from enum import Enum
 
 
 class Phase(Enum):
-    """Of a migration, at its source."""
+    """Of a migration, on its source."""
 
     PREPARE = "prepare"
     PRECOPY = "precopy"
@@ -28,7 +28,7 @@ class Phase(Enum):
 
 
 class Arrival(Enum):
-    """Of a migration, at its destination."""
+    """Of a migration, on its destination."""
 
     PREPARING = "preparing"
     INCOMING = "incoming"

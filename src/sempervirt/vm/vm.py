@@ -1,4 +1,4 @@
-"""A VM as the agent sees it: one QEMU and the disks that serve it."""
+"""A VM as the agent sees it: one QEMU, and the disks that backends serve to it."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Renewal(Worker, Protocol):
 
     @property
     def doing(self) -> str:
-        """What it is, in plain words."""
+        """What kind of work, in plain words."""
 
 
 class LongWork(StrEnum):
@@ -113,22 +113,22 @@ class Vm:
 
     @property
     def spec(self) -> VmSpec:
-        """What it was started from."""
+        """The VM file, as it was when the VM was started."""
         return self.machine.spec
 
     @property
     def state(self) -> VmState:
-        """Everything that is known about its runstate."""
+        """Everything that is known about the runstate."""
         return self.machine.state
 
     @property
     def run(self) -> Runstate:
-        """Its runstate."""
+        """The runstate."""
         return self.machine.run
 
     @property
     def shown(self) -> tuple[Runstate, str]:
-        """Its runstate and the reason, for people: the work may know better than QEMU."""
+        """The runstate and its reason, for people: the work may know better than QEMU."""
         for worker in (self.moving, self._renewal):
             if worker is not None and not self.run.is_end and (better := worker.shown()):
                 return better
@@ -136,7 +136,7 @@ class Vm:
 
     @property
     def end(self) -> End | None:
-        """How it ended, once it has."""
+        """How the VM ended, once it has."""
         return self.machine.state.end
 
     @property
@@ -268,8 +268,9 @@ class Vm:
         await self.machine.detach()
 
     async def release_claim(self) -> None:
-        """Frees the VM in the store, if this host has claimed it; otherwise it is tried again when
-        the agent begins anew.
+        """Gives the claim on the VM back to the store, if this host has one.
+
+        A store that does not answer leaves the claim on record, and the next agent tries again.
         """
         claim = self.record.claim
         if claim is not None and self._not_freed is None and await self._release(claim):

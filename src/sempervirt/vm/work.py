@@ -65,7 +65,7 @@ class Restoring:
 
 @dataclass(frozen=True)
 class Departing:
-    """A migration away, with the phase that it was in. `address` is that of the destination's
+    """A migration away, in `phase`. `address` is that of the destination's
     agent, "HOST:PORT"; `running`: the guest was not paused.
     """
 
@@ -85,7 +85,7 @@ class Departing:
 
 @dataclass(frozen=True)
 class Arriving:
-    """A migration to this host, with the phase that it was in. `epoch` is that of the source's
+    """A migration to this host, in `phase`. `epoch` is that of the source's
     claim, `images` are the ids of what it covers; `running`: the guest is to run.
     """
 

@@ -121,7 +121,7 @@ class LiveRestart(HeldGuest):
     # The way back
 
     async def discard(self) -> None:
-        """Ends the new QEMU, and the stand-ins. Raises OutcomeUnknown when it does not end."""
+        """Ends the new QEMU, and the stand-ins. Raises OutcomeUnknown when QEMU does not end."""
         self._close_taps()
         if self._successor is not None:
             await self._successor.discard()
@@ -176,7 +176,7 @@ class LiveRestart(HeldGuest):
         move_sockets(self._files, self._machine.files, self._vm.spec)
 
     async def link(self) -> None:
-        """Connects to the monitor in its place. Raises Unavailable."""
+        """Connects to the monitor of the new QEMU, in its place. Raises Unavailable."""
         await self._machine.link()
 
     @property

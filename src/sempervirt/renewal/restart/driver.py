@@ -85,7 +85,7 @@ class RestartDriver(RenewalDriver[Restart, Event, Effect, Restarted]):
         return decide.decide(state, event, now)
 
     def record(self, before: Restart, after: Restart) -> bool:
-        """Writes down what the next agent has to know; on the way back it goes on without."""
+        """Writes down what the next agent has to know. The way back is gone without that, too."""
         was, entry = decide.entry(before), decide.entry(after)
         if was == entry:
             return True

@@ -1,6 +1,6 @@
 """What the driver of a restart reaches the world by; see `renewal.ports`.
 
-A restart that another agent has left has no `attempt`: it goes back or forward.
+A restart that another agent has left has no `attempt`: such a restart goes back or forward.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ class Attempt(ports.Guest, Protocol):
     """What is done before the switch, with the old QEMU and the new one."""
 
     async def start(self) -> tuple[ProcessId, str]:
-        """Starts the new QEMU, with stand-ins for disks and taps; the versioned name of its
-        machine.
+        """Starts the new QEMU, with stand-ins for disks and taps; gives its process, and the
+        versioned name of its machine.
         """
 
     async def keep_packets(self) -> None:
@@ -34,7 +34,7 @@ class WayBack(ports.WayBack, Protocol):
     """The old QEMU, once the restart has failed."""
 
     async def discard(self) -> None:
-        """Ends the new QEMU, and the stand-ins. Raises OutcomeUnknown when it does not end."""
+        """Ends the new QEMU, and the stand-ins. Raises OutcomeUnknown when QEMU does not end."""
 
     def tidy(self) -> None:
         """Removes what is left of other QEMUs than the VM's."""
@@ -62,7 +62,7 @@ class WayForward(Protocol):
         """Puts the sockets into their places."""
 
     async def link(self) -> None:
-        """Connects to the monitor in its place."""
+        """Connects to the monitor of the new QEMU, in its place."""
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,9 @@ class MoveIn:
 
 @dataclass(frozen=True)
 class Link:
-    """Let others change the VM again, and connect to its monitor. `running`: the guest runs."""
+    """Let others change the VM again, and connect to the monitor of the new QEMU. `running`: the
+    guest runs.
+    """
 
     running: bool
 
@@ -136,7 +138,7 @@ class Started:
 
 @dataclass(frozen=True)
 class Transferred:
-    """The guest stands still, and both QEMUs have its state."""
+    """The guest stands still, and both QEMUs have the state of its devices."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +202,7 @@ class Failed:
 
 @dataclass(frozen=True)
 class GiveUp:
-    """The agent closes: it goes back, if it still can."""
+    """The agent closes: the restart goes back, if it still can."""
 
     why: str
 

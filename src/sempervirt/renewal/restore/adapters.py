@@ -29,7 +29,7 @@ class Unpacking:
         self._vm: Vm | None = None
 
     def begin(self, files: VmFiles, memory_fd: int) -> None:
-        """Unpacks from now on; QEMU does not look at the memory before its state is loaded."""
+        """Unpacks from now on; QEMU does not look at the memory before it loads a state."""
         self.state = files.directory / "state.restore"
         work = self._unpack(os.dup(memory_fd))
         self._task = background.start(work, f"unpack {self.file}")
@@ -43,7 +43,7 @@ class Unpacking:
             os.close(descriptor)
 
     def show_progress(self, vm: Vm | None) -> None:
-        """Has `vm` tell how far it is; None: nobody any more."""
+        """Has `vm` tell how far the unpacking is; None: nobody any more."""
         if self._vm is not None:
             self._vm.progress = None
         self._vm = vm

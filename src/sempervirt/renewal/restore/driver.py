@@ -64,7 +64,7 @@ class RestoreDriver(RenewalDriver[Restore, Event, Effect, Restored]):
         return decide.decide(state, event, now)
 
     def record(self, before: Restore, after: Restore) -> bool:
-        """That the guest is loaded has to be on record before it runs."""
+        """Writes down how far the restore is: that the guest is loaded, before the guest runs."""
         entry = decide.entry(after)
         if entry == decide.entry(before):
             return True

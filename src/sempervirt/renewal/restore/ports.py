@@ -15,7 +15,7 @@ class Attempt(Protocol):
     """QEMU, which waits for a state, and the program that reads saved states."""
 
     async def hold(self) -> bool:
-        """Keeps others from changing the VM; whether the guest runs, which it does not."""
+        """Keeps others from changing the VM; whether the guest runs (it does not)."""
 
     async def unpacked(self) -> None:
         """Waits until the memory is as it was saved."""

@@ -1,6 +1,6 @@
 """What the driver of a save reaches the world by; see `renewal.ports`.
 
-A save that another agent has left has no `attempt`: it goes back or forward.
+A save that another agent has left has no `attempt`: such a save goes back or forward.
 """
 
 from __future__ import annotations

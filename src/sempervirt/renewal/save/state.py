@@ -55,7 +55,7 @@ class Free:
 
 @dataclass(frozen=True)
 class GoBack:
-    """Let the guest run on (`cont`) in its QEMU, which may have been told to give its state."""
+    """Let the guest run on (`cont`) in QEMU, which may have been told to give its state."""
 
     cont: bool
 
@@ -123,7 +123,7 @@ class Failed:
 
 @dataclass(frozen=True)
 class GiveUp:
-    """The agent closes: it goes back, if it still can."""
+    """The agent closes: the save goes back, if it still can."""
 
     why: str
 
