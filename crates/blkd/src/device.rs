@@ -148,7 +148,7 @@ impl Device {
         match tenure.take(Patience::For(LOCK_PATIENCE), map.as_deref()) {
             Ok(()) => {}
             Err(Failure::Lock(error)) => return Err(failed(error)),
-            Err(refused) => std::process::exit(refused.report().into()),
+            Err(refused) => crate::PROGRAM.exit(&refused),
         }
         log::info!("took the image image={}", image.path().display());
         Ok(())

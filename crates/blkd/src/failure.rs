@@ -6,6 +6,7 @@ use std::io;
 use semper_block::{ImageError, LockError};
 use semper_control::BindError;
 use semper_epoch::Denied;
+use semper_program::Status;
 
 /// Why the backend ends.
 #[derive(Debug)]
@@ -18,21 +19,15 @@ pub(crate) enum Failure {
     System { what: &'static str, error: io::Error },
 }
 
-impl Failure {
-    pub(crate) fn exit_code(&self) -> u8 {
+impl semper_program::Failure for Failure {
+    fn status(&self) -> Status {
         match self {
-            Failure::Usage(_) => 2,
-            Failure::Denied(Denied::Io { .. }) => 4,
-            Failure::Lock(LockError::Held { .. }) | Failure::Denied(_) => 3,
-            Failure::Lock(_) | Failure::Image(_) => 4,
-            Failure::Listen(_) | Failure::System { .. } => 1,
+            Failure::Usage(_) => Status::Usage,
+            Failure::Denied(Denied::Io { .. }) => Status::Unusable,
+            Failure::Lock(LockError::Held { .. }) | Failure::Denied(_) => Status::Conflict,
+            Failure::Lock(_) | Failure::Image(_) => Status::Unusable,
+            Failure::Listen(_) | Failure::System { .. } => Status::Failed,
         }
-    }
-
-    /// Says why, and gives the exit status.
-    pub(crate) fn report(&self) -> u8 {
-        eprintln!("semper-blkd: error: {self}");
-        self.exit_code()
     }
 }
 

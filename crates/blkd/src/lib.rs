@@ -7,8 +7,8 @@
 //!   signal thread    SIGTERM, SIGINT: drain, show everything to the guest, exit 0
 //! ```
 //!
-//! Exit status: 0 ended as asked, 1 failed while running, 2 usage, 3 the image is another's (locked,
-//! or given away: see `tenure` and `title`), 4 the image or its epoch record cannot be used.
+//! Exit status: see `semper_program`; 3 means that the image is another's (locked, or given away: see
+//! `tenure` and `title`), 4 that the image or its epoch record cannot be used.
 //!
 //! The program is [`main`]; a library only so that fuzzers and tests reach its parsers.
 
@@ -41,9 +41,13 @@ mod worker;
 use std::process::ExitCode;
 
 use clap::Parser;
+use semper_program::Program;
 
 use crate::args::Args;
 use crate::state::{Shared, mark};
+
+/// Under this name it logs and fails.
+pub(crate) const PROGRAM: Program = Program("semper-blkd");
 
 /// The whole program, from its command line to its exit status.
 pub fn main() -> ExitCode {
@@ -52,17 +56,8 @@ pub fn main() -> ExitCode {
         println!("{}", serde_json::json!({"type": "block", "features": ["read-only", "blk-file"]}));
         return ExitCode::SUCCESS;
     }
-    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info"))
-        .format(|out, record| {
-            use std::io::Write;
-            let stamp = out.timestamp_millis();
-            writeln!(out, "{stamp} {} blkd: {}", record.level(), record.args())
-        })
-        .init();
+    PROGRAM.log_to_stderr();
     let shared = Shared::new(args.num_queues);
     mark(&shared.timeline.process_start);
-    match serve::run(args, shared) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(failure) => ExitCode::from(failure.report()),
-    }
+    PROGRAM.end(serve::run(args, shared))
 }

@@ -20,42 +20,35 @@ mod worker;
 
 use clap::Parser;
 use options::Options;
+use report::Report;
+use semper_program::{Program, Status, Told};
 use std::process::ExitCode;
 
-const FAILED: u8 = 1;
-const USAGE: u8 = 2;
-const NO_CONNECTION: u8 = 3;
-const LOST: u8 = 4;
+/// Under this name it fails.
+const PROGRAM: Program = Program("semper-load");
 
 fn main() -> ExitCode {
-    let options = Options::parse();
-    if let Err(sentence) = options.check() {
-        eprintln!("semper-load: error: {sentence}");
-        return ExitCode::from(USAGE);
-    }
-    let outcome = match run::run(&options) {
-        Ok(outcome) => outcome,
-        Err(error) => {
-            eprintln!("semper-load: error: {error}");
-            return ExitCode::from(match error {
-                run::SetupError::TooSmall { .. } => USAGE,
-                _ => NO_CONNECTION,
-            });
-        }
-    };
-    match serde_json::to_string_pretty(&report::Report::new(&options, &outcome)) {
-        Ok(text) => println!("{text}"),
-        Err(error) => eprintln!("semper-load: error: {error}"),
-    }
+    PROGRAM.end(measure(&Options::parse()))
+}
+
+fn measure(options: &Options) -> Result<(), Told> {
+    options.check().map_err(|sentence| Told(Status::Usage, sentence))?;
+    let outcome = run::run(options).map_err(|error| {
+        let status = match error {
+            run::SetupError::TooSmall { .. } => Status::Usage,
+            _ => Status::Conflict,
+        };
+        Told(status, error.to_string())
+    })?;
+    let report = serde_json::to_string_pretty(&Report::new(options, &outcome));
+    println!("{}", report.map_err(|error| Told(Status::Failed, error.to_string()))?);
     if let Some(cause) = &outcome.lost {
-        eprintln!("semper-load: error: {cause}; {} requests unanswered", outcome.hung);
-        return ExitCode::from(LOST);
+        let hung = outcome.hung;
+        return Err(Told(Status::Unusable, format!("{cause}; {hung} requests unanswered")));
     }
-    let wrong = outcome.tally.verified.wrong();
-    if outcome.tally.errors + wrong > 0 {
-        let errors = outcome.tally.errors;
-        eprintln!("semper-load: error: {errors} failed requests, {wrong} wrong blocks");
-        return ExitCode::from(FAILED);
+    let (errors, wrong) = (outcome.tally.errors, outcome.tally.verified.wrong());
+    match errors + wrong {
+        0 => Ok(()),
+        _ => Err(Told(Status::Failed, format!("{errors} failed requests, {wrong} wrong blocks"))),
     }
-    ExitCode::SUCCESS
 }

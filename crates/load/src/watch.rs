@@ -1,11 +1,12 @@
 //! The main thread's part of a run: moves the phases, takes the figures at their borders, and
 //! gives up on a backend that is gone or hangs.
 
-use crate::LOST;
+use crate::PROGRAM;
 use crate::options::Options;
 use crate::processor::Usage;
 use crate::relay;
 use crate::worker::{Control, Phase};
+use semper_program::{Status, Told};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::Receiver;
@@ -101,8 +102,8 @@ impl<'a> Watch<'a> {
     /// a circle when a backend completes a request twice.
     fn leave(&self) -> ! {
         let cause = self.lost.as_deref().unwrap_or("the run is over");
-        eprintln!("semper-load: error: {cause}; a thread is caught in a broken ring");
-        std::process::exit(i32::from(LOST))
+        let told = format!("{cause}; a thread is caught in a broken ring");
+        PROGRAM.exit(&Told(Status::Unusable, told))
     }
 
     fn measure(&mut self) -> Interval {

@@ -3,8 +3,12 @@
 use std::process::ExitCode;
 
 use semper_probe::init;
+use semper_program::{Program, Status, Told};
 
 mod host;
+
+/// Under this name it fails.
+const PROGRAM: Program = Program("semper-probe");
 
 const USAGE: &str = "\
 usage: semper-probe init                     (as PID 1 of a guest; /init in its image)
@@ -34,15 +38,13 @@ fn main() -> ExitCode {
         ["write", options @ ..] => host::write(options),
         _ => {
             eprintln!("{USAGE}");
-            return ExitCode::from(2);
+            return Status::Usage.into();
         }
     };
-    match done {
-        Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => ExitCode::FAILURE,
-        Err(error) => {
-            eprintln!("semper-probe: error: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    PROGRAM.end(match done {
+        Ok(true) => Ok(()),
+        // What is wrong stands in the figures.
+        Ok(false) => return Status::Failed.into(),
+        Err(error) => Err(Told(Status::Failed, error.to_string())),
+    })
 }

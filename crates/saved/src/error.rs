@@ -2,6 +2,8 @@
 
 use std::io;
 
+use semper_program::Status;
+
 /// Nothing of the request was done, unless it says otherwise.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -36,6 +38,16 @@ pub enum Error {
         /// Why it failed.
         source: io::Error,
     },
+}
+
+impl semper_program::Failure for Error {
+    fn status(&self) -> Status {
+        match self {
+            Error::Disk { .. } => Status::Conflict,
+            Error::Io { .. } => Status::Failed,
+            _ => Status::Unusable,
+        }
+    }
 }
 
 impl Error {

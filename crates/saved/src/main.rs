@@ -10,6 +10,7 @@ use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use clap::{Parser, Subcommand};
+use semper_program::Program;
 use semper_saved::image::Image;
 use semper_saved::restore::Saved;
 use semper_saved::save::{Order, save};
@@ -76,17 +77,7 @@ fn main() -> ExitCode {
     if !matches!(command, Command::Show { .. }) {
         hurry();
     }
-    match run(command) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("semper-saved: error: {error}");
-            ExitCode::from(match error {
-                Error::Disk { .. } => 3,
-                Error::Io { .. } => 1,
-                _ => 4,
-            })
-        }
-    }
+    Program("semper-saved").end(run(command))
 }
 
 /// A guest stands still until this is done: goes before others, where that may be decided. Where

@@ -3,6 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use semper_program::Status;
 use semper_wire::WireError;
 
 /// Named by what to do about it.
@@ -26,14 +27,16 @@ pub(crate) enum Failure {
     Qemu(io::Error),
 }
 
-impl Failure {
-    pub(crate) fn exit_code(&self) -> u8 {
+impl semper_program::Failure for Failure {
+    fn status(&self) -> Status {
         match self {
-            Failure::Usage(_) | Failure::File { .. } | Failure::Listen(_) => 2,
-            _ => 1,
+            Failure::Usage(_) | Failure::File { .. } | Failure::Listen(_) => Status::Usage,
+            _ => Status::Failed,
         }
     }
+}
 
+impl Failure {
     pub(crate) fn file(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         move |error| Failure::File { what, path: path.to_owned(), error }
     }

@@ -34,13 +34,17 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::Parser;
+use semper_program::Program;
 
 use crate::args::{Args, Command};
 use crate::progress::Progress;
 
+/// Under this name it logs and fails.
+const PROGRAM: Program = Program("semper-wired");
+
 /// The whole program, from its command line to its exit status.
 pub fn main() -> ExitCode {
-    log_to_stderr();
+    PROGRAM.log_to_stderr();
     run(&Args::parse())
 }
 
@@ -48,41 +52,23 @@ pub fn main() -> ExitCode {
 #[cfg(feature = "unsafe-no-verify")]
 pub fn trial_main() -> ExitCode {
     use clap::{CommandFactory, FromArgMatches};
+    use semper_program::{Status, Told};
 
-    log_to_stderr();
-    let command = Args::command().name("semper-wired-trial").after_help(trial::HELP);
+    const TRIAL: Program = Program("semper-wired-trial");
+    PROGRAM.log_to_stderr();
+    let command = Args::command().name(TRIAL.0).after_help(trial::HELP);
     let args = Args::from_arg_matches(&command.get_matches());
     let args = args.unwrap_or_else(|error| error.exit());
     match trial::begin() {
         Ok(()) => run(&args),
-        Err(why) => {
-            eprintln!("semper-wired-trial: error: {why}");
-            ExitCode::from(2)
-        }
+        Err(why) => TRIAL.report(&Told(Status::Usage, why)).into(),
     }
-}
-
-fn log_to_stderr() {
-    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info"))
-        .format(|out, record| {
-            use std::io::Write;
-            let stamp = out.timestamp_millis();
-            writeln!(out, "{stamp} {} wired: {}", record.level(), record.args())
-        })
-        .init();
 }
 
 fn run(args: &Args) -> ExitCode {
     let progress = Arc::new(Progress::new(args.command.name()));
-    let result = match &args.command {
+    PROGRAM.end(match &args.command {
         Command::Source(source) => source::run(source, &progress),
         Command::Destination(destination) => destination::run(destination, &progress),
-    };
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(failure) => {
-            eprintln!("semper-wired: error: {failure}");
-            ExitCode::from(failure.exit_code())
-        }
-    }
+    })
 }
