@@ -27,7 +27,10 @@ from sempervirt.cli.session import ask_agent
 from sempervirt.core.sizes import format_size
 from sempervirt.disk.state import Condition
 
-app = typer.Typer(no_args_is_help=True, help="Disks, and the backends that serve them.")
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Look at disks and at the backends that serve them; tune and upgrade them.",
+)
 
 app.command("threads", epilog="Example: semper disk threads web/root --map 0,0,1,1")(
     threads.threads
@@ -47,8 +50,9 @@ UPGRADE_HINT = " (another one is installed: see semper disk upgrade)"
 def list_disks(output: OutputOption = Output.TABLE) -> None:
     """List the disks of all running VMs.
 
-    A guarded disk has a spare backend that takes over when the active one ends. Disks in the
-    condition qemu are served by QEMU itself, and have none.
+    ACTIVE is the process of the backend that serves, SPARE the process that takes over when the
+    active one ends. A disk is guarded while its spare is ready. A disk in the condition qemu is
+    served by QEMU itself and has no spare.
     """
     views = ask_agent(lambda client: client.disks())
     if output is Output.JSON:
@@ -70,7 +74,7 @@ def list_disks(output: OutputOption = Output.TABLE) -> None:
 
 @app.command("show", epilog="Example: semper disk show web/root")
 def show(name: DiskName, output: OutputOption = Output.TABLE) -> None:
-    """Show one disk: who serves it, its counters, its last error, its restarts and why."""
+    """Show one disk: condition, backend, counters, last error, and each restart with its reason."""
     view = ask_agent(lambda client: client.disk(name))
     if output is Output.JSON:
         print_json(view)
@@ -90,10 +94,10 @@ def upgrade(
     ] = None,
     output: OutputOption = Output.TABLE,
 ) -> None:
-    """Replace the running backend by the installed binary; the guest goes on.
+    """Serve a disk from the newly installed semper-blkd; the guest goes on.
 
-    A spare from the new binary is prepared first. If anything about it fails, the present
-    one goes on serving.
+    First a spare is started from the new binary. If the spare fails, the present backend goes on
+    serving.
     """
     absolute = binary.absolute() if binary else None
     with err.status(f"upgrading {name} …"):
@@ -145,7 +149,7 @@ def _own_rows(view: DiskView) -> list[tuple[str, str | None]]:
 
 
 def describe_error(error: dict[str, object]) -> str:
-    """One line for a backend's last error, with its cause."""
+    """The last error of a backend, with its cause, in one line."""
     where = f"{error.get('op')} of {error.get('length')} bytes at {error.get('offset')}"
     return f"{where}: {error.get('message')} ({error.get('time')})"
 
@@ -166,7 +170,7 @@ def _counters(backend: dict[str, object]) -> str | None:
 
 
 def _restarts(restarts: list[RestartView]) -> Table:
-    """Restarts, with the milestones of each in ms after its cause was seen."""
+    """Restarts; the milestones of a restart in milliseconds after the agent saw its cause."""
     table = listing("time", "ago", "why", "pid", "lock", "accepted", "started", "first done")
     steps = ("lock_acquired", "accepted", "started", "first_completion")
     for restart in restarts:

@@ -39,15 +39,15 @@ def show_map(
     ] = None,
     output: OutputOption = Output.TABLE,
 ) -> None:
-    """Show how much of a guest's memory is a copy of what stands on its disk.
+    """Show how much of a guest's memory is a copy of what stands on a disk.
 
-    A guest keeps much of its memory as a cache of its disk. The backend notes, at each request,
-    which block of the disk went into which page of memory. Who moves or saves the VM can then
-    name the block instead of sending the page.
+    A guest uses much of its memory as a cache of its disks. At each request the backend notes
+    which block of the disk went into which page of memory. A migration or a save can then name the
+    block instead of sending the page.
 
-    What is noted are hints: the guest may have changed a page since. --verify compares every
-    page with the disk, and also finds pages that the guest has copied or moved, by their content.
-    It reads each block in use once, at low priority; the guest goes on.
+    The notes are hints: the guest may have changed a page since. --verify compares every page with
+    the disk, and also finds pages that the guest has copied or moved, by their content. Verifying
+    reads each block in use once, at low priority; the guest goes on.
     """
     if export is not None and export.is_dir():
         raise InvalidRequest(f"{export} is a directory", remedy="name a file in it")
@@ -68,7 +68,7 @@ def show_map(
 
 
 async def _verify(client: Client, name: str) -> None:
-    """Shows a bar until it is done."""
+    """Compares every page with the disk, with a bar until that is done."""
     view = await client.verify_block_map(name)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=err, transient=True) as bar:
@@ -82,7 +82,7 @@ async def _verify(client: Client, name: str) -> None:
 
 
 async def _export(client: Client, name: str, path: Path) -> int:
-    """Writes the map beside its place and then puts it there; gives its size."""
+    """Writes the map beside `path` and then renames the file; gives the size in bytes."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     size = 0
     try:

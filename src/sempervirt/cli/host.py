@@ -28,7 +28,9 @@ from sempervirt.core.durations import format_duration
 from sempervirt.qemu.facts import HostProbe
 from sempervirt.vm.config import AgentConfig
 
-app = typer.Typer(no_args_is_help=True, help="This host and its cluster.")
+app = typer.Typer(
+    no_args_is_help=True, help="What this host offers, and the cluster of hosts that it belongs to."
+)
 
 HostName = Annotated[str, typer.Argument(metavar="NAME", help="The host's name.")]
 SOON_S = 30 * 86400
@@ -73,16 +75,19 @@ def init(
     listen: Annotated[
         str, typer.Option(metavar="HOST:PORT", help="Where the agent serves the other hosts.")
     ],
-    cluster: Annotated[str, typer.Option(help="A name for the whole.")] = "sempervirt",
+    cluster: Annotated[str, typer.Option(help="The name of the cluster.")] = "sempervirt",
     store: Annotated[
         list[str] | None,
-        typer.Option(metavar="URL", help="etcd; once for each member. Left out: SQLite, here."),
+        typer.Option(
+            metavar="URL",
+            help="Address of an etcd member; may be repeated. Default: SQLite on this host.",
+        ),
     ] = None,
 ) -> None:
     """Begin a cluster: make its certificate authority, and this host's certificate.
 
-    Other hosts need a store that all of them reach: give etcd's addresses. An agent that runs
-    takes part after its next start.
+    Other hosts can join only if all of them reach the store: give the addresses of etcd. An agent
+    that already runs takes part after its next start.
     """
     from sempervirt.cli import cluster as work  # noqa: PLC0415 - certificates take long to import
 
@@ -90,21 +95,28 @@ def init(
     issued = asyncio.run(work.begin_cluster(config, cluster, name, listen, store or ()))
     out.print(f"{name} is the first host of the cluster {cluster}", highlight=False)
     out.print(f"its certificate is good until {_day(issued.not_after)}", highlight=False)
-    out.print(f"keep this safe, it is the key to everything: {config.trust_dir}/authority.key")
+    out.print(f"keep this file safe, it is the key to everything: {config.trust_dir}/authority.key")
 
 
 @app.command("add", epilog="Example: semper host add b > b.token")
 def add(
     name: HostName,
     valid: Annotated[
-        int, typer.Option("--valid", metavar="MINUTES", help="How long.", min=1, max=7 * 24 * 60)
+        int,
+        typer.Option(
+            "--valid",
+            metavar="MINUTES",
+            help="How long the token is good for.",
+            min=1,
+            max=7 * 24 * 60,
+        ),
     ] = 60,
     output: OutputOption = Output.TABLE,
 ) -> None:
-    """Print a join token: with it, one host may join as NAME, once.
+    """Print a join token: a secret by which one host may join as NAME, once.
 
-    It is a secret until then. For a host that is a member already it renews the certificate;
-    the old one counts no more.
+    If NAME is a member already, joining again renews its certificate, and the old certificate is
+    refused from then on.
     """
     from sempervirt.cli import cluster as work  # noqa: PLC0415 - certificates take long to import
 
@@ -116,7 +128,7 @@ def add(
     typer.echo(invitation.text())
     err.print(
         f"on {name}, within {format_duration(valid * 60)}: semper host join FILE "
-        "--listen HOST:PORT, with this word in FILE",
+        "--listen HOST:PORT, with this token in FILE",
         highlight=False,
     )
 
@@ -141,9 +153,9 @@ def join(
 
 @app.command("list", epilog="Example: semper host list --output json")
 def list_hosts(output: OutputOption = Output.TABLE) -> None:
-    """List the hosts of the cluster: who is there, and until when their certificates are good.
+    """List the hosts of the cluster: whether each agent is heard, and when certificates end.
 
-    A silent host may still run its VMs: nothing is taken from it for being silent.
+    A silent host may still run VMs: no VM is taken from a host for being silent.
     """
     from sempervirt.cli import cluster as work  # noqa: PLC0415 - certificates take long to import
 
@@ -160,9 +172,9 @@ def list_hosts(output: OutputOption = Output.TABLE) -> None:
 @app.command("revoke", epilog='Example: semper host revoke b --reason "stolen"')
 def revoke(
     name: HostName,
-    reason: Annotated[str, typer.Option(help="Why; it is kept.")] = "",
+    reason: Annotated[str, typer.Option(help="Why; the store keeps the reason.")] = "",
 ) -> None:
-    """Make a host a stranger: its certificate counts no more. Its VMs are not touched."""
+    """Refuse a host from now on: its certificate counts no more. Its VMs are not touched."""
     from sempervirt.cli import cluster as work  # noqa: PLC0415 - certificates take long to import
 
     asyncio.run(work.revoke(name, reason))

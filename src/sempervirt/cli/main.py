@@ -19,7 +19,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    help="Virtual machines that keep running when their storage backend dies.",
+    help="Virtual machines that keep running when the backend of a disk dies.",
     epilog="Begin with: semper host show, then semper vm run web.toml",
 )
 app.add_typer(vm.app, name="vm")
@@ -46,7 +46,7 @@ def options(
         ),
     ] = False,
 ) -> None:
-    """Virtual machines that keep running when their storage backend dies."""
+    """Virtual machines that keep running when the backend of a disk dies."""
 
 
 @app.command("version", epilog="Example: semper version")

@@ -127,15 +127,16 @@ def resolve(
     name: VmName,
     owner: Annotated[str, typer.Option(metavar="HOST", help="The host that is to have the VM.")],
     evidence: Annotated[
-        str, typer.Option(help="How it is known that the VM runs nowhere else; it is kept.")
+        str, typer.Option(help="How you know that the VM runs nowhere else; the store keeps it.")
     ],
     output: OutputOption = Output.TABLE,
 ) -> None:
-    """Settle who owns a VM, when a host went silent in the middle of a migration.
+    """Settle who owns a VM after a host went silent in the middle of a migration.
 
-    Nothing runs a VM of which the whereabouts are unknown. Make sure that it runs nowhere else:
-    switch the other host off, or its storage. Then say so here. If its guest already waits at
-    HOST with all its memory, it goes on there; otherwise run it there again.
+    A VM of which nobody knows the owner runs nowhere. First make sure that no other host can run
+    the VM: switch that host off, or cut it off from its storage. Then give the VM to HOST here, and
+    say how you know. If the guest already waits on HOST with all its memory, the guest goes on
+    there; otherwise start the VM on HOST again.
     """
     view = ask_agent(lambda client: client.resolve(name, owner, evidence))
     if output is Output.JSON:

@@ -25,7 +25,9 @@ Answer = TypeVar("Answer")
 
 TapOption = Annotated[
     list[str] | None,
-    typer.Option(metavar="TAP=TAP", help="Another tap for one that it had; may be repeated."),
+    typer.Option(
+        metavar="OLD=NEW", help="Use tap NEW where the saved VM had tap OLD; may be repeated."
+    ),
 ]
 File = Annotated[Path, typer.Argument(metavar="FILE", help="The saved state.", show_default=False)]
 
@@ -39,9 +41,9 @@ def save(
 ) -> None:
     """Save a VM, with its memory and devices, to FILE, and end it.
 
-    Memory that is a copy of what stands on the VM's disks is not written again: the file names
-    the blocks. So it belongs to the disks as they are now, and can be restored as long as
-    nobody has written to them. If saving fails, the VM goes on.
+    Memory that is a copy of what stands on the VM's disks is not written to FILE: FILE names the
+    blocks. So FILE belongs to the disks as they are now, and the VM can be restored as long as
+    nobody has written to the disks. If saving fails, the VM goes on.
     """
     path = file.absolute()
     view = _work(f"saving {name}", name, lambda client: client.save_vm(name, path))
@@ -53,9 +55,7 @@ def save(
 
 def restore(
     file: File,
-    name: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Another name than the one it had.")
-    ] = None,
+    name: Annotated[str | None, typer.Option(metavar="NAME", help="A new name for the VM.")] = None,
     image: Annotated[
         list[str] | None,
         typer.Option(metavar="DISK=PATH", help="Where a disk's image is now; may be repeated."),
@@ -63,9 +63,9 @@ def restore(
     tap: TapOption = None,
     output: OutputOption = Output.TABLE,
 ) -> None:
-    """Let a saved VM run on from the moment when it was saved.
+    """Let a saved VM run on from the moment of the save.
 
-    Refused if a disk is not in the state in which the VM was saved. The file is only read.
+    Refused if a disk was written to since the save. FILE is only read.
     """
     images = dict(_image(text) for text in image or [])
     request = RestoreRequest(file=file.absolute(), name=name, images=images, taps=_taps(tap))
@@ -80,19 +80,24 @@ def clone(
     ],
     into: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Where its disks go; by default beside FILE."),
+        typer.Option(
+            metavar="DIR", help="Where the copies of the disks go; by default beside FILE."
+        ),
     ] = None,
     tap: TapOption = None,
     keep_macs: Annotated[
-        bool, typer.Option("--keep-macs", help="Let its network cards keep their addresses.")
+        bool,
+        typer.Option(
+            "--keep-macs", help="Let the network cards keep the addresses of the saved VM."
+        ),
     ] = False,
     output: OutputOption = Output.TABLE,
 ) -> None:
     """Make one more VM from a saved state, with copies of the disks.
 
-    The copies share their blocks with the original where the file system can do that. A clone
-    believes that it is the VM that was saved: same identities inside, and until it is booted
-    anew the same addresses of its network cards. Do not put both on one network before that.
+    The copies share their blocks with the originals where the file system can do that. Inside, a
+    clone is the VM that was saved: the same identities, and until the guest is rebooted the same
+    addresses of network cards. Do not put clone and original on one network before that.
     """
     request = RestoreRequest(
         file=file.absolute(),
@@ -117,13 +122,13 @@ def _taps(texts: list[str] | None) -> dict[str, str]:
     for text in texts or []:
         before, equals, after = text.partition("=")
         if not equals or not before or not after:
-            raise InvalidRequest(f'"{text}" is not TAP=TAP', remedy="write tap0=tap1")
+            raise InvalidRequest(f'"{text}" is not OLD=NEW', remedy="write tap0=tap1")
         taps[before] = after
     return taps
 
 
 def _work(text: str, name: str | None, request: Callable[[Client], Awaitable[Answer]]) -> Answer:
-    """A bar that tells how far the agent is with the VM `name`, if that is known."""
+    """What came of `request`; a bar shows the work on the VM `name`, if the name is known."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
 
     async def _with_bar(client: Client) -> Answer:
@@ -161,8 +166,8 @@ def _rows(view: SavedView) -> list[tuple[str, str | None]]:
     return [
         ("saved", f"{view.vm} to {view.file}"),
         ("size", f"{format_size(view.size)} for {format_size(view.memory)} of memory"),
-        ("zeros", part(view.zero_pages)),
-        ("on its disks", part(view.block_pages)),
-        ("kept", f"{part(view.data_pages)}, packed"),
+        ("full of zeros", part(view.zero_pages)),
+        ("named as blocks", part(view.block_pages)),
+        ("packed", f"{part(view.data_pages)}"),
         ("stood still", f"{view.paused_ms / 1000:.1f} s, and has ended"),
     ]

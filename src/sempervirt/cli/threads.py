@@ -35,18 +35,18 @@ def threads(
         typer.Option(metavar="N", help="At most N queues on each thread.", min=1, max=64),
     ] = None,
     show: Annotated[
-        bool, typer.Option("--show", help="Change nothing (as without any option).")
+        bool, typer.Option("--show", help="Only show; the same as no option at all.")
     ] = False,
     output: OutputOption = Output.TABLE,
 ) -> None:
     """Show which thread works on which queue of a disk, or move queues to other threads.
 
-    A disk hands its requests over in queues, by default one for each virtual processor; a
-    backend works on them with one or more threads. More threads do more at the same time and
+    A guest puts requests for a disk into queues, by default one for each virtual processor; the
+    backend works on the queues with one or more threads. More threads do more at the same time and
     need more processors. semper disk tune finds out what is best on this host.
 
     Queues are moved while the guest goes on, and no request is lost. Later backends of the disk
-    do the same until the VM ends; at its next start its VM file decides again.
+    use the same threads until the VM ends; at the next start the VM file decides again.
     """
     chosen = sum((thread_map is not None, queues_per_thread is not None, show))
     if chosen > 1:

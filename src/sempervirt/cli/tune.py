@@ -46,8 +46,8 @@ def tune(
         list[Path] | None,
         typer.Argument(
             metavar="IMAGE-OR-DIRECTORY",
-            help="Where images lie. Beside an image a scratch image is used; the image itself is "
-            "never written, and must not be in use. Of a block device only reads are measured.",
+            help="Where images lie. Beside an image a scratch image is used: the image itself is "
+            "never written, and must not be in use. On a block device only reads are measured.",
             show_default=False,
         ),
     ] = None,
@@ -59,7 +59,7 @@ def tune(
         bool | None,
         typer.Option(
             "--direct/--cached",
-            help="Only around the host's page cache, or only through it; default: both.",
+            help="Only around the host's page cache, or only through the cache; default: both.",
             show_default=False,
         ),
     ] = None,
@@ -73,16 +73,20 @@ def tune(
         ),
     ] = None,
     seconds: Annotated[
-        float, typer.Option(min=1, help="Time for each storage, at most, more or less.")
+        float, typer.Option(min=1, help="About the longest time for each storage.")
     ] = preparation.SECONDS,
     size: Annotated[str, typer.Option(help="Size of the scratch image.")] = "256M",
     latency_bound: Annotated[
         float,
-        typer.Option(min=1, help="A candidate's p99 may be so many times the best candidate's."),
+        typer.Option(
+            min=1, help="How many times the best candidate's p99 latency a winner's may be."
+        ),
     ] = Bounds.latency,
     throughput_bound: Annotated[
         float,
-        typer.Option(min=0.01, max=1, help="It must reach this share of the best throughput."),
+        typer.Option(
+            min=0.01, max=1, help="The share of the best throughput that a winner must reach."
+        ),
     ] = Bounds.throughput,
     plot: Annotated[
         Path | None,
@@ -99,9 +103,9 @@ def tune(
     """Measure how disks are best served on this host's storage, and keep the result.
 
     Every combination of engine, queues for each thread and polling is tried with 4 KiB reads and
-    writes, at depth 1 and 32 on all queues. Kept is the one that serves the most requests for each
-    second of processor time among those that hold the bounds. VMs that are started afterwards use
-    it where their files say "auto".
+    writes, at depth 1 and 32 on all queues. Of the combinations that hold both bounds, the one that
+    serves the most requests for each second of processor time becomes a preset. VMs that are
+    started afterwards use the preset where the VM file says "auto".
     """
     if show:
         listed = asyncio.run(preparation.show(default_state_dir(), Blkd().binary(), _qemu()))

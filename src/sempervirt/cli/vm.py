@@ -34,7 +34,7 @@ from sempervirt.core.sizes import format_size
 from sempervirt.qemu.spec_file import load_spec
 from sempervirt.qemu.state import Runstate
 
-app = typer.Typer(no_args_is_help=True, help="Virtual machines.")
+app = typer.Typer(no_args_is_help=True, help="Run virtual machines, look at them, move them.")
 
 VmName = Annotated[
     str, typer.Argument(metavar="NAME", help="The VM's name.", autocompletion=vm_names)
@@ -48,7 +48,8 @@ def run(
         Path, typer.Argument(metavar="FILE", help="A VM file (TOML).", show_default=False)
     ],
     detach: Annotated[
-        bool, typer.Option("--detach", "-d", help="Return once it runs. Needs an agent.")
+        bool,
+        typer.Option("--detach", "-d", help="Return once the VM runs. Needs an agent (semperd)."),
     ] = False,
     grace: Annotated[
         float, typer.Option(help="Seconds that the guest may take to power off at Ctrl-C.", min=0)
@@ -57,9 +58,9 @@ def run(
 ) -> None:
     """Start the VM that FILE describes.
 
-    If an agent runs (semperd), it takes the VM over. If none does, this command becomes the
-    agent until the VM ends: other terminals can look at it, Ctrl-C powers it off. As JSON it
-    prints one line when the VM runs, and one when it has ended.
+    If an agent (semperd) runs on this host, the agent takes the VM over. If none runs, this command
+    is the agent until the VM ends: other terminals can look at the VM, and Ctrl-C powers the VM
+    off. With --output json one line is printed when the VM runs, and one when it has ended.
     """
     # The HTTP server takes longer to import than most commands take to run.
     from sempervirt.cli import foreground  # noqa: PLC0415
@@ -72,7 +73,7 @@ def run(
 
 @app.command("list", epilog="Example: semper vm list --output json")
 def list_vms(output: OutputOption = Output.TABLE) -> None:
-    """List the VMs, also those that have ended."""
+    """List all VMs of this host, also those that have ended."""
     views = ask_agent(lambda client: client.vms())
     if output is Output.JSON:
         print_json(views)
@@ -94,7 +95,7 @@ def list_vms(output: OutputOption = Output.TABLE) -> None:
 
 @app.command("show", epilog="Example: semper vm show web")
 def show(name: VmName, output: OutputOption = Output.TABLE) -> None:
-    """Show one VM: its state and why, its disks and channels, and how it ended."""
+    """Show one VM: state and reason, migration, disks, channels, events, and how the VM ended."""
     view = ask_agent(lambda client: client.vm(name))
     _print(view, output)
 
@@ -107,15 +108,15 @@ def stop(
     ] = 60.0,
     output: OutputOption = Output.TABLE,
 ) -> None:
-    """Press the power button, wait for the guest, and cut it off when its time is over."""
+    """Ask the guest to power off, and end the VM if the guest has not done so in time."""
     _change(name, "stopping", lambda client: client.stop_vm(name, grace), output)
 
 
 @app.command("kill", epilog="Example: semper vm kill web")
 def kill(name: VmName, output: OutputOption = Output.TABLE) -> None:
-    """End a VM at once, whatever its state; returns when its disks are free.
+    """End a VM at once, whatever its state; return when nothing uses its disks any more.
 
-    This also settles a VM whose state is unknown.
+    Killing also settles a VM whose state is unknown.
     """
     _change(name, "killing", lambda client: client.kill_vm(name), output)
 
@@ -128,7 +129,7 @@ def pause(name: VmName, output: OutputOption = Output.TABLE) -> None:
 
 @app.command("resume", epilog="Example: semper vm resume web")
 def resume(name: VmName, output: OutputOption = Output.TABLE) -> None:
-    """Let a paused VM run on."""
+    """Let a paused VM run again."""
     _change(name, "resuming", lambda client: client.resume_vm(name), output)
 
 
@@ -143,9 +144,9 @@ def restart_qemu(
 ) -> None:
     """Move a running VM to a new QEMU process, for example after an upgrade of QEMU.
 
-    The guest stands still for some 50 to 300 milliseconds and does not notice: its memory stays
-    in place, and its disks stay served. If the new QEMU cannot take over, the old one goes on.
-    Consoles and channels have to be connected again.
+    The guest stands still for some 50 to 300 milliseconds. Its memory stays in place, and its disks
+    stay served. If the new QEMU cannot take over, the old QEMU goes on. Programs that were
+    connected to the console or to a channel have to connect again.
     """
     program = qemu.absolute() if qemu else None
     with err.status(f"moving {name} to a new QEMU …"):
@@ -165,7 +166,7 @@ app.command("clone", epilog="Example: semper vm clone web.saved web-2 --into /im
 
 @app.command("remove", epilog="Example: semper vm remove web")
 def remove(name: VmName) -> None:
-    """Drop a VM that has ended from the list, with its logs. Images are not touched."""
+    """Take a VM that has ended off the list, and delete its logs. Images are not touched."""
     ask_agent(lambda client: client.forget_vm(name))
 
 
@@ -178,9 +179,9 @@ app.command(
 
 @app.command("console", epilog="Example: semper vm console web")
 def console(name: VmName) -> None:
-    """Attach this terminal to the VM's serial console. Ctrl-] leaves.
+    """Attach this terminal to a VM's serial console. Ctrl-] leaves.
 
-    One terminal at a time: a second one waits until the first has left.
+    Only one terminal at a time: a second terminal waits until the first has left.
     """
     view = ask_agent(lambda client: client.vm(name))
     if view.end is not None:
@@ -197,11 +198,15 @@ def logs(
     source: Annotated[
         str, typer.Option("--source", "-s", help="console, qemu, or the name of a disk.")
     ] = "console",
-    lines: Annotated[int, typer.Option("--lines", "-n", min=1, max=10000)] = 100,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until Ctrl-C.")] = False,
+    lines: Annotated[
+        int, typer.Option("--lines", "-n", min=1, max=10000, help="How many lines.")
+    ] = 100,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Then print what is added, until Ctrl-C.")
+    ] = False,
     output: OutputOption = Output.TABLE,
 ) -> None:
-    """Print the end of what a VM, QEMU or a disk's backend wrote."""
+    """Print the last lines of a log: the serial console, QEMU, or the backend of a disk."""
     view = ask_agent(lambda client: client.vm_log(name, source, lines))
     if output is Output.JSON:
         print_json(view)

@@ -8,7 +8,7 @@ import logging
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console, Group, RenderableType
@@ -24,9 +24,10 @@ from sempervirt.demo.trial import Load, Trial, TrialSetup
 from sempervirt.demo.verdict import Verdict
 from sempervirt.guest.errors import ProbeGone, ProbeSilent
 from sempervirt.guest.reports import Stats
-from sempervirt.qemu.spec import Engine
 
 REFRESH_S = 0.25
+# All but "null", which keeps nothing.
+TriedEngine = Literal["auto", "sync", "nowait", "uring", "mmap"]
 
 
 def _default_image() -> Path:
@@ -73,7 +74,7 @@ class Screen:
         self.bar.update(self.task, advance=1, description=f"{act.deed.value}{stall}")
 
     def show(self, stats: Stats, verdict: Verdict) -> None:
-        """What the guest sees now."""
+        """Shows the figures of the guest's writers."""
         iops = 0.0
         if self._last is not None and stats.monotonic_ns > self._last.monotonic_ns:
             passed_s = (stats.monotonic_ns - self._last.monotonic_ns) / 1e9
@@ -125,21 +126,27 @@ def demo(
     writers: Annotated[int, typer.Option(help="Writers in the guest.", min=1, max=64)] = 16,
     queues: Annotated[int, typer.Option(help="Virtqueues of the disk.", min=1, max=16)] = 1,
     engine: Annotated[
-        Engine,
+        TriedEngine,
         typer.Option(help="How the backend does its I/O; auto: as a preset says."),
     ] = "auto",
-    direct: Annotated[bool, typer.Option(help="Go around the page cache (O_DIRECT).")] = False,
+    direct: Annotated[
+        bool, typer.Option(help="Go around the host's page cache (O_DIRECT).")
+    ] = False,
     image: Annotated[
-        Path | None, typer.Option(help="Where the disk's image is made (and removed).")
+        Path | None, typer.Option(help="Where the disk's image is made; removed afterwards.")
     ] = None,
-    plot: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("semper-demo.png"),
-    seed: Annotated[int | None, typer.Option(help="Repeat the same order of events.")] = None,
+    plot: Annotated[
+        Path, typer.Option(help="Where the picture of the guest's I/O is written.")
+    ] = Path("semper-demo.png"),
+    seed: Annotated[
+        int | None, typer.Option(help="The same number gives the same order of events.")
+    ] = None,
     output: OutputOption = Output.TABLE,
 ) -> None:
     """Boot a guest, kill its disk's backend again and again, and prove that nothing is lost.
 
-    A stock Linux guest runs on a disk that semper-blkd serves. Sixteen writers in it write and
-    verify stamped blocks while the backend is killed with SIGKILL, the VM is stopped and
+    A stock Linux guest runs on a disk that semper-blkd serves. Sixteen writers in the guest
+    write and verify stamped blocks while the backend is killed with SIGKILL, the VM is stopped and
     continued, and the backend is upgraded. At the end every block is read back.
 
     The exit status is 0 only if nothing was lost, nothing hung and nothing was wrong.
