@@ -126,7 +126,7 @@ class Client:
         return QemuRestartView.model_validate(answer)
 
     async def save_vm(self, name: str, file: Path) -> SavedView:
-        """Saves a VM and ends it."""
+        """Saves a VM to a file on the agent's host, and ends the VM."""
         body = SaveRequest(file=file).model_dump(mode="json")
         answer = await self._connection.call(
             "POST", f"/vms/{name}/save", body=body, timeout_s=SAVE_TIMEOUT_S
@@ -166,7 +166,7 @@ class Client:
         )
 
     async def cancel_migration(self, name: str) -> MigrationView:
-        """Has the VM stay; answers when it does."""
+        """Has the VM stay; answers when the move is over."""
         path = f"/vms/{name}/migration"
         answer = await self._connection.call("DELETE", path, timeout_s=WORK_TIMEOUT_S)
         return MigrationView.model_validate(answer)
@@ -226,7 +226,7 @@ class Client:
         )
 
     async def export_block_map(self, name: str, *, verify: bool = True) -> AsyncIterator[bytes]:
-        """The map in its binary form, in pieces."""
+        """The map as bytes (docs/reference/map-format.md), in pieces."""
         path = f"{_disk_path(name)}/map/export"
         query = {"verify": verify}
         async for piece in self._connection.pieces(path, query=query, timeout_s=MAP_TIMEOUT_S):

@@ -78,7 +78,7 @@ async def get_migration(vm: VmHere) -> MigrationView:
 
 @router.delete("/vms/{name}/migration")
 async def cancel_migration(vm: VmHere) -> MigrationView:
-    """Has the VM stay; answers when it does. Too late once the store was asked."""
+    """Has the VM stay; answers when the move is over. Too late once the store was asked."""
     moving = moves.source_of(vm)
     await moving.cancel()
     return moving.view()
@@ -120,7 +120,7 @@ async def get_arrival(
     seen: Arrival,
     wait_s: Annotated[float, Query(ge=0, le=10)] = 0.0,
 ) -> ArrivalAnswer:
-    """How far it is; answers when that is not `seen` any more, or after `wait_s`."""
+    """How far the arrival is; answers when the phase is not `seen` any more, or after `wait_s`."""
     return await moves.destination_of(agent, migration, source).answer_after(seen, wait_s)
 
 

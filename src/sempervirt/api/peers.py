@@ -1,4 +1,4 @@
-"""Who may ask what over TCP. The unix socket is its owner's, and asks nobody.
+"""Which peer may ask what over TCP. The unix socket belongs to one user, who may ask everything.
 
 host          everything
 invitation    POST /v1/join
@@ -50,7 +50,7 @@ def guarded_protocol(is_revoked: Callable[[str], bool]) -> type[asyncio.Protocol
         """One connection; TLS has been agreed on when it is made."""
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            """Looks at the peer before a byte of it is read."""
+            """Looks at the peer before a byte of the connection is read."""
             super().connection_made(transport)
             connection: Any = transport.get_extra_info("ssl_object")
             peer = peer_of(connection) if connection is not None else None

@@ -73,7 +73,7 @@ async def get_host(agent: AgentHere) -> HostView:
 
 @router.post("/join", tags=["host"])
 async def join(request: Request, body: JoinRequest) -> JoinView:
-    """Gives a host its certificate. Only for the holder of an invitation, over TLS."""
+    """Issues the certificate of a host. Only for the holder of an invitation, over TLS."""
     cluster, peer = request.app.state.cluster, request.scope.get("peer")
     if not isinstance(cluster, Cluster) or not isinstance(peer, Peer):
         raise NotAllowed("hosts join over TLS, with an invitation")
@@ -102,7 +102,7 @@ async def get_vm(vm: VmHere) -> VmView:
 
 @router.delete("/vms/{name}", tags=["vm"], status_code=status.HTTP_204_NO_CONTENT)
 async def forget_vm(agent: AgentHere, name: str) -> None:
-    """Drops a VM that has ended, with its logs."""
+    """Takes a VM that has ended off the list, and deletes its logs."""
     await agent.forget_vm(name)
 
 
@@ -143,7 +143,7 @@ async def restart_qemu(agent: AgentHere, name: str, request: RestartQemuRequest)
 
 @router.post("/vms/{name}/save", tags=["vm"])
 async def save_vm(agent: AgentHere, name: str, request: SaveRequest) -> SavedView:
-    """Saves a VM to a file and ends it; answers when all of it is durable."""
+    """Saves a VM to a file and ends the VM; answers when the file is durable."""
     done = await agent.save_vm(name, request.file)
     figures = asdict(done.figures)
     size = figures.pop("file")
@@ -206,7 +206,7 @@ async def upgrade_disk(agent: AgentHere, vm: str, disk: str, request: UpgradeReq
 
 @router.post("/disks/{vm}/{disk}/threads", tags=["disk"])
 async def move_queues(agent: AgentHere, vm: str, disk: str, request: ThreadsRequest) -> DiskView:
-    """Moves a disk's queues to other threads while it serves; answers when that is done."""
+    """Moves a disk's queues to other threads under way; answers when the queues are there."""
     found = agent.disk(f"{vm}/{disk}")
     if request.queues_per_thread is not None:
         thread_map = spread(found.setup.options.queues, request.queues_per_thread)
@@ -241,7 +241,7 @@ async def verify_map(agent: AgentHere, vm: str, disk: str) -> MapView:
 async def export_map(
     agent: AgentHere, vm: str, disk: str, *, verify: bool = True
 ) -> StreamingResponse:
-    """The map in its binary form; verified first, or as it was recorded."""
+    """The map as bytes (docs/reference/map-format.md): verified first, or as recorded."""
     pieces = aiter(agent.disk(f"{vm}/{disk}").export_block_map(verify=verify))
     # An error must come before the answer has begun.
     first = await anext(pieces)

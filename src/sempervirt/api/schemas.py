@@ -156,7 +156,7 @@ class DiskView(BaseModel):
 
 
 class MapMemoryView(BaseModel):
-    """Bytes of memory that a disk's map takes now, and `bound`, what it can come to."""
+    """Bytes of memory that a disk's map takes now; `bound`: at most."""
 
     associations: int
     versions: int
@@ -210,7 +210,7 @@ class MapView(BaseModel):
 
 
 class LogView(BaseModel):
-    """The end of a log, and where it stands."""
+    """The last lines of a log file, the newest last."""
 
     path: Path
     lines: list[str]
@@ -313,7 +313,7 @@ class ImageSeenView(BaseModel):
 
 
 class HostSideView(BaseModel):
-    """What the destination of a migration is, has and sees of the VM."""
+    """What a host is, has and sees of a VM that may come there. `memory_available` in bytes."""
 
     name: str
     accelerator: AcceleratorKind
@@ -341,7 +341,7 @@ class ResolveRequest(BaseModel):
 
 
 class ResolvedView(BaseModel):
-    """What became of it."""
+    """A VM whose owner was settled by an operator."""
 
     vm: str
     owner: str

@@ -1,4 +1,4 @@
-"""What `semper host` does in its cluster. Apart from it, since certificates take long to import."""
+"""What `semper host` does in a cluster. A module apart, since certificates take long to import."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from sempervirt.vm.config import AgentConfig
 
 
 async def run(spec: VmSpec, *, detach: bool, grace_s: float, json: bool) -> int:
-    """Starts the VM and follows it to its end; the exit code of the command."""
+    """Starts the VM and follows the VM to its end; gives the exit code of the command."""
     config = AgentConfig.default(keep_vms=True)
     async with AsyncExitStack() as stack:
         client = await stack.enter_async_context(Client.connect(config.socket))
@@ -65,7 +65,7 @@ async def _embedded_agent(config: AgentConfig) -> AsyncIterator[Agent]:
 
 
 async def _end(agent: Agent, name: str, before: set[str]) -> None:
-    """Leaves no VM of this command behind, however it ends; others run on."""
+    """Ends the VM that this command started, however the command ends; other VMs run on."""
     for vm in agent.vms.values():
         if vm.freed:
             continue
@@ -76,7 +76,7 @@ async def _end(agent: Agent, name: str, before: set[str]) -> None:
 
 
 async def _follow(client: Client, view: VmView, grace_s: float, *, json: bool) -> int:
-    """Shows the VM until it ends; Ctrl-C stops it, a second one kills it."""
+    """Shows the VM until its end; Ctrl-C stops the VM, a second Ctrl-C kills the VM."""
     with Watch(view.name, client, live=out.is_terminal and not json) as watch:
         watching = asyncio.create_task(watch.until_ended())
         async with _interrupts() as interrupted:

@@ -1,4 +1,4 @@
-"""The live status of one VM and its disks, in a terminal or as lines."""
+"""The live status of one VM and of the VM's disks, in a terminal or as lines."""
 
 from __future__ import annotations
 

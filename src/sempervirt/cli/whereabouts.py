@@ -1,4 +1,4 @@
-"""Where a VM is during a migration and after it: in one sentence, and as the end of a command.
+"""Where a VM is during and after a migration: in one sentence, and as the end of a command.
 
 Each function names all phases, so that mypy refuses a phase that nobody has a word for.
 """

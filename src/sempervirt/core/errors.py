@@ -41,7 +41,7 @@ class SempervirtError(Exception):
 
 
 class InvalidRequest(SempervirtError):
-    """The request can never succeed as it stands."""
+    """The request can never succeed. Nothing was done."""
 
 
 class SpecError(InvalidRequest):
@@ -80,11 +80,14 @@ class Unavailable(SempervirtError):
 
 
 class AgentUnavailable(Unavailable):
-    """No agent answers on its socket."""
+    """No agent answers on the socket of this user."""
 
 
 class CommandFailed(Unavailable):
-    """A subprocess ended with an error, or did not end by its deadline (exit_code None)."""
+    """A subprocess ended with an error, or did not end by the deadline (`exit_code` None).
+
+    `command` can be pasted into a shell; `tail` are the last lines of its output.
+    """
 
     def __init__(
         self, command: str, exit_code: int | None, tail: list[str], *, remedy: str = ""
@@ -114,7 +117,7 @@ class StateLost(SempervirtError):
 
 @dataclass(frozen=True)
 class Kind:
-    """What an error is called on the wire, and how it leaves a process."""
+    """The name of an error on the wire, and the numbers by which the error leaves a process."""
 
     error: type[SempervirtError]
     name: str

@@ -12,7 +12,7 @@ _NAME = re.compile(rf"[a-z0-9](?:[a-z0-9._-]{{0,{NAME_MAX - 1}}})", re.IGNORECAS
 
 
 def check_name(name: str) -> str:
-    """`name`, if it can name a VM or a disk. Raises ValueError with the rule otherwise."""
+    """`name`, if a VM or a disk can be called so. Raises ValueError with the rule otherwise."""
     if not _NAME.fullmatch(name):
         raise ValueError(
             f'"{name}" is not a name; use at most {NAME_MAX} letters, digits, ".", "_" or "-", '

@@ -25,7 +25,10 @@ Engine = Literal[
 
 
 def check_map(thread_map: Sequence[int], queues: int | None = None) -> ThreadMap:
-    """`thread_map`, if it is one, and for that many queues. Raises ValueError, fit for the user."""
+    """`thread_map` as a tuple, after a check that the map is valid and of that many queues.
+
+    Raises ValueError, with a message fit for the user.
+    """
     if not thread_map:
         raise ValueError("a map names a thread for each queue; this one is empty")
     threads = max(thread_map) + 1
@@ -81,12 +84,12 @@ class Binding:
 
     @property
     def queues(self) -> int:
-        """How many queues there are."""
+        """How many queues the map has."""
         return len(self.map)
 
     @property
     def threads(self) -> int:
-        """How many threads they are on."""
+        """How many threads the queues are on."""
         return max(self.map) + 1
 
 

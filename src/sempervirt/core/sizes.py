@@ -33,7 +33,7 @@ def parse_size(text: str | int) -> int:
 
 
 def format_size(size_bytes: int) -> str:
-    """`size_bytes` in the largest unit that keeps it at 1 or more: "512M", "1.5G", "17"."""
+    """`size_bytes` in the largest unit of which there is at least one: "512M", "1.5G", "17"."""
     for unit in ("P", "T", "G", "M", "K"):
         if size_bytes >= _UNITS[unit]:
             return f"{size_bytes / _UNITS[unit]:.1f}".removesuffix(".0") + unit

@@ -1,4 +1,4 @@
-"""How long a guest waited for its disk when a backend died: pure.
+"""How long a guest waited for a disk whose backend died: pure.
 
 The guest's probe records every interval of more than 2 ms in which no writer got an answer. The
 stall of a kill is the time from SIGKILL to the end of the interval in which the next process

@@ -1,4 +1,4 @@
-"""One VM with a verified load, and everything that can happen to its disk.
+"""One VM with a verified load, and everything that can happen to the disk of the VM.
 
 A trial starts an agent of its own in a temporary directory, runs a stock Linux guest whose disk
 is served by a supervised backend, starts the probe's stamped writers in it, and then does what it
@@ -314,7 +314,7 @@ class Trial:
         )
 
     async def _serving_status(self) -> dict[str, Any] | None:
-        """The active backend's status once it has answered the guest; None if it never does."""
+        """The active backend's status once a request was answered; None if none ever is."""
         deadline = time.monotonic() + SETTLE_DEADLINE_S
         while time.monotonic() < deadline:
             with suppress(Unavailable, OutcomeUnknown):
@@ -336,7 +336,7 @@ class Trial:
         return at_ns
 
     async def reboot(self) -> None:
-        """Verifies, reboots the guest while its writers run, and starts over."""
+        """Verifies, starts the writers again, reboots the guest under them, and starts over."""
         await self.stop_load()
         await self.start_load()
         await self.probe.reboot()
@@ -357,7 +357,10 @@ class Trial:
     # Waiting
 
     async def wait_guarded(self) -> None:
-        """Waits until the disk is as well served as it can be. Raises Unavailable."""
+        """Waits for a ready spare, or, where the policy has no spares, for a backend that serves.
+
+        Raises Unavailable at the deadline.
+        """
         if self.disk.setup.policy.spare:
             await self.disk.wait_spare_ready(SETTLE_DEADLINE_S)
         else:

@@ -45,7 +45,10 @@ class _Call:
 
 
 class EventStream:
-    """Events from the moment it is made until the connection ends; for `async for`."""
+    """Events of the probe, from the making of the stream to the end of the connection.
+
+    Use with `async for`.
+    """
 
     def __init__(self, listeners: list[asyncio.Queue[Event | None]]) -> None:
         self._queue: asyncio.Queue[Event | None] = asyncio.Queue()
@@ -229,11 +232,11 @@ class ProbeConnection:
 
     @property
     def nonce(self) -> str:
-        """That of the boot that greeted last; empty before the first greeting."""
+        """The nonce of the boot that greeted last; "" before the first greeting."""
         return self._hello.nonce if self._hello else ""
 
     async def wait_hello(self, *, other_than: str = "", deadline_s: float = 60.0) -> Hello:
-        """Waits until a guest greeted whose nonce is not `other_than`, and gives its greeting.
+        """Waits for the greeting of a boot whose nonce is not `other_than`, and gives the greeting.
 
         Raises ProbeSilent or ProbeGone.
         """

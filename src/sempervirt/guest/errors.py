@@ -1,4 +1,4 @@
-"""What can go wrong between the host and the probe in a guest.
+"""Errors between the host and the probe in a guest.
 
 SempervirtError
 ├── ProbeRefused             the probe answered: no (kind: invalid, unavailable, failed)

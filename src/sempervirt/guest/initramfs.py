@@ -32,7 +32,7 @@ APPLETS = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the image is made of.
+    """The parts of a guest image.
 
     `kernel_tree` holds `vmlinuz`, `release` and `modules/` (the content of /lib/modules/RELEASE);
     `init` is the first process, a static program or a script of busybox; `modules` are wanted
@@ -69,7 +69,7 @@ class Recipe:
 
 
 def _stripped(program: Path) -> bytes:
-    """A program without its symbols, where `strip` is installed: a quarter of the size to load."""
+    """A program without symbols, where `strip` is installed: a quarter of the size to load."""
     contents = program.read_bytes()
     if shutil.which("strip") is None or not contents.startswith(b"\x7fELF"):
         return contents

@@ -22,7 +22,7 @@ RELEASE = "release"
 
 @dataclass(frozen=True)
 class GuestImage:
-    """A kernel, the initramfs to boot it with, and the kernel's release (`6.1.0-…`)."""
+    """A kernel, an initramfs for that kernel, and the kernel's release (`6.1.0-…`)."""
 
     kernel: Path
     initrd: Path

@@ -1,4 +1,4 @@
-"""Which kernel modules go into the image, in which order they load, and for which devices.
+"""The kernel modules of the image: which, in which order to load, and for which devices.
 
 Everything is read from the modules themselves (the section .modinfo), so no index of depmod is
 needed. The guest gets plain modules and one list; its format is described in the probe's source,
@@ -75,7 +75,7 @@ def read_module(path: Path) -> Module:
 
 
 def _in_order(name: str, found: dict[str, Module], order: list[str]) -> None:
-    """Appends a module to `order` after all that it needs."""
+    """Appends a module to `order`, after the modules that must be loaded first."""
     if name in order or name not in found:
         return
     for need in found[name].needs:
@@ -84,7 +84,7 @@ def _in_order(name: str, found: dict[str, Module], order: list[str]) -> None:
 
 
 def choose_modules(tree: Path, more: tuple[str, ...] = ()) -> list[Module]:
-    """The wanted modules of a kernel's module tree and all that they need, in order of loading.
+    """The wanted modules of a kernel's module tree with their dependencies, in order of loading.
 
     `more` are wanted beside WANTED. Built-in drivers are left out, and so are soft dependencies
     that this kernel lacks. Raises NotFound when the kernel lacks a driver that the guest cannot do

@@ -112,9 +112,9 @@ class ProbeClient(ProbeConnection):
         device: str | None = None,
         deadline_s: float = 60.0,
     ) -> Stats:
-        """Waits until the figures of the writers fulfil a condition, and gives them.
+        """Waits for figures of the writers that fulfil a condition, and gives those figures.
 
-        Raises Unavailable, with the last figures, when they do not by the deadline.
+        Raises Unavailable, with the last figures, at the deadline.
         """
         give_up = time.monotonic() + deadline_s
         while True:
@@ -149,7 +149,7 @@ class ProbeClient(ProbeConnection):
         return Ran.model_validate(await self.call("exec", deadline_s=deadline_s, argv=argv))
 
     async def network_up(self, device: str, address: str, *, gateway: str | None = None) -> None:
-        """Gives an interface its address, with prefix ("10.0.2.15/24"), and brings it up."""
+        """Brings an interface up, with an address and its prefix ("10.0.2.15/24")."""
         await self.call("net_up", device=device, address=address, gateway=gateway)
 
     async def echo_start(self, port: int) -> None:
@@ -157,7 +157,7 @@ class ProbeClient(ProbeConnection):
         await self.call("tcp_echo_start", port=port)
 
     async def reboot(self, *, deadline_s: float = 60.0) -> Hello:
-        """Reboots the guest at once, without sync, and waits for its next greeting."""
+        """Reboots the guest at once, without sync, and waits for the greeting of the next boot."""
         nonce = self.nonce
         with suppress(ProbeRebooted):
             await self.call("reboot", deadline_s=deadline_s)
@@ -168,7 +168,7 @@ class ProbeClient(ProbeConnection):
         await self.call("unbind", device=device)
 
     async def bind(self, device: str) -> str:
-        """Gives an unbound disk its driver back; returns the name that it has now."""
+        """Gives an unbound disk the driver back; returns the new name of the disk ("vdb")."""
         return str((await self.call("bind", device=device))["device"])
 
     async def heartbeat_start(self, *, interval_ms: int = 10) -> None:

@@ -1,4 +1,4 @@
-"""What the probe answers, as types. Times ending in `_ns` are the guest's CLOCK_MONOTONIC.
+"""Answers of the probe, as types. Times ending in `_ns` are the guest's CLOCK_MONOTONIC.
 
 The other side of each is in `crates/probe/src` (runs.rs, writers.rs, verify.rs, kmsg.rs). Members
 that a newer probe adds are ignored.
@@ -20,7 +20,7 @@ class Report(BaseModel):
 
 
 class Hello(Report):
-    """Who answers. The nonce is drawn at boot and kept in RAM only: another one, another boot."""
+    """The greeting of a boot. `nonce` is drawn at boot and kept in RAM only."""
 
     nonce: str
     version: str
@@ -59,7 +59,7 @@ class IoError(Report):
 
 
 class WrongCounts(Report):
-    """Blocks that did not hold what they had to, each counted once and in one kind.
+    """Blocks with wrong content, each counted once and in one kind.
 
     lost: an older write than the one acknowledged. torn: parts of different writes, or a bad
     checksum. misplaced: another place's block. foreign: another boot's, or no stamp.

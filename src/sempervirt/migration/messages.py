@@ -1,4 +1,4 @@
-"""What the agents of both hosts say to each other during a migration."""
+"""Messages between the agents of both hosts of a migration, and the view of a migration."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class ArrivalAnswer(BaseModel):
 
 
 class RunRequest(BaseModel):
-    """Tells the destination that the VM is its own, by which claim."""
+    """Tells the destination that the VM was handed over. `epoch` and `claim` are of its claim."""
 
     epoch: int
     claim: str = Field(pattern=r"^[0-9a-f]{32}$")

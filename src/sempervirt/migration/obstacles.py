@@ -17,7 +17,7 @@ from sempervirt.qemu.state import Runstate
 
 @dataclass(frozen=True)
 class Obstacle:
-    """What stands in the way, and what can be done about it."""
+    """A reason against a move, and a remedy as an imperative."""
 
     what: str
     remedy: str = ""
@@ -34,7 +34,11 @@ class ImageSeen:
 
 @dataclass(frozen=True)
 class HostSide:
-    """What a host is and has. `images` are by the disk's name, `missing` are paths and taps."""
+    """A host as source or destination of a move.
+
+    `images` are by the name of the disk, `missing` are paths and taps, `memory_available` is in
+    bytes; `vm_state` is that of a VM of the same name there, None when there is none.
+    """
 
     name: str
     accelerator: AcceleratorKind
@@ -50,7 +54,7 @@ class HostSide:
 def obstacles(
     spec: VmSpec, accelerator: AcceleratorKind, source: HostSide, destination: HostSide
 ) -> list[Obstacle]:
-    """All of them; none: the move may begin. `accelerator` is what the VM runs with."""
+    """All obstacles; none: the move may begin. `accelerator` is what the VM runs with."""
     return [
         *_vm(spec, source, destination),
         *_processor(spec, accelerator, source, destination),

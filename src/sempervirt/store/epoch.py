@@ -65,7 +65,7 @@ class EpochRecord:
 
 
 class Admission(Enum):
-    """What a record says to a claim."""
+    """How a record judges a claim."""
 
     RENEWED = "renewed"  # it is the claim on record
     ADVANCED = "advanced"  # it is newer, and is put on record
@@ -103,7 +103,7 @@ def encode(record: EpochRecord) -> bytes:
 
 
 def decode(slot: bytes) -> EpochRecord | None:
-    """The record in a slot, None if it is empty or torn. Raises RecordNewer."""
+    """The record in a slot, None if the slot is empty or torn. Raises RecordNewer."""
     if len(slot) != SLOT_BYTES:
         return None
     magic, version, checksum, sequence, epoch, image, claim, flags, length, holder = (

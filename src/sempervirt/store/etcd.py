@@ -189,7 +189,7 @@ class EtcdStore:
     async def _changes(
         self, prefix: str, first_revision: int
     ) -> AsyncGenerator[tuple[list[Mapping[str, Any]], int]]:
-        """Events with the revision that they lead to. Ends when it is time to read again."""
+        """Events, with the revision after them. Ends when the store has to be read again."""
         create = {**self._range(prefix), "start_revision": str(first_revision)}
         timeout = httpx.Timeout(self._http.timeout.connect, read=self._silence_s)
         try:
@@ -260,7 +260,7 @@ def _unknown(endpoint: str, reason: str) -> OutcomeUnknown:
 
 
 def _refusal(endpoint: str, response: httpx.Response, *, repeatable: bool) -> SempervirtError:
-    """What an answer that is no success means."""
+    """The error that an unsuccessful answer of etcd means."""
     try:
         document = response.json()
         code, text = int(document["code"]), str(document["message"])

@@ -30,7 +30,7 @@ class Outdated(StateConflict):
 
 
 class LeaseEnded(StateConflict):
-    """The lease has ended, and its entries are gone. Nothing was written."""
+    """The lease has ended, and the entries under it are gone. Nothing was written."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All entries below a prefix, as they stood together at one revision."""
+    """All entries below a prefix, at one revision of the store."""
 
     revision: int = 0
     entries: Mapping[str, Entry] = field(default_factory=dict)
@@ -56,7 +56,7 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Lease:
-    """Entries written under it go at its end.
+    """Entries that were written under a lease go when the lease ends.
 
     `deadline` is on this host's boot clock, counted from before the request was sent: whoever
     stops then stops before the store, or anybody who reads it, takes the lease to be over.
@@ -117,7 +117,7 @@ class Store(Protocol):
         ...
 
     async def revoke(self, lease: Lease) -> None:
-        """Ends a lease with its entries; nothing happens when it has ended."""
+        """Ends a lease and removes its entries; does nothing for a lease that has ended."""
         ...
 
     async def close(self) -> None:

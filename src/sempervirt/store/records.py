@@ -1,4 +1,4 @@
-"""What is kept in the store: keys, values and their version.
+"""Entries of the store: keys, values, and the version of the values.
 
     hosts/NAME      Host         who belongs to the cluster, with the certificate it has
     alive/NAME      Presence     under a lease: its agent runs and reaches the store
@@ -31,7 +31,7 @@ class Value(BaseModel):
     version: Literal[1] = 1
 
     def text(self) -> str:
-        """As it is stored."""
+        """The record as the store keeps it: JSON."""
         return self.model_dump_json()
 
 
@@ -72,7 +72,7 @@ class Revocation(Value):
 
 
 class Custody(Enum):
-    """What is known about who runs a VM.
+    """What the store knows of the runner of a VM.
 
     FREE: nobody; a host may claim it. OWNED: its owner alone. MOVING: its owner still, while a
     destination prepares. UNKNOWN: perhaps its owner, perhaps `destination`, perhaps nobody:

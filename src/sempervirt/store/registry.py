@@ -40,7 +40,7 @@ class StaleClaim(StateConflict):
 
 @dataclass(frozen=True)
 class Claim:
-    """The right to run a VM and to write its images. `id` is 32 hexadecimal digits."""
+    """The right to run a VM and to write the images of the VM. `id` is 32 hexadecimal digits."""
 
     vm: str
     host: str
@@ -56,7 +56,7 @@ class Registry:
         self._store = store
 
     async def find(self, vm: str) -> Ownership:
-        """Who owns a VM. Raises NotFound for one that was never claimed."""
+        """The owner of a VM. Raises NotFound for a VM that was never claimed."""
         found = _ownership(await self._store.read(_vm_key(vm)), vm)
         if found is None:
             raise NotFound(f"no host ever owned a VM {vm}")
@@ -88,7 +88,7 @@ class Registry:
         return _require(await self._store.read(_vm_key(claim.vm)), claim)
 
     async def release(self, claim: Claim) -> None:
-        """The VM has ended and its images are closed. Raises StaleClaim."""
+        """Makes the VM free: the VM has ended, and its images are closed. Raises StaleClaim."""
         state = await self._store.read()
         present = _require(state, claim)
         freed = Ownership(
@@ -120,7 +120,7 @@ class Registry:
     async def hand_over(self, claim: Claim) -> Claim:
         """Gives the VM to the destination of its move, under a new epoch.
 
-        The source calls it when its processors stand still and its backends have let go.
+        For the source, once its processors stand still and its backends have let go of the images.
         Raises StaleClaim, StateConflict when no move is under way.
         """
         state = await self._store.read()

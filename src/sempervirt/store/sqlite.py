@@ -62,7 +62,7 @@ class SqliteStore:
 
     @classmethod
     def open(cls, path: Path) -> SqliteStore:
-        """Opens or makes the file, readable by its owner alone.
+        """Opens the file, or makes one that only the present user can read.
 
         Raises Unavailable, and RecordNewer for a file of a later release.
         """
@@ -145,7 +145,7 @@ class SqliteStore:
         await self._run(self._connection.close)
 
     async def _run(self, work: Callable[[], Result]) -> Result:
-        """Runs `work` in a thread, one at a time, and always to its end."""
+        """Runs `work` in a thread: never beside other work, and always to the end."""
         async with self._lock:
             task = asyncio.ensure_future(asyncio.to_thread(self._translate, work))
             try:

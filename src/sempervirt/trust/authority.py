@@ -39,27 +39,27 @@ class Issued:
 
     @property
     def pem(self) -> str:
-        """As text."""
+        """The certificate as text (PEM)."""
         return self.certificate.public_bytes(serialization.Encoding.PEM).decode()
 
     @property
     def serial(self) -> str:
-        """Its number, as the other end of a connection sees it."""
+        """The serial number in hexadecimal, as the other end of a connection sees it."""
         return serial_text(self.certificate.serial_number)
 
     @property
     def not_after(self) -> float:
-        """When it ends."""
+        """When the certificate ends, in seconds since the epoch."""
         return self.certificate.not_valid_after_utc.timestamp()
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the whole."""
+        """SHA-256 of the certificate, in hexadecimal."""
         return self.certificate.fingerprint(hashes.SHA256()).hex()
 
 
 class Authority:
-    """Made by `create`, or `load`."""
+    """A certificate authority. Made by `create`, or `load`."""
 
     def __init__(self, key: ec.EllipticCurvePrivateKey, certificate: x509.Certificate) -> None:
         self._key = key
@@ -67,7 +67,7 @@ class Authority:
 
     @classmethod
     def create(cls, directory: Path, cluster: str, now: datetime | None = None) -> Authority:
-        """A new one, in `directory`. Raises StateConflict when there is one."""
+        """Makes an authority in `directory`. Raises StateConflict when one is there."""
         if (directory / KEY_FILE).exists():
             raise StateConflict(f"there is an authority in {directory} already")
         key = ec.generate_private_key(ec.SECP256R1())
@@ -92,7 +92,7 @@ class Authority:
 
     @classmethod
     def load(cls, directory: Path) -> Authority:
-        """The one in `directory`. Raises StateConflict when it is on another host."""
+        """Reads the authority in `directory`. Raises StateConflict when there is none."""
         key = read_private(directory / KEY_FILE)
         if key is None:
             raise StateConflict(
@@ -121,7 +121,7 @@ class Authority:
     def issue_invitation(
         self, key: ec.EllipticCurvePublicKey, host: str, valid: timedelta, now: datetime
     ) -> Issued:
-        """What an invitation for `host` shows; see `invitation`."""
+        """The certificate of an invitation for `host`; see `invitation`."""
         names = [x509.UniformResourceIdentifier(INVITATION_URI + host)]
         return self._issue(key, host, names, [ExtendedKeyUsageOID.CLIENT_AUTH], valid, now)
 

@@ -50,7 +50,7 @@ class Identity:
 
     @property
     def certificate(self) -> Issued | None:
-        """This host's own."""
+        """This host's own certificate."""
         path = self.directory / CERTIFICATE_FILE
         if not path.exists():
             return None
@@ -81,7 +81,7 @@ class Identity:
 
 
 class Role(Enum):
-    """What a certificate stands for."""
+    """The right that a certificate gives."""
 
     HOST = "host"
     INVITATION = "invitation"
@@ -89,7 +89,7 @@ class Role(Enum):
 
 @dataclass(frozen=True)
 class Peer:
-    """Who is at the other end of a connection."""
+    """The other end of a connection, as its certificate says."""
 
     role: Role
     host: str

@@ -63,7 +63,7 @@ class Invitation:
 
     @property
     def fingerprint(self) -> str:
-        """What the cluster keeps of it."""
+        """SHA-256 of the certificate: what the cluster keeps of an invitation."""
         return Issued(self.certificate).fingerprint
 
     def client_context(self) -> ssl.SSLContext:

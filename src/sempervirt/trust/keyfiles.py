@@ -13,7 +13,7 @@ from sempervirt.core.errors import SempervirtError, Unavailable
 
 
 class KeyExposed(SempervirtError):
-    """A private key can be read by others than its owner: it is not used."""
+    """A private key can be read by other users than its owner, so the key is not used."""
 
 
 def write_private(path: Path, key: ec.EllipticCurvePrivateKey) -> None:
