@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +21,7 @@ from sempervirt.disk.backend import ImageTitle
 from sempervirt.disk.driver import Disk
 from sempervirt.disk.lifecycle import start_disk
 from sempervirt.disk.setup import DiskSetup
+from sempervirt.disk.volume import Volume
 from sempervirt.qemu import accel, memory
 from sempervirt.qemu.command_line import Incoming, build, disk_id
 from sempervirt.qemu.driver import Machine
@@ -94,30 +95,8 @@ async def launch(
             stack.push_async_callback(undo.run)
             if not isinstance(beginning.work, Arriving):  # whose source has a claim
                 await undo.claim()
-            setups = [
-                disk_setup(
-                    config,
-                    spec,
-                    disk,
-                    plans[disk_id(disk)],
-                    volumes[disk.name],
-                    beginning.title(ledger.record.claim, disk),
-                )
-                for disk in spec.disks
-                if disk.backend == "blkd"
-            ]
-            argv = build(
-                spec,
-                facts.features,
-                qemu=facts.qemu,
-                accel=accelerator.kind,
-                files=files,
-                disk_sockets={setup.short_name: setup.files.socket for setup in setups},
-                plans=plans,
-                memory_fd=memory_fd,
-                block_devices={v.path for v in volumes.values() if v.block_device},
-                incoming=Incoming(beginning.machine) if beginning.machine else None,
-            )
+            setups = _setups(config, ledger.record, volumes, beginning)
+            argv = _argv(facts, ledger.record, files, setups, memory_fd, beginning)
             await undo.start_disks(setups)
             if beginning.fill is not None:
                 beginning.fill(files, memory_fd)
@@ -127,6 +106,47 @@ async def launch(
     ledger.started(machine.identity)
     log.info("run vm=%s pid=%s accel=%s", spec.name, machine.pid, accelerator.kind)
     return Vm(machine, undo.disks, ledger, partial(claims.release, config))
+
+
+def _setups(
+    config: AgentConfig, record: VmRecord, volumes: Mapping[str, Volume], beginning: Beginning
+) -> list[DiskSetup]:
+    """Of the disks that backends serve."""
+    return [
+        disk_setup(
+            config,
+            record.spec,
+            disk,
+            record.plans[disk_id(disk)],
+            volumes[disk.name],
+            beginning.title(record.claim, disk),
+        )
+        for disk in record.spec.disks
+        if disk.backend == "blkd"
+    ]
+
+
+def _argv(
+    facts: HostFacts,
+    record: VmRecord,
+    files: VmFiles,
+    setups: list[DiskSetup],
+    memory_fd: int,
+    beginning: Beginning,
+) -> list[str]:
+    """QEMU's command line."""
+    return build(
+        record.spec,
+        facts.features,
+        qemu=facts.qemu,
+        accel=record.accelerator.kind,
+        files=files,
+        disk_sockets={setup.short_name: setup.files.socket for setup in setups},
+        plans=record.plans,
+        memory_fd=memory_fd,
+        block_devices={d.image for d in record.spec.disks if d.image.is_block_device()},
+        incoming=Incoming(beginning.machine) if beginning.machine else None,
+    )
 
 
 class _Undo:
