@@ -19,8 +19,8 @@ use semper_blockmap::{
     Recorder, Refreshed, RegionKey, Reverse, SECTOR_SIZE, SECTORS_PER_BLOCK, Tally, Verifier,
 };
 use semper_ring::GuestMemory;
-use serde_json::{Value, json};
 
+use crate::answers::{self, Found, MapCounts, MapMemory, Running};
 use crate::state::seconds_of_now;
 
 /// Bytes that the content index may take unless the caller allows more or less.
@@ -81,13 +81,6 @@ struct Progress {
     index_bytes: u64,
     /// Entries that were good when they were last counted.
     associated: u64,
-}
-
-#[derive(Clone, Copy)]
-struct Running {
-    step: &'static str,
-    done: u64,
-    total: u64,
 }
 
 /// What a verification of all pages came to.
@@ -252,13 +245,13 @@ impl DiskMap {
     }
 
     /// The two counts that cost nothing to tell.
-    pub(crate) fn counts(&self) -> Value {
+    pub(crate) fn counts(&self) -> MapCounts {
         let (recorded, dropped) = self.content().map.recorded();
-        json!({"recorded": recorded, "dropped": dropped})
+        MapCounts { recorded, dropped }
     }
 
     /// All that is known, at the cost of a look at every entry.
-    pub(crate) fn stats(&self) -> Value {
+    pub(crate) fn stats(&self) -> answers::Map {
         let map = &self.content().map;
         let (recorded, dropped) = map.recorded();
         let layout = map.layout();
@@ -273,30 +266,30 @@ impl DiskMap {
             locked(&self.progress).associated = good as u64;
         }
         let Progress { running, last, index_blocks, index_bytes, associated } = progress;
-        json!({
-            "page_size": semper_blockmap::PAGE_SIZE,
-            "pages": pages,
-            "associated": associated,
-            "blocks": blocks,
-            "touched": touched,
-            "recorded": recorded,
-            "dropped": dropped,
-            "index_blocks": index_blocks,
-            "memory": {
-                "associations": tables,
-                "versions": versions,
-                "touched": bits,
-                "index": index_bytes,
-                "total": tables + versions + bits + index_bytes,
-                "bound": map.bound() + DEFAULT_INDEX_BYTES,
+        answers::Map {
+            page_size: semper_blockmap::PAGE_SIZE,
+            pages,
+            associated,
+            blocks,
+            touched,
+            recorded,
+            dropped,
+            index_blocks,
+            memory: MapMemory {
+                associations: tables,
+                versions,
+                touched: bits,
+                index: index_bytes,
+                total: tables + versions + bits + index_bytes,
+                bound: map.bound() + DEFAULT_INDEX_BYTES,
             },
-            "running": running.map(|r| json!({"step": r.step, "done": r.done, "total": r.total})),
-            "verification": last.map(|v| verification(&v)),
-        })
+            running,
+            verification: last.map(verification),
+        }
     }
 
     /// Which sectors a page holds, or which pages hold a sector's block. Hints, by association.
-    pub(crate) fn find(&self, address: Option<u64>, sector: Option<u64>) -> Result<Value, String> {
+    pub(crate) fn find(&self, address: Option<u64>, sector: Option<u64>) -> Result<Found, String> {
         let map = &self.content().map;
         let layout = map.layout().ok_or("no guest is connected")?;
         let regions = layout.regions();
@@ -311,7 +304,7 @@ impl DiskMap {
                 })?;
                 let index = ((address - regions[region].0.guest_addr) / page) as usize;
                 let found = layout.block_in(map, region, index);
-                Ok(json!({"sector": found.map(|a| a.sector)}))
+                Ok(Found::Page { sector: found.map(|a| a.sector) })
             }
             (None, Some(sector)) => {
                 let reverse = Reverse::build(map, &layout);
@@ -319,8 +312,8 @@ impl DiskMap {
                     regions[region].0.guest_addr + index as u64 * page
                 };
                 let found = reverse.pages_of(sector).iter();
-                let pages: Vec<u64> = found.map(|a| address(a.region, a.page)).collect();
-                Ok(json!({"addresses": pages}))
+                let addresses = found.map(|a| address(a.region, a.page)).collect();
+                Ok(Found::Sector { addresses })
             }
             _ => Err("give either \"address\" (of a page in the guest) or \"sector\"".to_owned()),
         }
@@ -465,21 +458,40 @@ impl DiskMap {
     }
 }
 
-fn verification(v: &Verification) -> Value {
+fn verification(v: Verification) -> answers::Verification {
     let Verification { tally, refreshed, seconds, time } = v;
-    json!({
-        "time": time,
-        "seconds": seconds,
-        "pages": tally.pages,
-        "zero": tally.zero,
-        "associated": tally.associated,
-        "verified_associated": tally.verified_associated,
-        "verified_content": tally.verified_content,
-        "verified_zero": tally.verified_zero,
-        "indexed": refreshed.blocks,
-        "hashed": refreshed.hashed,
-        "busy": refreshed.busy,
-        "beyond_limit": refreshed.beyond_limit,
-        "unreadable": refreshed.unreadable,
-    })
+    answers::Verification {
+        time,
+        seconds,
+        pages: tally.pages,
+        zero: tally.zero,
+        associated: tally.associated,
+        verified_associated: tally.verified_associated,
+        verified_content: tally.verified_content,
+        verified_zero: tally.verified_zero,
+        indexed: refreshed.blocks,
+        hashed: refreshed.hashed,
+        busy: refreshed.busy,
+        beyond_limit: refreshed.beyond_limit,
+        unreadable: refreshed.unreadable,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use semper_block::OpenOptions;
+    use semper_control::{Answer, golden};
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_verification_under_way_is_told() {
+        let image = tempfile::NamedTempFile::new().unwrap();
+        image.as_file().set_len(1 << 20).unwrap();
+        let image = Arc::new(Image::open(image.path(), OpenOptions::default()).unwrap());
+        let map = DiskMap::new(&image, 1, None, Keeping::Own).unwrap();
+        locked(&map.progress).running = Some(Running { step: "pages", done: 256, total: 1024 });
+        golden::check("blkd-map-verifying", &Answer::ok(&json!(1), map.stats()).line);
+    }
 }

@@ -29,11 +29,15 @@ use semper_block::{FaultRule, FaultSwitch};
 use semper_control::Answer;
 use semper_epoch::{Claim, Id};
 use serde::Deserialize;
-use serde_json::{Value, json};
+use serde_json::Value;
 
+use crate::answers::{
+    self, Claimed, Counters, HandOver, MapBlocks, MapExport, Nothing, Status, VerifyStarted,
+};
 use crate::block_map;
 use crate::device::Device;
 use crate::queue::Disk;
+use crate::state::{QueueCounters, Timeline};
 use crate::threads::ThreadMap;
 
 /// The kind of a refusal that the same request will always get.
@@ -111,19 +115,20 @@ impl Control {
         }
         let id = request.id.clone();
         match self.carry_out(request) {
-            Ok(ok) => Answer::ok(&id, ok),
+            Ok(answer) => answer,
             Err((kind, message)) => Answer::refused(&id, kind, message),
         }
     }
 
-    fn carry_out(&self, request: Request) -> Result<Value, Refusal> {
-        match request.cmd.as_str() {
-            "status" => Ok(self.status()),
+    fn carry_out(&self, request: Request) -> Result<Answer, Refusal> {
+        let id = &request.id;
+        Ok(match request.cmd.as_str() {
+            "status" => Answer::ok(id, self.status()),
             "fault" => {
                 let rule = request.rule.map(fault_rule).transpose().map_err(|m| (INVALID, m))?;
                 log::warn!("fault injection rule={rule:?}");
                 self.faults.set(rule);
-                Ok(json!({}))
+                Answer::ok(id, Nothing {})
             }
             "handover" => {
                 let armed = request.armed;
@@ -132,25 +137,28 @@ impl Control {
                 let mut device = self.device.lock().unwrap_or_else(PoisonError::into_inner);
                 device.set_hand_over(armed).map_err(|error| ("busy", error.to_string()))?;
                 drop(device);
-                Ok(json!({"armed": armed, "owns_image": self.disk.tenure.is_held()}))
+                Answer::ok(id, HandOver { armed, owns_image: self.disk.tenure.is_held() })
             }
             "claim" => {
                 self.claim(request.epoch, request.claim.as_deref())?;
-                Ok(json!({"claim": self.disk.tenure.claim()}))
+                Answer::ok(id, Claimed { claim: self.disk.tenure.claim() })
             }
-            "threads" => Ok(json!({"map": self.rebind(request.map)?.as_slice()})),
+            "threads" => {
+                let map = self.rebind(request.map)?;
+                Answer::ok(id, answers::Threads { map: map.as_slice() })
+            }
             other => {
                 let known = "\"status\", \"fault\", \"threads\", \"map\", \"map-verify\", \
                              \"map-find\", \"map-export\", \"map-blocks\", \"map-touch\", \
                              \"handover\" and \"claim\"";
-                Err((INVALID, format!("unknown command {other:?}; known are {known}")))
+                return Err((INVALID, format!("unknown command {other:?}; known are {known}")));
             }
-        }
+        })
     }
 
     fn about_map(&self, request: &Request) -> Answer {
         let refuse = |kind: &str, message: String| Answer::refused(&request.id, kind, message);
-        let ok = |ok: Value| Answer::ok(&request.id, ok);
+        let id = &request.id;
         let Some(map) = &self.disk.map else {
             let cause = "this backend was started with --no-map; start it without";
             return refuse(INVALID, cause.to_owned());
@@ -167,28 +175,28 @@ impl Control {
             return refuse("busy", cause.to_owned());
         }
         match request.cmd.as_str() {
-            "map" => ok(map.stats()),
+            "map" => Answer::ok(id, map.stats()),
             "map-find" => match map.find(address, sector) {
-                Ok(found) => ok(found),
+                Ok(found) => Answer::ok(id, found),
                 Err(message) => refuse(INVALID, message),
             },
             "map-verify" => match map.start_verification(index_bytes) {
-                Ok(started) => ok(json!({"started": started})),
+                Ok(started) => Answer::ok(id, VerifyStarted { started }),
                 Err(error) => refuse("failed", format!("cannot start a thread: {error}")),
             },
             "map-export" => match map.export(verify.unwrap_or(true), index_bytes) {
-                Ok(bytes) => Answer { line: ok(json!({"bytes": bytes.len()})).line, bytes },
+                Ok(bytes) => Answer::ok(id, MapExport { bytes: bytes.len() }).followed_by(bytes),
                 Err(message) => refuse("busy", message),
             },
             "map-blocks" => {
                 let (bytes, held) = map.blocks(limit);
                 let capacity = self.disk.image.capacity();
-                let told = json!({"bytes": bytes.len(), "capacity": capacity, "held": held});
-                Answer { line: ok(told).line, bytes }
+                let told = MapBlocks { bytes: bytes.len(), capacity, held };
+                Answer::ok(id, told).followed_by(bytes)
             }
             "map-touch" => {
                 map.touch(runs);
-                ok(json!({}))
+                Answer::ok(id, Nothing {})
             }
             other => refuse(INVALID, format!("unknown command {other:?} of the map")),
         }
@@ -215,86 +223,82 @@ impl Control {
         device.start_waiting().map_err(|error| ("in-use", error.to_string()))
     }
 
-    fn status(&self) -> Value {
+    fn status(&self) -> Status {
         let Disk { image, serial, shared, map, poll, tenure } = &*self.disk;
-        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        let when = |milestone: &AtomicU64| match get(milestone) {
-            0 => Value::Null,
-            ns => json!(ns),
-        };
-        let timeline = &shared.timeline;
-        let queues: Vec<Value> = shared
-            .queues
-            .iter()
-            .enumerate()
-            .map(|(index, queue)| {
-                json!({
-                    "index": index,
-                    "size": get(&queue.size),
-                    "enabled": queue.running.load(Ordering::Relaxed),
-                    "thread": get(&queue.thread),
-                    "reads": get(&queue.reads),
-                    "writes": get(&queue.writes),
-                    "flushes": get(&queue.flushes),
-                    "discards": get(&queue.discards),
-                    "errors": get(&queue.errors),
-                    "bytes_read": get(&queue.bytes_read),
-                    "bytes_written": get(&queue.bytes_written),
-                    "in_flight": get(&queue.in_flight),
-                    "replayed": get(&queue.replayed),
-                    "kicks": get(&queue.wakeups),
-                    "polls": get(&queue.polls),
-                    "calls": get(&queue.calls),
-                })
-            })
-            .collect();
-        let threads =
-            shared.queues.iter().map(|queue| get(&queue.thread)).max().map_or(0, |n| n + 1);
-        let replayed: u64 = shared.queues.iter().map(|queue| get(&queue.replayed)).sum();
-        json!({
-            "version": env!("CARGO_PKG_VERSION"),
-            "pid": std::process::id(),
-            "state": shared.phase().name(),
-            "engine": self.engine,
-            "direct": image.direct(),
-            "owns_image": tenure.is_held(),
-            "standing": tenure.standing().name(),
-            "claim": tenure.claim(),
-            "memory": shared.arrival().name(),
-            "read_only": image.read_only(),
-            "image": image.path().to_string_lossy(),
-            "size_bytes": image.capacity(),
-            "block_size": image.block_size(),
-            "serial": String::from_utf8_lossy(serial).trim_end_matches('\0'),
-            "num_queues": shared.queues.len(),
-            "threads": threads,
-            "poll_us": poll.as_micros(),
-            "map": map.as_ref().map(|map| map.counts()),
-            "inflight": shared.tracked.load(Ordering::Relaxed),
-            "write_cache": if shared.write_through.load(Ordering::Relaxed) {
-                "write-through"
-            } else {
-                "write-back"
+        let queues: Vec<answers::Queue> = shared.queues.iter().enumerate().map(queue).collect();
+        let threads = queues.iter().map(|queue| queue.thread).max().map_or(0, |n| n + 1);
+        let replayed = queues.iter().map(|queue| queue.replayed).sum();
+        let write_through = shared.write_through.load(Ordering::Relaxed);
+        Status {
+            version: env!("CARGO_PKG_VERSION"),
+            pid: std::process::id(),
+            state: shared.phase().name(),
+            engine: self.engine,
+            direct: image.direct(),
+            owns_image: tenure.is_held(),
+            standing: tenure.standing().name(),
+            claim: tenure.claim(),
+            memory: shared.arrival().name(),
+            read_only: image.read_only(),
+            image: image.path().to_string_lossy().into_owned(),
+            size_bytes: image.capacity(),
+            block_size: image.block_size(),
+            serial: String::from_utf8_lossy(serial).trim_end_matches('\0').to_owned(),
+            num_queues: queues.len(),
+            threads,
+            poll_us: poll.as_micros() as u64,
+            map: map.as_ref().map(|map| map.counts()),
+            inflight: shared.tracked.load(Ordering::Relaxed),
+            write_cache: if write_through { "write-through" } else { "write-back" },
+            timeline_ns: timeline(&shared.timeline),
+            queues,
+            counters: Counters {
+                connections: get(&shared.connections),
+                replayed,
+                protocol_errors: get(&shared.protocol_errors),
+                guest_errors: get(&shared.guest_errors),
+                host_errors: get(&shared.host_errors),
             },
-            "timeline_ns": {
-                "process_start": when(&timeline.process_start),
-                "spare_ready": when(&timeline.spare_ready),
-                "lock_acquired": when(&timeline.lock_acquired),
-                "accepted": when(&timeline.accepted),
-                "started": when(&timeline.started),
-                "replayed": when(&timeline.replayed),
-                "first_completion": when(&timeline.first_completion),
-            },
-            "queues": queues,
-            "counters": {
-                "connections": get(&shared.connections),
-                "replayed": replayed,
-                "protocol_errors": get(&shared.protocol_errors),
-                "guest_errors": get(&shared.guest_errors),
-                "host_errors": get(&shared.host_errors),
-            },
-            "last_error": shared.last_error(),
-        })
+            last_error: shared.last_error(),
+        }
+    }
+}
+
+fn get(counter: &AtomicU64) -> u64 {
+    counter.load(Ordering::Relaxed)
+}
+
+fn queue((index, queue): (usize, &QueueCounters)) -> answers::Queue {
+    answers::Queue {
+        index,
+        size: get(&queue.size),
+        enabled: queue.running.load(Ordering::Relaxed),
+        thread: get(&queue.thread),
+        reads: get(&queue.reads),
+        writes: get(&queue.writes),
+        flushes: get(&queue.flushes),
+        discards: get(&queue.discards),
+        errors: get(&queue.errors),
+        bytes_read: get(&queue.bytes_read),
+        bytes_written: get(&queue.bytes_written),
+        in_flight: get(&queue.in_flight),
+        replayed: get(&queue.replayed),
+        kicks: get(&queue.wakeups),
+        polls: get(&queue.polls),
+        calls: get(&queue.calls),
+    }
+}
+
+fn timeline(timeline: &Timeline) -> answers::Timeline {
+    let when = |milestone: &AtomicU64| Some(get(milestone)).filter(|&ns| ns != 0);
+    answers::Timeline {
+        process_start: when(&timeline.process_start),
+        spare_ready: when(&timeline.spare_ready),
+        lock_acquired: when(&timeline.lock_acquired),
+        accepted: when(&timeline.accepted),
+        started: when(&timeline.started),
+        replayed: when(&timeline.replayed),
+        first_completion: when(&timeline.first_completion),
     }
 }
 

@@ -12,6 +12,7 @@
 //!
 //! The program is [`main`]; a library only so that fuzzers and tests reach its parsers.
 
+mod answers;
 mod args;
 mod block_map;
 mod config;
@@ -43,6 +44,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use semper_program::Program;
 
+use crate::answers::Capabilities;
 use crate::args::Args;
 use crate::state::{Shared, mark};
 
@@ -53,7 +55,8 @@ pub(crate) const PROGRAM: Program = Program("semper-blkd");
 pub fn main() -> ExitCode {
     let args = Args::parse();
     if args.print_capabilities {
-        println!("{}", serde_json::json!({"type": "block", "features": ["read-only", "blk-file"]}));
+        let capabilities = Capabilities { kind: "block", features: &["read-only", "blk-file"] };
+        println!("{}", serde_json::json!(capabilities));
         return ExitCode::SUCCESS;
     }
     PROGRAM.log_to_stderr();

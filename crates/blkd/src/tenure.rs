@@ -31,8 +31,8 @@ use std::time::{Duration, Instant};
 
 use semper_block::{Image, ImageError, LockError, Name};
 use semper_epoch::Claim;
-use serde_json::Value;
 
+use crate::answers;
 use crate::block_map::DiskMap;
 use crate::failure::Failure;
 use crate::state::{Shared, mark};
@@ -236,7 +236,7 @@ impl Tenure {
         Ok(())
     }
 
-    pub(crate) fn claim(&self) -> Value {
+    pub(crate) fn claim(&self) -> answers::Claim {
         self.title.status()
     }
 

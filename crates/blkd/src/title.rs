@@ -14,8 +14,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use semper_block::Image;
 use semper_epoch::{Claim, Denied, Holder, admit, check_unclaimed, release};
-use serde_json::{Value, json};
 
+use crate::answers;
 use crate::args::Args;
 
 /// The claim of this process, if it has one.
@@ -109,19 +109,19 @@ impl Title {
         }
     }
 
-    pub(crate) fn status(&self) -> Value {
+    pub(crate) fn status(&self) -> answers::Claim {
         let State { claim, admitted } = *self.state();
-        let name = match (&self.record, claim, admitted) {
+        let state = match (&self.record, claim, admitted) {
             (None, ..) => "none",
             (_, None, _) => "awaited",
             (_, _, false) => "given",
             (_, _, true) => "admitted",
         };
-        json!({
-            "state": name,
-            "epoch": claim.map(|claim| claim.epoch),
-            "id": claim.map(|claim| claim.id.to_string()),
-            "holder": self.record.as_ref().map(|(_, holder)| holder.to_string()),
-        })
+        answers::Claim {
+            state,
+            epoch: claim.map(|claim| claim.epoch),
+            id: claim.map(|claim| claim.id.to_string()),
+            holder: self.record.as_ref().map(|(_, holder)| holder.to_string()),
+        }
     }
 }

@@ -8,6 +8,9 @@
 //! An answer may be followed by bytes that are no line: it says how many. Each client has a thread
 //! of its own. What the requests mean is the program's.
 
+#[cfg(feature = "golden")]
+pub mod golden;
+
 use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::fs::FileTypeExt;
@@ -17,6 +20,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
+use serde::Serialize;
 use serde_json::{Value, json};
 
 /// Longest request line, in bytes. A longer one is answered as far as it was read, and ends the
@@ -80,9 +84,14 @@ pub struct Answer {
 }
 
 impl Answer {
-    /// What was asked for.
-    pub fn ok(id: &Value, ok: Value) -> Self {
+    /// What was asked for: a structure whose keys are strings.
+    pub fn ok(id: &Value, ok: impl Serialize) -> Self {
         json!({"id": id, "ok": ok}).into()
+    }
+
+    /// The same with bytes behind the line, which says how many.
+    pub fn followed_by(self, bytes: Vec<u8>) -> Self {
+        Self { bytes, ..self }
     }
 
     /// A refusal: `kind` for programs, `message` for people.

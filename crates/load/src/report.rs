@@ -141,3 +141,33 @@ impl Report {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lane::Tally;
+    use clap::Parser;
+    use semper_control::golden::check;
+    use serde_json::json;
+
+    #[test]
+    fn what_went_wrong_is_told() {
+        let socket = ["semper-load", "--socket=s", "--rate=2000", "--reconnect"];
+        let options = Options::parse_from(socket);
+        let first_error = Some("write at 4096: status 1".to_owned());
+        let outcome = Outcome {
+            tally: Tally { errors: 1, first_error, ..Tally::default() },
+            measured: Duration::ZERO,
+            own: Usage::default(),
+            backend: None,
+            capacity_bytes: 1 << 24,
+            span_bytes: 1 << 24,
+            ring_size: 128,
+            inflight: true,
+            outages: vec![Duration::from_millis(2)],
+            lost: Some("the backend closed the connection".to_owned()),
+            hung: 3,
+        };
+        check("load-report-failed", &json!(Report::new(&options, &outcome)));
+    }
+}

@@ -94,6 +94,7 @@ fn a_verified_load_is_counted_and_right() {
         .unwrap();
     let report = report(&output);
     assert_eq!(output.status.code(), Some(0), "{report}");
+    semper_control::golden::check("load-report-verified", &report);
     assert_eq!(report["ios"], 4000);
     assert_eq!(report["hung"], 0);
     assert!(report["flushes"].as_u64() > Some(0));
@@ -107,7 +108,9 @@ fn one_thread_drives_several_queues() {
     let backend = Backend::start("shared");
     let arguments = ["--queues=2", "--threads=1", "--depth=4", "--count=2000", "--poll-us=20"];
     let output = backend.load(&arguments).output().unwrap();
-    assert_eq!(report(&output)["ios"], 2000);
+    let report = report(&output);
+    semper_control::golden::check("load-report", &report);
+    assert_eq!(report["ios"], 2000);
 }
 
 #[test]

@@ -6,9 +6,13 @@
 //! - [`format`]: what the file looks like, and everything that is refused about one.
 //! - [`chunk`]: 512 KiB of memory, packed: zeros, blocks of images, and the rest under zstd.
 //! - [`image`]: finding blocks by content; what a state of a disk is known by.
+//! - [`description`]: the VM, and the disks that a state belongs to.
+//! - [`answers`]: what the program says of its work.
 //! - [`save`] and [`restore`]: the work on files, with several threads.
 
+pub mod answers;
 pub mod chunk;
+pub mod description;
 pub mod format;
 pub mod image;
 pub mod restore;

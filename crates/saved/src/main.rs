@@ -11,10 +11,12 @@ use std::time::{Duration, Instant};
 
 use clap::{Parser, Subcommand};
 use semper_program::Program;
+use semper_saved::answers::{Done, Restored, Shown};
 use semper_saved::image::Image;
 use semper_saved::restore::Saved;
 use semper_saved::save::{Order, save};
 use semper_saved::{Error, Progress};
+use serde::Serialize;
 use serde_json::json;
 
 /// Writes and reads saved states of VMs: memory in which blocks of disks are named, not held.
@@ -108,14 +110,14 @@ impl Reporter {
         let Ok(mut last) = self.last.try_lock() else { return };
         if last.elapsed() >= Duration::from_millis(100) {
             *last = Instant::now();
-            say(&json!({"done": done, "of": self.of}));
+            say(&Done { done, of: self.of });
         }
     }
 }
 
 /// A line on stdout; nobody who reads it is no reason to stop.
-fn say(value: &serde_json::Value) {
-    let _ = writeln!(std::io::stdout().lock(), "{value}");
+fn say(value: &impl Serialize) {
+    let _ = writeln!(std::io::stdout().lock(), "{}", json!(value));
 }
 
 fn run(command: Command) -> Result<(), Error> {
@@ -139,20 +141,18 @@ fn run(command: Command) -> Result<(), Error> {
                 output: &output,
                 threads: threads(),
             };
-            let figures = save(&order, progress)?;
-            say(&json!(figures));
+            say(&save(&order, progress)?);
         }
         Command::Restore { file, memory, state, image } => restore(&file, &memory, &state, &image)?,
         Command::Show { file } => {
             let saved = Saved::open(&file)?;
             let size = fs::metadata(&file).map_or(0, |data| data.len());
-            say(&json!({
-                "memory": saved.header.memory,
-                "file": size,
-                "state": saved.header.state,
-                "vm": saved.description.vm,
-                "images": saved.description.images,
-            }));
+            say(&Shown {
+                memory: saved.header.memory,
+                file: size,
+                state: saved.header.state,
+                description: &saved.description,
+            });
         }
     }
     Ok(())
@@ -184,7 +184,7 @@ fn restore(
     }
     let reporter = Reporter::new(size);
     saved.unpack(&target, &images, threads(), &|done| reporter.report(done))?;
-    say(&json!({"memory": size}));
+    say(&Restored { memory: size });
     Ok(())
 }
 

@@ -6,9 +6,9 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use crate::chunk;
+use crate::description::Description;
 use crate::format::{self, BODY_MAX, ENTRY, Entry, HEADER, Header, Kind};
 use crate::image::Image;
-use crate::save::Description;
 use crate::{CHUNK, CHUNK_PAGES, Error, PAGE, Progress};
 
 /// A saved state whose parts, except the chunks, have been read and verified.

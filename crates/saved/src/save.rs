@@ -9,34 +9,14 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, PoisonError};
 
 use rustix::fs::{SeekFrom, seek};
-use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::answers::Figures;
 use crate::chunk::{self, Counts};
+use crate::description::{Described, Description};
 use crate::format::{self, Entry, HEADER, Header};
-use crate::image::{Blocks, Identity, Image};
+use crate::image::{Blocks, Image};
 use crate::{CHUNK, Error, PAGE, Progress};
-
-/// What a saved state says about itself.
-#[derive(Debug, Serialize, Deserialize)]
-pub struct Description {
-    /// The agent's part: the VM and its QEMU.
-    pub vm: Value,
-    /// The disks it belongs to, by their numbers in references.
-    pub images: Vec<Described>,
-}
-
-/// One disk.
-#[derive(Debug, Serialize, Deserialize)]
-pub struct Described {
-    /// Its name in the VM.
-    pub name: String,
-    /// Where its image was.
-    pub path: PathBuf,
-    /// Its state.
-    #[serde(flatten)]
-    pub identity: Identity,
-}
 
 /// What is to be saved.
 #[derive(Debug)]
@@ -53,21 +33,6 @@ pub struct Order<'a> {
     pub output: &'a Path,
     /// How many threads work.
     pub threads: usize,
-}
-
-/// What it came to.
-#[derive(Debug, Serialize)]
-pub struct Figures {
-    /// Bytes of memory.
-    pub memory: u64,
-    /// Bytes of the file.
-    pub file: u64,
-    /// Pages of zeros.
-    pub zero_pages: u64,
-    /// Pages that are blocks of disks.
-    pub block_pages: u64,
-    /// Pages that are kept.
-    pub data_pages: u64,
 }
 
 /// Removes what was begun, unless it was finished.

@@ -5,9 +5,10 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use proptest::prelude::*;
+use semper_saved::answers::Figures;
 use semper_saved::image::Image;
 use semper_saved::restore::Saved;
-use semper_saved::save::{Figures, Order, save};
+use semper_saved::save::{Order, save};
 use semper_saved::{CHUNK, Error, PAGE};
 use serde_json::json;
 use tempfile::TempDir;

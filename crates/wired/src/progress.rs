@@ -6,7 +6,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use semper_wire::{Counters, Judged};
-use serde_json::{Value, json};
+
+use crate::answers::Status;
 
 /// Where a migration is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -140,32 +141,32 @@ impl Progress {
     }
 
     /// The canonical line and the control socket's answer.
-    pub(crate) fn status(&self) -> Value {
+    pub(crate) fn status(&self) -> Status {
         let told = self.told();
         let (source, destination) = (told.counters, told.judged);
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        json!({
-            "version": env!("CARGO_PKG_VERSION"),
-            "pid": std::process::id(),
-            "end": self.end,
-            "state": told.phase.name(),
-            "seconds": self.began.elapsed().as_secs_f64(),
-            "address": told.address.map(|address| address.to_string()),
-            "peer": told.peer,
-            "indexed_blocks": get(&self.indexed),
-            "stream_bytes": source.stream_bytes.max(destination.stream_bytes),
-            "wire_bytes_sent": get(&self.wire.0),
-            "wire_bytes_received": get(&self.wire.1),
-            "backlog_bytes": get(&self.backlog),
-            "switchover_bandwidth": Some(get(&self.link)).filter(|&rate| rate > 0),
-            "zero_pages": source.zero_pages,
-            "pages": source.pages,
-            "references": source.references.max(destination.references),
-            "mismatches": get(&self.mismatches).max(destination.mismatches),
-            "repaired": destination.repaired,
-            "other_bytes": source.raw_bytes,
-            "passes_through": told.lost,
-            "error": told.failure,
-        })
+        Status {
+            version: env!("CARGO_PKG_VERSION"),
+            pid: std::process::id(),
+            end: self.end,
+            state: told.phase.name(),
+            seconds: self.began.elapsed().as_secs_f64(),
+            address: told.address.map(|address| address.to_string()),
+            peer: told.peer.clone(),
+            indexed_blocks: get(&self.indexed),
+            stream_bytes: source.stream_bytes.max(destination.stream_bytes),
+            wire_bytes_sent: get(&self.wire.0),
+            wire_bytes_received: get(&self.wire.1),
+            backlog_bytes: get(&self.backlog),
+            switchover_bandwidth: Some(get(&self.link)).filter(|&rate| rate > 0),
+            zero_pages: source.zero_pages,
+            pages: source.pages,
+            references: source.references.max(destination.references),
+            mismatches: get(&self.mismatches).max(destination.mismatches),
+            repaired: destination.repaired,
+            other_bytes: source.raw_bytes,
+            passes_through: told.lost,
+            error: told.failure.clone(),
+        }
     }
 }

@@ -10,6 +10,7 @@ mod claims;
 mod crash_points;
 mod dirty_log;
 mod errors;
+mod golden;
 mod handover;
 mod hostile_chains;
 mod machine;
