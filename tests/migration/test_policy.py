@@ -25,6 +25,7 @@ from tests.migration.judge import faults_of
 from tests.migration.phases import Phases
 
 pytestmark = [pytest.mark.root, pytest.mark.guest, pytest.mark.slow, pytest.mark.timeout(240)]
+LOST = 10
 # Too short for all of the memory to be there: then something has to be decided.
 SOON = MovePolicy(deadline_s=1.0, throttle_max=0)
 SOON_POSTCOPY = MovePolicy(deadline_s=1.0, throttle_max=0, postcopy=True)
@@ -110,6 +111,28 @@ async def test_postcopy_brings_the_rest_of_the_memory_later(broken: bool) -> Non
         assert view.blackout_ms is not None
         assert view.blackout_ms / 1e3 < view.elapsed_s / 2
         await unharmed(guest, world.b)
+
+
+@pytest.mark.parametrize("victim", ["a", "b"])
+async def test_a_vm_that_postcopy_lost_is_said_to_be_lost_and_begins_again(victim: str) -> None:
+    """Either QEMU dies while each has a part of the memory: neither host keeps the VM."""
+    async with at_home(FAR) as guest:
+        a, b = guest.world.hosts
+        phases = Phases(a)
+        options = ("--to", "b", "--deadline", "1", "--throttle", "0", "--postcopy")
+        moving = asyncio.create_task(a.semper("vm", "migrate", VM, *options, code=LOST))
+        await phases.wait("postcopy", DEADLINE_S)
+        phases.close()
+        for pid in (a if victim == "a" else b).processes("qemu-system-x86"):
+            os.kill(pid, signal.SIGKILL)
+        complaint = " ".join((await moving).split())
+        assert f"VM {VM} is lost: part of its memory was on a and part on b" in complaint
+        assert f"b owns them; there: semper vm kill {VM}, then semper vm run FILE" in complaint
+        assert "the VM is lost" in " ".join((await a.semper("vm", "show", VM)).split())
+        # The remedy that was named.
+        await b.semper("vm", "kill", VM)
+        async with b.client() as client:
+            assert (await client.run_vm(guest.spec)).state is Runstate.RUNNING
 
 
 async def test_without_leave_for_postcopy_there_is_none() -> None:

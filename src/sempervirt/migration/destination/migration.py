@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
-from typing import Any
+from typing import Any, assert_never
 
 from sempervirt.cluster.cluster import Cluster
 from sempervirt.core.errors import SempervirtError, StateConflict, Unavailable
@@ -156,12 +156,20 @@ class DestinationMigration:
     def shown(self) -> tuple[Runstate, str] | None:
         """What the VM is because of the migration, if that is not what QEMU alone would tell."""
         state = self.driver.state
-        if self.over or self.vm.run.is_end or state.phase is Arrival.RUNNING:
+        if self.over or self.vm.run.is_end:
             return None
-        why = f": {state.why}" if state.why else ""
-        promised = state.phase is Arrival.PROMISED
-        what = "perhaps still with" if promised else "it comes from"
-        return Runstate.PAUSED, f"{what} {self.work.source}{why}"
+        source, why = self.work.source, f": {state.why}" if state.why else ""
+        match state.phase:
+            case Arrival.PREPARING | Arrival.INCOMING | Arrival.ABORTED:
+                return Runstate.PAUSED, f"comes from {source}{why}"
+            case Arrival.PROMISED:
+                return Runstate.PAUSED, f"perhaps still with {source}{why}"
+            case Arrival.RUNNING if not state.drained and self.vm.run is Runstate.RUNNING:
+                return self.vm.run, f"part of its memory is still on {source}"
+            case Arrival.RUNNING | Arrival.LOST:
+                return None
+            case _:
+                assert_never(state.phase)
 
     def answer(self) -> ArrivalAnswer:
         """How far it is."""

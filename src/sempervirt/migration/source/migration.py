@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
-from typing import Any
+from typing import Any, assert_never
 
 from sempervirt.cluster import peer
 from sempervirt.cluster.cluster import Cluster
@@ -180,12 +180,18 @@ class SourceMigration:
         state = self.driver.state
         if self.over or self.vm.run.is_end:
             return None
-        if state.phase is Phase.UNKNOWN:
-            why = f"whether {self.work.destination} owns it is not known: {state.why}"
-            return Runstate.UNKNOWN, why
-        if state.phase in (Phase.SWITCHOVER, Phase.COMMIT):
-            return Runstate.PAUSED, f"it moves to {self.work.destination}"
-        return None
+        match state.phase:
+            case Phase.UNKNOWN:
+                why = f"whether {self.work.destination} owns it is not known: {state.why}"
+                return Runstate.UNKNOWN, why
+            case Phase.SWITCHOVER | Phase.COMMIT:
+                return Runstate.PAUSED, f"moves to {self.work.destination}"
+            case Phase.POSTCOPY:
+                return Runstate.PAUSED, f"runs on {self.work.destination}, which fetches its memory"
+            case Phase.PREPARE | Phase.PRECOPY | Phase.DONE | Phase.ABANDONED | Phase.LOST:
+                return None
+            case _:
+                assert_never(state.phase)
 
     def view(self) -> MigrationView:
         """All that is known. Sizes in bytes."""
