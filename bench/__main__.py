@@ -44,6 +44,8 @@ def main() -> int:
         # Nothing of it is like the others: hosts and guests, not backends and loads.
         case ["--suite", "migrate", *rest] | ["--suite=migrate", *rest]:
             return migrate(rest)
+        case _:
+            pass
     options = parse()
     console = Console()
     if not console.is_terminal:

@@ -412,6 +412,8 @@ class Explorer:
                     world, source_alive=False, source_runs=False, suspended=False, streaming=False
                 )
                 yield Outcome(), dead, False
+            case _:
+                pass
         yield failed, world, alive or call in ("end", "withdraw", "make_certain")
 
     def doomed(self, world: World) -> str:
@@ -439,6 +441,8 @@ class Explorer:
                     world, destination_alive=False, destination_runs=False, streaming=False
                 )
                 yield Outcome(), dead, False
+            case _:
+                pass
         yield Outcome(error="failed"), world, world.destination_alive
 
     def source_moves(self, world: World) -> Iterator[Edge]:

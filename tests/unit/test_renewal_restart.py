@@ -135,7 +135,8 @@ class RestartRoom(Room):
             case "took_over":
                 moved = replace(world, vm="new")
                 return replace(moved, record=None) if world.writable else moved, world.writable
-        raise AssertionError(call)
+            case _:
+                raise AssertionError(call)
 
     def options(  # noqa: C901 one case a call
         self, world: World, call: str

@@ -102,7 +102,8 @@ class RestoreRoom(Room):
                 return replace(world, record=None), True
             case "advance" | "end_work":
                 return world, False
-        raise AssertionError(call)
+            case _:
+                raise AssertionError(call)
 
     def options(self, world: World, call: str) -> Iterator[tuple[Outcome, World, bool]]:
         match call:

@@ -110,7 +110,8 @@ class SaveRoom(Room):
                 return replace(world, record=arguments[0]), True
             case "end_work":
                 return replace(world, record=None) if world.writable else world, world.writable
-        raise AssertionError(call)
+            case _:
+                raise AssertionError(call)
 
     def options(self, world: World, call: str) -> Iterator[tuple[Outcome, World, bool]]:
         match call:

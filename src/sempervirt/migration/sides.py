@@ -107,4 +107,6 @@ def _processor() -> tuple[str, frozenset[str]]:
                     model = value.strip()
                 case "flags":
                     flags = frozenset(value.split())
+                case _:
+                    pass
     return model, flags

@@ -186,7 +186,8 @@ def _running(state: Incoming, event: DestinationEvent) -> Step:
             return replace(state, why=reason), [EndQemu(reason)]
         case QemuEnded(reason):
             return _lost(state, reason)
-    return state, []
+        case _:
+            return state, []
 
 
 def _own(state: Incoming, claim: Claim) -> Step:

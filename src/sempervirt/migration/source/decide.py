@@ -255,7 +255,8 @@ def _on_the_way(state: Migration, event: SourceEvent, now: float) -> Step:
             )
             rest = FinishStream() if state.mode is Mode.PRECOPY else AskPromise()
             return stopped, [rest, ReleaseDisks()]
-    return state, []
+        case _:
+            return state, []
 
 
 def _switchover(state: Migration, event: SourceEvent) -> Step:
@@ -281,7 +282,8 @@ def _commit(state: Migration, event: SourceEvent, now: float) -> Step:
             return _abandon(state, reason)
         case AnswerLost(reason):
             return replace(state, phase=Phase.UNKNOWN, why=reason), [Withdraw()]
-    return _ended(state, event), []
+        case _:
+            return _ended(state, event), []
 
 
 def _unknown(state: Migration, event: SourceEvent, now: float) -> Step:
@@ -294,7 +296,8 @@ def _unknown(state: Migration, event: SourceEvent, now: float) -> Step:
             return _abandon(replace(state, evidence=evidence), state.why)
         case Resolved(Side.DESTINATION, evidence):
             return _handed_over(replace(state, evidence=evidence), None, now)
-    return _ended(state, event), []
+        case _:
+            return _ended(state, event), []
 
 
 def _handed_over(state: Migration, claim: Claim | None, now: float) -> Step:
@@ -359,7 +362,8 @@ def _abandoned(state: Migration, event: SourceEvent) -> Step:
             return replace(state, settled=True), []
         case WentBack():
             return replace(state, back=True), []
-    return _ended(state, event), []
+        case _:
+            return _ended(state, event), []
 
 
 def _lost(state: Migration, why: str) -> Step:
@@ -391,7 +395,8 @@ def _failed(state: Migration, event: Failed, now: float) -> Step:
         case RecoverStream(), Phase.POSTCOPY:
             failed = replace(state, recovering=False, why=event.reason, until=now + AGAIN_S)
             return failed, []
-    return state, []
+        case _:
+            return state, []
 
 
 def _later(state: Migration, at: float, *effects: SourceEffect) -> Migration:

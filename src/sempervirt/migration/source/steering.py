@@ -13,6 +13,8 @@ from sempervirt.migration.source import convergence
 from sempervirt.migration.source.convergence import (
     ConvergencePolicy,
     Decision,
+    GiveUp,
+    GoPostcopy,
     RaiseLimit,
     Sample,
     Throttle,
@@ -59,4 +61,6 @@ class Steering:
                 await stream.limit_blackout(execute, blackout_s)
             case Throttle(percent):
                 await stream.throttle(execute, percent)
+            case GoPostcopy() | GiveUp() | None:
+                pass
         return decision

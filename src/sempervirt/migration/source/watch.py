@@ -17,7 +17,7 @@ from sempervirt.migration.events import Loaded, StreamFailed
 from sempervirt.migration.messages import ArrivalAnswer
 from sempervirt.migration.peer import DestinationPeer
 from sempervirt.migration.source.adapters import SourceDisks, SourceGuest
-from sempervirt.migration.source.convergence import GiveUp, GoPostcopy, Sample
+from sempervirt.migration.source.convergence import GiveUp, GoPostcopy, RaiseLimit, Sample, Throttle
 from sempervirt.migration.source.driver import SourceDriver
 from sempervirt.migration.source.figures import Figures
 from sempervirt.migration.source.state import (
@@ -161,5 +161,7 @@ class StreamWatch:
                 self._driver.post(PostcopyChosen())
             case GiveUp(reason):
                 self._driver.post(Hopeless(reason))
+            case RaiseLimit() | Throttle() | None:
+                pass
         if decision is not None:
             log.info("migrate vm=%s %s", self._driver.name, decision)
