@@ -26,6 +26,7 @@ mod failure;
 #[doc(hidden)]
 pub mod hostile;
 mod inflight_map;
+mod memory_reaper;
 mod overlap;
 mod poll;
 mod postcopy;
@@ -36,7 +37,6 @@ mod state;
 mod tenure;
 mod threads;
 mod title;
-mod undertaker;
 mod worker;
 
 use std::process::ExitCode;

@@ -21,6 +21,7 @@ use crate::block_map::{DiskMap, Keeping};
 use crate::control::Control;
 use crate::device::{Device, Offer};
 use crate::failure::{Failure, system};
+use crate::memory_reaper;
 use crate::postcopy::{self, Stage, Userfault};
 use crate::queue::Disk;
 use crate::request::ID_SIZE;
@@ -28,13 +29,12 @@ use crate::state::{Phase, Shared, mark};
 use crate::tenure::{Patience, Standing, Tenure};
 use crate::threads::{Spawn, ThreadMap, Threads};
 use crate::title::Title;
-use crate::undertaker;
 use crate::worker::Worker;
 
 /// Serves the disk until a signal ends the process.
 pub(crate) fn run(args: Args, shared: Shared) -> Result<(), Failure> {
     block_signals();
-    if let Err(error) = undertaker::engage() {
+    if let Err(error) = memory_reaper::engage() {
         log::warn!("memory will be taken apart before the image is free error=\"{error}\"");
     }
     let blk_file = args.blk_file.as_deref().ok_or_else(|| {

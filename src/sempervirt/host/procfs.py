@@ -35,7 +35,7 @@ def boot_id() -> str:
 
 
 # What semper-blkd calls the process that shares its memory, and with it its arguments.
-UNDERTAKER = "blkd-undertaker"
+MEMORY_REAPER = "blkd-reaper"
 
 
 def start_ticks(pid: int) -> int | None:
@@ -71,7 +71,7 @@ def find_by_argument(pattern: re.Pattern[str]) -> list[int]:
             continue
         if any(pattern.fullmatch(argument) for argument in arguments):
             pid = int(entry.name)
-            if command_name(pid) != UNDERTAKER:
+            if command_name(pid) != MEMORY_REAPER:
                 found.append(pid)
     return sorted(found)
 

@@ -206,10 +206,10 @@ fn sigterm_finishes_what_is_in_flight() {
 }
 
 /// The process that shares the backend's memory.
-fn undertaker(backend: &Backend) -> i32 {
+fn memory_reaper(backend: &Backend) -> i32 {
     let pid = backend.pid();
     let children = format!("/proc/{pid}/task/{pid}/children");
-    wait_until("the undertaker", || {
+    wait_until("the reaper of the memory", || {
         std::fs::read_to_string(&children).unwrap().split_whitespace().next()?.parse().ok()
     })
 }
@@ -228,23 +228,23 @@ fn the_lock_is_free_before_the_memory_of_the_dead_process_is() {
         machine.connect(&site.socket()).unwrap();
         // So that the image and the guest's memory are in the page tables.
         assert_eq!(machine.ask(&active, &Ask::write(0, [1; 4096])).status, 0);
-        let keeper = undertaker(&active);
-        wait_until("a keeper with nothing but what tells it of the end", || {
-            let files = std::fs::read_dir(format!("/proc/{keeper}/fd")).unwrap().count();
+        let reaper = memory_reaper(&active);
+        wait_until("a reaper with nothing but what tells it of the end", || {
+            let files = std::fs::read_dir(format!("/proc/{reaper}/fd")).unwrap().count();
             (files == 1).then_some(())
         });
         let spare = site.start(&[engine, "--spare"]);
         spare.wait_status("/state", &json!("spare"));
         // SAFETY: signals to a process of ours.
-        unsafe { libc::kill(keeper, libc::SIGSTOP) };
+        unsafe { libc::kill(reaper, libc::SIGSTOP) };
         active.kill();
         wait_until("the lock", || {
             spare.status()["timeline_ns"]["lock_acquired"].is_u64().then_some(())
         });
-        assert!(!is_gone(keeper));
+        assert!(!is_gone(reaper));
         // SAFETY: as above.
-        unsafe { libc::kill(keeper, libc::SIGCONT) };
-        wait_until("the end of the undertaker", || is_gone(keeper).then_some(()));
+        unsafe { libc::kill(reaper, libc::SIGCONT) };
+        wait_until("the end of the reaper", || is_gone(reaper).then_some(()));
         machine.disconnect();
         machine.connect(&site.socket()).unwrap();
         assert_eq!(machine.ask(&spare, &Ask::read(0, 4096)).data, [1; 4096]);
@@ -252,14 +252,14 @@ fn the_lock_is_free_before_the_memory_of_the_dead_process_is() {
 }
 
 #[test]
-fn a_backend_without_its_undertaker_serves_on() {
+fn a_backend_without_its_memory_reaper_serves_on() {
     let site = Site::new(1 << 20);
     let backend = site.start(&[]);
     let mut machine = Machine::new(1, 64);
     machine.connect(&site.socket()).unwrap();
-    let keeper = undertaker(&backend);
+    let reaper = memory_reaper(&backend);
     // SAFETY: a signal to a process of ours.
-    unsafe { libc::kill(keeper, libc::SIGKILL) };
-    wait_until("the end of the undertaker", || is_gone(keeper).then_some(()));
+    unsafe { libc::kill(reaper, libc::SIGKILL) };
+    wait_until("the end of the reaper", || is_gone(reaper).then_some(()));
     assert_eq!(machine.ask(&backend, &Ask::write(0, [1; 4096])).status, 0);
 }

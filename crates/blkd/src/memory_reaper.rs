@@ -52,7 +52,7 @@ pub(crate) fn engage() -> io::Result<()> {
         // It inherits the name, so that nobody takes it for a backend at any instant.
         let mut name = [0u8; 16];
         libc::prctl(libc::PR_GET_NAME, name.as_mut_ptr());
-        libc::prctl(libc::PR_SET_NAME, c"blkd-undertaker".as_ptr());
+        libc::prctl(libc::PR_SET_NAME, c"blkd-reaper".as_ptr());
         let child = libc::clone(wait_for_the_end, top, libc::CLONE_VM, end as usize as *mut _);
         let cloned = if child < 0 { Err(io::Error::last_os_error()) } else { Ok(()) };
         libc::prctl(libc::PR_SET_NAME, name.as_ptr());
