@@ -19,12 +19,15 @@ from sempervirt.demo.trial import Trial, TrialSetup, running
 from sempervirt.demo.verdict import Verdict
 from sempervirt.disk.backend import Blkd
 from sempervirt.guest.errors import ProbeGone, ProbeSilent
+from sempervirt.guest.reports import Stats
 
 Step = Callable[[], None]
 # A kill lands in the middle of a take-over now and then: inside a handshake or a replay.
 BURST = 0.2
 # Seconds between two rebindings: at most.
 REBIND_MAX_S = 0.05
+# A request of a control that has not come back for so much longer is lost.
+LATE_S = 15.0
 
 
 @asynccontextmanager
@@ -223,26 +226,42 @@ async def control(setup: TrialSetup, count: int, seed: int, *, rebind: bool = Fa
             verdict = trial.verdict
             if rebind:
                 async with rebinding(trial, seed):
-                    await _kill_until_lost(trial, count, seed)
+                    loss = await _kill_until_lost(trial, count, seed)
             else:
-                await _kill_until_lost(trial, count, seed)
-            await trial.stop_load()
+                loss = await _kill_until_lost(trial, count, seed)
+            if loss is None:
+                await trial.stop_load()
+            else:  # writers that wait for a lost request would hold the end up
+                verdict.add(loss)
     except (SempervirtError, ProbeGone, ProbeSilent) as error:
         verdict.problems.append(str(error))
     return verdict
 
 
-async def _kill_until_lost(trial: Trial, count: int, seed: int) -> None:
+async def _kill_until_lost(trial: Trial, count: int, seed: int) -> Stats | None:
+    """What the guest says when it has seen a loss; None if it saw none in `count` kills."""
     chance = random.Random(seed)
-    while trial.verdict.kills < count and not await _is_lost(trial):
-        await asyncio.sleep(chance.uniform(0.1, 0.3))
+    while (loss := await _loss(trial)) is None and trial.verdict.kills < count:
+        await asyncio.sleep(chance.uniform(0.02, 0.1))
         await trial.kill_backend()
+    return loss
 
 
-async def _is_lost(trial: Trial) -> bool:
-    """Whether the guest saw a loss. A request that is late is not lost: it is waited for."""
+async def _loss(trial: Trial) -> Stats | None:
+    """What the guest says, if it has seen a loss. A request that is late is not lost: unless it
+    failed or came to the wrong one, it is waited for.
+    """
     stats = await trial.probe.stats()
     if stats.hung:
         with suppress(Unavailable):
-            stats = await trial.probe.wait_stats(lambda s: not s.hung, deadline_s=15)
-    return bool(stats.hung or stats.io_error_count or stats.wrong.total)
+            stats = await trial.probe.wait_stats(
+                lambda s: not s.hung or _has_failed(s), deadline_s=LATE_S
+            )
+    return stats if stats.hung or _has_failed(stats) else None
+
+
+def _has_failed(stats: Stats) -> bool:
+    """Whether more was seen than requests that have not come back."""
+    verdict = Verdict()
+    verdict.add(stats.model_copy(update={"hung": 0}))
+    return verdict.lost

@@ -45,8 +45,9 @@ class StorageDaemon:
 
 def controls(seed: int) -> list[tuple[str, TrialSetup, bool]]:
     """(name, trial, whether queues move between threads): each must lose requests."""
-    # Many flushes: they take longest, so that requests end in another order than they came.
-    load = Load(writers=16, depth=2, flush_every=3, hang_s=5)
+    # Flushes take longest, so that requests end in another order than they came; and so many are
+    # in flight that a few kills are enough.
+    load = Load(writers=32, depth=4, flush_every=3, hang_s=5)
     one = replace(Cell("uring", (0,), "heavy", "ext4-direct").setup(seed), load=load)
     four = replace(Cell("uring", REBOUND, "heavy", "ext4-direct").setup(seed), load=load)
     return [
