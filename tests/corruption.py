@@ -53,7 +53,7 @@ PAGE = 4096
 # The guest's own; see `start_writers`.
 WRITERS = 8 * MIB
 ROOT = Path(__file__).resolve().parents[1]
-PROGRAM = ROOT / "target/release/semper-wired-trial"
+PROGRAM = ROOT / os.environ.get("CARGO_TARGET_DIR", "target") / "trials/semper-wired-trial"
 VARIABLE = "SEMPER_WIRED_TRIAL"
 EARLY_BLOCKS = 300
 # From then on reads are not held any longer: the guest has to arrive some day.
@@ -281,9 +281,7 @@ async def run(runs: int, seed: int, *, verify: bool, say: Callable[[Totals], Non
 
 def build() -> None:
     """The program that can be told to hold its reads back."""
-    words = "cargo build --release --quiet --features unsafe-no-verify --bin semper-wired-trial"
-    script = f". scripts/toolchain && {words} --manifest-path crates/wired/Cargo.toml"
-    subprocess.run(["bash", "-c", script], cwd=ROOT, check=True)
+    subprocess.run([ROOT / "scripts/trial-programs"], cwd=ROOT, check=True)
 
 
 def main() -> int:

@@ -225,7 +225,7 @@ async def test_a_restart_that_fails_leaves_the_tap_alone(
         raise InvalidRequest("struck")
 
     async with EchoClient.connected("", GUEST) as client:
-        monkeypatch.setattr("sempervirt.qemu.handover.take", fail)
+        monkeypatch.setattr("sempervirt.qemu.device_state.load", fail)
         with pytest.raises(InvalidRequest, match="struck"):
             await agent.restart_qemu("web")
         await client.wait_heard()

@@ -24,7 +24,7 @@ from sempervirt.core.errors import (
     Unavailable,
 )
 from sempervirt.guest import ProbeClient
-from sempervirt.qemu import handover, successor
+from sempervirt.qemu import device_state, successor
 from sempervirt.qemu.spec import VmSpec
 from sempervirt.qemu.state import Runstate
 from sempervirt.renewal.guest import HeldGuest
@@ -156,7 +156,7 @@ async def test_a_way_back_that_fails_is_told(
             os.kill(pid, signal.SIGSTOP)
         raise Unavailable("the new QEMU is struck")
 
-    monkeypatch.setattr(handover, "take", fail)
+    monkeypatch.setattr(device_state, "load", fail)
     if way_back == "cont is refused":
         monkeypatch.setattr(HeldGuest, "cont", refuse)
     with pytest.raises(RollbackFailed) as caught:
@@ -189,7 +189,7 @@ async def test_a_new_qemu_that_does_not_end_is_told_and_the_guest_goes_on_when_i
             raise OutcomeUnknown("the new QEMU does not end")
         await real(one)
 
-    monkeypatch.setattr(handover, "take", fail)
+    monkeypatch.setattr(device_state, "load", fail)
     monkeypatch.setattr(successor.Successor, "discard", discard)
     with pytest.raises(RollbackFailed, match="the guest stays paused until then") as caught:
         await agent.restart_qemu("web")
@@ -209,14 +209,14 @@ async def test_other_work_is_refused_over_the_api_by_its_name(
 ) -> None:
     vm = await agent.run_vm(firmware_spec())
     reached, go = asyncio.Event(), asyncio.Event()
-    real = handover.take
+    real = device_state.load
 
     async def wait(*arguments: Any) -> None:
         reached.set()
         await go.wait()
         await real(*arguments)
 
-    monkeypatch.setattr(handover, "take", wait)
+    monkeypatch.setattr(device_state, "load", wait)
     async with serving(agent, agent.config.socket), Client.connect(agent.config.socket) as client:
         restart = asyncio.create_task(client.restart_qemu("web", None))
         await asyncio.wait_for(reached.wait(), 10)
@@ -228,7 +228,7 @@ async def test_other_work_is_refused_over_the_api_by_its_name(
         assert (await restart).pid == vm.pid
 
 
-@pytest.mark.parametrize("phase", ["give", "take"])
+@pytest.mark.parametrize("phase", ["save", "load"])
 @pytest.mark.parametrize("victim", ["old", "new", "backend"])
 async def test_a_death_before_the_switch(
     agent: Agent,
@@ -246,7 +246,7 @@ async def test_a_death_before_the_switch(
         started.append(await real_start(*arguments))
         return started[-1]
 
-    real = getattr(handover, phase)
+    real = getattr(device_state, phase)
 
     async def strike(*arguments: Any) -> None:
         disk = agent.disks["web/root"]
@@ -256,7 +256,7 @@ async def test_a_death_before_the_switch(
         await real(*arguments)
 
     monkeypatch.setattr(successor.Successor, "start", start)
-    monkeypatch.setattr(handover, phase, strike)
+    monkeypatch.setattr(device_state, phase, strike)
     with suppress(SempervirtError):
         await agent.restart_qemu("web")
     if victim == "old":

@@ -25,7 +25,7 @@ from sempervirt.core.errors import (
 )
 from sempervirt.guest import ProbeClient
 from sempervirt.host import process
-from sempervirt.qemu import handover, memory, saved
+from sempervirt.qemu import device_state, memory, saved
 from sempervirt.qemu.spec import NicSpec, VmSpec
 from sempervirt.qemu.state import Runstate
 from sempervirt.renewal.guest import HeldGuest
@@ -192,7 +192,7 @@ async def test_a_save_that_fails_leaves_the_guest_running(
 ) -> None:
     vm = await agent.run_vm(firmware_spec())
     file = place / "web.saved"
-    real = handover.give
+    real = device_state.save
 
     async def strike(*arguments: Any) -> None:
         pids = {"backend": agent.disks["web/root"].active_pid, "QEMU": vm.pid}
@@ -202,7 +202,7 @@ async def test_a_save_that_fails_leaves_the_guest_running(
             raise Unavailable("struck")
         await real(*arguments)
 
-    monkeypatch.setattr(handover, "give", strike)
+    monkeypatch.setattr(device_state, "save", strike)
     if victim == "no room":
         monkeypatch.setenv("SEMPERVIRT_SAVED", "/bin/false")
     if victim == "backend":  # what it had done is done: nobody needs it for the save

@@ -46,7 +46,7 @@ from sempervirt.disk.state import (
 )
 
 POLICY = Policy(
-    settle_s=1,
+    spare_after_s=1,
     steady_s=100,
     prepare_s=10,
     drain_s=10,
@@ -284,9 +284,9 @@ def test_take_over_starts_the_next_spare_after_the_settling_time() -> None:
     assert state.active == spare
     assert state.spare is None
     assert [type(effect) for effect in effects] == [TookOver]
-    assert next_wake(state) == world.now + POLICY.settle_s
+    assert next_wake(state) == world.now + POLICY.spare_after_s
     assert decide(state, Tick(), world.now, POLICY)[1] == []
-    _, effects = decide(state, Tick(), world.now + POLICY.settle_s, POLICY)
+    _, effects = decide(state, Tick(), world.now + POLICY.spare_after_s, POLICY)
     assert [type(effect) for effect in effects] == [Start]
 
 

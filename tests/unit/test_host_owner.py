@@ -122,8 +122,8 @@ class Counter(Owner[Count, Event, int]):
     def tick(self) -> Event:
         return Woken()
 
-    def settled(self, before: Count) -> None:
-        self.seen.append(("settled", self.state.value))
+    def after_step(self, before: Count) -> None:
+        self.seen.append(("after_step", self.state.value))
 
 
 async def reached(counter: Counter, value: int) -> None:
@@ -143,7 +143,7 @@ async def wait_crash(crashes: list[tuple[str, BaseException]]) -> None:
 def test_a_step_is_on_record_before_it_is_done() -> None:
     counter = Counter()
     counter.step(Add(2))
-    assert counter.seen == [("record", 2), ("done", 2), ("settled", 2)]
+    assert counter.seen == [("record", 2), ("done", 2), ("after_step", 2)]
 
 
 def test_a_step_that_cannot_be_recorded_is_not_taken() -> None:
@@ -151,7 +151,7 @@ def test_a_step_that_cannot_be_recorded_is_not_taken() -> None:
     counter.step(Add(2))
     # Decided anew on the state before, and that is tried to be recorded as well.
     assert counter.state == Count(value=0, refused=1)
-    assert counter.seen == [("record", 2), ("record", 0), ("done", -1), ("settled", 0)]
+    assert counter.seen == [("record", 2), ("record", 0), ("done", -1), ("after_step", 0)]
 
 
 async def test_events_are_taken_one_after_the_other() -> None:

@@ -211,7 +211,7 @@ class Destination(DestinationDriver):
 
     explorer: Explorer
 
-    def settled(self, before: Incoming) -> None:
+    def after_step(self, before: Incoming) -> None:
         on_record = (Arrival.PROMISED, Arrival.RUNNING)
         record = self.explorer.world.destination_record
         if self.state.phase is Arrival.PROMISED and record not in on_record:

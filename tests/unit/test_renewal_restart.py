@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from sempervirt.core.errors import OutcomeUnknown, RollbackFailed, Unavailable
+from sempervirt.core.failure import Failure
 from sempervirt.host.procfs import ProcessId
-from sempervirt.renewal.failure import Failure
 from sempervirt.renewal.restart import decide
 from sempervirt.renewal.restart.driver import RestartDriver
 from sempervirt.renewal.restart.ports import Ports

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from sempervirt.core.errors import OutcomeUnknown, RollbackFailed
-from sempervirt.renewal.failure import Failure
+from sempervirt.core.failure import Failure
 from sempervirt.renewal.restore import decide
 from sempervirt.renewal.restore.driver import RestoreDriver
 from sempervirt.renewal.restore.ports import Ports

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from sempervirt.core.errors import OutcomeUnknown, RollbackFailed, Unavailable
+from sempervirt.core.failure import Failure
 from sempervirt.qemu.saved import Figures
-from sempervirt.renewal.failure import Failure
 from sempervirt.renewal.save import decide
 from sempervirt.renewal.save.driver import SaveDriver
 from sempervirt.renewal.save.ports import Ports

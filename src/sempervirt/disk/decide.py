@@ -16,14 +16,14 @@ help: what is decided here is only what to start next, when, and from which bina
     Stop: spare killed, then active terminated (drains), then Stopped  ◄─────────┘
 
 - The active one exits, a spare is there: it *is* the active one from now on. The next
-  spare starts `settle_s` later, so as not to compete with the recovery for a processor.
+  spare starts `spare_after_s` later, so as not to compete with the recovery for a processor.
 - The active one exits, none is there: a new one starts at once, waiting for the lock (the
   dead one's kernel I/O may hold it for a moment). If this goes on without progress (no guest
   request completed, not steady for `steady_s`), starts are delayed more and more: a crash
   loop. At the ceiling the disk is called failing, and is still retried.
 - The spare serves while the active one still waits for the lock (both were started when
   nobody held it): they change places.
-- A spare exits: it is replaced after `settle_s` or the back-off; the guest notices nothing.
+- A spare exits: it is replaced after `spare_after_s` or the back-off; the guest notices nothing.
 - Upgrade: PREPARING replaces the spare by one from the new binary; once it is ready,
   SWITCHING terminates the active one; the new one takes over and VERIFYING waits until it
   serves. Failure in PREPARING leaves the old one serving throughout; failure in VERIFYING
@@ -232,12 +232,12 @@ def _active_exited(
 def _succeed(state: State, now: float, policy: Policy) -> Decision:
     """Finds the successor of a dead active process: the spare, or a new one."""
     if state.spare is not None:
-        due = now + policy.settle_s
+        due = now + policy.spare_after_s
         return replace(state, active=state.spare, spare=None, start_due=due), []
     delay_s = policy.active_backoff.delay_s(state.active_failures)
     if delay_s > 0:
         return replace(state, active=None, start_due=now + delay_s), []
-    state = replace(state, start_due=now + policy.settle_s if policy.spare else None)
+    state = replace(state, start_due=now + policy.spare_after_s if policy.spare else None)
     return _start_active(state, wait_for_lock=True)
 
 
@@ -259,7 +259,7 @@ def _spare_exited(state: State, dead: Backend, reason: str, now: float, policy: 
         effects.append(UpgradeEnded(failure, upgrade.ticket))
         state = replace(state, upgrade=None)
     failures = state.spare_failures + 1
-    delay_s = max(policy.settle_s, policy.spare_backoff.delay_s(failures))
+    delay_s = max(policy.spare_after_s, policy.spare_backoff.delay_s(failures))
     return replace(state, spare_failures=failures, start_due=now + delay_s), effects
 
 
@@ -330,7 +330,7 @@ def _tick(state: State, now: float, policy: Policy) -> Decision:
     if state.start_due is None or now < state.start_due or state.stopping:
         return state, []
     if state.active is None:
-        due = now + policy.settle_s if policy.spare else None
+        due = now + policy.spare_after_s if policy.spare else None
         return _start_active(replace(state, start_due=due), wait_for_lock=True)
     if state.spare is None and policy.spare:
         return _start_spare(state, state.binary)

@@ -272,7 +272,7 @@ class Disk(Owner[State, SupervisionEvent, Effect]):
         """The disk has a spare again, and successors."""
         self.post(Thaw())
 
-    async def hand_over(self, *, armed: bool) -> bool:
+    async def arm_release(self, *, armed: bool) -> bool:
         """Has the active backend let go of the image as soon as the guest stands still, or keep it.
 
         Gives whether it holds the image now. Raises Unavailable, when another one has it too, and
@@ -339,7 +339,7 @@ class Disk(Owner[State, SupervisionEvent, Effect]):
             self.backends.record(after, self.restart_count)
         return True
 
-    def settled(self, before: State) -> None:
+    def after_step(self, before: State) -> None:
         """Writes down the processes that were started."""
         self.record(before, self._state)
 

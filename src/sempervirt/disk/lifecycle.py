@@ -112,7 +112,7 @@ async def adopt_disk(setup: DiskSetup, *, frozen: bool = False) -> Disk:
         _admit(disk, item, backend.binary, active=item is alive[0])
     disk.post(Freeze() if frozen else Tick())
     if stale:
-        disk.keep(_hand_over(disk), "hand over")
+        disk.keep(_replace_stale(disk), "replace the backend with a stale socket")
     log.info(
         "adopt disk=%s active=%s spare=%s socket=%s",
         setup.name,
@@ -164,7 +164,7 @@ def _admit(disk: Disk, item: RecordedProcess, token: str, *, active: bool) -> No
     disk.backends.admit(member, active=active)
 
 
-async def _hand_over(disk: Disk) -> None:
+async def _replace_stale(disk: Disk) -> None:
     """From an active process with a stale socket to one with the present socket."""
     try:
         await disk.wait_spare_ready(START_DEADLINE_S)

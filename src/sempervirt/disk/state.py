@@ -23,7 +23,7 @@ class Policy:
     """How patient supervision is. All times in seconds."""
 
     spare: bool = True
-    settle_s: float = 0.2
+    spare_after_s: float = 0.2
     steady_s: float = 1.0
     prepare_s: float = 15.0
     drain_s: float = 15.0

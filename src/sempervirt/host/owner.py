@@ -1,10 +1,10 @@
 """The one shell around every decision: a task that owns a state and is the only one to change it.
 
-    post(event) ──► queue ──► decide(state, event, now) ──► record ──► carry_out(effect) ──► settled
-                              pure: state and effects         │           one after the other
-                                                              └─ not written, though it has to be:
-                                                                 decide anew, on the state before,
-                                                                 about `unrecorded()`
+    post(event) ─► queue ─► decide(state, event, now) ─► record ─► carry_out(effect) ─► after_step
+                            pure: state and effects        │         one after the other
+                                                           └─ not written, though it has to be:
+                                                              decide anew, on the state before,
+                                                              about `unrecorded()`
 
 - **One step at a time.** A step never waits: whatever takes time is work that `carry_out` begins,
   and what comes of it is posted as an event. So nothing that hangs can hold up the queue.
@@ -160,7 +160,7 @@ class Owner(abc.ABC, Generic[StateT, EventT, EffectT]):
         """The event that says that time has passed."""
         raise NotImplementedError
 
-    def settled(self, before: StateT) -> None:
+    def after_step(self, before: StateT) -> None:
         """Called after each step, when its effects have begun: for journals and logs."""
 
     # What it does
@@ -195,7 +195,7 @@ class Owner(abc.ABC, Generic[StateT, EventT, EffectT]):
         for effect in effects:
             self.carry_out(effect)
         self._rearm()
-        self.settled(before)
+        self.after_step(before)
         self.changes.notify()
 
     def begin(self, effect: EffectT) -> None:

@@ -116,7 +116,7 @@ class Machine(Owner[VmState, VmEvent, VmEffect]):
         machine._process = successor.process
         machine.start()
         machine.keep(machine._bound_logs(), "logs")
-        successor.bequeath(machine._exits())
+        successor.on_exit(machine._exits())
         return machine
 
     @classmethod
@@ -326,7 +326,7 @@ class Machine(Owner[VmState, VmEvent, VmEffect]):
             case _:
                 assert_never(effect)
 
-    def settled(self, before: VmState) -> None:
+    def after_step(self, before: VmState) -> None:
         """Notes each change of the runstate."""
         state = self._state
         if state.run is before.run:
@@ -346,7 +346,7 @@ class Machine(Owner[VmState, VmEvent, VmEffect]):
         before = self._process
         assert before is not None
         self._process = successor.process
-        successor.bequeath(self._exits())
+        successor.on_exit(self._exits())
         before.send_signal(signal.SIGKILL)
         self._end_link()
 

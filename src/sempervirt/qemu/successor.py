@@ -1,10 +1,10 @@
 """A QEMU that is to take over a VM from another one on the same host.
 
-    start ──► waits, with the guest's memory mapped ──► `take` ──► holds the state, paused ──► go
+    start ──► waits, with the guest's memory mapped ──► `load` ──► holds the state, paused ──► go
       └───────────────────────── `discard` ──────────────┘
 
-Both processes map the same memory; only one of them may ever run the guest. This one is
-started with its processors stopped, and `go` is called only after the other was seen to have
+Both processes map the same memory; only one of the two may ever run the guest. The successor is
+started with its processors stopped, and `go` is called only after the other QEMU was seen to have
 ended.
 """
 
@@ -19,7 +19,7 @@ from sempervirt.core.errors import OutcomeUnknown, SempervirtError, Unavailable
 from sempervirt.host import process
 from sempervirt.host.process import Exit, Process
 from sempervirt.host.procfs import ProcessId
-from sempervirt.qemu import handover
+from sempervirt.qemu import device_state
 from sempervirt.qemu.qmp import Monitor
 
 CONNECT_POLL_S = 0.005
@@ -35,15 +35,15 @@ class Successor:
         self._path = monitor
         self._monitor: Monitor | None = None
         self._process: Process | None = None
-        self._heir: Callable[[Exit], None] | None = None
+        self._on_exit: Callable[[Exit], None] | None = None
 
     @classmethod
     async def start(
         cls, name: str, monitor: Path, argv: Sequence[str], log: Path, inherited: Sequence[int]
     ) -> Successor:
-        """Starts it with descriptors of ours, and returns when its monitor answers.
+        """Starts QEMU with `inherited` descriptors, and returns when the monitor answers.
 
-        Raises Unavailable with QEMU's own words if it does not; nothing is left then.
+        Raises Unavailable with QEMU's own words if the monitor does not; nothing is left then.
         """
         successor = cls(name, monitor)
         try:
@@ -63,7 +63,7 @@ class Successor:
 
     @classmethod
     async def adopt(cls, name: str, monitor: Path, identity: ProcessId) -> Successor:
-        """One that an earlier agent started. Raises Unavailable when it does not answer."""
+        """A successor that an earlier agent started. Raises Unavailable when it does not answer."""
         successor = cls(name, monitor)
         successor._process = process.adopt(identity, successor._ended)
         await successor._connect()
@@ -71,39 +71,39 @@ class Successor:
 
     @property
     def process(self) -> Process:
-        """It, once it was started."""
+        """The process, once it was started."""
         assert self._process is not None
         return self._process
 
-    def bequeath(self, heir: Callable[[Exit], None]) -> None:
-        """From now on `heir` is told of its end."""
-        self._heir = heir
+    def on_exit(self, call: Callable[[Exit], None]) -> None:
+        """Has `call` made when the process ends; at once, if that has happened."""
+        self._on_exit = call
         if self.process.exit is not None:
-            heir(self.process.exit)
+            call(self.process.exit)
 
-    async def take(self, state: Path) -> None:
-        """Loads the state of the devices. Raises Unavailable when this QEMU cannot."""
-        await handover.take(self.monitor.execute_within(COMMAND_S), state)
+    async def load(self, state: Path) -> None:
+        """Loads the state of the devices. Raises as `device_state.load`."""
+        await device_state.load(self.monitor.execute_within(COMMAND_S), state)
 
     async def go(self) -> None:
         """Lets the guest run on. Raises as `Monitor.execute`."""
         await self.monitor.execute("cont", timeout_s=COMMAND_S)
 
     async def finish(self) -> None:
-        """Puts back what a hand-over has set, and lets go of the monitor."""
+        """Undoes the settings of `load`, and closes the monitor's connection."""
         try:
-            await handover.reset(self.monitor.execute_within(COMMAND_S))
+            await device_state.reset(self.monitor.execute_within(COMMAND_S))
         finally:
             await self.disconnect()
 
     async def disconnect(self) -> None:
-        """Lets go of the monitor."""
+        """Closes the monitor's connection."""
         if self._monitor is not None:
             await self._monitor.close()
             self._monitor = None
 
     async def discard(self) -> None:
-        """Kills it. Raises OutcomeUnknown when it does not end."""
+        """Kills the process. Raises OutcomeUnknown when it does not end."""
         if self._monitor is not None:
             await self.disconnect()
         if self._process is not None and await self._process.end(0) is None:
@@ -111,14 +111,14 @@ class Successor:
 
     @property
     def monitor(self) -> Monitor:
-        """Its monitor, while it is connected."""
+        """The connection to the monitor. Raises Unavailable while there is none."""
         if self._monitor is None:
             raise Unavailable(f"the monitor of the new QEMU of {self.name} is not connected")
         return self._monitor
 
     def _ended(self, end: Exit) -> None:
-        if self._heir is not None:
-            self._heir(end)
+        if self._on_exit is not None:
+            self._on_exit(end)
 
     async def _connect(self) -> None:
         deadline = time.monotonic() + START_DEADLINE_S
@@ -154,7 +154,7 @@ def _words(log: Path, start: int) -> str:
 
 
 async def discard_quietly(successor: Successor | None) -> SempervirtError | None:
-    """Kills it, if there is one; what went wrong is given back."""
+    """Kills the process, if there is one; returns what went wrong."""
     try:
         if successor is not None:
             await successor.discard()

@@ -17,9 +17,9 @@ from collections.abc import Callable
 from typing import Generic, TypeVar
 
 from sempervirt.core.errors import OutcomeUnknown, SempervirtError, Unavailable
+from sempervirt.core.failure import Failure
 from sempervirt.host.owner import HOST_CLOCK, Clock, EffectT, EventT, Owner, StateT
 from sempervirt.qemu.state import Runstate
-from sempervirt.renewal.failure import Failure
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ class RenewalDriver(Owner[StateT, EventT, EffectT], Generic[StateT, EventT, Effe
         self.changes.notify()
         await super().detach()
 
-    def settled(self, before: StateT) -> None:
+    def after_step(self, before: StateT) -> None:
         """Tells the answer; at the end nothing more is waited for."""
         answer = self.answer
         if answer is not None and self.answer_of(before) is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sempervirt.core.errors import Unavailable
-from sempervirt.qemu import handover
+from sempervirt.qemu import device_state
 from sempervirt.qemu.state import Request, Runstate
 from sempervirt.vm.vm import Vm
 
@@ -40,7 +40,7 @@ class HeldGuest:
 
     async def give(self) -> None:
         """Writes the state of the devices to the file."""
-        await handover.give(self._machine.execute, self._state)
+        await device_state.save(self._machine.execute, self._state)
 
     def ended(self) -> str:
         """Why the VM has ended, or is being killed; "" while QEMU is there."""
@@ -49,7 +49,7 @@ class HeldGuest:
 
     async def reset(self) -> None:
         """Undoes what QEMU was told so that it gives or loads a state."""
-        await handover.reset(self._machine.execute)
+        await device_state.reset(self._machine.execute)
 
     async def cont(self) -> None:
         """Lets the guest run on."""

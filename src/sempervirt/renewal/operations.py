@@ -13,8 +13,8 @@ from pathlib import Path
 
 from sempervirt.core.errors import InvalidRequest
 from sempervirt.core.events import EventKind
+from sempervirt.core.failure import Failure
 from sempervirt.qemu.state import Runstate
-from sempervirt.renewal.failure import Failure
 from sempervirt.renewal.restart import decide as restarts
 from sempervirt.renewal.restart import ports as restart_ports
 from sempervirt.renewal.restart.adapters import LiveRestart, Program

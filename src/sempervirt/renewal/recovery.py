@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import Any, assert_never
 
 from sempervirt.core.errors import OutcomeUnknown, RollbackFailed, SempervirtError
+from sempervirt.core.failure import Failure
 from sempervirt.disk.running import DiskFiles
 from sempervirt.disk.stand_in import lead_to_disk
 from sempervirt.host import process
 from sempervirt.host.owner import HOST_CLOCK
 from sempervirt.host.procfs import ProcessId, find_by_argument, identify
-from sempervirt.qemu import handover, tap
+from sempervirt.qemu import device_state, tap
 from sempervirt.qemu.command_line import nic_id
 from sempervirt.qemu.files import VmFiles
 from sempervirt.qemu.qmp import Monitor
 from sempervirt.renewal.driver import RenewalDriver
-from sempervirt.renewal.failure import Failure
 from sempervirt.renewal.restart import decide as restarts
 from sempervirt.renewal.restart import ports as restart_ports
 from sempervirt.renewal.restart.adapters import move_sockets
@@ -122,7 +122,7 @@ class LeftQemu:
 
     async def reset(self) -> None:
         """Undoes what QEMU was told so that it gives or loads a state."""
-        await handover.reset((await self._connected()).execute_within(MONITOR_S))
+        await device_state.reset((await self._connected()).execute_within(MONITOR_S))
 
     async def cont(self) -> None:
         """Lets the guest run on."""
@@ -208,7 +208,7 @@ class TwoQemus(LeftQemu):
         """Puts the sockets into their places, and lets go of the monitor."""
         try:
             monitor = await self._connected(self._new_monitor)
-            await handover.reset(monitor.execute_within(MONITOR_S))
+            await device_state.reset(monitor.execute_within(MONITOR_S))
         except SempervirtError as error:
             log.info("adopt vm=%s %s", self._name, error)
         await self.close()

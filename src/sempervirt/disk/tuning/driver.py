@@ -134,10 +134,10 @@ class _Runner:
         argv = race.server.argv(candidate, race.target, socket)
         figures: dict[str, Figures] = {}
         try:
-            await race.ground.settle(drop=race.loads[0].cold)
+            await race.ground.write_back(drop=race.loads[0].cold)
             async with serving(argv, socket) as pid:
                 for load in race.loads:
-                    await race.ground.settle(drop=False)
+                    await race.ground.write_back(drop=False)
                     figures[load.name] = await measure(
                         race.load_program,
                         load,

@@ -35,7 +35,7 @@ class Ground:
     path: Path
     ours: bool
 
-    async def settle(self, *, drop: bool) -> None:
+    async def write_back(self, *, drop: bool) -> None:
         """Writes back what is dirty: it would be written during the next measurement.
 
         With `drop` the host's page cache forgets the image as well.

@@ -100,7 +100,7 @@ class DestinationDriver(Owner[Incoming, DestinationEvent, DestinationEffect]):
         """Time passed."""
         return Tick()
 
-    def settled(self, before: Incoming) -> None:
+    def after_step(self, before: Incoming) -> None:
         """Tells whoever follows the migration."""
         self._followed(before, self.state)
 

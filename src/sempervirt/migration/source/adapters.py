@@ -16,7 +16,7 @@ from sempervirt.migration.peer import DestinationPeer
 from sempervirt.migration.source.figures import Figures
 from sempervirt.migration.source.steering import Steering
 from sempervirt.migration.wire_end import WireEnd
-from sempervirt.qemu import handover
+from sempervirt.qemu import device_state
 from sempervirt.qemu.spec import VmSpec
 from sempervirt.store.records import Custody
 from sempervirt.store.registry import Claim, Registry, StaleClaim
@@ -138,7 +138,7 @@ class SourceDisks:
             await disk.freeze()
         for disk in self._writable():
             self._served[disk.name] = disk.generation
-            await disk.hand_over(armed=True)
+            await disk.arm_release(armed=True)
 
     async def released(self) -> None:
         """It has to be the backends that were armed: one that died in between has left requests
@@ -146,7 +146,7 @@ class SourceDisks:
         """
         deadline = time.monotonic() + RELEASE_S
         for disk in self._writable():
-            while await disk.hand_over(armed=True):
+            while await disk.arm_release(armed=True):
                 if time.monotonic() > deadline:
                     raise Unavailable(f"the backend of disk {disk.name} keeps the image")
                 await asyncio.sleep(RELEASE_POLL_S)
@@ -157,7 +157,7 @@ class SourceDisks:
         """Before a spare is there: the spare would take the image first."""
         for disk in self._writable():
             if disk.generation:
-                await disk.hand_over(armed=False)
+                await disk.arm_release(armed=False)
         for disk in self._writable():
             disk.thaw()
 
@@ -256,7 +256,7 @@ class Destination:
                 source=self._host,
                 epoch=claim.epoch,
                 spec=vm.pinned_spec,
-                machine=await handover.machine_type(vm.machine.execute),
+                machine=await device_state.machine_type(vm.machine.execute),
                 accelerator=vm.record.accelerator.kind,
                 running=self._work.running,
                 postcopy=self._policy.postcopy,

@@ -150,7 +150,7 @@ class SourceDriver(Owner[Migration, SourceEvent, SourceEffect]):
         """Time passed."""
         return Tick()
 
-    def settled(self, before: Migration) -> None:
+    def after_step(self, before: Migration) -> None:
         """Tells whoever follows the migration."""
         self._followed(before, self.state)
 

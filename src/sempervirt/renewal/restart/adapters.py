@@ -13,7 +13,7 @@ from sempervirt.disk.stand_in import StandIn
 from sempervirt.host.process import Process
 from sempervirt.host.procfs import ProcessId
 from sempervirt.host.sockets import check_socket_path
-from sempervirt.qemu import handover, memory
+from sempervirt.qemu import device_state, memory
 from sempervirt.qemu.command_line import Features, Incoming, build
 from sempervirt.qemu.files import VmFiles
 from sempervirt.qemu.spec import VmSpec
@@ -56,7 +56,7 @@ class LiveRestart(HeldGuest):
         vm, files = self._vm, self._files
         for path in files.sockets(vm.spec):
             check_socket_path(path)
-        machine = await handover.machine_type(self._machine.execute)
+        machine = await device_state.machine_type(self._machine.execute)
         if vm.pid is None:
             raise Unavailable(f"the QEMU of VM {vm.name} has ended")
         with contextlib.suppress(FileExistsError):
@@ -111,7 +111,7 @@ class LiveRestart(HeldGuest):
 
     async def take(self) -> None:
         """Has the new QEMU load the state that the old one gave."""
-        await self._new.take(self._state)
+        await self._new.load(self._state)
         self._state.unlink(missing_ok=True)
 
     async def switch(self) -> None:

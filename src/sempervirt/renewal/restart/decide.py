@@ -33,7 +33,7 @@ from sempervirt.core.errors import (
     StateConflict,
     Unavailable,
 )
-from sempervirt.renewal.failure import Failure
+from sempervirt.core.failure import Failure
 from sempervirt.renewal.restart.state import (
     Decision,
     Discard,

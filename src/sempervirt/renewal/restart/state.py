@@ -7,8 +7,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from sempervirt.core.failure import Failure
 from sempervirt.host.procfs import ProcessId
-from sempervirt.renewal.failure import Failure
 from sempervirt.vm.work import Restarting
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sempervirt.core.errors import SempervirtError, Unavailable
 from sempervirt.host import background
-from sempervirt.qemu import handover, saved
+from sempervirt.qemu import device_state, saved
 from sempervirt.qemu.files import VmFiles
 from sempervirt.qemu.state import Request
 from sempervirt.renewal.guest import HeldGuest
@@ -93,7 +93,7 @@ class LiveRestore(HeldGuest):
 
     async def take(self) -> None:
         """Has QEMU load the state of the devices."""
-        await handover.take(self._machine.execute, self._state)
+        await device_state.load(self._machine.execute, self._state)
         self._unpacking.remove_state()
 
     async def end(self) -> None:

@@ -19,7 +19,7 @@ from dataclasses import replace
 from typing import assert_never
 
 from sempervirt.core.errors import OutcomeUnknown, RollbackFailed, Unavailable
-from sempervirt.renewal.failure import Failure
+from sempervirt.core.failure import Failure
 from sempervirt.renewal.restore.state import (
     Decision,
     Effect,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import assert_never
 
+from sempervirt.core.failure import Failure
 from sempervirt.host.owner import HOST_CLOCK, Clock
 from sempervirt.renewal.driver import RenewalDriver, ignore
-from sempervirt.renewal.failure import Failure
 from sempervirt.renewal.restore import decide
 from sempervirt.renewal.restore.ports import Attempt, Ports
 from sempervirt.renewal.restore.state import (

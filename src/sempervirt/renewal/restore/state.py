@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from sempervirt.renewal.failure import Failure
+from sempervirt.core.failure import Failure
 
 
 class Step(Enum):

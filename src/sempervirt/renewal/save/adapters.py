@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sempervirt.core.errors import Unavailable
-from sempervirt.qemu import handover, memory, saved
+from sempervirt.qemu import device_state, memory, saved
 from sempervirt.qemu.saved import Figures
 from sempervirt.qemu.state import Request
 from sempervirt.renewal.guest import HeldGuest
@@ -103,7 +103,7 @@ class LiveSave(HeldGuest):
             # The addresses stay, also if the VM is restored under another name.
             "spec": vm.pinned_spec.model_dump(mode="json"),
             "accelerator": vm.record.accelerator.kind,
-            "machine": await handover.machine_type(self._machine.execute),
+            "machine": await device_state.machine_type(self._machine.execute),
             "plans": {name: asdict(plan) for name, plan in vm.plans.items()},
             "running": self._running,
             "saved": time.time(),

@@ -18,7 +18,7 @@ from dataclasses import replace
 from typing import assert_never
 
 from sempervirt.core.errors import OutcomeUnknown, RollbackFailed, StateConflict, Unavailable
-from sempervirt.renewal.failure import Failure
+from sempervirt.core.failure import Failure
 from sempervirt.renewal.save.state import (
     Decision,
     Effect,

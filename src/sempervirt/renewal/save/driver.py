@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import assert_never
 
 from sempervirt.core.errors import SempervirtError
+from sempervirt.core.failure import Failure
 from sempervirt.host.owner import HOST_CLOCK, Clock
 from sempervirt.renewal.driver import RenewalDriver, ignore
-from sempervirt.renewal.failure import Failure
 from sempervirt.renewal.save import decide
 from sempervirt.renewal.save.ports import Attempt, Ports
 from sempervirt.renewal.save.state import (

@@ -7,8 +7,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from sempervirt.core.failure import Failure
 from sempervirt.qemu.saved import Figures
-from sempervirt.renewal.failure import Failure
 
 
 class Step(Enum):

@@ -1,8 +1,11 @@
-"""The state of a QEMU's devices, written to a file by one QEMU and loaded by another.
+"""The state of a QEMU's devices, saved to a file by one QEMU and loaded by another.
 
-The guest's memory is not in it: it stands in a file that both map (`x-ignore-shared`). The mode
-`cpr-reboot` tells QEMU that memory stays where it is, so nothing is logged as dirty and no
+The guest's memory is not in the file: both processes map the same memory (`x-ignore-shared`). The
+mode `cpr-reboot` tells QEMU that memory stays where it is, so nothing is logged as dirty and no
 backend has to take part. A guest of 1 GiB gives some 400 KiB within milliseconds.
+
+`execute` is how a monitor command is carried out: as `qmp.Monitor.execute` with a deadline, and
+raises what that raises.
 """
 
 from __future__ import annotations
@@ -20,28 +23,32 @@ POLL_S = 0.001
 DEADLINE_S = 20.0
 
 
-async def give(execute: Execute, path: Path) -> None:
-    """Writes the state of a paused QEMU to `path`. Raises Unavailable when it cannot."""
+async def save(execute: Execute, path: Path) -> None:
+    """Writes the state of a paused QEMU's devices to `path`.
+
+    Raises InvalidRequest when this QEMU is too old, Unavailable when it fails, OutcomeUnknown when
+    it does not end by the deadline.
+    """
     await _prepare(execute)
     await execute("migrate", {"uri": f"file:{path}"})
-    await _wait(execute, f"QEMU did not give its state to {path.name}")
+    await _wait(execute, f"QEMU did not write its state to {path.name}")
 
 
-async def take(execute: Execute, path: Path) -> None:
-    """Loads the state at `path`. Raises Unavailable when this QEMU cannot."""
+async def load(execute: Execute, path: Path) -> None:
+    """Loads the state at `path` into a QEMU that was started for it. Raises as `save`."""
     await _prepare(execute)
     await execute("migrate-incoming", {"uri": f"file:{path}"})
-    await _wait(execute, "the new QEMU cannot take over this state")
+    await _wait(execute, "the new QEMU cannot load this state")
 
 
 async def reset(execute: Execute) -> None:
-    """Undoes what `give` and `take` have set, for an ordinary migration later on."""
+    """Undoes the settings of `save` and `load`, for an ordinary migration later on."""
     await execute("migrate-set-capabilities", _capabilities(on=False))
     await execute("migrate-set-parameters", {"mode": "normal"})
 
 
 async def machine_type(execute: Execute) -> str:
-    """The machine by its versioned name, "pc-q35-10.0" for "q35"."""
+    """The machine type by its versioned name: "pc-q35-10.0" for "q35"."""
     name = str(await execute("qom-get", {"path": "/machine", "property": "type"}))
     return name.removesuffix("-machine")
 
@@ -56,7 +63,7 @@ async def _prepare(execute: Execute) -> None:
         await execute("migrate-set-parameters", {"mode": "cpr-reboot"})
     except StateConflict as error:
         raise InvalidRequest(
-            f"this QEMU cannot give its state away beside the memory: {error.message}",
+            f"this QEMU cannot write its state without the memory: {error.message}",
             remedy="it takes QEMU 8.2 or newer",
         ) from error
 
