@@ -1,8 +1,9 @@
-"""Names for the shell's completion, asked from the agent. Silent when there is none."""
+"""Names for the shell's completion, asked from the agent. Silent when no agent answers."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable, Sequence
 
 from sempervirt.api.client import Client
 from sempervirt.api.schemas import DiskView, VmView
@@ -14,27 +15,23 @@ DEADLINE_S = 1.0
 
 def vm_names(incomplete: str) -> list[str]:
     """Names of VMs that begin with `incomplete`."""
-
-    async def _vms(client: Client) -> list[VmView]:
-        async with asyncio.timeout(DEADLINE_S):
-            return await client.vms()
-
-    try:
-        names = [vm.name for vm in ask_agent(_vms)]
-    except (SempervirtError, TimeoutError):
-        return []
-    return [name for name in names if name.startswith(incomplete)]
+    return _names(lambda client: client.vms(), incomplete)
 
 
 def disk_names(incomplete: str) -> list[str]:
     """Names VM/DISK that begin with `incomplete`."""
+    return _names(lambda client: client.disks(), incomplete)
 
-    async def _disks(client: Client) -> list[DiskView]:
+
+def _names(
+    question: Callable[[Client], Awaitable[Sequence[VmView | DiskView]]], incomplete: str
+) -> list[str]:
+    async def _ask(client: Client) -> Sequence[VmView | DiskView]:
         async with asyncio.timeout(DEADLINE_S):
-            return await client.disks()
+            return await question(client)
 
     try:
-        names = [disk.name for disk in ask_agent(_disks)]
+        views = ask_agent(_ask)
     except (SempervirtError, TimeoutError):
         return []
-    return [name for name in names if name.startswith(incomplete)]
+    return [view.name for view in views if view.name.startswith(incomplete)]

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from sempervirt.api.schemas import DiskView, RestartView
 from sempervirt.cli import disk_map, threads, tune
-from sempervirt.cli.completion import disk_names
+from sempervirt.cli.arguments import DiskName
 from sempervirt.cli.output import (
     Output,
     OutputOption,
@@ -38,10 +38,6 @@ app.command("threads", epilog="Example: semper disk threads web/root --map 0,0,1
 app.command("map", epilog="Example: semper disk map web/root --verify")(disk_map.show_map)
 app.command("tune", epilog="Example: semper disk tune /srv/images")(tune.tune)
 
-DiskName = Annotated[
-    str,
-    typer.Argument(metavar="VM/DISK", help="For example web/root.", autocompletion=disk_names),
-]
 RESTARTS_SHOWN = 8
 UPGRADE_HINT = " (another one is installed: see semper disk upgrade)"
 

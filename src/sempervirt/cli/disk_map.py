@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from sempervirt.api.client import Client
 from sempervirt.api.schemas import MapVerificationView, MapView
-from sempervirt.cli.completion import disk_names
+from sempervirt.cli.arguments import DiskName
 from sempervirt.cli.output import Output, OutputOption, ago, err, facts, out, print_json
 from sempervirt.cli.session import ask_agent
 from sempervirt.core.errors import InvalidRequest
@@ -24,10 +24,7 @@ STEPS = {"index": "reading blocks", "pages": "comparing pages"}
 
 
 def show_map(
-    name: Annotated[
-        str,
-        typer.Argument(metavar="VM/DISK", help="For example web/root.", autocompletion=disk_names),
-    ],
+    name: DiskName,
     verify: Annotated[
         bool, typer.Option("--verify", help="Compare every page in memory with the disk now.")
     ] = False,

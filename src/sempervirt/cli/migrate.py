@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from sempervirt.api.client import Client
 from sempervirt.api.schemas import MigrateRequest
-from sempervirt.cli.completion import vm_names
+from sempervirt.cli.arguments import VmName
 from sempervirt.cli.output import Output, OutputOption, err, facts, out, print_json
 from sempervirt.cli.session import ask_agent
 from sempervirt.cli.whereabouts import judge, judge_cancelled, sentence
@@ -29,10 +29,6 @@ POLL_S = 0.2
 # How long the agent may be silent, as one that is replaced, or may not know who owns the VM.
 PATIENCE_S = 30.0
 PAGE_BYTES = 4096
-
-VmName = Annotated[
-    str, typer.Argument(metavar="NAME", help="The VM's name.", autocompletion=vm_names)
-]
 
 
 def migrate(

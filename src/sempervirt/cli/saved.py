@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from sempervirt.api.client import Client
 from sempervirt.api.schemas import RestoreRequest, SavedView, VmView
-from sempervirt.cli.completion import vm_names
+from sempervirt.cli.arguments import VmName
 from sempervirt.cli.output import Output, OutputOption, err, facts, out, print_json
 from sempervirt.cli.session import ask_agent
 from sempervirt.core.errors import InvalidRequest, SempervirtError
@@ -33,9 +33,7 @@ File = Annotated[Path, typer.Argument(metavar="FILE", help="The saved state.", s
 
 
 def save(
-    name: Annotated[
-        str, typer.Argument(metavar="NAME", help="The VM's name.", autocompletion=vm_names)
-    ],
+    name: VmName,
     file: File,
     output: OutputOption = Output.TABLE,
 ) -> None:

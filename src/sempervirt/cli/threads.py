@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from sempervirt.api.schemas import DiskView
-from sempervirt.cli.completion import disk_names
+from sempervirt.cli.arguments import DiskName
 from sempervirt.cli.output import Output, OutputOption, err, facts, listing, out, print_json
 from sempervirt.cli.session import ask_agent
 from sempervirt.core.errors import InvalidRequest
@@ -18,10 +18,7 @@ Counters = dict[str, object]
 
 
 def threads(
-    name: Annotated[
-        str,
-        typer.Argument(metavar="VM/DISK", help="For example web/root.", autocompletion=disk_names),
-    ],
+    name: DiskName,
     thread_map: Annotated[
         str | None,
         typer.Option(

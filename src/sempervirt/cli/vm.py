@@ -14,7 +14,7 @@ from sempervirt.api.client import Client
 from sempervirt.api.schemas import VmView
 from sempervirt.cli import console as terminal
 from sempervirt.cli import migrate, saved, tail
-from sempervirt.cli.completion import vm_names
+from sempervirt.cli.arguments import VmName
 from sempervirt.cli.output import (
     Output,
     OutputOption,
@@ -36,9 +36,6 @@ from sempervirt.qemu.state import Runstate
 
 app = typer.Typer(no_args_is_help=True, help="Run virtual machines, look at them, move them.")
 
-VmName = Annotated[
-    str, typer.Argument(metavar="NAME", help="The VM's name.", autocompletion=vm_names)
-]
 EVENTS_SHOWN = 10
 
 
