@@ -6,6 +6,7 @@ five to twenty seconds.
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -44,17 +45,8 @@ def assert_clean(verdict: Verdict) -> None:
 @pytest.fixture(scope="session")
 def crash_build() -> Path:
     """semper-blkd that can be told to die."""
-    target = ROOT / "target/crash-points"
-    subprocess.run(
-        [
-            *("cargo", "build", "--release", "--quiet", "--package", "semper-blkd"),
-            *("--features", "crash-points", "--target-dir", str(target)),
-        ],
-        cwd=ROOT,
-        check=True,
-        timeout=600,
-    )
-    return target / "release/semper-blkd"
+    subprocess.run([ROOT / "scripts/trial-programs"], cwd=ROOT, check=True, timeout=600)
+    return ROOT / os.environ.get("CARGO_TARGET_DIR", "target") / "trials/semper-blkd"
 
 
 @pytest.mark.parametrize("cell", few_cells(), ids=str)
