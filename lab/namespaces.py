@@ -1,6 +1,6 @@
 """Network namespaces: doing something inside one, and ending them for certain.
 
-`python -m lab.namespaces TAG` is the undertaker: when its standard input ends, which happens
+`python -m lab.namespaces TAG` is the cleaner: when its standard input ends, which happens
 also when the test that holds the other end is killed, it kills every process in a namespace
 whose name begins with `TAG-`, and removes these namespaces and the directories it was given.
 """
@@ -98,7 +98,7 @@ def remove(tag: str) -> None:
         ip("netns", "del", namespace)
 
 
-class Undertaker:
+class Cleaner:
     """Removes the namespaces of a tag, and directories, at `end` or when this process dies."""
 
     def __init__(self, tag: str, *directories: Path) -> None:
@@ -118,7 +118,7 @@ class Undertaker:
 
 
 def main() -> int:
-    """The undertaker."""
+    """The cleaner."""
     tag, *directories = sys.argv[1:]
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)

@@ -21,7 +21,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from lab.namespaces import Undertaker, inside, ip, pids, within
+from lab.namespaces import Cleaner, inside, ip, pids, within
 
 OUTSIDE = "10.79.0.254"
 STORE = "10.78.0.254"
@@ -54,7 +54,7 @@ class Network:
         self.link = link
         self.tag = f"sv{os.getpid()}.{next(_numbers)}"
         self.net = f"{self.tag}-net"
-        self._undertaker = Undertaker(self.tag, *directories)
+        self._cleaner = Cleaner(self.tag, *directories)
         try:
             self._build()
         except BaseException:
@@ -72,7 +72,7 @@ class Network:
 
     def close(self) -> None:
         """Kills what runs in it."""
-        self._undertaker.end()
+        self._cleaner.end()
 
     # How it is made
 

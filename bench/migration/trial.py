@@ -83,7 +83,7 @@ async def _stand(setting: Setting, link: Link, guest: Guest) -> AsyncIterator[St
         copy = ["cp", "--sparse=always", str(setting.guest.root), str(root)]
         await asyncio.to_thread(subprocess.run, copy, check=True)
         tree = setting.tree
-        # Its undertaker removes the folder, too, if this program is killed.
+        # The cleaner of the network removes the folder, too, if this program is killed.
         network = await asyncio.to_thread(Network, link, place)
         stack.push_async_callback(asyncio.to_thread, network.close)
         address = f"ip={GUEST}:::255.255.255.0::eth0:none"

@@ -24,7 +24,7 @@ from contextlib import contextmanager
 import pytest
 
 from lab.client import EchoClient
-from lab.namespaces import CLONE_NEWNET, Undertaker, enter, ip
+from lab.namespaces import CLONE_NEWNET, Cleaner, enter, ip
 from sempervirt.agent import Agent, AgentConfig
 from sempervirt.core.errors import InvalidRequest
 from sempervirt.guest import ProbeClient
@@ -54,7 +54,7 @@ def namespace() -> Iterator[None]:
     """This thread, and what it starts, in a namespace with a bridge and a tap."""
     tag = f"svr{os.getpid()}.{next(_numbers)}"
     home = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
-    undertaker = Undertaker(tag)
+    cleaner = Cleaner(tag)
     try:
         ip("netns", "add", f"{tag}-x")
         enter(f"{tag}-x")
@@ -66,7 +66,7 @@ def namespace() -> Iterator[None]:
     finally:
         assert ctypes.CDLL(None).setns(home, CLONE_NEWNET) == 0
         os.close(home)
-        undertaker.end()
+        cleaner.end()
 
 
 def add_tap(*kind: str) -> None:
