@@ -99,7 +99,8 @@ pub(crate) struct Args {
     #[arg(long, value_name = "BYTES")]
     pub block_size: Option<u32>,
 
-    /// Prepare everything, then wait until the process that serves the image has ended.
+    /// Be the spare: prepare everything, then wait for the image's lock until the process that
+    /// serves the image has ended.
     #[arg(long, conflicts_with = "read_only")]
     pub spare: bool,
 
