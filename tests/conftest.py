@@ -1,4 +1,6 @@
-"""What all tests share: an owner that fails fails the test, where it would end the agent."""
+"""What all tests share: an owner that fails fails the test, where it would end the agent; and the
+budgets of the mechanisms.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ import pytest
 
 from sempervirt.host import background
 
+pytest_plugins = ("tests.budget",)
 Crash = tuple[str, BaseException]
 
 
