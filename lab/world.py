@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from datetime import timedelta
 from pathlib import Path
+from typing import Any, TypeVar
 
 from lab.etcd import Etcd, Relay
 from lab.namespaces import inside, within
 from lab.network import STORE, Link, Network
 from sempervirt.agent import AgentConfig
 from sempervirt.api.client import Client
+from sempervirt.cluster.cluster import Cluster, begin_cluster
+from sempervirt.cluster.joining import join_cluster
 from sempervirt.host.procfs import command_name
 from sempervirt.store.etcd import EtcdStore
 from sempervirt.store.records import Ownership
 from sempervirt.store.registry import Registry
+from sempervirt.trust.invitation import Invitation
+from sempervirt.vm.setup import prepare_directories
 
+Result = TypeVar("Result")
 DEADLINE_S = 60.0
 PORT = 7443
 POLL_S = 0.05
@@ -67,6 +73,10 @@ class Host:
         words = " ".join(arguments)
         assert process.returncode == code, f"{self.name}: semper {words}: {err.decode()}"
         return (err if code else out).decode()
+
+    async def inside(self, act: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
+        """What a coroutine gives that runs in this host's namespace, in an event loop there."""
+        return await asyncio.to_thread(inside, self.namespace, lambda: asyncio.run(act()))
 
     def client(self) -> AbstractAsyncContextManager[Client]:
         """For the agent's API."""
@@ -171,29 +181,39 @@ class World:
             await asyncio.to_thread(network.close)
 
     async def _begin(self, store: str) -> None:
+        """What `semper host init`, `add` and `join` do, without a program for each."""
         await asyncio.to_thread(self.etcd.start)
-        listen = ("--listen", self.a.address)
-        await self.a.semper("host", "init", "a", *listen, "--store", store)
-        await self.a.start_agent()
-        token = self.b.log.with_name("token")
-        token.write_text(await self.a.semper("host", "add", "b"))
-        await self.b.semper("host", "join", str(token), "--listen", self.b.address)
-        await self.b.start_agent()
+        a, b = self.hosts
+        for host in self.hosts:
+            prepare_directories(host.config)
+        await a.inside(lambda: begin_cluster(a.config, "sempervirt", "a", a.address, [store]))
+        await a.start_agent()
+        invitation = await a.inside(lambda: _invite(a.config, "b"))
+        await b.inside(lambda: join_cluster(b.config, invitation, b.address))
+        await b.start_agent()
         await self.wait_members()
 
     async def wait_members(self) -> None:
         """Until the store knows that both agents live."""
         async with asyncio.timeout(DEADLINE_S):
-            while True:
-                members = json.loads(await self.a.semper("host", "list", "--output", "json"))
-                if [member["state"] for member in members] == ["alive", "alive"]:
-                    return
+            while not await self.a.inside(lambda: _all_live(self.a.config)):  # noqa: ASYNC110
+                await asyncio.sleep(POLL_S)  # poll interval
 
     async def _end(self) -> None:
         for host in self.hosts:
             host.kill_agent()
         await self.relay.close()
         await asyncio.to_thread(self.etcd.remove)
+
+
+async def _invite(config: AgentConfig, name: str) -> Invitation:
+    async with Cluster.opened(config) as cluster:
+        return await cluster.invite(name, timedelta(hours=1))
+
+
+async def _all_live(config: AgentConfig) -> bool:
+    async with Cluster.opened(config) as cluster:
+        return all(member.presence for member in await cluster.members())
 
 
 def program(name: str) -> str:

@@ -61,6 +61,18 @@ def chosen(count: int, seed: int) -> list[Strike]:
     return strikes
 
 
+def each_victim(turn: int) -> list[Strike]:
+    """Each victim once, in a random order: with two turns that follow each other at two phases, and
+    in five turns at each.
+    """
+    strikes = [
+        Strike(ORDER[(index + turn) % len(ORDER)], victim)
+        for index, victim in enumerate(faults.VICTIMS)
+    ]
+    random.Random(turn).shuffle(strikes)
+    return strikes
+
+
 @dataclass
 class Outcome:
     """What came of one strike."""

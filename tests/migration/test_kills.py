@@ -1,20 +1,24 @@
-"""Whoever dies while a VM moves, and whatever is cut: one writer, one guest, one truth."""
+"""Whoever dies while a VM moves, and whatever is cut: one writer, one guest, one truth.
+
+Each victim at two of the five phases, so that every phase comes several times. `make
+migration-kills` strikes 300 times: what is found only now and then is its affair, for each strike
+takes six seconds of a processor.
+"""
 
 from __future__ import annotations
 
 import pytest
 
-from tests.migration.kills import Outcome, campaign, chosen
+from tests.migration.kills import Outcome, campaign, each_victim
 
 pytestmark = [pytest.mark.root, pytest.mark.guest, pytest.mark.slow, pytest.mark.timeout(900)]
-STRIKES = 20
-# Of those that are aimed, some find nobody: a wire that has not begun yet, or has ended.
-FALLEN = 14
+# Of the twelve that are aimed, some find nobody: a wire that has not begun yet, or has ended.
+FALLEN = 8
 
 
-@pytest.mark.parametrize("seed", [4, 5], ids=["first", "second"])
-async def test_whoever_dies_the_vm_is_on_one_host(seed: int) -> None:
-    outcomes = await campaign(chosen(STRIKES, seed), seed, report)
+@pytest.mark.parametrize("turn", [3, 4], ids=["first", "second"])
+async def test_whoever_dies_the_vm_is_on_one_host(turn: int) -> None:
+    outcomes = await campaign(each_victim(turn), turn, report)
     problems = [(str(o.strike), o.problems) for o in outcomes if o.problems]
     assert problems == []
     assert sum(bool(outcome.hit) for outcome in outcomes) >= FALLEN
