@@ -103,7 +103,7 @@ async def steer(steering: Steering, here: End, source: Monitor) -> None:
         except (OSError, ValueError):
             return
         if told.status == "active" and told.sample:
-            await steering.steer(execute, told.sample, status)
+            await steering.steer(execute, told.sample, status["switchover_bandwidth"])
         await asyncio.sleep(LOOK_S)
 
 

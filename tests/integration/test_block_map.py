@@ -130,9 +130,10 @@ async def test_every_page_that_equals_a_block_is_found(
     assert states.count(ASSOCIATED) >= 2400, len(states)
     assert states.count(CONTENT) >= 500, len(states)
     stats = await disk.block_map()
-    last = stats["verification"]
-    assert last["verified_associated"] + last["verified_content"] == len(found)
-    assert stats["memory"]["total"] <= stats["memory"]["bound"]
+    last = stats.verification
+    assert last is not None
+    assert last.verified_associated + last.verified_content == len(found)
+    assert stats.memory.total <= stats.memory.bound
 
     # The next backend knows which blocks were used, and finds the same pages by content.
     await kill_active(disk)
@@ -164,10 +165,11 @@ async def test_a_running_guest_is_verified_with_progress(agent: Agent, guest_spe
         await client.wait_stats(lambda stats: stats.completions >= 500)
         await disk.verify_block_map()
         async with asyncio.timeout(BOOT_S):
-            while (stats := await disk.block_map())["running"] is not None:  # noqa: ASYNC110
+            while (stats := await disk.block_map()).running is not None:  # noqa: ASYNC110
                 await asyncio.sleep(0.05)  # poll interval
-        assert stats["recorded"] > 0
-        assert stats["verification"]["pages"] > 1000
+        assert stats.recorded > 0
+        assert stats.verification is not None
+        assert stats.verification.pages > 1000
         stopped = await client.write_stop()
     assert stopped.wrong.total == 0
     assert stopped.io_error_count == 0

@@ -71,7 +71,7 @@ async def kill_backend(agent: Agent, name: str) -> None:
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
     await disk.changes.wait_until(
-        lambda: disk.restart_count > count and disk.backends.connected,
+        lambda: disk.restart_count > count and disk.state.connected,
         timeout_s=READY_S,
         what="the take-over",
     )

@@ -111,7 +111,7 @@ async def test_the_spare_takes_over_and_is_replaced(started: Started, setup: Dis
         await wait_restarts(disk, count)
         assert disk.active_pid == spare
         await disk.wait_serving(READY_S)
-    assert (await disk.status())["pid"] == disk.active_pid
+    assert (await disk.status()).pid == disk.active_pid
     assert disk.restart_count == 5
     assert {restart.reason for restart in disk.restarts} == {"killed by SIGKILL"}
     assert len(setup.files.logs()) <= 6  # those of the last five, and of the present ones

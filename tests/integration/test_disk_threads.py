@@ -20,8 +20,8 @@ from sempervirt.api.client import Client
 from sempervirt.api.schemas import DiskView
 from sempervirt.core.errors import InvalidRequest
 from sempervirt.core.queue_map import Binding, Choice, DevicePlan, ThreadMap
-from sempervirt.disk import takeover
 from sempervirt.disk.backend import Blkd, DiskOptions
+from sempervirt.disk.client import BackendClient
 from sempervirt.disk.driver import Disk
 from sempervirt.disk.fingerprint import fingerprint
 from sempervirt.disk.lifecycle import adopt_disk, start_disk
@@ -32,7 +32,6 @@ from sempervirt.disk.state import Condition, Policy
 from sempervirt.disk.storage import storage_key
 from sempervirt.disk.volume import inspect
 from sempervirt.guest import ProbeClient
-from sempervirt.host.control import ask
 from sempervirt.qemu.spec import VmSpec
 
 pytestmark = pytest.mark.timeout(120)
@@ -84,13 +83,13 @@ async def eventually(what: str, condition: Callable[[], Awaitable[bool]]) -> Non
 
 
 async def map_of_active(disk: Disk) -> ThreadMap:
-    return takeover.thread_map(await disk.status())
+    return (await disk.status()).thread_map
 
 
 async def map_of_spare(disk: Disk) -> ThreadMap:
     assert disk.state.spare is not None
-    control = disk.setup.files.control(disk.state.spare.generation)
-    return takeover.thread_map(await ask(control, "status"))
+    client = BackendClient(disk.setup.files.control(disk.state.spare.generation))
+    return (await client.status()).thread_map
 
 
 def arguments_of(pid: int | None) -> list[str]:
@@ -134,7 +133,8 @@ async def test_a_map_survives_the_agent_and_whatever_it_did_not_get_to(setup: Di
     await disk.rebind(Binding((0, 0, 0, 0), "test"))
     # An agent that died after it had told the active process, and before it wrote that down.
     assert disk.state.active is not None
-    await ask(setup.files.control(disk.state.active.generation), "threads", map=[0, 1, 2, 3])
+    client = BackendClient(setup.files.control(disk.state.active.generation))
+    await client.move_queues((0, 1, 2, 3))
     await disk.detach()
     adopted = await adopt_disk(setup)
     try:
@@ -152,8 +152,8 @@ async def test_a_spare_that_was_not_told_is_told_once_it_serves(disk: Disk) -> N
     await disk.rebind(Binding((0, 0, 0, 1), "test"))
     await eventually("the spare", lambda: is_on(map_of_spare(disk), (0, 0, 0, 1)))
     assert disk.state.spare is not None
-    control = disk.setup.files.control(disk.state.spare.generation)
-    await ask(control, "threads", map=[0, 1, 2, 3])  # as if it had not been
+    client = BackendClient(disk.setup.files.control(disk.state.spare.generation))
+    await client.move_queues((0, 1, 2, 3))  # as if it had not been
     await take_over(disk)
     await eventually("the successor", lambda: is_on(map_of_active(disk), (0, 0, 0, 1)))
 
@@ -181,7 +181,7 @@ async def test_a_backend_that_cannot_start_a_moved_queue_gives_up_its_place(
     disk = agent.disks["web/root"]
 
     async def used() -> bool:
-        return bool((await disk.status())["queues"][0]["enabled"])
+        return (await disk.status()).queues[0].enabled
 
     await eventually("the firmware to use the first queue", used)
     await disk.wait_spare_ready(READY_S)
@@ -205,8 +205,8 @@ async def test_a_backend_that_cannot_start_a_moved_queue_gives_up_its_place(
     await disk.rebind(Binding((1, 0), "test"))
     assert disk.restart_count == 1
     status = await disk.status()
-    assert takeover.thread_map(status) == (1, 0)
-    assert status["queues"][0]["enabled"]
+    assert status.thread_map == (1, 0)
+    assert status.queues[0].enabled
 
 
 MAPS: tuple[ThreadMap, ...] = ((0, 0, 0, 0), (0, 1, 2, 3), (1, 0, 0, 1), (0, 1, 0, 1))
@@ -259,7 +259,7 @@ async def test_rebinding_and_kills_under_load_are_not_noticed(
         wanted = disk.state.binding
         await eventually("the last map", lambda: is_on(map_of_active(disk), wanted.map))
         status = await disk.status()
-        assert all(queue["writes"] > 0 for queue in status["queues"]), status["queues"]
+        assert all(queue.writes > 0 for queue in status.queues), status.queues
         stats = await client.write_stop()
     assert stats.io_error_count == 0, stats
     assert stats.hung == 0, stats
@@ -303,8 +303,8 @@ async def test_a_vm_runs_with_the_preset_of_its_storage(
     await disk.wait_spare_ready(READY_S)
     for _ in range(2):
         status = await disk.status()
-        assert (status["engine"], status["poll_us"]) == ("mmap", 7)
-        assert takeover.thread_map(status) == (0, 1)
+        assert (status.engine, status.poll_us) == ("mmap", 7)
+        assert status.thread_map == (0, 1)
         await take_over(disk)
 
 
@@ -324,7 +324,7 @@ async def test_by_the_api_and_across_a_restart_of_the_agent(
             assert moved.queues is not None
             assert (moved.queues.map, moved.queues.threads) == ([0, 1, 0], 2)
             assert moved.backend is not None
-            assert takeover.thread_map(moved.backend) == (0, 1, 0)
+            assert [queue["thread"] for queue in moved.backend["queues"]] == [0, 1, 0]
             assert moved.backend["poll_us"] == 5
             moved = await client.move_queues("web/root", thread_map=(2, 1, 0))
             first = await wait_disk(client, lambda view: view.condition is Condition.GUARDED)
@@ -341,5 +341,5 @@ async def test_by_the_api_and_across_a_restart_of_the_agent(
                 client, lambda view: view.condition is Condition.GUARDED and view.restart_count > 0
             )
             assert last.backend is not None
-            assert takeover.thread_map(last.backend) == (2, 1, 0)
+            assert [queue["thread"] for queue in last.backend["queues"]] == [2, 1, 0]
             await client.kill_vm("web")

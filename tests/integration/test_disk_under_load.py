@@ -116,12 +116,12 @@ async def test_host_errors_reach_the_guest_and_are_shown(agent: Agent, guest_spe
             lambda: disk.last_error is not None, timeout_s=READY_S, what="the error to be told"
         )
         assert disk.last_error is not None
-        assert disk.last_error["errno"] == errno.ENOSPC
+        assert disk.last_error.errno == errno.ENOSPC
         assert disk.journal.last("io-error") is not None
         # The error is still known when the backend that met it is gone.
         await kill_active(disk)
         await completed(client, PAUSE)
-        assert disk.last_error["errno"] == errno.ENOSPC
+        assert disk.last_error.errno == errno.ENOSPC
         stats = await client.write_stop()
         assert stats.hung == 0
     assert vm.run is Runstate.RUNNING

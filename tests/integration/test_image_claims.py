@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from sempervirt.core.errors import ImageLocked, InvalidRequest, Unavailable
-from sempervirt.disk.backend import Blkd, DiskOptions, ImageTitle, Launch
+from sempervirt.disk.backend import PROGRAM, Blkd, DiskOptions, ImageTitle, Launch
 from sempervirt.disk.running import refusal
-from sempervirt.host.control import ask
+from sempervirt.host.control import ControlSocket
 from sempervirt.host.process import Exit
 from sempervirt.store import epoch
 from sempervirt.store.registry import Claim, StaleClaim
@@ -30,14 +30,14 @@ class Backend:
 
     def __init__(self, process: subprocess.Popen[str], control: Path) -> None:
         self.process = process
-        self._control = control
+        self._control = ControlSocket(control, PROGRAM)
 
     async def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
         """Asks, as soon as it listens. Raises ImageLocked when it would not serve."""
         async with asyncio.timeout(START_S):
             while True:
                 try:
-                    return await ask(self._control, command, **arguments)
+                    return await self._control.ask(command, **arguments)
                 except Unavailable:
                     if (code := self.process.poll()) is not None:
                         assert self.process.stderr is not None

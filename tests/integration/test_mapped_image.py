@@ -53,7 +53,7 @@ async def disk(agent: Agent, guest_spec: Spec) -> AsyncIterator[Disk]:
     assert (disk.active_pid, disk.spare_pid) == pids
     assert disk.restart_count == 0
     status = await disk.status()
-    assert status["engine"] == "mmap"
+    assert status.engine == "mmap"
 
 
 @pytest.fixture
@@ -78,8 +78,9 @@ async def fill(probe: ProbeClient) -> int:
 async def test_a_full_tmpfs_is_an_error_of_the_request(disk: Disk, probe: ProbeClient) -> None:
     written = await fill(probe)
     assert ROOM_BYTES // 2 < written <= ROOM_BYTES
-    error = (await disk.status())["last_error"]
-    assert (error["op"], error["errno"]) == ("write", errno.ENOSPC)
+    error = (await disk.status()).last_error
+    assert error is not None
+    assert (error.op, error.errno) == ("write", errno.ENOSPC)
     # What was written before the end is there, and a hole is still a hole.
     assert await probe.read_raw(DEVICE, 0, len(CHUNK)) == CHUNK
     assert await probe.read_raw(DEVICE, IMAGE_BYTES - 4096, 4096) == bytes(4096)
@@ -94,6 +95,7 @@ async def test_a_truncated_image_is_an_error_of_the_request(
     os.truncate(disk_image, MIB)
     with pytest.raises(ProbeRefused):
         await probe.read_raw(DEVICE, 2 * MIB, 4096)
-    error = (await disk.status())["last_error"]
-    assert (error["op"], error["errno"]) == ("read", errno.EIO)
+    error = (await disk.status()).last_error
+    assert error is not None
+    assert (error.op, error.errno) == ("read", errno.EIO)
     assert await probe.read_raw(DEVICE, 0, len(CHUNK)) == CHUNK

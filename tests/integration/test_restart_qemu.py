@@ -89,7 +89,7 @@ async def test_a_paused_vm_stays_paused_and_its_disk_outlives_its_backend(
     assert disk.active_pid is not None
     os.kill(disk.active_pid, signal.SIGKILL)
     await disk.changes.wait_until(
-        lambda: disk.generation > generation and disk.backends.connected,
+        lambda: disk.generation > generation and disk.state.connected,
         timeout_s=20,
         what="take-over",
     )

@@ -69,7 +69,7 @@ async def test_everything_a_vm_file_can_say_is_understood_by_qemu(
     vm = await agent.run_vm(spec)
     assert vm.run is Runstate.RUNNING
     assert sorted(agent.disks) == ["web/a", "web/b"]
-    assert (await agent.disks["web/b"].status())["read_only"]
+    assert (await agent.disks["web/b"].status()).read_only
     assert vm.channel_path("two").is_socket()
 
 

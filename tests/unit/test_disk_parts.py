@@ -23,11 +23,12 @@ from sempervirt.core.errors import (
 )
 from sempervirt.core.queue_map import Binding
 from sempervirt.disk import takeover
-from sempervirt.disk.backend import Blkd, DiskOptions, ImageTitle, Launch
-from sempervirt.disk.record import DiskRecord, RecordedProcess, read_disk_record
+from sempervirt.disk.answers import Status, Timeline
+from sempervirt.disk.backend import PROGRAM, Blkd, DiskOptions, ImageTitle, Launch
+from sempervirt.disk.record import DiskRecord, RecordedProcess, Role, read_disk_record
 from sempervirt.disk.running import LOGS_KEPT, DiskFiles, describe_end, refusal
 from sempervirt.disk.volume import inspect
-from sempervirt.host.control import ask
+from sempervirt.host.control import LINE_MAX_BYTES, ControlSocket
 from sempervirt.host.process import Exit
 from sempervirt.host.procfs import ProcessId
 from sempervirt.host.records import RecordDamaged
@@ -166,7 +167,7 @@ async def test_a_question_and_its_answer(address: Path) -> None:
         return b'{"id": 1, "ok": {"state": "running"}}\n'
 
     async with control_socket(address, answer):
-        assert await ask(address, "fault", rule=None) == {"state": "running"}
+        assert await ControlSocket(address, PROGRAM).ask("fault", rule=None) == {"state": "running"}
     assert asked == [{"id": 1, "cmd": "fault", "rule": None}]
 
 
@@ -178,6 +179,9 @@ async def test_a_question_and_its_answer(address: Path) -> None:
         (b'{"id": 1}\n', OutcomeUnknown),
         (b"{\n", OutcomeUnknown),
         (b"\xff\n", OutcomeUnknown),
+        (b"[" * 100_000 + b"\n", OutcomeUnknown),
+        (b"x" * (LINE_MAX_BYTES + 1), OutcomeUnknown),
+        (b'{"id": 1, "ok": []}\n', OutcomeUnknown),
         (None, OutcomeUnknown),
     ],
 )
@@ -186,25 +190,25 @@ async def test_answers_that_are_errors(
 ) -> None:
     async with control_socket(address, lambda _: reply):
         with pytest.raises(error):
-            await ask(address, "status")
+            await ControlSocket(address, PROGRAM).ask("status")
 
 
 async def test_nobody_listens_or_nobody_answers(address: Path) -> None:
-    with pytest.raises(Unavailable, match="does not listen"):
-        await ask(address, "status")
+    with pytest.raises(Unavailable, match="semper-blkd does not listen"):
+        await ControlSocket(address, PROGRAM).ask("status")
 
     async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read()
         writer.close()
 
     async with await asyncio.start_unix_server(silent, address):
-        with pytest.raises(OutcomeUnknown, match="did not answer status"):
-            await ask(address, "status", timeout_s=0.05)
+        with pytest.raises(OutcomeUnknown, match="semper-blkd did not answer status"):
+            await ControlSocket(address, PROGRAM).ask("status", timeout_s=0.05)
 
 
 def test_a_record_and_back(tmp_path: Path) -> None:
     path = tmp_path / "disk.json"
-    process = RecordedProcess("active", 3, "/bin/blkd", 9, ProcessId(4711, 123, "boot"))
+    process = RecordedProcess(Role.ACTIVE, 3, "/bin/blkd", 9, ProcessId(4711, 123, "boot"))
     record = DiskRecord(next_generation=5, binary="/bin/blkd", restarts=2, processes=(process,))
     record.write(path)
     assert read_disk_record(path) == record
@@ -253,29 +257,38 @@ def test_the_logs_of_old_backends_go(tmp_path: Path) -> None:
     assert files.control(4).exists()
 
 
-def status(state: str = "running", **timeline: int | None) -> dict[str, Any]:
-    return {"state": state, "timeline_ns": timeline, "counters": {"replayed": 7}}
+GOLDEN = Path(__file__).parents[2] / "crates/control/golden"
+
+
+def status(name: str, state: str | None = None, **timeline: int | None) -> Status:
+    """The status of a golden file, with another state and other milestones."""
+    content = json.loads((GOLDEN / f"blkd-status-{name}.json").read_text())["ok"]
+    content["timeline_ns"] |= timeline
+    content["state"] = state or content["state"]
+    return Status.model_validate_json(json.dumps(content))
 
 
 def test_what_a_status_says() -> None:
-    assert takeover.is_prepared(status(spare_ready=1))
-    assert not takeover.is_prepared(status(spare_ready=None))
-    assert not takeover.is_prepared({})
-    assert takeover.has_progressed(status(first_completion=5))
-    assert takeover.thread_map({"queues": [{"thread": 1}, {"thread": 0}]}) == (1, 0)
-    assert takeover.thread_map({"queues": [{"thread": 1}, {}]}) == ()
-    assert takeover.thread_map({}) == ()
-    assert takeover.replayed_count(status()) == 7
-    assert takeover.replayed_count({}) is None
-    listening = status("listening", lock_acquired=1)
+    assert takeover.is_prepared(status("spare"))
+    assert not takeover.is_prepared(status("spare", spare_ready=None))
+    assert takeover.is_prepared(status("incoming"))
+    assert not takeover.holds_image(status("spare"))
+    assert takeover.has_progressed(status("active"))
+    assert not takeover.has_progressed(status("spare"))
+    active = status("active")
+    assert active.thread_map == tuple(queue.thread for queue in active.queues)
+    listening = status("unclaimed")
     assert takeover.serves(listening, connection_expected=False)
     assert not takeover.serves(listening, connection_expected=True)
-    assert takeover.serves(status("connected", lock_acquired=1), connection_expected=True)
+    connected = status("unclaimed", state="connected")
+    assert takeover.serves(connected, connection_expected=True)
     assert not takeover.serves(status("spare"), connection_expected=False)
+    assert not takeover.serves(status("active", state="draining"), connection_expected=False)
 
 
 def test_milestones_count_from_when_the_end_was_seen() -> None:
-    timeline = {"lock_acquired": 9_500_000, "accepted": 11_000_000, "started": None}
+    nothing = dict.fromkeys(Timeline.model_fields)
+    timeline = Timeline(**nothing | {"lock_acquired": 9_500_000, "accepted": 11_000_000})
     assert takeover.milestones(timeline, 10_000_000) == {
         "lock_acquired": -0.5,
         "accepted": 1.0,

@@ -9,13 +9,17 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field, replace
+from typing import assert_never
 
 import pytest
 
 from sempervirt.core.durations import Backoff
+from sempervirt.core.errors import InvalidRequest, OutcomeUnknown, Unavailable
+from sempervirt.core.failure import Failure
 from sempervirt.core.queue_map import Binding
 from sempervirt.disk.decide import condition, decide, next_wake
 from sempervirt.disk.state import (
+    Accept,
     Backend,
     Begin,
     Condition,
@@ -23,26 +27,27 @@ from sempervirt.disk.state import (
     Exited,
     Freeze,
     Kill,
+    MapSeen,
     Phase,
     Policy,
     Progressed,
     Ready,
-    Rebind,
-    Rebound,
-    Refused,
+    RebindAsked,
+    RebindEnded,
+    Refuse,
     Serving,
     Start,
     State,
     StopAsked,
-    Stopped,
     SupervisionEvent,
+    Tell,
     Terminate,
     Thaw,
     Tick,
+    Told,
     TookOver,
     UpgradeAsked,
     UpgradeEnded,
-    UpgradeRefused,
 )
 
 POLICY = Policy(
@@ -56,6 +61,9 @@ POLICY = Policy(
 )
 OLD, NEW = "old", "new"
 BINDING = Binding((0, 1), "test")
+GONE = Failure.named(Unavailable, "it does not listen")
+SILENT = Failure.named(OutcomeUnknown, "it did not answer")
+NEVER = Failure.named(InvalidRequest, "it has one queue")
 
 
 @dataclass(frozen=True)
@@ -69,8 +77,8 @@ class World:
     upgrades_asked: int = 0
     upgrades_answered: int = 0
     freezes: int = 0
-    refused: bool = False
-    stopped: bool = False
+    rebinds_asked: int = 0
+    rebinds_answered: int = 0
 
     @property
     def key(self) -> object:
@@ -103,8 +111,21 @@ class World:
             self.upgrades_asked - self.upgrades_answered,
             self.freezes,
             s.frozen,
-            self.refused,
-            self.stopped,
+            s.refused,
+            s.stopped,
+            *self.rebinding_key,
+        )
+
+    @property
+    def rebinding_key(self) -> tuple[object, ...]:
+        s, base = self.state, self.state.next_generation
+        return (
+            s.binding and s.binding.map,
+            tuple((r.binding.map, r.deadline - self.now) for r in s.rebindings),
+            s.telling and (base - s.telling.generation, s.telling.ticket > 0),
+            frozenset(base - generation for generation in s.astray),
+            s.tell_due and s.tell_due - self.now,
+            self.rebinds_asked,
         )
 
 
@@ -117,6 +138,8 @@ def after(world: World, event: SupervisionEvent, now: float | None = None) -> Wo
         world = replace(world, upgrades_asked=world.upgrades_asked + 1)
     if isinstance(event, Freeze):
         world = replace(world, freezes=world.freezes + 1)
+    if isinstance(event, RebindAsked):
+        world = replace(world, rebinds_asked=world.rebinds_asked + 1)
     if isinstance(event, Exited):
         gone = frozenset({event.generation})
         world = replace(world, alive=world.alive - gone, dying=world.dying - gone)
@@ -148,24 +171,31 @@ def carry_out(world: World, effect: Effect) -> World:
                 assert state.spare is not None
                 assert state.spare.ready
             return replace(world, dying=world.dying | {generation})
-        case Rebind(generation):
-            # The active one has already done it.
-            assert generation in world.alive
-            assert state.spare is not None
-            assert generation == state.spare.generation
+        case Tell(generation, binding):
+            assert generation in world.alive, "nobody is there to be told"
+            assert state.telling is not None, "nobody waits for what comes of it"
+            assert state.telling.generation == generation
+            if state.telling.ticket == 0:
+                assert binding == state.binding, "only a request brings another map"
             return world
+        case RebindEnded(_, binding, failure):
+            assert failure is not None or state.binding == binding, (
+                "answered before it is on record"
+            )
+            return replace(world, rebinds_answered=world.rebinds_answered + 1)
         case Kill(generation):
             return replace(world, dying=world.dying | {generation})
-        case UpgradeEnded() | UpgradeRefused():
+        case UpgradeEnded() | Refuse():
             return replace(world, upgrades_answered=world.upgrades_answered + 1)
-        case Refused():
-            return replace(world, refused=True)
-        case Stopped():
-            assert not world.alive
-            return replace(world, stopped=True)
-        case TookOver(_, successor):
-            assert successor is None or (state.active and state.active.generation == successor)
+        case Accept():
             return world
+        case TookOver(predecessor, successor):
+            assert successor is None or (state.active and state.active.generation == successor)
+            assert predecessor not in world.alive
+            assert state.last_end
+            return world
+        case _:
+            assert_never(effect)
 
 
 def check(world: World) -> None:
@@ -186,6 +216,9 @@ def check(world: World) -> None:
         assert guarded or unserved, "no spare, and none will be started"
     if state.upgrade and state.upgrade.phase is not Phase.PREPARING:
         assert state.upgrade.generation is not None
+    assert not state.stopped or not world.alive
+    assert not state.stopped or not state.rebindings
+    assert world.rebinds_asked - world.rebinds_answered == len(state.rebindings)
     assert 0 <= world.upgrades_asked - world.upgrades_answered <= 1
     assert (state.upgrade is not None) == (world.upgrades_asked > world.upgrades_answered)
     assert condition(state, POLICY) in Condition
@@ -229,6 +262,9 @@ def settle(world: World, *, healthy: bool) -> World:
         state = world.state
         if world.dying:
             world = after(world, Exited(min(world.dying), "told to"))
+        elif (telling := state.telling) is not None:
+            there = telling.generation in world.alive
+            world = after(world, Told(telling.generation, None if there else GONE))
         elif state.frozen and not state.stopping:
             world = after(world, Thaw())
         elif not healthy and world.alive:
@@ -254,7 +290,7 @@ def test_every_order_of_events_up_to_depth_twelve() -> None:
         world, depth = queue.popleft()
         rest = settle(world, healthy=True)
         if rest.state.stopping:
-            assert rest.stopped or rest.refused
+            assert rest.state.stopped or rest.state.refused
             assert not rest.alive
         else:
             assert condition(rest.state, POLICY) is Condition.GUARDED
@@ -299,27 +335,136 @@ def test_without_a_spare_the_next_one_starts_at_once() -> None:
     assert any(isinstance(effect, Start) for effect in effects)
 
 
-def test_a_new_map_is_remembered_and_told_to_the_spare() -> None:
+def told(world: World, failure: Failure | None = None) -> World:
+    """The process that is being told its map has answered, or has not."""
+    assert world.state.telling is not None
+    return after(world, Told(world.state.telling.generation, failure))
+
+
+def rebound(world: World) -> World:
+    return told(after(world, RebindAsked(BINDING, 7)))
+
+
+def test_a_new_map_is_on_record_before_it_is_answered_and_the_spare_is_told() -> None:
     before = serving()
-    world = after(before, Rebound(BINDING))
-    assert world.state == replace(before.state, binding=BINDING)
-    assert world.state.spare
-    alone = after(world, Exited(world.state.spare.generation, "died"))
-    assert decide(alone.state, Rebound(BINDING), alone.now, POLICY) == (alone.state, [])
-    upgraded = settle(after(settle(alone, healthy=True), UpgradeAsked(NEW)), healthy=True)
+    assert before.state.active
+    assert before.state.spare
+    asked, effects = decide(before.state, RebindAsked(BINDING, 7), before.now, POLICY)
+    assert effects == [Tell(before.state.active.generation, BINDING)]
+    assert asked.binding is None, "it does not count before the active one has done it"
+    done, effects = decide(asked, Told(before.state.active.generation), before.now, POLICY)
+    assert done.binding == BINDING
+    spare = before.state.spare.generation
+    assert effects == [RebindEnded(7, BINDING), Tell(spare, BINDING)]
+    rest, effects = decide(done, Told(spare, GONE), before.now, POLICY)
+    assert rest == replace(before.state, binding=BINDING), "whoever misses it is seen later"
+    assert effects == []
+    upgraded = settle(after(settle(rebound(before), healthy=True), UpgradeAsked(NEW)), healthy=True)
     assert (upgraded.state.binary, upgraded.state.binding) == (NEW, BINDING)
 
 
-@pytest.mark.parametrize("stopping", [False, True])
-def test_a_new_map_changes_nothing_else_wherever_it_comes(stopping: bool) -> None:
-    worlds = [after(World(), Begin())]
-    for _ in range(5):
-        worlds = [following for world in worlds for following in choices(world)]
-    worlds = [world for world in worlds if world.state.stopping is stopping]
-    assert len(worlds) > 20
-    for world in worlds:
-        rebound = after(world, Rebound(BINDING))
-        assert rebound == replace(world, state=replace(world.state, binding=BINDING))
+def test_maps_are_told_one_after_the_other() -> None:
+    other = Binding((1, 0), "test")
+    world = after(after(serving(), RebindAsked(BINDING, 7)), RebindAsked(other, 8))
+    assert len(world.state.rebindings) == 2
+    world = told(world)
+    assert world.state.binding == BINDING
+    assert world.state.telling
+    assert world.state.telling.ticket == 8
+    assert settle(world, healthy=True).state.binding == other
+
+
+def test_the_successor_of_a_backend_that_died_is_told() -> None:
+    world = after(serving(), RebindAsked(BINDING, 7))
+    assert world.state.active
+    world = after(world, Exited(world.state.active.generation, "killed"))
+    world = told(world, GONE)
+    assert world.rebinds_answered == 0
+    assert world.state.tell_due is not None
+    world = after(world, Tick(), world.state.tell_due)
+    assert world.state.telling
+    assert world.state.active
+    assert world.state.telling.generation == world.state.active.generation
+    assert settle(world, healthy=True).state.binding == BINDING
+
+
+@pytest.mark.parametrize(("failure", "again"), [(GONE, True), (SILENT, True), (NEVER, False)])
+def test_what_fails_is_tried_again_until_the_deadline(failure: Failure, again: bool) -> None:
+    world = after(serving(), RebindAsked(BINDING, 7))
+    assert world.state.telling
+    event = Told(world.state.telling.generation, failure)
+    failed, effects = decide(world.state, event, world.now, POLICY)
+    assert (len(failed.rebindings) == 1) is again
+    assert effects == ([] if again else [RebindEnded(7, BINDING, failure)])
+    late, effects = decide(world.state, event, world.now + POLICY.rebind_s, POLICY)
+    assert effects == [RebindEnded(7, BINDING, failure)]
+    assert late.binding is None
+
+
+def test_a_request_that_no_backend_is_there_for_ends_at_its_deadline() -> None:
+    world = after(World(), Begin())
+    world = after(world, Serving(1))
+    frozen = after(world, Freeze())
+    dead = after(frozen, Exited(1, "killed"))
+    asked = after(dead, RebindAsked(BINDING, 7))
+    assert asked.state.telling is None
+    wake = next_wake(asked.state)
+    assert wake == asked.now + POLICY.rebind_s
+    assert after(asked, Tick(), wake).rebinds_answered == 1
+
+
+def test_who_is_seen_to_work_by_another_map_is_told() -> None:
+    world = settle(rebound(serving()), healthy=True)
+    assert world.state.active
+    generation = world.state.active.generation
+    assert decide(world.state, MapSeen(generation, BINDING.map), 0, POLICY)[1] == []
+    astray, effects = decide(world.state, MapSeen(generation, (0, 0)), 0, POLICY)
+    assert effects == [Tell(generation, BINDING)]
+    assert decide(astray, MapSeen(generation, (0, 0)), 0, POLICY) == (
+        replace(astray, astray=frozenset({generation})),
+        [],
+    )
+    # While a request is under way, the former map is no surprise.
+    asked, _ = decide(world.state, RebindAsked(Binding((1, 0), "test"), 8), 0, POLICY)
+    assert decide(asked, MapSeen(generation, BINDING.map), 0, POLICY) == (asked, [])
+
+
+def test_every_order_of_requests_for_threads_and_deaths() -> None:
+    """With what may come of each telling, at any moment."""
+    first = serving()
+    seen = {first.key}
+    queue = deque([(first, 0)])
+    while queue:
+        world, depth = queue.popleft()
+        rest = settle(world, healthy=True)
+        assert rest.rebinds_asked == rest.rebinds_answered, "somebody waits for ever"
+        assert rest.state.telling is None
+        if depth == 6:
+            continue
+        following = choices(world)
+        if (telling := world.state.telling) is not None:
+            alive = telling.generation in world.alive
+            following += [told(world, failure) for failure in (GONE, SILENT, NEVER)]
+            following += [told(world)] if alive else []
+        if world.rebinds_asked < 2 and not world.state.stopping:
+            asked = Binding((0, 1) if world.rebinds_asked else (1, 0), "test")
+            following.append(after(world, RebindAsked(asked, world.rebinds_asked + 1)))
+        if world.state.active:
+            following.append(after(world, MapSeen(world.state.active.generation, (0, 0))))
+        for later in following:
+            if later.key not in seen:
+                seen.add(later.key)
+                queue.append((later, depth + 1))
+    assert len(seen) > 2000
+
+
+def test_a_freeze_that_is_asked_for_is_refused_during_an_upgrade() -> None:
+    world = after(serving(), UpgradeAsked(NEW))
+    state, effects = decide(world.state, Freeze(7), world.now, POLICY)
+    assert (state, effects) == (world.state, [Refuse(7, "frozen", "the disk is being upgraded")])
+    frozen, effects = decide(serving().state, Freeze(7), 0, POLICY)
+    assert frozen.frozen
+    assert effects[0] == Accept(7)
 
 
 def test_a_loop_of_crashes_backs_off_to_the_ceiling_and_goes_on() -> None:
@@ -399,7 +544,7 @@ def test_a_backend_without_spare_cannot_be_upgraded() -> None:
     assert effects == []
     assert next_wake(state) is None
     _, effects = decide(state, UpgradeAsked(NEW), 0, policy)
-    assert [type(effect) for effect in effects] == [UpgradeRefused]
+    assert [type(effect) for effect in effects] == [Refuse]
 
 
 def test_a_backend_that_does_not_drain_is_killed_at_the_end() -> None:

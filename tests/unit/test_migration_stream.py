@@ -79,7 +79,7 @@ def test_qemu_is_told_what_the_link_carries_and_what_was_decided() -> None:
         await steering.begin(qemu.execute)
         for passes in range(1, 4):
             sample = Sample(passes, passes, 50_000_000, 1e9, 1e8)
-            await steering.steer(qemu.execute, sample, {"switchover_bandwidth": 10**8})
+            await steering.steer(qemu.execute, sample, 10**8)
 
     asyncio.run(steer())
     told = [parameters for _, parameters in qemu.told]

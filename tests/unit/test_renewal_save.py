@@ -43,7 +43,7 @@ from tests.unit.renewal_mistakes import (
     swallows,
 )
 
-FIGURES = Figures(8, 7, 1, 2, 3)
+FIGURES = Figures(memory=8, file=7, zero_pages=1, block_pages=2, data_pages=3)
 
 
 @dataclass(frozen=True)

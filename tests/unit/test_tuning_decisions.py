@@ -6,7 +6,6 @@ import math
 import random
 from itertools import product
 from statistics import median
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -17,7 +16,7 @@ from sempervirt.disk.tuning import plan
 from sempervirt.disk.tuning.candidates import Candidate, blkd_candidates, qemu_candidates
 from sempervirt.disk.tuning.figures import CONFIDENCE, RELEVANT, Figures, interval, ratios
 from sempervirt.disk.tuning.judgement import SLACK, Bounds, decide, eliminate, standings
-from sempervirt.disk.tuning.load import figures, loads
+from sempervirt.disk.tuning.load import Latency, LoadReport, ProcessorTime, figures, loads
 
 TMPFS = StorageKey(kind="tmpfs")
 CACHED = StorageKey(kind="ext4", device="d")
@@ -406,19 +405,23 @@ def test_ratios_are_of_common_rounds_only() -> None:
     assert ratios(other, one, lambda f: f.iops, LOADS) == [0.5] * 3
 
 
-def report(ios: int) -> dict[str, Any]:
-    return {
-        "ios": ios,
-        "iops": ios / 0.5,
-        "seconds": 0.5,
-        "latency_us": {"p99": 70.0 if ios else 0.0},
-        "backend": {"cpu_s": 0.001, "cpu_us_per_io": 1000 / max(ios, 1)},
-    }
+def report(ios: int) -> Figures:
+    """The figures of a report of so many requests in half a second."""
+    backend = ProcessorTime(cpu_s=0.001, cpu_us_per_io=1000 / max(ios, 1))
+    report = LoadReport(
+        version=1,
+        ios=ios,
+        iops=ios / 0.5,
+        seconds=0.5,
+        latency_us=Latency(p99=70.0 if ios else 0.0),
+        backend=backend,
+    )
+    return figures(report, backend)
 
 
 def test_what_a_report_says() -> None:
-    assert figures(report(100)) == Figures(iops=200, p99_us=70, cpu_us=10)
-    assert figures(report(0)) == Figures(iops=2, p99_us=500_000, cpu_us=1000)
+    assert report(100) == Figures(iops=200, p99_us=70, cpu_us=10)
+    assert report(0) == Figures(iops=2, p99_us=500_000, cpu_us=1000)
 
 
 def test_the_cold_load_is_the_first() -> None:

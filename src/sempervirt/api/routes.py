@@ -145,7 +145,7 @@ async def restart_qemu(agent: AgentHere, name: str, request: RestartQemuRequest)
 async def save_vm(agent: AgentHere, name: str, request: SaveRequest) -> SavedView:
     """Saves a VM to a file and ends the VM; answers when the file is durable."""
     done = await agent.save_vm(name, request.file)
-    figures = asdict(done.figures)
+    figures = done.figures.model_dump()
     size = figures.pop("file")
     return SavedView(vm=name, file=request.file, size=size, paused_ms=done.paused_ms, **figures)
 
@@ -220,7 +220,8 @@ async def move_queues(agent: AgentHere, vm: str, disk: str, request: ThreadsRequ
 async def get_map(agent: AgentHere, vm: str, disk: str) -> MapView:
     """Which blocks stand in which pages of the guest's memory, in numbers."""
     name = f"{vm}/{disk}"
-    return MapView(disk=name, **await agent.disk(name).block_map())
+    block_map = await agent.disk(name).block_map()
+    return MapView(disk=name, **block_map.model_dump(mode="json"))
 
 
 @router.post("/disks/{vm}/{disk}/map/verify", tags=["disk"])

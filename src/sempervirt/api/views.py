@@ -96,9 +96,9 @@ def _end_view(vm: Vm) -> EndView | None:
 async def disk_view(disk: Disk) -> DiskView:
     """A disk; its backend is asked now."""
     try:
-        backend = await disk.status() if disk.setup.command.has_control else None
+        status = await disk.status() if disk.setup.command.has_control else None
     except SempervirtError:
-        backend = None  # it has just ended, or hangs; the rest says more
+        status = None  # it has just ended, or hangs; the rest says more
     volume = disk.setup.volume
     return DiskView(
         name=disk.name,
@@ -117,8 +117,8 @@ async def disk_view(disk: Disk) -> DiskView:
         upgrade_count=disk.upgrade_count,
         queues=queues_view(disk.plan) if disk.plan else None,
         restarts=[_restart_view(restart) for restart in disk.restarts],
-        last_error=disk.last_error,
-        backend=backend,
+        last_error=disk.last_error.model_dump(mode="json") if disk.last_error else None,
+        backend=status.model_dump(mode="json") if status else None,
         events=_events(disk.journal),
     )
 

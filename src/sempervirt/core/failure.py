@@ -9,6 +9,7 @@ from sempervirt.core.errors import (
     Kind,
     OutcomeUnknown,
     SempervirtError,
+    Unavailable,
     from_wire,
     kind_of,
 )
@@ -37,6 +38,11 @@ class Failure:
     def unknown(self) -> bool:
         """Whether what failed may have been done all the same."""
         return issubclass(self.kind.error, OutcomeUnknown)
+
+    @property
+    def again(self) -> bool:
+        """Whether the same request may have success later: it was not done, or nobody knows."""
+        return issubclass(self.kind.error, Unavailable | OutcomeUnknown)
 
     def error(self) -> SempervirtError:
         """The error to raise."""

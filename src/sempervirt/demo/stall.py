@@ -12,7 +12,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+
+from sempervirt.disk.answers import Timeline
 
 STEPS = ("lock_acquired", "accepted", "started", "replayed", "first_completion")
 # How far the clocks of guest and host may be apart after a comparison over virtio-serial.
@@ -51,9 +52,9 @@ def stall_ms(kill_ns: int, first_completion_ns: int, gaps_ns: Iterable[tuple[int
     return (first_completion_ns - kill_ns) / 1e6
 
 
-def steps_ms(kill_ns: int, timeline_ns: Mapping[str, Any]) -> dict[str, float]:
+def steps_ms(kill_ns: int, timeline_ns: Timeline) -> dict[str, float]:
     """Milliseconds from the kill to each step of the take-over that was reached."""
-    reached = ((step, timeline_ns.get(step)) for step in STEPS)
+    reached = ((step, getattr(timeline_ns, step)) for step in STEPS)
     return {step: (when - kill_ns) / 1e6 for step, when in reached if when is not None}
 
 

@@ -20,13 +20,14 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from sempervirt.agent import Agent, AgentConfig
 from sempervirt.core.errors import OutcomeUnknown, SempervirtError, Unavailable
 from sempervirt.core.queue_map import Binding, ThreadMap
 from sempervirt.demo.stall import Cause, Stall, stall_ms, steps_ms
 from sempervirt.demo.verdict import Verdict
+from sempervirt.disk.answers import Status
 from sempervirt.disk.backend import BackendCommand, Blkd
 from sempervirt.disk.driver import Disk
 from sempervirt.guest import image as guest_image
@@ -301,25 +302,25 @@ class Trial:
         if status is None:
             self.verdict.problems.append("no request was completed after a take-over")
             return Stall(kill_ns, None, {}, 0, cause)
-        timeline = status["timeline_ns"]
-        first = int(timeline["first_completion"])
+        first = status.timeline_ns.first_completion
+        assert first is not None
         gaps = await self.probe.gaps(since_ns=max(0, self._clock.to_guest(kill_ns) - 50 * 10**6))
         on_host = [(self._clock.to_host(a), self._clock.to_host(b)) for a, b in gaps.gaps]
         return Stall(
             kill_ns,
             stall_ms(kill_ns, first, on_host),
-            steps_ms(kill_ns, timeline),
-            int(status["counters"]["replayed"]),
+            steps_ms(kill_ns, status.timeline_ns),
+            status.counters.replayed,
             cause,
         )
 
-    async def _serving_status(self) -> dict[str, Any] | None:
+    async def _serving_status(self) -> Status | None:
         """The active backend's status once a request was answered; None if none ever is."""
         deadline = time.monotonic() + SETTLE_DEADLINE_S
         while time.monotonic() < deadline:
             with suppress(Unavailable, OutcomeUnknown):
                 status = await self.disk.status()
-                if status["timeline_ns"]["first_completion"] is not None:
+                if status.timeline_ns.first_completion is not None:
                     return status
             await asyncio.sleep(0.005)
         return None

@@ -1,53 +1,72 @@
 """The backend processes of one disk: starting, signalling, watching, recording them.
 
-No decision is made here: `disk` says what to do, and is told by `report` what became of it.
+No decision is made here: `disk.driver` says what to do, and is told what became of it.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import signal
 import socket
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Protocol
 
 from sempervirt.core.errors import CommandFailed
 from sempervirt.core.queue_map import Binding
 from sempervirt.disk import running as processes
+from sempervirt.disk.answers import Status
 from sempervirt.disk.backend import ImageTitle, Launch
 from sempervirt.disk.observer import observe
 from sempervirt.disk.program import Programs, path_of
-from sempervirt.disk.record import DiskRecord, RecordedProcess
+from sempervirt.disk.record import DiskRecord, RecordedProcess, Role
 from sempervirt.disk.running import Running
 from sempervirt.disk.setup import DiskSetup
 from sempervirt.disk.state import Exited, Ready, Serving, Start, State, SupervisionEvent
-from sempervirt.host import background
+from sempervirt.host.owner import Work
 from sempervirt.host.process import Exit
 
 log = logging.getLogger(__name__)
 
 
+class Watcher(Protocol):
+    """Whoever is told what becomes of the processes."""
+
+    @property
+    def connection_expected(self) -> bool:
+        """Whether a process serves only once QEMU is connected to it."""
+
+    def post(self, event: SupervisionEvent) -> None:
+        """A process has reached something, or has ended."""
+
+    def seen(self, generation: int, status: Status) -> None:
+        """The active process told its status."""
+
+    def keep(self, work: Work, name: str) -> asyncio.Task[None]:
+        """Runs `work` for as long as somebody watches; a mistake in `work` ends the agent."""
+
+
 class Backends:
-    """The processes that were started for a disk and have not been seen to end."""
+    """The processes that were started for a disk and have not been seen to end.
+
+    `last_end` is how the last one ended, and what it said: `start_disk` makes an error of it.
+    """
 
     def __init__(
-        self,
-        setup: DiskSetup,
-        listener: socket.socket,
-        programs: Programs,
-        report: Callable[[SupervisionEvent], None],
-        seen: Callable[[Running, dict[str, Any]], None],
+        self, setup: DiskSetup, listener: socket.socket, programs: Programs, watcher: Watcher
     ) -> None:
         self.listener = listener
         self.programs = programs
-        self.connected = False
         self.last_end: tuple[Exit, str] | None = None
         self._setup = setup
-        self._report = report
-        self._seen = seen
+        self._watcher = watcher
         self._members: dict[int, Running] = {}
         self._recorded: DiskRecord | None = None
+
+    @property
+    def complaint(self) -> str:
+        """What one of the processes answered that could not be understood; "" if none did."""
+        return next((m.complaint for m in self._members.values() if m.complaint), "")
 
     def set_title(self, title: ImageTitle) -> None:
         """From now on processes are started by this right."""
@@ -81,7 +100,7 @@ class Backends:
                 lambda end: self.ended(order.generation, end),
             )
         except CommandFailed as error:
-            self._report(Exited(order.generation, str(error)))
+            self._watcher.post(Exited(order.generation, str(error)))
             return
         self.admit(member, active=active)
 
@@ -91,13 +110,11 @@ class Backends:
         if active:
             member.promoted.set()
         if not self._setup.command.has_control:
-            self._report(Ready(member.generation))
-            self._report(Serving(member.generation))
+            self._watcher.post(Ready(member.generation))
+            self._watcher.post(Serving(member.generation))
             return
-        member.watcher = background.start(
-            observe(member, self._report, self._seen, lambda: self.connected),
-            f"{self._setup.name}: backend {member.generation}",
-            crash=True,
+        member.observing = self._watcher.keep(
+            observe(member, self._watcher), f"backend {member.generation}"
         )
 
     def promote(self, generation: int) -> None:
@@ -115,20 +132,20 @@ class Backends:
         member = self._members.pop(generation, None)
         if member is None:
             return
-        if member.watcher is not None:
-            member.watcher.cancel()
+        if member.observing is not None:
+            member.observing.cancel()
         words = member.last_words()
         self.last_end = end, words
-        self._report(Exited(generation, processes.describe_end(end, words)))
+        self._watcher.post(Exited(generation, processes.describe_end(end, words)))
         self._setup.files.prune(generation)
 
-    def record(self, state: State, restarts: int) -> None:
-        """Writes down who runs, if that has changed."""
-        roles = (("active", state.active), ("spare", state.spare))
+    def record(self, state: State) -> None:
+        """Writes down what was decided and who runs, if that has changed."""
+        roles = ((Role.ACTIVE, state.active), (Role.SPARE, state.spare))
         record = DiskRecord(
             next_generation=state.next_generation,
             binary=state.binary,
-            restarts=restarts,
+            restarts=state.restarts,
             binding=state.binding,
             processes=tuple(
                 RecordedProcess(
@@ -144,9 +161,6 @@ class Backends:
         )
         if record == self._recorded:
             return
-        upgrade = (state.upgrade.binary,) if state.upgrade else ()
-        running = (member.binary for member in self._members.values())
-        self.programs.keep_only({state.binary, *upgrade, *running})
         try:
             record.write(self._setup.record)
         except OSError as error:  # a full disk must not end supervision; tried at each change
@@ -154,10 +168,16 @@ class Backends:
         else:
             self._recorded = record
 
-    def release(self) -> None:
+    def keep_programs(self, state: State) -> None:
+        """Lets go of the programs that nobody runs and nobody will be started from."""
+        upgrade = (state.upgrade.binary,) if state.upgrade else ()
+        running = (member.binary for member in self._members.values())
+        self.programs.keep_only({state.binary, *upgrade, *running})
+
+    def detach(self) -> None:
         """Lets all processes run on unwatched."""
         for member in self._members.values():
-            member.release()
+            member.detach()
         self._members.clear()
         self.programs.keep_only(())
         self.listener.close()

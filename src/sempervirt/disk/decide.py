@@ -9,11 +9,11 @@ help: what is decided here is only what to start next, when, and from which bina
     (nothing) ────────► active starting ─────────► unguarded ─────────────────► guarded
                               │                       ▲  ▲                         │
                 first exit:   │                       │  └── spare exits ◄───────┤
-                Refused ◄─────┘         takes over by │      (restart, back-off)   │
+                refused ◄─────┘         takes over by │      (restart, back-off)   │
                                         the lock      └── active exits ◄───────────┤
                                                                                    │
     unguarded, active exits ──► a new one at once ──► … ──► back-off ──► failing   │
-    Stop: spare killed, then active terminated (drains), then Stopped  ◄─────────┘
+    Stop: spare killed, then active terminated (drains), then stopped  ◄─────────┘
 
 - The active one exits, a spare is there: it *is* the active one from now on. The next
   spare starts `spare_after_s` later, so as not to compete with the recovery for a processor.
@@ -28,9 +28,7 @@ help: what is decided here is only what to start next, when, and from which bina
   SWITCHING terminates the active one; the new one takes over and VERIFYING waits until it
   serves. Failure in PREPARING leaves the old one serving throughout; failure in VERIFYING
   ends the new one, and the old binary takes over again. Starts in between use the old binary.
-- Rebinding of queues to threads: the active process does it, and then the map is remembered,
-  for the spare and every later process. A process with another map serves as well: whoever
-  is seen to serve so is told (`disk`). So nothing has to be done about a death in between.
+- Which thread works on which queue: see `disk.rebinding`.
 - Frozen, while the VM moves to another host or comes from one: the spare, which would take the
   image as soon as the active one lets go of it, is killed, and whoever ends has no successor.
 """
@@ -40,44 +38,71 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import assert_never
 
+from sempervirt.disk import rebinding
 from sempervirt.disk.state import (
+    Accept,
     Backend,
     Begin,
     Condition,
+    Connected,
     Decision,
     Effect,
     Exited,
     Freeze,
     Kill,
+    MapSeen,
     Phase,
     Policy,
     Progressed,
     Ready,
-    Rebind,
-    Rebound,
-    Refused,
+    RebindAsked,
+    Refuse,
+    Seen,
     Serving,
     Start,
     State,
     StopAsked,
-    Stopped,
     SupervisionEvent,
     Terminate,
     Thaw,
     Tick,
+    Told,
     TookOver,
     Upgrade,
     UpgradeAsked,
     UpgradeEnded,
-    UpgradeRefused,
 )
 
 
 def decide(state: State, event: SupervisionEvent, now: float, policy: Policy) -> Decision:
-    """The next state, and what has to be done to get there."""
+    """The next state, and what has to be done to get there. `now` is the owner's clock, in s."""
+    state, effects = _supervise(state, event, now, policy)
+    state, more = rebinding.tell_next(state, now)
+    return state, [*effects, *more]
+
+
+def _supervise(state: State, event: SupervisionEvent, now: float, policy: Policy) -> Decision:
     match event:
         case Begin():
             return _start_active(state, wait_for_lock=False)
+        case UpgradeAsked():
+            return _upgrade_asked(state, event, now, policy)
+        case RebindAsked():
+            return rebinding.asked(state, event, now, policy)
+        case Freeze(ticket):
+            return _frozen(state, ticket)
+        case Thaw():
+            return _thawed(state, now), []
+        case StopAsked():
+            return _stop_asked(state, now, policy)
+        case Tick():
+            return _tick(state, now, policy)
+        case _:
+            return _seen(state, event, now, policy)
+
+
+def _seen(state: State, event: Seen, now: float, policy: Policy) -> Decision:
+    match event:
         case Ready(generation):
             return _ready(state, generation, now, policy)
         case Serving(generation):
@@ -88,17 +113,12 @@ def decide(state: State, event: SupervisionEvent, now: float, policy: Policy) ->
             return state, []
         case Exited(generation, reason):
             return _exited(state, generation, reason, now, policy)
-        case UpgradeAsked():
-            return _upgrade_asked(state, event, now, policy)
-        case Rebound(binding):
-            spare = [Rebind(state.spare.generation)] if state.spare else []
-            return replace(state, binding=binding), [*spare]
-        case Freeze() | Thaw():
-            return _frozen(state, event, now)
-        case StopAsked():
-            return _stop_asked(state, now, policy)
-        case Tick():
-            return _tick(state, now, policy)
+        case Connected():
+            return replace(state, connected=True), []
+        case MapSeen():
+            return rebinding.map_seen(state, event), []
+        case Told():
+            return rebinding.told(state, event, now, policy)
         case _:
             assert_never(event)
 
@@ -109,6 +129,7 @@ def next_wake(state: State) -> float | None:
         state.start_due,
         state.upgrade.deadline if state.upgrade else None,
         state.stop_deadline,
+        *rebinding.wake_times(state),
     ]
     return min((time for time in times if time is not None), default=None)
 
@@ -203,15 +224,16 @@ def _active_exited(
     if state.stopping:
         return _stop_further(replace(state, active=None))
     if state.frozen:
-        left = replace(state, active=None)
+        left = replace(state, active=None, last_end=reason, restarts=state.restarts + 1)
         return left, [TookOver(dead.generation, None, planned=False, reason=reason)]
     if not state.served:
-        return replace(state, active=None, stopping=True), [Refused(reason)]
+        return replace(state, active=None, stopping=True, refused=reason), []
     upgrade = state.upgrade
     planned = upgrade is not None and upgrade.phase is Phase.SWITCHING
     if not planned:
         failures = 0 if _is_steady(dead, now, policy) else state.active_failures
-        state = replace(state, active_failures=failures + 1)
+        state = replace(state, active_failures=failures + 1, restarts=state.restarts + 1)
+    state = replace(state, last_end=reason)
     effects: list[Effect] = []
     if upgrade is not None and upgrade.generation == dead.generation:
         state = replace(state, upgrade=None)
@@ -263,14 +285,17 @@ def _spare_exited(state: State, dead: Backend, reason: str, now: float, policy: 
     return replace(state, spare_failures=failures, start_due=now + delay_s), effects
 
 
-def _frozen(state: State, event: Freeze | Thaw, now: float) -> Decision:
-    if isinstance(event, Thaw):
-        # A spare would take the image from one that awaits its first queue.
-        waits = state.active is not None and state.active.serving_since is None
-        due = None if waits else now
-        return replace(state, frozen=False, served=True, start_due=due), []
-    effects: list[Effect] = []
+def _thawed(state: State, now: float) -> State:
+    # A spare would take the image from one that awaits its first queue.
+    waits = state.active is not None and state.active.serving_since is None
+    return replace(state, frozen=False, served=True, start_due=None if waits else now)
+
+
+def _frozen(state: State, ticket: int) -> Decision:
+    effects: list[Effect] = [Accept(ticket)] if ticket else []
     if state.upgrade is not None:
+        if ticket:
+            return state, [Refuse(ticket, "frozen", "the disk is being upgraded")]
         effects.append(UpgradeEnded("the VM moves", state.upgrade.ticket))
     if state.spare is not None:
         effects.append(Kill(state.spare.generation))
@@ -278,14 +303,8 @@ def _frozen(state: State, event: Freeze | Thaw, now: float) -> Decision:
 
 
 def _upgrade_asked(state: State, asked: UpgradeAsked, now: float, policy: Policy) -> Decision:
-    if state.frozen:
-        return state, [UpgradeRefused("the VM moves", asked.ticket)]
-    if state.stopping or state.active is None or state.active.serving_since is None:
-        return state, [UpgradeRefused("the disk is not being served now", asked.ticket)]
-    if not policy.spare:
-        return state, [UpgradeRefused("this backend can have no spare", asked.ticket)]
-    if state.upgrade is not None:
-        return state, [UpgradeRefused("another upgrade is under way", asked.ticket)]
+    if (obstacle := _no_upgrade_because(state, policy)) is not None:
+        return state, [Refuse(asked.ticket, "upgraded", obstacle)]
     upgrade = Upgrade(asked.binary, Phase.PREPARING, now + policy.prepare_s, ticket=asked.ticket)
     state = replace(state, upgrade=upgrade, start_due=None)
     if state.spare is not None:
@@ -295,8 +314,18 @@ def _upgrade_asked(state: State, asked: UpgradeAsked, now: float, policy: Policy
     return replace(state, upgrade=replace(upgrade, generation=state.spare.generation)), effects
 
 
+def _no_upgrade_because(state: State, policy: Policy) -> str | None:
+    if state.frozen:
+        return "the VM moves"
+    if state.stopping or state.active is None or state.active.serving_since is None:
+        return "the disk is not being served now"
+    if not policy.spare:
+        return "this backend can have no spare"
+    return None if state.upgrade is None else "another upgrade is under way"
+
+
 def _stop_asked(state: State, now: float, policy: Policy) -> Decision:
-    effects: list[Effect] = []
+    state, effects = rebinding.give_up(state)
     if state.upgrade is not None:
         effects.append(UpgradeEnded("the disk was stopped", state.upgrade.ticket))
     state = replace(
@@ -318,7 +347,7 @@ def _stop_further(state: State) -> Decision:
         return replace(state, active=None), []
     if state.active is not None:
         return state, [Terminate(state.active.generation)]
-    return replace(state, stop_deadline=None), [Stopped()]
+    return replace(state, stop_deadline=None, stopped=True), []
 
 
 def _tick(state: State, now: float, policy: Policy) -> Decision:
@@ -327,6 +356,12 @@ def _tick(state: State, now: float, policy: Policy) -> Decision:
         return state, [Kill(b.generation) for b in (state.spare, state.active) if b]
     if state.upgrade is not None and now >= state.upgrade.deadline:
         return _upgrade_late(state, state.upgrade, now, policy)
+    state, given_up = rebinding.expire(state, now)
+    state, effects = _start_due(state, now, policy)
+    return state, [*given_up, *effects]
+
+
+def _start_due(state: State, now: float, policy: Policy) -> Decision:
     if state.start_due is None or now < state.start_due or state.stopping:
         return state, []
     if state.active is None:

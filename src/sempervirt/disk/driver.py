@@ -1,4 +1,4 @@
-"""A disk of a running VM: the owner that carries out what `decide` decides.
+"""The owner of a disk of a running VM: carries out what `disk.decide` decides.
 
 The agent holds the listening socket; every backend inherits it, and QEMU connects to it again by
 path after each take-over. What became of the processes arrives as events (`host.owner`).
@@ -6,12 +6,8 @@ path after each take-over. What became of the processes arrives as events (`host
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import logging
 import signal
 import socket
-import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
@@ -25,57 +21,60 @@ from sempervirt.core.errors import (
     Unavailable,
 )
 from sempervirt.core.events import Journal
-from sempervirt.core.queue_map import Binding, DevicePlan, check_map, format_map
+from sempervirt.core.failure import Failure
+from sempervirt.core.queue_map import Binding, DevicePlan, check_map
 from sempervirt.disk import takeover
+from sempervirt.disk.answers import BlockMap, LastError, Status
 from sempervirt.disk.backend import ImageTitle
 from sempervirt.disk.backends import Backends
+from sempervirt.disk.client import BackendClient
 from sempervirt.disk.decide import condition, decide, next_wake
+from sempervirt.disk.history import History
 from sempervirt.disk.program import Programs, is_installed, path_of
 from sempervirt.disk.running import Running
 from sempervirt.disk.setup import DiskSetup
 from sempervirt.disk.state import (
+    Accept,
     Condition,
+    Connected,
     Decision,
     Effect,
     Freeze,
     Kill,
-    Rebind,
-    Rebound,
-    Refused,
+    MapSeen,
+    RebindAsked,
+    RebindEnded,
+    Refuse,
     Start,
     State,
     StopAsked,
-    Stopped,
     SupervisionEvent,
+    Tell,
     Terminate,
     Thaw,
     Tick,
+    Told,
     TookOver,
     UpgradeAsked,
     UpgradeEnded,
-    UpgradeRefused,
 )
 from sempervirt.disk.takeover import Restart
 from sempervirt.disk.upgrade import check_binary
-from sempervirt.host import control
-from sempervirt.host.owner import Owner, Replies
+from sempervirt.host.owner import HOST_CLOCK, Clock, Owner, Replies
 from sempervirt.host.records import remove_record
 
-log = logging.getLogger(__name__)
-
-RESTARTS_KEPT = 64
 # Beyond the deadlines of supervision itself; only a process stuck in the kernel takes longer.
 STOP_DEADLINE_S = 40.0
-# Until some backend moves its queues; longer than a take-over and its replay.
-REBIND_DEADLINE_S = 15.0
-REBIND_RETRY_S = 0.05
 FREEZE_DEADLINE_S = 10.0
-# Every page of the guest is compared before an export begins: seconds for each GiB.
-MAP_DEADLINE_S = 600.0
 
 
 class Disk(Owner[State, SupervisionEvent, Effect]):
-    """Made by `lifecycle.start_disk` or `lifecycle.adopt_disk`; ends with `stop` or `detach`."""
+    """Made by `lifecycle.start_disk` or `lifecycle.adopt_disk`; ends with `stop` or `detach`.
+
+    Beside the state there are handles, and nothing is decided by them: the processes and the
+    programs that they were started from (`backends`), what happened (`history`), and in `setup` the
+    title by which the next backend is started.
+    """
 
     def __init__(
         self,
@@ -83,23 +82,14 @@ class Disk(Owner[State, SupervisionEvent, Effect]):
         listener: socket.socket,
         programs: Programs,
         state: State,
-        restarts: int = 0,
+        clock: Clock = HOST_CLOCK,
     ) -> None:
-        super().__init__(f"disk {setup.name}", state)
+        super().__init__(f"disk {setup.name}", state, clock)
         self.setup = setup
         self.name = setup.name
-        self.journal = Journal()
-        self.restarts: deque[Restart] = deque(maxlen=RESTARTS_KEPT)
-        self.restart_count = restarts
-        self.upgrade_count = 0
-        self.last_error: dict[str, Any] | None = None
-        self.reason = ""
-        self.refused: str | None = None
-        self.stopped = False
-        self.backends = Backends(setup, listener, programs, self.post, self._seen)
+        self.history = History(setup.name)
+        self.backends = Backends(setup, listener, programs, self)
         self._replies = Replies()
-        self._rebinding = asyncio.Lock()
-        self.start()
 
     # What it is like
 
@@ -107,6 +97,36 @@ class Disk(Owner[State, SupervisionEvent, Effect]):
     def condition(self) -> Condition:
         """How the disk is served, and whether a spare stands by."""
         return condition(self._state, self.setup.policy)
+
+    @property
+    def reason(self) -> str:
+        """Why the last active process ended; "" while none has."""
+        return self._state.last_end
+
+    @property
+    def restart_count(self) -> int:
+        """How many take-overs there were that nobody had asked for, also under earlier agents."""
+        return self._state.restarts
+
+    @property
+    def upgrade_count(self) -> int:
+        """How many upgrades had success since this agent looks after the disk."""
+        return self.history.upgrade_count
+
+    @property
+    def restarts(self) -> deque[Restart]:
+        """The last changes of the active process, the oldest first."""
+        return self.history.restarts
+
+    @property
+    def last_error(self) -> LastError | None:
+        """What failed last on the host's side."""
+        return self.history.last_error
+
+    @property
+    def journal(self) -> Journal:
+        """The last events, for people."""
+        return self.history.journal
 
     @property
     def plan(self) -> DevicePlan | None:
@@ -152,38 +172,35 @@ class Disk(Owner[State, SupervisionEvent, Effect]):
         member = self.backends.get(generation)
         return None if member is None else member.pid
 
-    async def status(self) -> dict[str, Any]:
-        """The active backend's own status, asked now. Raises Unavailable, OutcomeUnknown."""
-        return await self._ask("status")
+    # What its active backend tells; each raises Unavailable when there is none
+
+    async def status(self) -> Status:
+        """The active backend's own status, asked now. Raises OutcomeUnknown."""
+        return await self._active().status()
 
     async def inject_fault(self, rule: dict[str, Any] | None) -> None:
         """For tests: sets or removes the active backend's fault rule (see semper-blkd)."""
-        await self._ask("fault", rule=rule)
+        await self._active().inject_fault(rule)
 
-    async def block_map(self) -> dict[str, Any]:
+    async def block_map(self) -> BlockMap:
         """What the active backend knows of blocks in the guest's pages, in numbers."""
-        return await self._ask("map")
+        return await self._active().block_map()
 
     async def verify_block_map(self) -> None:
         """Begins to compare every page with the disk, unless that is going on; `block_map` tells
-        how far it is.
+        how far the comparison is.
         """
-        await self._ask("map-verify")
+        await self._active().verify_block_map()
 
     def export_block_map(self, *, verify: bool) -> AsyncIterator[bytes]:
         """The map in its binary form (docs/reference/map-format.md), in pieces."""
-        return control.download(
-            self._active().control, "map-export", timeout_s=MAP_DEADLINE_S, verify=verify
-        )
+        return self._active().export_block_map(verify=verify)
 
-    def _active(self) -> Running:
+    def _active(self) -> BackendClient:
         member = self.backends.get(self.generation)
         if member is None:
             raise Unavailable(f"disk {self.name} has no active backend now: {self.reason}")
-        return member
-
-    async def _ask(self, command: str, **arguments: Any) -> dict[str, Any]:
-        return await control.ask(self._active().control, command, **arguments)
+        return member.client
 
     # What can be asked of it
 
@@ -205,7 +222,8 @@ class Disk(Owner[State, SupervisionEvent, Effect]):
             await self.changes.wait_until(condition, timeout_s=timeout_s, what=what)
         except Unavailable as error:
             last = f", last end: {self.reason}" if self.reason else ""
-            text = f"{error.message}; it is {self.condition.value}{last} ({self._state})"
+            said = f", {words}" if (words := self.backends.complaint) else ""
+            text = f"{error.message}; it is {self.condition.value}{last}{said} ({self._state})"
             raise Unavailable(text) from error
 
     async def upgrade(self, binary: str | None = None) -> None:
@@ -219,49 +237,31 @@ class Disk(Owner[State, SupervisionEvent, Effect]):
         ticket, ended = self._replies.open()
         self.post(UpgradeAsked(self.backends.programs.hold(chosen), ticket))
         await ended
-        self.upgrade_count += 1
 
     async def rebind(self, binding: Binding) -> None:
         """Moves queues to other threads; the guest goes on, and no request is lost.
 
         Returns when the active backend has done so; the spare and all later ones follow, also
         after a restart of the agent. Raises InvalidRequest for a map that does not fit,
-        Unavailable or OutcomeUnknown when no backend did it by the deadline: the former map
-        stays the one that counts.
+        Unavailable or OutcomeUnknown when no backend did it within `Policy.rebind_s`: the former
+        map stays the one that counts.
         """
         try:
             check_map(binding.map, self.setup.options.queues)
         except ValueError as error:
             raise InvalidRequest(f"disk {self.name}: {error}") from error
-        async with self._rebinding:
-            await self._rebind_active(binding)
-            self.post(Rebound(binding))
-            await self._wait(lambda: self._state.binding == binding, REBIND_DEADLINE_S, "a record")
-        text = f"{format_map(binding.map)} ({binding.source})"
-        self.journal.note(time.time(), "threads", text)
-        log.info("threads disk=%s %s", self.name, text)
-
-    async def _rebind_active(self, binding: Binding) -> None:
-        """Asks until one does it: a backend that dies meanwhile has a successor."""
-        deadline = time.monotonic() + REBIND_DEADLINE_S
-        while True:
-            try:
-                await self._ask("threads", map=list(binding.map))
-            except (Unavailable, OutcomeUnknown):
-                if self._state.stopping or time.monotonic() >= deadline:
-                    raise
-            else:
-                return
-            await asyncio.sleep(REBIND_RETRY_S)
+        ticket, ended = self._replies.open()
+        self.post(RebindAsked(binding, ticket))
+        await ended
 
     async def freeze(self) -> None:
         """Ends the spare; from now on nothing is started, and nobody waits for the image.
 
         Raises StateConflict while the disk is being upgraded, Unavailable.
         """
-        if self._state.upgrade is not None:
-            raise StateConflict(f"disk {self.name} is being upgraded", remedy="wait for its end")
-        self.post(Freeze())
+        ticket, accepted = self._replies.open()
+        self.post(Freeze(ticket))
+        await accepted
         await self._wait(
             lambda: self._state.frozen and self._state.spare is None,
             FREEZE_DEADLINE_S,
@@ -273,12 +273,12 @@ class Disk(Owner[State, SupervisionEvent, Effect]):
         self.post(Thaw())
 
     async def arm_release(self, *, armed: bool) -> bool:
-        """Has the active backend let go of the image as soon as the guest stands still, or keep it.
+        """Has the active backend release the image as soon as the guest stands still, or keep it.
 
-        Gives whether it holds the image now. Raises Unavailable, when another one has it too, and
-        OutcomeUnknown.
+        Returns whether the backend holds the image now. Raises Unavailable, also when another
+        process has the image, and OutcomeUnknown.
         """
-        return bool((await self._ask("handover", armed=armed))["owns_image"])
+        return await self._active().arm_release(armed=armed)
 
     def set_title(self, title: ImageTitle) -> None:
         """From now on backends are started by this right."""
@@ -286,16 +286,18 @@ class Disk(Owner[State, SupervisionEvent, Effect]):
         self.backends.set_title(title)
 
     async def claim(self, title: ImageTitle) -> None:
-        """As `entitle`, and the backend that awaits its claim gets it.
+        """As `set_title`, and the backend that awaits its claim gets the claim of `title`.
 
-        If there is none any more, the next one will have it: then the disk is thawed. Raises
-        Unavailable and OutcomeUnknown, as often as it is asked again.
+        If there is no backend any more, the next one will have the claim: then the disk is thawed.
+        Raises Unavailable and OutcomeUnknown; the same claim may be given again.
         """
+        assert title.epoch is not None
+        assert title.claim is not None
         self.set_title(title)
         if self._state.active is None:
             self.thaw()
             return
-        await self._ask("claim", epoch=title.epoch, claim=title.claim)
+        await self._active().give_claim(title.epoch, title.claim)
 
     async def stop(self) -> None:
         """Ends all backends, the active one after draining.
@@ -306,7 +308,7 @@ class Disk(Owner[State, SupervisionEvent, Effect]):
         self.post(StopAsked())
         try:
             await self.changes.wait_until(
-                lambda: self.stopped, timeout_s=STOP_DEADLINE_S, what="the backends' end"
+                lambda: self._state.stopped, timeout_s=STOP_DEADLINE_S, what="the backends' end"
             )
         except Unavailable as error:
             pids = [pid for pid in (self.active_pid, self.spare_pid) if pid]
@@ -323,25 +325,26 @@ class Disk(Owner[State, SupervisionEvent, Effect]):
         """Leaves the backends running, for another agent to adopt."""
         await super().detach()
         self._replies.close(Unavailable(f"nobody looks after disk {self.name} any more"))
-        self.backends.release()
+        self.backends.detach()
 
-    # The shell's
+    # What an owner is made of (`host.owner`)
 
     def decide(self, state: State, event: SupervisionEvent, now: float) -> Decision:
-        """See `decide.decide`."""
+        """See `disk.decide`."""
         return decide(state, event, now, self.setup.policy)
 
     def record(self, before: State, after: State) -> bool:
         """Writes down what was decided. A record that cannot be written must not end supervision:
         the next agent finds the processes by their sockets.
         """
-        if not self.stopped:
-            self.backends.record(after, self.restart_count)
+        if not after.stopped:
+            self.backends.record(after)
         return True
 
     def after_step(self, before: State) -> None:
         """Writes down the processes that were started."""
         self.record(before, self._state)
+        self.backends.keep_programs(self._state)
 
     def wake_at(self, state: State) -> float | None:
         """See `decide.next_wake`."""
@@ -352,88 +355,66 @@ class Disk(Owner[State, SupervisionEvent, Effect]):
         return Tick()
 
     def carry_out(self, effect: Effect) -> None:
-        """Starts, signals and tells; nothing of it waits."""
+        """Starts, signals, and begins to tell."""
         match effect:
             case Start(generation):
                 active = self.generation == generation
                 self.backends.start(effect, self._state.binding, active=active)
-            case Rebind(generation):
-                self.keep(self._follow(self.backends.get(generation)), "threads of the spare")
             case Terminate(generation):
                 self.backends.send_signal(generation, signal.SIGTERM)
             case Kill(generation):
                 self.backends.send_signal(generation, signal.SIGKILL)
-            case TookOver():
-                self._took_over(effect)
-            case Refused(reason):
-                self.refused = reason
+            case Tell(generation):
+                self.keep(self._tell(effect, self.backends.get(generation)), "threads")
+            case TookOver(_, successor):
+                self.history.took_over(effect, self._pid(successor))
+                if successor is not None:
+                    self.backends.promote(successor)
+            case _:
+                self._answer(effect)
+
+    def _answer(self, effect: UpgradeEnded | RebindEnded | Accept | Refuse) -> None:
+        match effect:
             case UpgradeEnded(failure, ticket):
-                self._upgrade_ended(failure, ticket)
-            case UpgradeRefused(reason, ticket):
-                error = StateConflict(f"disk {self.name} is not upgraded: {reason}")
+                text = f"not upgraded: {failure}" if failure else f"upgraded to {self.binary}"
+                self.history.upgrade_ended(text, failed=bool(failure))
+                error = Unavailable(f"disk {self.name}: {text}") if failure else None
                 self._replies.answer(ticket, error)
-            case Stopped():
-                self.stopped = True
+            case RebindEnded(ticket, binding, failed):
+                if failed is None:
+                    self.history.rebound(binding)
+                self._replies.answer(ticket, failed.error() if failed else None)
+            case Accept(ticket):
+                self._replies.answer(ticket)
+            case Refuse(ticket, done, reason):
+                text = f"disk {self.name} is not {done}: {reason}"
+                self._replies.answer(ticket, StateConflict(text))
             case _:
                 assert_never(effect)
 
-    def _took_over(self, event: TookOver) -> None:
-        now = time.time()
-        self.reason = event.reason
-        pid = self._pid(event.successor)
-        self.restarts.append(
-            Restart(
-                time=now,
-                generation=event.predecessor,
-                reason="upgrade" if event.planned else event.reason,
-                planned=event.planned,
-                successor=event.successor,
-                successor_pid=pid,
-                seen_ns=time.monotonic_ns(),
-            )
-        )
-        if not event.planned:
-            self.restart_count += 1
-        if event.successor is not None:
-            self.backends.promote(event.successor)
-        text = f"backend {event.predecessor} ended ({event.reason}); " + (
-            f"backend {event.successor} takes over" if event.successor else "backing off"
-        )
-        self.journal.note(now, "upgrade" if event.planned else "restart", text)
-        level = logging.INFO if event.planned else logging.WARNING
-        log.log(level, "takeover disk=%s %s", self.name, text)
+    async def _tell(self, effect: Tell, member: Running | None) -> None:
+        failure = None
+        try:
+            if member is None:
+                raise Unavailable(f"disk {self.name}: backend {effect.generation} has ended")
+            await member.client.move_queues(effect.binding.map)
+        except SempervirtError as error:
+            failure = Failure.of(error)
+        self.post(Told(effect.generation, failure))
 
-    def _upgrade_ended(self, failure: str, ticket: int) -> None:
-        text = f"not upgraded: {failure}" if failure else f"upgraded to {self.binary}"
-        self.journal.note(time.time(), "upgrade", text)
-        log.log(logging.ERROR if failure else logging.INFO, "upgrade disk=%s %s", self.name, text)
-        self._replies.answer(ticket, Unavailable(f"disk {self.name}: {text}") if failure else None)
+    # What `backends` reports
 
-    async def _follow(self, member: Running | None) -> None:
-        """Tells a process the present map. If that fails, it is told once it serves."""
-        async with self._rebinding:
-            if member is None or self._state.binding is None:
-                return
-            with contextlib.suppress(SempervirtError):
-                thread_map = list(self._state.binding.map)
-                await control.ask(member.control, "threads", map=thread_map)
+    @property
+    def connection_expected(self) -> bool:
+        """Whether QEMU has been connected once, so that it will connect to the next backend."""
+        return self._state.connected
 
-    def _seen(self, member: Running, status: dict[str, Any]) -> None:
-        """The active process told its status."""
-        # Never set back: a backend that has just taken over is not connected *yet*.
-        self.backends.connected |= status.get("state") in takeover.CONNECTED_STATES
-        error = status.get("last_error")
-        if error and error != self.last_error:
-            self.last_error = error
-            text = f"{error.get('op')} at {error.get('offset')}: {error.get('message')}"
-            self.journal.note(time.time(), "io-error", text)
-            log.warning("io-error disk=%s backend=%d %s", self.name, member.generation, text)
-        bound = takeover.thread_map(status)
-        wanted = self._state.binding
-        if wanted and bound and bound != wanted.map and not self._rebinding.locked():
-            self.keep(self._follow(member), "threads")
-        if self.restarts and self.restarts[-1].successor == member.generation:
-            restart = self.restarts[-1]
-            restart.milestones_ms = takeover.milestones(status["timeline_ns"], restart.seen_ns)
-            restart.replayed = takeover.replayed_count(status)
+    def seen(self, generation: int, status: Status) -> None:
+        """The active process, of that generation, told its status."""
+        if takeover.is_connected(status) and not self._state.connected:
+            self.post(Connected())
+        binding = self._state.binding
+        if binding is not None and status.thread_map != binding.map:
+            self.post(MapSeen(generation, status.thread_map))
+        self.history.seen(generation, status)
         self.changes.notify()

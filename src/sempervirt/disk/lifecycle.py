@@ -8,7 +8,7 @@ from sempervirt.core.errors import OutcomeUnknown, SempervirtError, Unavailable
 from sempervirt.disk import running as processes
 from sempervirt.disk.driver import Disk
 from sempervirt.disk.program import Programs, path_of
-from sempervirt.disk.record import DiskRecord, RecordedProcess, read_disk_record
+from sempervirt.disk.record import DiskRecord, RecordedProcess, Role, read_disk_record
 from sempervirt.disk.running import Running
 from sempervirt.disk.setup import DiskSetup
 from sempervirt.disk.state import Backend, Begin, Exited, Freeze, State, Tick
@@ -40,6 +40,7 @@ async def start_disk(setup: DiskSetup) -> Disk:
     awaits = setup.title is not None and setup.title.epoch is None
     state = State(binary=token, binding=setup.binding, frozen=awaits)
     disk = Disk(setup, listener, programs, state)
+    disk.start()
     disk.post(Begin())
     try:
         await disk.changes.wait_until(
@@ -50,9 +51,9 @@ async def start_disk(setup: DiskSetup) -> Disk:
     except BaseException:
         await disk.stop()
         raise
-    if disk.refused is None and disk.state.active is not None:
+    if not disk.state.refused and disk.state.active is not None:
         return disk
-    refused = disk.refused or disk.reason
+    refused = disk.state.refused or disk.state.last_end
     await disk.stop()
     if disk.backends.last_end is None:
         raise Unavailable(f"disk {setup.name}: {refused}")
@@ -61,12 +62,12 @@ async def start_disk(setup: DiskSetup) -> Disk:
 
 def _is_up(disk: Disk, *, awaits: bool) -> bool:
     """Whether the first backend is there, or has ended."""
-    if disk.refused is not None:
+    state = disk.state
+    if state.refused:
         return True
-    active = disk.state.active
     if not awaits:
-        return disk.state.served
-    return active.ready if active else disk.reason != ""
+        return state.served
+    return state.active.ready if state.active else state.last_end != ""
 
 
 async def adopt_disk(setup: DiskSetup, *, frozen: bool = False) -> Disk:
@@ -81,7 +82,7 @@ async def adopt_disk(setup: DiskSetup, *, frozen: bool = False) -> Disk:
     """
     record = read_disk_record(setup.record) or DiskRecord(1, setup.command.binary() + "#", 0, ())
     alive = [item for item in record.processes if item.identity.is_alive()]
-    alive.sort(key=lambda item: item.role)  # "active" before "spare"
+    alive.sort(key=lambda item: item.role is Role.SPARE)
     for pid in await processes.kill_orphans(setup.files, {item.identity.pid for item in alive}):
         log.warning("adopt disk=%s killed unrecorded backend pid=%d", setup.name, pid)
     listener = None
@@ -105,9 +106,11 @@ async def adopt_disk(setup: DiskSetup, *, frozen: bool = False) -> Disk:
         served=True,
         start_due=None if len(backends) > 1 or frozen else 0.0,
         binding=record.binding or setup.binding,
+        restarts=record.restarts,
     )
     listener = listener or listen_unix(setup.files.socket)
-    disk = Disk(setup, listener, programs, state, record.restarts)
+    disk = Disk(setup, listener, programs, state)
+    disk.start()
     for item, backend in zip(alive, backends, strict=True):
         _admit(disk, item, backend.binary, active=item is alive[0])
     disk.post(Freeze() if frozen else Tick())
@@ -129,10 +132,11 @@ async def sweep_disk(setup: DiskSetup) -> None:
     Raises OutcomeUnknown when a process does not end.
     """
     record = read_disk_record(setup.record)
-    recorded = sorted(record.processes if record else (), key=lambda item: item.role)
-    for item in reversed(recorded):  # the spare first: it would take over
+    recorded = list(record.processes if record else ())
+    recorded.sort(key=lambda item: item.role is Role.ACTIVE)  # a spare would take over
+    for item in recorded:
         adopted = process.adopt(item.identity, lambda _end: None)
-        grace_s = setup.policy.drain_s if item.role == "active" else 0
+        grace_s = setup.policy.drain_s if item.role is Role.ACTIVE else 0
         if adopted is not None and await adopted.end(grace_s) is None:
             raise OutcomeUnknown(f"disk {setup.name}: backend {adopted.pid} does not end")
     await processes.kill_orphans(setup.files, set())

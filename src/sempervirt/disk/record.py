@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,18 @@ from sempervirt.host.records import RecordDamaged, read_record, write_record
 VERSION = 1
 
 
+class Role(Enum):
+    """What a process was for, when the record was written."""
+
+    ACTIVE = "active"
+    SPARE = "spare"
+
+
 @dataclass(frozen=True)
 class RecordedProcess:
-    """One process of a disk. `role` is "active" or "spare"."""
+    """One process of a disk, started from the program `binary` (a token of `disk.program`)."""
 
-    role: str
+    role: Role
     generation: int
     binary: str
     listen_fd: int
@@ -45,6 +53,7 @@ class DiskRecord:
         content = asdict(self)
         for item in content["processes"]:
             item.update(item.pop("identity"))
+            item["role"] = item["role"].value
         write_record(path, VERSION, content)
 
 
@@ -76,7 +85,7 @@ def _binding(item: dict[str, Any] | None) -> Binding | None:
 
 def _recorded(item: dict[str, Any]) -> RecordedProcess:
     return RecordedProcess(
-        role=str(item["role"]),
+        role=Role(item["role"]),
         generation=int(item["generation"]),
         binary=str(item["binary"]),
         listen_fd=int(item["listen_fd"]),

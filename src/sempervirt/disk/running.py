@@ -8,10 +8,10 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from sempervirt.core.errors import ImageLocked, InvalidRequest, SempervirtError, Unavailable
 from sempervirt.disk.backend import BackendCommand, Launch
+from sempervirt.disk.client import BackendClient
 from sempervirt.disk.program import Programs
 from sempervirt.host import process
 from sempervirt.host.process import Exit, Process
@@ -72,7 +72,10 @@ class DiskFiles:
 
 @dataclass
 class Running:
-    """A process that was started and has not been seen to end."""
+    """A process that was started and has not been seen to end.
+
+    `complaint` is why the process's last answer could not be understood, if that is so.
+    """
 
     generation: int
     binary: str
@@ -80,23 +83,28 @@ class Running:
     control: Path
     log: Path
     listen_fd: int
-    status: dict[str, Any] = field(default_factory=dict)
     promoted: asyncio.Event = field(default_factory=asyncio.Event)
-    watcher: asyncio.Task[None] | None = None
+    observing: asyncio.Task[None] | None = None
+    complaint: str = ""
 
     @property
     def pid(self) -> int:
-        """Its process id."""
+        """The process id."""
         return self.process.pid
 
-    def release(self) -> None:
-        """Stops watching it; it runs on."""
-        if self.watcher is not None:
-            self.watcher.cancel()
+    @property
+    def client(self) -> BackendClient:
+        """What can be asked of the process."""
+        return BackendClient(self.control)
+
+    def detach(self) -> None:
+        """Stops watching the process, which runs on."""
+        if self.observing is not None:
+            self.observing.cancel()
         self.process.forget()
 
     def last_words(self) -> str:
-        """The cause it gave, in one line, or an empty string."""
+        """The cause that the process gave, in one line, or an empty string."""
         return next((line for line in reversed(process.tail_of(self.log)) if line.strip()), "")
 
 

@@ -1,6 +1,7 @@
-"""What supervision of a disk's backends knows, sees and asks for: states, events, effects.
+"""What the owner of a disk knows, sees and asks for: states, events, effects.
 
-`decide` decides on these values; `driver` carries the effects out.
+`disk.decide` decides on these values; `disk.driver` carries the effects out. Times are those of the
+owner's clock, in seconds.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from dataclasses import dataclass
 from enum import Enum
 
 from sempervirt.core.durations import Backoff
-from sempervirt.core.queue_map import Binding
+from sempervirt.core.failure import Failure
+from sempervirt.core.queue_map import Binding, ThreadMap
 
 # A kill every now and then must cost nothing, so the first restarts are not delayed at all;
 # eight starts of a backend are less work than one delay too many for a guest.
@@ -20,7 +22,13 @@ SPARES = Backoff(free=1, first_s=0.5, ceiling_s=10.0)
 
 @dataclass(frozen=True)
 class Policy:
-    """How patient supervision is. All times in seconds."""
+    """How patient supervision is. All times in seconds.
+
+    A spare starts `spare_after_s` after a take-over; who serves for `steady_s` is no crash loop. An
+    upgrade has `prepare_s`, `drain_s` and `verify_s` for its phases. Queues have to be on other
+    threads within `rebind_s`, longer than a take-over with its replay; meanwhile a backend that did
+    not do it is asked again after `retell_s`.
+    """
 
     spare: bool = True
     spare_after_s: float = 0.2
@@ -28,6 +36,8 @@ class Policy:
     prepare_s: float = 15.0
     drain_s: float = 15.0
     verify_s: float = 15.0
+    rebind_s: float = 15.0
+    retell_s: float = 0.05
     active_backoff: Backoff = RESTARTS
     spare_backoff: Backoff = SPARES
 
@@ -78,8 +88,36 @@ class Upgrade:
 
 
 @dataclass(frozen=True)
+class Rebinding:
+    """A request to have the queues on other threads; given up at `deadline`."""
+
+    binding: Binding
+    ticket: int
+    deadline: float
+
+
+@dataclass(frozen=True)
+class Telling:
+    """A process is being told a map; `ticket` is that of the request, 0 when nobody has asked."""
+
+    generation: int
+    ticket: int = 0
+
+
+@dataclass(frozen=True)
 class State:
-    """Everything that a decision depends on."""
+    """Everything that a decision depends on.
+
+    `active` and `spare` are the processes that are counted on. `served`: a guest has been served,
+    so from now on nobody may refuse. `connected`: QEMU has been connected once; never set back,
+    for a backend that has just taken over is not connected *yet*. `last_end` is why the last active
+    process ended, `refused` why the first one would not serve. `restarts` counts take-overs that
+    nobody asked for.
+
+    `binding` is which thread works on which queue. `rebindings` are the requests to change that, of
+    which the first is under way; `telling` is the process that is told a map right now, `astray`
+    are those that are known to have another one, `tell_due` is when the next try is due.
+    """
 
     binary: str
     next_generation: int = 1
@@ -94,6 +132,15 @@ class State:
     stop_deadline: float | None = None
     binding: Binding | None = None
     frozen: bool = False
+    stopped: bool = False
+    connected: bool = False
+    last_end: str = ""
+    refused: str = ""
+    restarts: int = 0
+    rebindings: tuple[Rebinding, ...] = ()
+    telling: Telling | None = None
+    astray: frozenset[int] = frozenset()
+    tell_due: float | None = None
 
 
 # Events
@@ -142,15 +189,42 @@ class UpgradeAsked:
 
 
 @dataclass(frozen=True)
-class Rebound:
-    """The active process has moved its queues to other threads, as asked."""
+class Connected:
+    """QEMU is connected to the active process."""
+
+
+@dataclass(frozen=True)
+class RebindAsked:
+    """Have the queues on other threads. `ticket`, never 0, comes back with the end of it."""
 
     binding: Binding
+    ticket: int
+
+
+@dataclass(frozen=True)
+class MapSeen:
+    """The active process tells by which map it works."""
+
+    generation: int
+    map: ThreadMap
+
+
+@dataclass(frozen=True)
+class Told:
+    """A process was told its map, and works by it unless there is a `failure`."""
+
+    generation: int
+    failure: Failure | None = None
 
 
 @dataclass(frozen=True)
 class Freeze:
-    """Start nothing from now on: the image is to be had by another host."""
+    """Start nothing from now on: the image is to be had by another host.
+
+    With a `ticket` it is a request, which an upgrade under way refuses; without one it is an order.
+    """
+
+    ticket: int = 0
 
 
 @dataclass(frozen=True)
@@ -168,19 +242,11 @@ class Tick:
     """Time passed."""
 
 
-SupervisionEvent = (
-    Begin
-    | Ready
-    | Serving
-    | Progressed
-    | Exited
-    | UpgradeAsked
-    | Rebound
-    | Freeze
-    | Thaw
-    | StopAsked
-    | Tick
-)
+# What was asked for, and time.
+Asked = Begin | UpgradeAsked | RebindAsked | Freeze | Thaw | StopAsked | Tick
+# What was seen of the processes.
+Seen = Ready | Serving | Progressed | Exited | Connected | MapSeen | Told
+SupervisionEvent = Asked | Seen
 
 # Effects
 
@@ -195,10 +261,11 @@ class Start:
 
 
 @dataclass(frozen=True)
-class Rebind:
-    """Tell a process which thread works on which queue."""
+class Tell:
+    """Tell a process which thread works on which queue; report Told."""
 
     generation: int
+    binding: Binding
 
 
 @dataclass(frozen=True)
@@ -226,13 +293,6 @@ class TookOver:
 
 
 @dataclass(frozen=True)
-class Refused:
-    """The very first process ended before it served: the disk cannot be started."""
-
-    reason: str
-
-
-@dataclass(frozen=True)
 class UpgradeEnded:
     """The upgrade is over; `failure` is empty when the new binary serves."""
 
@@ -241,19 +301,29 @@ class UpgradeEnded:
 
 
 @dataclass(frozen=True)
-class UpgradeRefused:
-    """The upgrade was not begun."""
+class RebindEnded:
+    """The queues are on the threads of `binding`, or they are not and `failure` says why."""
 
-    reason: str
-    ticket: int = 0
+    ticket: int
+    binding: Binding
+    failure: Failure | None = None
 
 
 @dataclass(frozen=True)
-class Stopped:
-    """No process is left."""
+class Accept:
+    """The request was carried out, or its end is on the way."""
+
+    ticket: int
 
 
-Effect = (
-    Start | Rebind | Terminate | Kill | TookOver | Refused | UpgradeEnded | UpgradeRefused | Stopped
-)
+@dataclass(frozen=True)
+class Refuse:
+    """Nothing was begun: the disk is not `done` ("upgraded", "frozen"), for that reason."""
+
+    ticket: int
+    done: str
+    reason: str
+
+
+Effect = Start | Tell | Terminate | Kill | TookOver | UpgradeEnded | RebindEnded | Accept | Refuse
 Decision = tuple[State, list[Effect]]

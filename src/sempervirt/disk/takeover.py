@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import assert_never
 
 from sempervirt.core.durations import elapsed_ms
-from sempervirt.core.queue_map import ThreadMap
+from sempervirt.disk.answers import BackendState, ClaimState, Status, Timeline
 
 # The order in which a spare becomes the one that serves.
 STEPS = ("lock_acquired", "accepted", "started", "replayed", "first_completion")
-CONNECTED_STATES = ("connected", "running")
 
 
 @dataclass
 class Restart:
-    """One change of the active process. `milestones_ms` counts from when its end was seen."""
+    """One change of the active process. `milestones_ms` counts from when its end was seen.
+
+    `time` is in seconds since 1970, `seen_ns` in ns of CLOCK_MONOTONIC.
+    """
 
     time: float
     generation: int
@@ -29,47 +30,46 @@ class Restart:
     milestones_ms: dict[str, float | None] = field(default_factory=dict)
 
 
-def milestones(timeline_ns: Mapping[str, Any], seen_ns: int) -> dict[str, float | None]:
+def milestones(timeline: Timeline, seen_ns: int) -> dict[str, float | None]:
     """Milliseconds from `seen_ns` (CLOCK_MONOTONIC) to each step; None if not yet.
 
-    A negative number is no error: the kernel hands the lock over before the agent wakes.
+    A negative number is no error: the kernel gives the lock to the spare before the agent wakes.
     """
-    return {step: elapsed_ms(seen_ns, timeline_ns.get(step)) for step in STEPS}
+    return {step: elapsed_ms(seen_ns, getattr(timeline, step)) for step in STEPS}
 
 
-def is_prepared(status: Mapping[str, Any]) -> bool:
-    """Whether a process that is to have the image later, a spare or the end of a migration, has
-    everything ready.
+def is_prepared(status: Status) -> bool:
+    """Whether a process that is to have the image later, a spare or the backend of a VM that comes
+    from another host, has everything ready.
     """
-    waits = (status.get("claim") or {}).get("state") == "awaited"
-    return waits or (status.get("timeline_ns") or {}).get("spare_ready") is not None
+    awaits = status.claim.state is ClaimState.AWAITED
+    return awaits or status.timeline_ns.spare_ready is not None
 
 
-def holds_image(status: Mapping[str, Any]) -> bool:
-    """Whether the process holds the image's lock."""
-    return (status.get("timeline_ns") or {}).get("lock_acquired") is not None
+def holds_image(status: Status) -> bool:
+    """Whether the process has taken the image's lock."""
+    return status.timeline_ns.lock_acquired is not None
 
 
-def serves(status: Mapping[str, Any], *, connection_expected: bool) -> bool:
+def is_connected(status: Status) -> bool:
+    """Whether QEMU is connected to the process."""
+    match status.state:
+        case BackendState.CONNECTED | BackendState.RUNNING:
+            return True
+        case BackendState.SPARE | BackendState.LISTENING | BackendState.DRAINING:
+            return False
+        case _:
+            assert_never(status.state)
+
+
+def serves(status: Status, *, connection_expected: bool) -> bool:
     """Whether the process holds the image and, if one is expected, has QEMU's connection."""
-    state = status.get("state")
-    wanted = CONNECTED_STATES if connection_expected else ("listening", *CONNECTED_STATES)
-    return holds_image(status) and state in wanted
+    there = is_connected(status)
+    if not connection_expected:
+        there = there or status.state is BackendState.LISTENING
+    return there and holds_image(status)
 
 
-def has_progressed(status: Mapping[str, Any]) -> bool:
+def has_progressed(status: Status) -> bool:
     """Whether the process completed a guest request."""
-    return (status.get("timeline_ns") or {}).get("first_completion") is not None
-
-
-def thread_map(status: Mapping[str, Any]) -> ThreadMap:
-    """The thread of each queue; empty when the process does not tell."""
-    threads = [queue.get("thread") for queue in status.get("queues") or []]
-    return tuple(threads) if all(isinstance(thread, int) for thread in threads) else ()
-
-
-def replayed_count(status: Mapping[str, Any]) -> int | None:
-    """How many requests of its predecessor the process replayed."""
-    counters = status.get("counters") or {}
-    value = counters.get("replayed")
-    return value if isinstance(value, int) else None
+    return status.timeline_ns.first_completion is not None

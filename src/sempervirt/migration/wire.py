@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from sempervirt.core.errors import SempervirtError, Unavailable
-from sempervirt.host import control, process
+from sempervirt.host import process
+from sempervirt.host.answers import AnswerNotUnderstood
+from sempervirt.host.control import ControlSocket
 from sempervirt.host.process import Process
 from sempervirt.host.procfs import find_by_argument, identify
 from sempervirt.host.programs import find_program
+from sempervirt.migration.wire_status import WireStatus
 from sempervirt.trust.authority import CERTIFICATE_FILE as AUTHORITY_FILE
 from sempervirt.trust.identity import CERTIFICATE_FILE, KEY_FILE
 
 PROGRAM = "semper-wired"
 POLL_S = 0.02
 END_GRACE_S = 2.0
+
+FoundT = TypeVar("FoundT")
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,9 @@ class Wire:
 
     def __init__(self, files: WireFiles) -> None:
         self.files = files
-        self.status: Mapping[str, Any] = {}
+        self.status: WireStatus | None = None
+        self._complaint = ""
+        self._socket = ControlSocket(files.control, PROGRAM)
         self._process: Process | None = None
 
     @classmethod
@@ -138,26 +144,35 @@ class Wire:
         said = process.tail_of(self.files.log, 1)
         return f"semper-wired ended ({end}): {said[0] if said else 'it said nothing'}"
 
-    async def ask(self) -> Mapping[str, Any]:
-        """Its state and counters, kept in `status`; the last ones when it does not answer."""
-        with contextlib.suppress(SempervirtError):  # not listening yet, or it has ended
-            self.status = await control.ask(self.files.control, "status")
+    async def ask(self) -> WireStatus | None:
+        """State and counters of the process, kept in `status`; the last ones when the process does
+        not answer, None when it never did.
+        """
+        try:
+            self.status = await self._socket.ask_for(WireStatus, "status")
+        except AnswerNotUnderstood as error:
+            self._complaint = error.message
+        except SempervirtError:
+            pass  # not listening yet, or it has ended
         return self.status
 
-    async def wait(self, key: str, values: Sequence[Any], timeout_s: float) -> Any:
-        """Waits until it tells one of `values`; anything but None if there are none.
+    async def wait(
+        self, reached: Callable[[WireStatus], FoundT | None], timeout_s: float
+    ) -> FoundT:
+        """Waits until `reached` finds something in the status, and returns that.
 
-        Raises Unavailable when it ends before that, and at the deadline.
+        Raises Unavailable when the process ends before that, when its answers cannot be
+        understood, and at the deadline.
         """
         deadline = time.monotonic() + timeout_s
         while True:
-            found = (await self.ask()).get(key)
-            if found in values or (not values and found is not None):
+            status = await self.ask()
+            if status is not None and (found := reached(status)) is not None:
                 return found
-            if self.failure:
-                raise Unavailable(self.failure)
+            if self.failure or self._complaint:
+                raise Unavailable(self.failure or self._complaint)
             if time.monotonic() > deadline:
-                state = self.status.get("state", "silent")
+                state = status.state.value if status else "silent"
                 raise Unavailable(f"semper-wired is {state} after {timeout_s:g} s")
             await asyncio.sleep(POLL_S)
 

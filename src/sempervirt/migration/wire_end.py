@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import socket
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from sempervirt.core.errors import Unavailable
 from sempervirt.migration.wire import Wire, WireDisk, WireFiles, sweep
+from sempervirt.migration.wire_status import WireState, WireStatus
 from sempervirt.vm.vm import Vm
 
 ADDRESS_S = 10.0
@@ -30,9 +29,15 @@ class WireEnd:
         self._wire: Wire | None = None
 
     @property
-    def status(self) -> Mapping[str, Any]:
-        """What the process told last; empty before."""
-        return self._wire.status if self._wire is not None else {}
+    def status(self) -> WireStatus | None:
+        """What the process told last; None before."""
+        return self._wire.status if self._wire is not None else None
+
+    @property
+    def bandwidth(self) -> int | None:
+        """What the link carries of the stream, in bytes per second; None before that is known."""
+        status = self.status
+        return None if status is None else status.switchover_bandwidth
 
     @property
     def failure(self) -> str:
@@ -55,13 +60,13 @@ class WireEnd:
         self._wire = Wire.destination(
             self.files, self._trust, self._migration, self._peer, f"{digits}:0", self._disks()
         )
-        return str(await self._wire.wait("address", (), ADDRESS_S))
+        return await self._wire.wait(lambda status: status.address, ADDRESS_S)
 
-    async def wait(self, key: str, values: Sequence[Any], timeout_s: float) -> Any:
-        """See `Wire.wait`."""
+    async def wait_ready(self, timeout_s: float) -> None:
+        """Waits until both ends are ready for the stream. Raises as `Wire.wait`."""
         if self._wire is None:
             raise Unavailable("semper-wired was not started")
-        return await self._wire.wait(key, values, timeout_s)
+        await self._wire.wait(lambda status: status.state is WireState.READY or None, timeout_s)
 
     async def ask(self) -> None:
         """Renews `status`."""

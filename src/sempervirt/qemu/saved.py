@@ -17,11 +17,13 @@ from typing import Any
 from sempervirt.core.errors import (
     CommandFailed,
     InvalidRequest,
+    OutcomeUnknown,
     SempervirtError,
     StateConflict,
     Unavailable,
 )
 from sempervirt.host import process
+from sempervirt.host.answers import Answer, AnswerT, read_answer
 from sempervirt.host.programs import find_program
 
 PROGRAM = "semper-saved"
@@ -33,15 +35,46 @@ _DISK, _UNUSABLE = 3, 4
 OnProgress = Callable[[int, int], None]
 
 
-@dataclass(frozen=True)
-class Figures:
-    """What a saved state came to: bytes, and pages by how they are kept."""
+class Done(Answer):
+    """A line while the program works: bytes of memory that are done, `of` how many."""
+
+    done: int
+    of: int
+
+
+class Figures(Answer):
+    """The last line of a save: bytes of memory and of the file, pages by how they are kept."""
 
     memory: int
     file: int
     zero_pages: int
     block_pages: int
     data_pages: int
+
+
+class Restored(Answer):
+    """The last line of a restore: bytes of memory."""
+
+    memory: int
+
+
+class ShownImage(Answer):
+    """A disk of a saved state: its name in the VM, and where its image was."""
+
+    name: str
+    path: Path
+
+
+class ShownState(Answer):
+    """What `show` prints: bytes of memory, of the file and of the state of the devices; `vm` is
+    what the agent had put there.
+    """
+
+    memory: int
+    file: int
+    state: int
+    vm: dict[str, Any]
+    images: tuple[ShownImage, ...]
 
 
 @dataclass(frozen=True)
@@ -67,7 +100,8 @@ async def save(
     `progress` is told the bytes that are done, and of how many. Raises InvalidRequest or
     Unavailable; nothing was changed then.
     """
-    answer = await _run(
+    return await _run(
+        Figures,
         "save",
         f"--memory={_mine(memory_fd)}",
         f"--state={state}",
@@ -76,7 +110,6 @@ async def save(
         *_images(images),
         progress=progress,
     )
-    return Figures(**answer)
 
 
 async def restore(
@@ -92,6 +125,7 @@ async def restore(
     used, Unavailable.
     """
     await _run(
+        Restored,
         "restore",
         f"--file={file}",
         f"--memory={_mine(memory_fd)}",
@@ -103,9 +137,9 @@ async def restore(
 
 async def show(file: Path) -> Shown:
     """What a saved state says. Raises InvalidRequest when it cannot be used, Unavailable."""
-    answer = await _run("show", str(file))
-    images = {item["name"]: Path(item["path"]) for item in answer["images"]}
-    return Shown(answer["memory"], answer["file"], answer["vm"], images)
+    shown = await _run(ShownState, "show", str(file))
+    images = {image.name: image.path for image in shown.images}
+    return Shown(shown.memory, shown.file, shown.vm, images)
 
 
 def _mine(descriptor: int) -> str:
@@ -116,21 +150,34 @@ def _images(images: Mapping[str, Path]) -> list[str]:
     return [f"--image={name}={path}" for name, path in images.items()]
 
 
-async def _run(*arguments: str, progress: OnProgress | None = None) -> dict[str, Any]:
+async def _run(
+    model: type[AnswerT], command: str, *arguments: str, progress: OnProgress | None = None
+) -> AnswerT:
+    """Runs the program; the last line as `model`, the ones before are progress."""
+    lines: list[Any] = []
+
     def tell(line: str) -> None:
-        said = json.loads(line)
-        if progress is not None and "done" in said:
-            progress(int(said["done"]), int(said["of"]))
+        lines.append(_decoded(line, command))
+        if progress is not None and isinstance(lines[-1], dict) and "done" in lines[-1]:
+            said = read_answer(Done, lines[-1], PROGRAM, command)
+            progress(said.done, said.of)
 
     try:
-        done = await process.run(
-            [find_program(PROGRAM), *arguments], timeout_s=WORK_DEADLINE_S, on_line=tell
+        await process.run(
+            [find_program(PROGRAM), command, *arguments], timeout_s=WORK_DEADLINE_S, on_line=tell
         )
     except CommandFailed as error:
         raise _told(error) from error
-    answer = json.loads(done.stdout.splitlines()[-1])
-    assert isinstance(answer, dict)
-    return answer
+    if not lines:
+        raise OutcomeUnknown(f"{PROGRAM} says nothing to {command}")
+    return read_answer(model, lines[-1], PROGRAM, command)
+
+
+def _decoded(line: str, command: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise OutcomeUnknown(f"{PROGRAM} says to {command} what is no JSON: {line[:80]}") from error
 
 
 def _told(error: CommandFailed) -> SempervirtError:

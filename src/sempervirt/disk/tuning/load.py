@@ -5,17 +5,43 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from sempervirt.core.errors import CommandFailed
 from sempervirt.disk.tuning.figures import Figures
 from sempervirt.host import process
+from sempervirt.host.answers import Answer, read_answer
 
 PROGRAM = "semper-load"
 REPORT_VERSION = 1
 READ_PERCENT = 70
 _PATIENCE_S = 10.0
 _WARMUP_SHARE = 0.2
+
+
+class Latency(Answer):
+    """Of one request, in microseconds."""
+
+    p99: float
+
+
+class ProcessorTime(Answer):
+    """Of a process during the measurement: seconds, and microseconds for each request."""
+
+    cpu_s: float
+    cpu_us_per_io: float
+
+
+class LoadReport(Answer):
+    """What of a report is used here: requests, and how long they took. `backend` is None when the
+    program was not told which process that is.
+    """
+
+    version: int
+    ios: int
+    iops: float
+    seconds: float
+    latency_us: Latency
+    backend: ProcessorTime | None
 
 
 @dataclass(frozen=True)
@@ -69,22 +95,26 @@ async def measure(
         f"--patience={_PATIENCE_S}",
     ]
     answer = await process.run(argv, timeout_s=seconds * 2 + 3 * _PATIENCE_S)
-    report = json.loads(answer.stdout)
-    if report["version"] != REPORT_VERSION:
-        raise CommandFailed(program, 0, [f"a report of version {report['version']}"])
-    return figures(report)
+    try:
+        report = read_answer(LoadReport, json.loads(answer.stdout), PROGRAM, "a measurement")
+    except ValueError as error:
+        raise CommandFailed(program, 0, ["a report that is no JSON"]) from error
+    if report.version != REPORT_VERSION:
+        raise CommandFailed(program, 0, [f"a report of version {report.version}"])
+    if report.backend is None:
+        raise CommandFailed(program, 0, ["a report without the processor time of the backend"])
+    return figures(report, report.backend)
 
 
-def figures(report: dict[str, Any]) -> Figures:
+def figures(report: LoadReport, backend: ProcessorTime) -> Figures:
     """What a report of semper-load says.
 
     A stall of the whole measurement counts as one request that took so long: bad luck once, and
     hopeless if it is the rule.
     """
-    stalled = not report["ios"]
-    seconds, cpu_s = report["seconds"], report["backend"]["cpu_s"]
+    stalled = not report.ios
     return Figures(
-        iops=1 / seconds if stalled else report["iops"],
-        p99_us=seconds * 1e6 if stalled else max(report["latency_us"]["p99"], 0.01),
-        cpu_us=cpu_s * 1e6 if stalled else report["backend"]["cpu_us_per_io"],
+        iops=1 / report.seconds if stalled else report.iops,
+        p99_us=report.seconds * 1e6 if stalled else max(report.latency_us.p99, 0.01),
+        cpu_us=backend.cpu_s * 1e6 if stalled else backend.cpu_us_per_io,
     )

@@ -15,10 +15,11 @@ from typing import Protocol
 
 from sempervirt.core.errors import CommandFailed, OutcomeUnknown, Unavailable
 from sempervirt.disk import takeover
+from sempervirt.disk.client import BackendClient
 from sempervirt.disk.running import refusal
 from sempervirt.disk.storage import StorageKey
 from sempervirt.disk.tuning.candidates import Candidate
-from sempervirt.host import control, process
+from sempervirt.host import process
 from sempervirt.host.process import Exit, Process, tail_of
 
 _START_S = 10.0
@@ -124,7 +125,7 @@ async def check_unused(program: str, image: Path, folder: Path, *, read_only: bo
 
     async def has_lock() -> bool:
         try:
-            status = await control.ask(control_socket, "status")
+            status = await BackendClient(control_socket).status()
         except (Unavailable, OutcomeUnknown):  # not yet, or never
             return False
         return takeover.serves(status, connection_expected=False)

@@ -122,7 +122,7 @@ class SourceGuest:
 
     async def _connect(self, address: str) -> None:
         await self.wire.start_source(address)
-        await self.wire.wait("state", ("ready",), WIRE_READY_S)
+        await self.wire.wait_ready(WIRE_READY_S)
 
 
 class SourceDisks:

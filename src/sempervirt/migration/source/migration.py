@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Mapping
 from contextlib import AsyncExitStack
-from typing import Any, assert_never
+from typing import assert_never
 
 from sempervirt.cluster import peer
 from sempervirt.cluster.cluster import Cluster
@@ -28,6 +27,7 @@ from sempervirt.migration.source.figures import Figures
 from sempervirt.migration.source.ports import Ports
 from sempervirt.migration.source.state import Bounds, Migration, Resolved, Step
 from sempervirt.migration.source.steering import Steering
+from sempervirt.migration.wire_status import WireStatus
 from sempervirt.qemu.state import Request, Runstate
 from sempervirt.store.registry import Claim, Registry
 from sempervirt.vm.phases import Phase
@@ -255,14 +255,14 @@ def _claim_of(vm: Vm) -> Claim:
     return vm.record.claim
 
 
-def _wire_view(status: Mapping[str, Any]) -> WireView | None:
-    if not status:
+def _wire_view(status: WireStatus | None) -> WireView | None:
+    if status is None:
         return None
     return WireView(
-        stream_bytes=status["stream_bytes"],
-        wire_bytes=status["wire_bytes_sent"],
-        pages=status["pages"],
-        zero_pages=status["zero_pages"],
-        references=status["references"],
-        mismatches=status["mismatches"],
+        stream_bytes=status.stream_bytes,
+        wire_bytes=status.wire_bytes_sent,
+        pages=status.pages,
+        zero_pages=status.zero_pages,
+        references=status.references,
+        mismatches=status.mismatches,
     )

@@ -4,9 +4,7 @@ the link carries, as the wire has seen it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from sempervirt.migration import stream
 from sempervirt.migration.source import convergence
@@ -44,15 +42,13 @@ class Steering:
         await stream.limit_blackout(execute, self.track.limit_s)
         await stream.reckon(execute, self._bandwidth)
 
-    async def steer(
-        self, execute: stream.Execute, sample: Sample, wire: Mapping[str, Any]
-    ) -> Decision:
-        """Acts upon a report of QEMU and the wire's status; gives what was decided.
+    async def steer(self, execute: stream.Execute, sample: Sample, seen: int | None) -> Decision:
+        """Acts upon a report of QEMU; gives what was decided. `seen` is what the wire has seen the
+        link carry, in bytes per second, None before that is known.
 
         Postcopy and giving up are left to the caller. Raises as `execute`.
         """
-        seen = wire.get("switchover_bandwidth")
-        if isinstance(seen, int) and abs(seen - self._bandwidth) > self._bandwidth * BANDWIDTH_PART:
+        if seen is not None and abs(seen - self._bandwidth) > self._bandwidth * BANDWIDTH_PART:
             self._bandwidth = float(seen)
             await stream.reckon(execute, self._bandwidth)
         self.track, decision = convergence.decide(self.track, self.reckoned(sample), self.policy)

@@ -155,7 +155,9 @@ class StreamWatch:
 
     async def _steer(self, sample: Sample) -> None:
         guest = self._guest
-        decision = await guest.steering.steer(self._vm.machine.execute, sample, guest.wire.status)
+        decision = await guest.steering.steer(
+            self._vm.machine.execute, sample, guest.wire.bandwidth
+        )
         match decision:
             case GoPostcopy():
                 self._driver.post(PostcopyChosen())

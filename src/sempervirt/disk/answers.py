@@ -1,0 +1,248 @@
+"""What semper-blkd answers, by command; the Rust side is crates/blkd/src/answers.rs.
+
+Sizes are in bytes, `…_ns` in nanoseconds of CLOCK_MONOTONIC, `time` in seconds since 1970.
+
+A key that a later release adds has to be optional here: after an upgrade of the agent, backends of
+the release before still serve, and are only replaced by `semper disk upgrade`.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Literal
+
+from sempervirt.core.queue_map import ThreadMap
+from sempervirt.host.answers import Answer
+
+
+class BackendState(Enum):
+    """What a backend is doing for QEMU."""
+
+    SPARE = "spare"
+    LISTENING = "listening"  # holds the image or will; QEMU is not connected
+    CONNECTED = "connected"
+    RUNNING = "running"  # at least one queue runs
+    DRAINING = "draining"  # told to end
+
+
+class Standing(Enum):
+    """What a backend is to the image."""
+
+    OPENED = "opened"
+    AWAITING_CLAIM = "awaiting-claim"
+    INCOMING = "incoming"
+    WAITING = "waiting"
+    HELD = "held"
+    HANDED_OVER = "handed-over"
+    REFUSED = "refused"
+
+
+class ClaimState(Enum):
+    """How far a backend has come with its claim."""
+
+    NONE = "none"
+    AWAITED = "awaited"
+    GIVEN = "given"
+    ADMITTED = "admitted"
+
+
+class GuestMemory(Enum):
+    """How far the guest's memory has come, during a migration to this host."""
+
+    COMPLETE = "complete"
+    ADVISED = "advised"
+    LISTENING = "listening"
+    INHERITED = "inherited"
+
+
+class ClaimStatus(Answer):
+    """The claim that the process has; None where it has none, or awaits it."""
+
+    state: ClaimState
+    epoch: int | None
+    id: str | None
+    holder: str | None
+
+
+class MapCounts(Answer):
+    """What a status says of the page/block map: associations that were noted, and given up."""
+
+    recorded: int
+    dropped: int
+
+
+class Timeline(Answer):
+    """When a process reached each step, in ns of CLOCK_MONOTONIC; None where it has not."""
+
+    process_start: int | None
+    spare_ready: int | None
+    lock_acquired: int | None
+    accepted: int | None
+    started: int | None
+    replayed: int | None
+    first_completion: int | None
+
+
+class Queue(Answer):
+    """One virtqueue: `thread` works on it; the rest counts since the process began."""
+
+    index: int
+    size: int
+    enabled: bool
+    thread: int
+    reads: int
+    writes: int
+    flushes: int
+    discards: int
+    errors: int
+    bytes_read: int
+    bytes_written: int
+    in_flight: int
+    replayed: int
+    kicks: int
+    polls: int
+    calls: int
+
+
+class Counters(Answer):
+    """Of the whole process."""
+
+    connections: int
+    replayed: int
+    protocol_errors: int
+    guest_errors: int
+    host_errors: int
+
+
+class LastError(Answer):
+    """What failed last on the host's side: a request, or with `op` "name" or "size" the image."""
+
+    op: str
+    offset: int
+    length: int
+    errno: int
+    message: str
+    time: float
+
+
+class Status(Answer):
+    """`status`."""
+
+    version: str
+    pid: int
+    state: BackendState
+    engine: str
+    direct: bool
+    owns_image: bool
+    standing: Standing
+    claim: ClaimStatus
+    memory: GuestMemory
+    read_only: bool
+    image: str
+    size_bytes: int
+    block_size: int
+    serial: str
+    num_queues: int
+    threads: int
+    poll_us: int
+    map: MapCounts | None
+    inflight: bool
+    write_cache: Literal["write-through", "write-back"]
+    timeline_ns: Timeline
+    queues: tuple[Queue, ...]
+    counters: Counters
+    last_error: LastError | None
+
+    @property
+    def thread_map(self) -> ThreadMap:
+        """The thread of each queue."""
+        return tuple(queue.thread for queue in self.queues)
+
+
+class MapMemory(Answer):
+    """Bytes that the page/block map takes now; `bound`: at most."""
+
+    associations: int
+    versions: int
+    touched: int
+    index: int
+    total: int
+    bound: int
+
+
+class Verifying(Answer):
+    """A verification that is going on; `step` is "index" or "pages"."""
+
+    step: Literal["index", "pages"]
+    done: int
+    total: int
+
+
+class Verification(Answer):
+    """What the last verification came to: pages, then blocks."""
+
+    time: float
+    seconds: float
+    pages: int
+    zero: int
+    associated: int
+    verified_associated: int
+    verified_content: int
+    verified_zero: int
+    indexed: int
+    hashed: int
+    busy: int
+    beyond_limit: int
+    unreadable: int
+
+
+class BlockMap(Answer):
+    """`map`: which blocks of the disk stand in which pages of the guest, in numbers."""
+
+    page_size: int
+    pages: int
+    associated: int
+    blocks: int
+    touched: int
+    recorded: int
+    dropped: int
+    index_blocks: int
+    memory: MapMemory
+    running: Verifying | None
+    verification: Verification | None
+
+
+class VerifyStarted(Answer):
+    """`map-verify`; False: one was going on."""
+
+    started: bool
+
+
+class Threads(Answer):
+    """`threads`: the thread of each queue from now on."""
+
+    map: tuple[int, ...]
+
+
+class Claimed(Answer):
+    """`claim`."""
+
+    claim: ClaimStatus
+
+
+class Armed(Answer):
+    """`handover`: whether the image is let go as soon as no queue runs; whether it is held now."""
+
+    armed: bool
+    owns_image: bool
+
+
+class Nothing(Answer):
+    """`fault`: done."""
+
+
+class Capabilities(Answer):
+    """`semper-blkd --print-capabilities`, as the conventions of vhost-user programs have it."""
+
+    type: str
+    features: tuple[str, ...]

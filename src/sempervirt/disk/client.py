@@ -1,0 +1,69 @@
+"""What can be asked of one backend process, over its control socket.
+
+Each method raises Unavailable when the process does not listen (any more), OutcomeUnknown when it
+was asked and did not answer, and InvalidRequest or Unavailable as the process says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+from sempervirt.core.queue_map import ThreadMap
+from sempervirt.disk.answers import (
+    Armed,
+    BlockMap,
+    Claimed,
+    Nothing,
+    Status,
+    Threads,
+    VerifyStarted,
+)
+from sempervirt.disk.backend import PROGRAM
+from sempervirt.host.control import ControlSocket
+
+# Every page of the guest is compared before an export begins: seconds for each GiB.
+MAP_DEADLINE_S = 600.0
+
+
+class BackendClient:
+    """Of the process that listens on `path`; each question has a connection of its own."""
+
+    def __init__(self, path: Path) -> None:
+        self._socket = ControlSocket(path, PROGRAM)
+
+    async def status(self) -> Status:
+        """What the process is doing, and its counters."""
+        return await self._socket.ask_for(Status, "status")
+
+    async def inject_fault(self, rule: dict[str, Any] | None) -> None:
+        """For tests: sets the rule by which requests fail (see semper-blkd); None: no faults."""
+        await self._socket.ask_for(Nothing, "fault", rule=rule)
+
+    async def move_queues(self, thread_map: ThreadMap) -> None:
+        """Has queue i worked on by thread `thread_map[i]`; no request is lost."""
+        await self._socket.ask_for(Threads, "threads", map=list(thread_map))
+
+    async def arm_release(self, *, armed: bool) -> bool:
+        """Has the process let the image go as soon as no queue runs, or take the image back.
+
+        Returns whether the process holds the image now.
+        """
+        return (await self._socket.ask_for(Armed, "handover", armed=armed)).owns_image
+
+    async def give_claim(self, epoch: int, claim: str) -> None:
+        """Gives the process the claim that it awaits; queues that waited for the claim start."""
+        await self._socket.ask_for(Claimed, "claim", epoch=epoch, claim=claim)
+
+    async def block_map(self) -> BlockMap:
+        """Which blocks of the disk stand in the guest's pages, in numbers."""
+        return await self._socket.ask_for(BlockMap, "map")
+
+    async def verify_block_map(self) -> None:
+        """Begins to compare every page with the disk, unless that is going on."""
+        await self._socket.ask_for(VerifyStarted, "map-verify")
+
+    def export_block_map(self, *, verify: bool) -> AsyncIterator[bytes]:
+        """The map in its binary form (docs/reference/map-format.md), in pieces."""
+        return self._socket.download("map-export", timeout_s=MAP_DEADLINE_S, verify=verify)

@@ -1,0 +1,76 @@
+"""What happened to a disk, for people: take-overs with their timelines, I/O errors, the journal.
+
+Nothing is decided by it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+
+from sempervirt.core.events import Journal
+from sempervirt.core.queue_map import Binding, format_map
+from sempervirt.disk.answers import LastError, Status
+from sempervirt.disk.state import TookOver
+from sempervirt.disk.takeover import Restart, milestones
+
+log = logging.getLogger(__name__)
+
+RESTARTS_KEPT = 64
+
+
+class History:
+    """Of the disk `name`, since this agent looks after it; `restarts` has the oldest first."""
+
+    def __init__(self, name: str) -> None:
+        self.journal = Journal()
+        self.restarts: deque[Restart] = deque(maxlen=RESTARTS_KEPT)
+        self.upgrade_count = 0
+        self.last_error: LastError | None = None
+        self._name = name
+
+    def took_over(self, event: TookOver, successor_pid: int | None) -> None:
+        """The active process is another one now, or there is none."""
+        self.restarts.append(
+            Restart(
+                time=time.time(),
+                generation=event.predecessor,
+                reason="upgrade" if event.planned else event.reason,
+                planned=event.planned,
+                successor=event.successor,
+                successor_pid=successor_pid,
+                seen_ns=time.monotonic_ns(),
+            )
+        )
+        text = f"backend {event.predecessor} ended ({event.reason}); " + (
+            f"backend {event.successor} takes over" if event.successor else "backing off"
+        )
+        self.journal.note(time.time(), "upgrade" if event.planned else "restart", text)
+        level = logging.INFO if event.planned else logging.WARNING
+        log.log(level, "takeover disk=%s %s", self._name, text)
+
+    def upgrade_ended(self, text: str, *, failed: bool) -> None:
+        """An upgrade is over, or was not successful."""
+        self.upgrade_count += not failed
+        self.journal.note(time.time(), "upgrade", text)
+        log.log(logging.ERROR if failed else logging.INFO, "upgrade disk=%s %s", self._name, text)
+
+    def rebound(self, binding: Binding) -> None:
+        """The queues are on other threads."""
+        text = f"{format_map(binding.map)} ({binding.source})"
+        self.journal.note(time.time(), "threads", text)
+        log.info("threads disk=%s %s", self._name, text)
+
+    def seen(self, generation: int, status: Status) -> None:
+        """The active process, of that generation, told its status."""
+        error = status.last_error
+        if error is not None and error != self.last_error:
+            self.last_error = error
+            text = f"{error.op} at {error.offset}: {error.message}"
+            self.journal.note(time.time(), "io-error", text)
+            log.warning("io-error disk=%s backend=%d %s", self._name, generation, text)
+        if self.restarts and self.restarts[-1].successor == generation:
+            restart = self.restarts[-1]
+            restart.milestones_ms = milestones(status.timeline_ns, restart.seen_ns)
+            restart.replayed = status.counters.replayed
