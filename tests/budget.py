@@ -54,6 +54,7 @@ BUDGETS = (
             "tests/integration/test_disk_*.py",
             "tests/integration/test_image_*.py",
             "tests/integration/test_mapped_*.py",
+            "tests/scenarios/*",
             "tests/system/*",
         ),
     ),

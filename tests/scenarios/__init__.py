@@ -1,0 +1,1 @@
+"""Scenarios that an operator reads (docs/scenarios), carried out by real components."""
