@@ -44,7 +44,9 @@ class ImageTitle:
     claim: str | None = None
 
     def argv(self) -> list[str]:
-        """The options of semper-blkd. One that awaits its claim is the end of a migration."""
+        """The options of semper-blkd. A process that awaits its claim belongs to a VM that comes
+        from another host.
+        """
         record = [f"--epoch-file={self.epoch_file}", f"--holder={self.holder}"]
         if self.epoch is None:
             return [*record, "--incoming", "--await-claim"]
@@ -77,11 +79,11 @@ class BackendCommand(Protocol):
 
     @property
     def has_control(self) -> bool:
-        """Whether it answers on a control socket."""
+        """Whether the program answers on a control socket."""
 
     @property
     def environment(self) -> Mapping[str, str]:
-        """What is added to its environment."""
+        """What is added to the environment of the process."""
 
     def binary(self) -> str:
         """The program; raises Unavailable when it is not installed."""
@@ -101,7 +103,7 @@ class Blkd:
     has_control: bool = True
 
     def binary(self) -> str:
-        """`path`, or the first of: $SEMPERVIRT_BLKD, beside the interpreter, on the PATH."""
+        """`path`, or what is found first: $SEMPERVIRT_BLKD, beside the interpreter, on the PATH."""
         if self.path is not None:
             return str(self.path)
         return find_program(PROGRAM)

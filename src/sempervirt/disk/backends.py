@@ -69,7 +69,7 @@ class Backends:
         return next((m.complaint for m in self._members.values() if m.complaint), "")
 
     def set_title(self, title: ImageTitle) -> None:
-        """From now on processes are started by this right."""
+        """From now on processes are started with this title."""
         self._setup = replace(self._setup, title=title)
 
     def get(self, generation: int | None) -> Running | None:
@@ -77,7 +77,7 @@ class Backends:
         return None if generation is None else self._members.get(generation)
 
     def start(self, order: Start, binding: Binding | None, *, active: bool) -> None:
-        """Starts a process; if that fails, it is reported to have ended."""
+        """Starts a process. A process that cannot be started is reported to have ended."""
         setup = self._setup
         launch = Launch(
             binary=path_of(order.binary),
@@ -123,7 +123,7 @@ class Backends:
             member.promoted.set()
 
     def send_signal(self, generation: int, number: signal.Signals) -> None:
-        """Signals a process, if it still runs."""
+        """Signals the process of that generation, if there is one."""
         if (member := self.get(generation)) is not None:
             member.process.send_signal(number)
 

@@ -281,7 +281,7 @@ class Disk(Owner[State, SupervisionEvent, Effect]):
         return await self._active().arm_release(armed=armed)
 
     def set_title(self, title: ImageTitle) -> None:
-        """From now on backends are started by this right."""
+        """From now on backends are started with this title."""
         self.setup = replace(self.setup, title=title)
         self.backends.set_title(title)
 

@@ -47,7 +47,7 @@ class HostFingerprint(BaseModel):
 
 @cache
 def this_host() -> HostFingerprint:
-    """This host without its programs; does not change before the next boot."""
+    """This host without its programs; the same until the next boot."""
     found = _MODEL.search(CPUINFO.read_text())
     return HostFingerprint(
         cpu=found[1].strip() if found else platform.machine(),
@@ -59,7 +59,7 @@ def this_host() -> HostFingerprint:
 async def fingerprint(blkd: str, qemu_version: str = "") -> HostFingerprint:
     """This host with the program `blkd`, which is asked for its version.
 
-    Raises CommandFailed when it does not answer.
+    Raises CommandFailed when the program does not answer.
     """
     answer = await process.run([blkd, "--version"], timeout_s=_DEADLINE_S)
     version = answer.stdout.strip().rpartition(" ")[2]

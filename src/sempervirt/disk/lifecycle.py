@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 
 from sempervirt.core.errors import OutcomeUnknown, SempervirtError, Unavailable
 from sempervirt.disk import running as processes
@@ -23,9 +24,9 @@ START_DEADLINE_S = 30.0
 
 
 async def start_disk(setup: DiskSetup) -> Disk:
-    """Starts the first backend of a disk and returns when it listens.
+    """Starts the first backend of a disk and returns when the backend listens.
 
-    One that awaits its claim is frozen.
+    A disk whose title is still without a claim is frozen until `Disk.claim`.
 
     Raises ImageLocked, InvalidRequest or Unavailable as the backend gives its reason; nothing
     is left running then.
@@ -77,19 +78,12 @@ async def adopt_disk(setup: DiskSetup, *, frozen: bool = False) -> Disk:
 
     The listening socket is taken back from a backend that holds it. Where that is not
     allowed, a new one is bound at the same path: then the old spare, which listens on a
-    socket without a path, is killed before that, and the active one hands over to a process
-    with the new socket as in an upgrade. Processes that nobody recorded are killed.
+    socket without a path, is killed before that, and the active one is replaced by a process
+    with the new socket, as in an upgrade. Processes that nobody recorded are killed.
     """
     record = read_disk_record(setup.record) or DiskRecord(1, setup.command.binary() + "#", 0, ())
-    alive = [item for item in record.processes if item.identity.is_alive()]
-    alive.sort(key=lambda item: item.role is Role.SPARE)
-    for pid in await processes.kill_orphans(setup.files, {item.identity.pid for item in alive}):
-        log.warning("adopt disk=%s killed unrecorded backend pid=%d", setup.name, pid)
-    listener = None
-    for item in alive:
-        listener = listener or borrow_listener(
-            item.identity.pid, item.listen_fd, setup.files.socket
-        )
+    alive = await _alive(setup, record)
+    listener = _borrowed(setup, alive)
     stale = listener is None and bool(alive)
     if stale:
         for item in alive[1:]:
@@ -108,8 +102,7 @@ async def adopt_disk(setup: DiskSetup, *, frozen: bool = False) -> Disk:
         binding=record.binding or setup.binding,
         restarts=record.restarts,
     )
-    listener = listener or listen_unix(setup.files.socket)
-    disk = Disk(setup, listener, programs, state)
+    disk = Disk(setup, listener or listen_unix(setup.files.socket), programs, state)
     disk.start()
     for item, backend in zip(alive, backends, strict=True):
         _admit(disk, item, backend.binary, active=item is alive[0])
@@ -124,6 +117,24 @@ async def adopt_disk(setup: DiskSetup, *, frozen: bool = False) -> Disk:
         "bound again" if stale else "taken back",
     )
     return disk
+
+
+async def _alive(setup: DiskSetup, record: DiskRecord) -> list[RecordedProcess]:
+    """The recorded processes that still run, the active one first. All others are killed."""
+    alive = [item for item in record.processes if item.identity.is_alive()]
+    alive.sort(key=lambda item: item.role is Role.SPARE)
+    for pid in await processes.kill_orphans(setup.files, {item.identity.pid for item in alive}):
+        log.warning("adopt disk=%s killed unrecorded backend pid=%d", setup.name, pid)
+    return alive
+
+
+def _borrowed(setup: DiskSetup, alive: list[RecordedProcess]) -> socket.socket | None:
+    """The listening socket, from the first process that it can be taken back from."""
+    for item in alive:
+        listener = borrow_listener(item.identity.pid, item.listen_fd, setup.files.socket)
+        if listener is not None:
+            return listener
+    return None
 
 
 async def sweep_disk(setup: DiskSetup) -> None:
@@ -145,7 +156,7 @@ async def sweep_disk(setup: DiskSetup) -> None:
 
 
 def _hold(programs: Programs, item: RecordedProcess) -> str:
-    """The program of a running process, also if its file has been replaced since."""
+    """The program of a running process, also if the program's file has been replaced since."""
     exe = f"/proc/{item.identity.pid}/exe"
     return programs.hold_if_there(path_of(item.binary), opened_from=exe)
 

@@ -78,7 +78,7 @@ async def observe(running: Running, listener: Listener) -> None:
 
 
 async def _wait_promoted(running: Running) -> None:
-    """Until the process is promoted, or has the image already.
+    """Returns when the process is promoted, or has the image already.
 
     Two processes that wait for the lock at the same time get it in an order of the kernel's.
     """

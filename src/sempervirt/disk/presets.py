@@ -104,7 +104,7 @@ class Preset(_Entry):
         return -(-queues // self.queues_per_thread)
 
     def stale_because(self, host: HostFingerprint) -> str:
-        """What has changed since it was measured, or an empty string."""
+        """What has changed since the preset was measured, or an empty string."""
         return "; ".join(self.host.differences(host, _DEPENDS_ON[self.device]))
 
 

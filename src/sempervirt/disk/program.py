@@ -39,8 +39,8 @@ class Programs:
     def hold(self, path: str, *, opened_from: str | None = None) -> str:
         """Holds the program at `path` and returns its token.
 
-        `opened_from` is where the file can be opened if not there, as /proc/PID/exe. Raises
-        Unavailable when it cannot be opened.
+        `opened_from` is another place where the file can be opened, as /proc/PID/exe. Raises
+        Unavailable when the file cannot be opened.
         """
         found = shutil.which(path) or path
         try:
@@ -65,14 +65,14 @@ class Programs:
             return f"{path}#"
 
     def executable(self, token: str) -> tuple[str, tuple[int, ...]]:
-        """What to execute, and the descriptors that the child needs for it."""
+        """The path to execute, and the descriptors that the child needs to have for that."""
         path, descriptor = path_of(token), self._held.get(token)
         if descriptor is None or is_installed(token, path):
             return path, ()
         return f"/proc/self/fd/{descriptor}", (descriptor,)
 
     def keep_only(self, tokens: Iterable[str]) -> None:
-        """Lets go of all others."""
+        """Closes the files of all other programs."""
         for token in set(self._held) - set(tokens):
             os.close(self._held.pop(token))
 

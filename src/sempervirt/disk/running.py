@@ -154,7 +154,10 @@ def refusal(disk: str, end: Exit, last_words: str) -> SempervirtError:
 
 
 async def kill_orphans(files: DiskFiles, keep: set[int]) -> list[int]:
-    """Kills this disk's backends that nobody watches: they listen on a stale socket."""
+    """Kills this disk's backends that nobody watches: such a backend listens on a stale socket.
+
+    Returns the pids.
+    """
     orphans = [pid for pid in files.find_processes() if pid not in keep]
     for pid in orphans:
         identity = identify(pid)

@@ -1,8 +1,9 @@
 """A backend that tells a second QEMU what a disk is like, while the first one is still served.
 
 QEMU does not start without its disks' backends, and a backend serves one QEMU at a time. A QEMU
-that is to take over gets its answers from this one, which never owns the image: it refuses to
-run a queue as long as another process has the image's lock. The way to the disk is a link:
+that is to take over gets its answers from the stand-in, which never owns the image: a stand-in
+refuses to run a queue as long as another process has the image's lock. The way to the disk is a
+link:
 
     qN/disk-root.sock ──► standin-root.sock    until the switch
                       ──► ../disk-root.sock    afterwards, for good
@@ -42,7 +43,7 @@ class StandIn:
         return self._directory / f"standin-{self._setup.short_name}.sock"
 
     def start(self) -> None:
-        """Starts the process; QEMU's connection waits until it accepts.
+        """Starts the process; QEMU's connection waits until the process accepts.
 
         Raises CommandFailed, Unavailable, or InvalidRequest for a path that is too long.
         """
@@ -66,7 +67,7 @@ class StandIn:
         _link(self.path, self._own)
 
     async def end(self) -> None:
-        """Kills it. Raises OutcomeUnknown when it does not end."""
+        """Kills the process. Raises OutcomeUnknown when the process does not end."""
         if self._process is not None and await self._process.end(0) is None:
             raise OutcomeUnknown(f"the stand-in of disk {self._setup.name} does not end")
         if self._listener is not None:
@@ -78,7 +79,7 @@ class StandIn:
         lead_to_disk(self._directory, self._setup.files.socket)
 
     def check(self) -> None:
-        """Raises Unavailable, with its own words, when it has ended by itself."""
+        """Raises Unavailable, with the process's last words, when the process has ended."""
         if self._process is not None and self._process.exit is not None:
             said = process.tail_of(self._own.with_suffix(".log"), 1)
             raise Unavailable(

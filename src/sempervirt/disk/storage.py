@@ -52,7 +52,7 @@ class StorageKey(BaseModel):
 
     @property
     def in_memory(self) -> bool:
-        """Whether there is no device at all behind it."""
+        """Whether the storage is memory, with no device at all behind the file system."""
         return self.kind in MEMORY
 
 

@@ -33,9 +33,9 @@ class Volume:
 
 
 def inspect(path: Path, *, read_only: bool) -> Volume:
-    """Looks at an image. Raises InvalidRequest, with cause and remedy, if it cannot be served.
+    """Looks at an image. Raises InvalidRequest, with cause and remedy, if that cannot be served.
 
-    It is opened for writing unless `read_only`: only that tells whether writing is allowed.
+    The image is opened for writing unless `read_only`: only that tells whether writing is allowed.
     """
     try:
         descriptor = os.open(path, os.O_CLOEXEC | (os.O_RDONLY if read_only else os.O_RDWR))

@@ -14,7 +14,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 def take(pid: int, number: int) -> int:
     """A descriptor of the open file that process `pid` has as `number`; to be closed.
 
-    It is the same open file, with the same position and the same locks. Raises OSError when
+    Both descriptors are of one open file, with one position and the same locks. Raises OSError when
     there is none, or the kernel does not allow it.
     """
     pidfd = os.pidfd_open(pid)

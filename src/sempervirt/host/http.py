@@ -64,7 +64,7 @@ class Connection:
     async def to_host(
         cls, address: str, host: str, tls: ssl.SSLContext
     ) -> AsyncIterator[Connection]:
-        """With the agent of another host, at "HOST:PORT". It has to prove that it is `host`."""
+        """With the agent at "HOST:PORT", which has to prove that it is the agent of `host`."""
 
         async def expect(request: httpx.Request) -> None:
             request.extensions["sni_hostname"] = host

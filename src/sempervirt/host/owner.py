@@ -41,10 +41,10 @@ Work = Coroutine[Any, Any, None]
 
 
 class Alarm(Protocol):
-    """A call that is to come."""
+    """A call that is to be made later."""
 
     def cancel(self) -> None:
-        """It does not come any more."""
+        """Takes the call back: it will not be made."""
 
 
 class Clock(Protocol):
@@ -218,7 +218,7 @@ class Owner(abc.ABC, Generic[StateT, EventT, EffectT]):
         return task
 
     async def detach(self) -> None:
-        """Ends the owner and its work; what it owned is left as it is, for the next agent."""
+        """Ends the owner and its work; what was owned is left as it is, for the next agent."""
         if self._alarm is not None:
             self._alarm.cancel()
         current = asyncio.current_task()

@@ -69,5 +69,5 @@ class Kept:
                 yield packet
 
     def close(self) -> None:
-        """Forgets it all."""
+        """Forgets all packets."""
         self._socket.close()

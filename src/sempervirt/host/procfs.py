@@ -57,9 +57,10 @@ def identify(pid: int) -> ProcessId | None:
 
 
 def find_by_argument(pattern: re.Pattern[str]) -> list[int]:
-    """Processes with an argument that `pattern` matches whole: ones that nobody recorded.
+    """Pids of processes with an argument that `pattern` matches whole, recorded by anybody or not.
 
-    The helper of a backend that takes its memory apart is not one: it ends with it.
+    Without the helper by which a backend has its memory taken apart at its end: that process shares
+    the backend's arguments, and ends with the backend.
     """
     found = []
     for entry in PROC.iterdir():

@@ -23,7 +23,7 @@ class RecordDamaged(SempervirtError):
 
 
 class RecordNewer(RecordDamaged):
-    """A later release wrote the record; there is nothing wrong with it."""
+    """A later release wrote the record; nothing is wrong with the file."""
 
 
 def write_record(

@@ -33,7 +33,7 @@ def check_socket_path(path: Path) -> Path:
 def listen_unix(path: Path, mode: int = 0o600) -> socket.socket:
     """A listening socket at `path`; an earlier one there is unlinked.
 
-    Raises InvalidRequest for a path that is too long, Unavailable when it cannot be bound.
+    Raises InvalidRequest for a path that is too long, Unavailable when the socket cannot be bound.
     """
     check_socket_path(path)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

@@ -56,7 +56,7 @@ class Served:
 
     @property
     def persistent(self) -> bool:
-        """Whether the interface stays when nobody serves it."""
+        """Whether the interface stays when no file serves it any more."""
         return bool(self.flags & PERSISTENT)
 
 
@@ -148,7 +148,9 @@ class Remover:
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0)
 
     def remove(self) -> None:
-        """Takes some 20 ms, of which its files serve it for the first few. Raises OSError."""
+        """Removes the interface. Takes some 20 ms; for the first few of these the files go on
+        serving the interface. Raises OSError.
+        """
         with self._socket as link:
             link.send(
                 _LINK.pack(_LINK.size, _RTM_DELLINK, _REQUEST_ACK, 1, 0, 0, 0, self._index, 0, 0)

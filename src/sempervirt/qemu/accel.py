@@ -71,7 +71,7 @@ async def run_tiny_guest(qemu: str, accel: str) -> None:
 def choose(wanted: Literal["auto", "kvm", "tcg"], probed: Accelerator) -> Accelerator:
     """The accelerator for a VM that asks for auto, kvm or tcg.
 
-    Raises Unavailable when it insists on a KVM that does not work.
+    Raises Unavailable when the VM insists on a KVM that does not work.
     """
     if wanted == "auto" or wanted == probed.kind:
         return probed

@@ -131,8 +131,8 @@ class Machine(Owner[VmState, VmEvent, VmEffect]):
     ) -> Machine:
         """Takes over a QEMU that an earlier agent started, also one that has ended since.
 
-        With `held` nobody may touch it before that work has gone on and released it. `leaving` is
-        why the former agent was about to kill it, if it was.
+        With `held` nobody may change the VM before that work has gone on and released the VM.
+        `leaving` is why the former agent was about to kill QEMU, "" if that agent was not.
         """
         why = "adopted, and not asked yet"
         state = VmState(Runstate.UNKNOWN, why, held=held, killed_because=leaving)
@@ -183,13 +183,13 @@ class Machine(Owner[VmState, VmEvent, VmEffect]):
     async def stop(self, grace_s: float = STOP_GRACE_S) -> None:
         """Asks the guest to power off and waits for the end; see `qemu.decide` for the rest.
 
-        Raises StateConflict when it cannot react, OutcomeUnknown when QEMU does not end.
+        Raises StateConflict when the guest cannot react, OutcomeUnknown when QEMU does not end.
         """
         await self._ask(Request.STOP, grace_s=grace_s)
         await self._wait_end(grace_s + QUIT_DEADLINE_S + KILL_DEADLINE_S)
 
     async def kill(self, because: str = ON_REQUEST) -> None:
-        """Ends QEMU at once, whatever its state. Raises OutcomeUnknown if that has no effect."""
+        """Ends QEMU at once, in whatever state. Raises OutcomeUnknown when QEMU does not end."""
         await self._ask(Request.KILL, because=because)
         await self._wait_end(KILL_DEADLINE_S)
 
@@ -200,7 +200,7 @@ class Machine(Owner[VmState, VmEvent, VmEffect]):
         )
 
     async def wait_state(self, *states: Runstate, timeout_s: float) -> None:
-        """Waits for one of `states`. Raises Unavailable at the deadline, or if it ended first."""
+        """Waits for one of `states`. Raises Unavailable at the deadline, or when the VM ends."""
         await self.changes.wait_until(
             lambda: self.run in states or self.run.is_end,
             timeout_s=timeout_s,
@@ -214,7 +214,9 @@ class Machine(Owner[VmState, VmEvent, VmEffect]):
         return await self._link.execute(command, arguments)
 
     def suspend(self, *, on: bool) -> None:
-        """Keeps QEMU, with all that it might do by itself, from running (SIGSTOP); or no more."""
+        """Stops the whole process (SIGSTOP), so that QEMU does nothing by itself either; with
+        `on=False` the process goes on.
+        """
         if self._process is not None:
             self._process.send_signal(signal.SIGSTOP if on else signal.SIGCONT)
 
@@ -229,12 +231,12 @@ class Machine(Owner[VmState, VmEvent, VmEffect]):
         await self._ask(request)
 
     def release(self, status: str) -> None:
-        """Ends `hold`; `status` is what QEMU says that it does."""
+        """Ends `hold`; `status` is the runstate that QEMU tells, by QEMU's own word for it."""
         self.post(Released(status))
 
     @property
     def held(self) -> bool:
-        """Whether the VM is still there for the work that it is held for."""
+        """Whether the VM is held, and is not about to end."""
         state = self._state
         return state.held is not None and not state.killed_because and not state.run.is_end
 
@@ -301,7 +303,7 @@ class Machine(Owner[VmState, VmEvent, VmEffect]):
         return decide(state, event, now)
 
     def wake_at(self, state: VmState) -> float | None:
-        """When `stop` goes on to its next, harder means."""
+        """When `stop` turns to the next, harder means: quit, then SIGKILL."""
         return state.deadline
 
     def tick(self) -> VmEvent:

@@ -37,7 +37,7 @@ QUESTIONS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def find_qemu(name: str = "qemu-system-x86_64") -> str:
-    """The path of the QEMU binary. Raises Unavailable when it is not installed."""
+    """The path of the QEMU binary. Raises Unavailable when QEMU is not installed."""
     path = shutil.which(name)
     if path is None:
         raise Unavailable(
@@ -47,9 +47,9 @@ def find_qemu(name: str = "qemu-system-x86_64") -> str:
 
 
 async def probe(qemu: str, cache_directory: Path) -> Features:
-    """The features of the binary `qemu`, from the cache if it has not changed.
+    """The features of the binary `qemu`, from the cache if the file is the same as then.
 
-    Raises Unavailable when it cannot be asked.
+    Raises Unavailable when the program cannot be asked.
     """
     stamp = _stamp(Path(qemu))
     cache = cache_directory / f"qemu-{hashlib.sha256(stamp.encode()).hexdigest()[:12]}.json"
@@ -100,7 +100,7 @@ async def _ask(qemu: str) -> Features:
 
 
 async def _interview(argv: list[str]) -> dict[str, Any]:
-    """Runs QEMU, asks all questions, and ends it. A question that it refuses has no answer."""
+    """Runs QEMU, asks all questions, and ends QEMU. A question that QEMU refuses has no answer."""
     answers: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="semper-") as directory:
         path = Path(directory) / "qmp.sock"

@@ -64,7 +64,7 @@ class VmFiles:
         return [self.monitor, self.console, *(self.channel(c) for c in spec.channels)]
 
     def successor(self, number: int) -> VmFiles:
-        """Where the QEMU of that number, which is to take over, makes its sockets."""
+        """Where the QEMU of that number, which is to take over, has its sockets."""
         return VmFiles(self.directory / f"q{number}", self.directory)
 
     def remove_successors(self, *, keep: int | None) -> None:

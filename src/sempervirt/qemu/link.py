@@ -32,7 +32,9 @@ class Patience:
 
 
 class Link:
-    """The way to one QEMU. `run` is its task; `report` gets what it learns, `heard` every event."""
+    """The way to one QEMU. `run` is the task; `report` gets what is learned of QEMU's runstate,
+    `heard` every event of the monitor.
+    """
 
     def __init__(
         self,
@@ -72,7 +74,7 @@ class Link:
         )
 
     async def run(self) -> None:
-        """Connects again and again until it is cancelled."""
+        """Connects again and again until the task is cancelled."""
         patience_s = self._patience.start_s
         while True:
             self._monitor = await self._connect(patience_s)
@@ -101,7 +103,7 @@ class Link:
             interval_s = min(interval_s * 1.5, RETRY_MAX_S)
 
     async def _follow(self, monitor: Monitor) -> None:
-        """Works on one connection until it ends or falls silent, and says so."""
+        """Follows one connection until its end or until the monitor is silent, and reports that."""
         following = asyncio.create_task(monitor.follow(self._passed_on))
         try:
             while not following.done():

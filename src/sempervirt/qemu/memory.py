@@ -31,7 +31,7 @@ def create(size_bytes: int) -> int:
 
 @contextmanager
 def created(size_bytes: int) -> Iterator[int]:
-    """As `create`, for as long as the block lasts; whoever inherited it keeps it."""
+    """As `create`, for as long as the block lasts; QEMU keeps the memory that it inherits."""
     descriptor = create(size_bytes)
     try:
         yield descriptor
@@ -42,7 +42,7 @@ def created(size_bytes: int) -> Iterator[int]:
 def open_of(pid: int) -> int:
     """A descriptor of the memory of the guest that QEMU `pid` runs.
 
-    Raises Unavailable when it cannot be opened, InvalidRequest when there is none.
+    Raises Unavailable when the memory cannot be opened, InvalidRequest when no file holds it.
     """
     try:
         for entry in (PROC / str(pid) / "fd").iterdir():

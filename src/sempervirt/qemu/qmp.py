@@ -30,7 +30,7 @@ _OUT_OF_BAND = frozenset({"migrate-pause", "migrate-recover"})
 
 
 class Monitor:
-    """One connection. Made by `connect`; `close` it in any case."""
+    """One connection. Made by `connect`; `close` has to be called in any case."""
 
     def __init__(self, client: QMPClient) -> None:
         self._client = client

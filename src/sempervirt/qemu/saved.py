@@ -1,4 +1,4 @@
-"""Saved states: the program semper-saved, which writes and reads the files.
+"""Saved states: the program semper-saved, which writes and reads the files, and what it answers.
 
 {"version": 1, "spec": {…}, "accelerator": "tcg", "machine": "pc-q35-10.0", "qemu": "10.0.2",
  "plans": {…}, "running": true, "saved": 1795384877.9} is what the agent puts into one about its

@@ -120,7 +120,7 @@ class TapStandIn:
         return self._kept.send_again(self._unread) if self._kept is not None else 0
 
     def close(self) -> None:
-        """Lets go of it; if no QEMU has it, it is gone."""
+        """Closes our files; a tap that no QEMU has open is gone then."""
         if self._kept is not None:
             self._kept.close()
         _close(self._old_files)
@@ -135,7 +135,7 @@ def _close(files: list[int]) -> None:
 async def free(files: Sequence[int], tap: str) -> list[taps.Served | None]:
     """Takes away what else than `tap` is served by `files`; gives what they served before.
 
-    They are free long before it is gone. Raises Unavailable.
+    The files are free long before the interface is gone. Raises Unavailable.
     """
     try:
         before = [taps.served(file) for file in files]
@@ -184,7 +184,7 @@ def _serves(file: int, tap: str, like: int) -> bool:
 
 
 async def _wait(condition: Callable[[], bool], timeout_s: float) -> bool:
-    """Whether it came to be by then."""
+    """Whether the condition held before the deadline."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + timeout_s
     while not condition():

@@ -17,7 +17,7 @@ _STRING_OR_COMMENT = re.compile(r"""\"(?:\\.|[^"\\])*\"|'[^']*'|\#.*""")
 
 
 def find_line(text: str, path: Sequence[Key]) -> int:
-    """The 1-based line of the longest leading part of `path` that is written; 0 for none.
+    """The 1-based line of the longest leading part of `path` that stands in the file; 0 for none.
 
     `path` is as pydantic gives it: ("disks", 0, "image").
     """

@@ -110,7 +110,7 @@ def figures(report: LoadReport, backend: ProcessorTime) -> Figures:
     """What a report of semper-load says.
 
     A stall of the whole measurement counts as one request that took so long: bad luck once, and
-    hopeless if it is the rule.
+    hopeless if that happens again and again.
     """
     stalled = not report.ios
     return Figures(

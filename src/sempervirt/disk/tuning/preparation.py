@@ -153,7 +153,7 @@ async def show(state_dir: Path, blkd: str, qemu: str | None) -> PresetList:
 
 
 async def qemu_version(qemu: str | None) -> str:
-    """As QEMU's monitor gives it ("10.0.2"); empty if there is no QEMU."""
+    """The version as QEMU's monitor gives it ("10.0.2"); empty if there is no QEMU."""
     if qemu is None:
         return ""
     answer = await process.run([qemu, "--version"], timeout_s=_DEADLINE_S)

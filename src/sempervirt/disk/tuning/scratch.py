@@ -36,7 +36,7 @@ class Ground:
     ours: bool
 
     async def write_back(self, *, drop: bool) -> None:
-        """Writes back what is dirty: it would be written during the next measurement.
+        """Writes dirty pages to the image now, and not during the next measurement.
 
         With `drop` the host's page cache forgets the image as well.
         """

@@ -67,7 +67,7 @@ class Blkd:
 
 @dataclass(frozen=True)
 class QemuStorageDaemon:
-    """QEMU's block layer and an iothread of its: what serves a virtio-blk disk inside QEMU."""
+    """QEMU's block layer with an iothread: what serves a virtio-blk disk inside QEMU."""
 
     program: str = "qemu-storage-daemon"
 
@@ -97,9 +97,9 @@ class QemuStorageDaemon:
 
 @asynccontextmanager
 async def serving(argv: list[str], socket: Path) -> AsyncIterator[int]:
-    """Runs a backend for the duration of the block; its pid.
+    """Runs a backend for the duration of the block; gives the pid.
 
-    Raises CommandFailed when it does not come to listen on `socket`.
+    Raises CommandFailed when the backend does not come to listen on `socket`.
     """
 
     async def listens() -> bool:
@@ -112,7 +112,7 @@ async def serving(argv: list[str], socket: Path) -> AsyncIterator[int]:
 async def check_unused(program: str, image: Path, folder: Path, *, read_only: bool) -> None:
     """Asks semper-blkd for the lock of an image, as a VM would; nothing is written.
 
-    Raises ImageLocked, naming the holder, or InvalidRequest when it cannot be used at all.
+    Raises ImageLocked, naming the holder, or InvalidRequest when the image cannot be used at all.
     """
     socket, control_socket = folder / "check.sock", folder / "check.ctl"
     argv = [

@@ -83,7 +83,7 @@ class Tuning:
         self._store = PresetStore(prepared.request.state_dir)
 
     async def run(self, watch: Watch) -> TuneReport:
-        """Measures, and stores the presets of each storage as soon as it is done.
+        """Measures, and stores the presets of a storage as soon as that storage is measured.
 
         Raises Unavailable when a storage cannot be measured at all; what was stored before stays.
         """
