@@ -2,7 +2,7 @@
 
 Two processes hold the same listening socket. The *active* one holds the image's lock and
 serves; the *spare* has prepared everything and blocks in the kernel on that lock. When the
-active one ends, the kernel hands the lock over and the spare serves, without anybody's
+active one ends, the kernel gives the lock to the spare, which serves, without anybody's
 help: what is decided here is only what to start next, when, and from which binary.
 
                 Begin                     Serving                     Ready
