@@ -8,7 +8,8 @@ from lab.network import Link
 from tests.migration.moves import LINKS, there_and_back
 
 pytestmark = [pytest.mark.root, pytest.mark.guest, pytest.mark.slow, pytest.mark.timeout(300)]
-MOVES = 4
+# There and back; `make moves` goes 50 times.
+MOVES = 2
 # Generous: two busy processors emulate two machines. The figures are in the campaign's table.
 STILL_MS = 5000.0
 

@@ -790,7 +790,11 @@ class PromisesWithoutARecord(Destination):
 )
 async def test_each_mistake_is_found(mistake: Rules, consequence: str) -> None:
     explorer = Explorer(mistake)
-    explorer.run(faults=FAULTS, until_broken=consequence)
+    # What never comes to rest needs no fault for it, if it is found without one.
+    explorer.run(faults=0, until_broken=consequence)
+    if consequence not in explorer.broken:
+        explorer = Explorer(mistake)
+        explorer.run(faults=FAULTS, until_broken=consequence)
     assert consequence in explorer.broken
 
 
