@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,11 @@ Semperd = Callable[[], AbstractAsyncContextManager["subprocess.Popen[bytes]"]]
 DEADLINE_S = 30.0
 POLL_S = 0.05
 LEAVE = b"\x1d"
+# Takes the terminal at stdin as the session's own, as a login shell does, and becomes a program.
+AT_ITS_TERMINAL = (
+    "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+    "os.execv(sys.argv[1], sys.argv[1:])"
+)
 
 
 @dataclass
@@ -355,3 +360,46 @@ async def type_until(terminal: int, keys: bytes, wanted: bytes) -> None:
                 seen += os.read(terminal, 4096)
             except BlockingIOError:
                 await asyncio.sleep(POLL_S)  # poll interval
+
+
+@pytest.mark.parametrize("with_semperd", [True, False], ids=["semperd", "embedded"])
+async def test_a_terminal_that_hangs_up_takes_no_vm_with_it(
+    semper: Semper, semperd: Semperd, config: AgentConfig, vm_file: Path, with_semperd: bool
+) -> None:
+    """With semperd the command ends; as the agent the command goes on, unseen. Ctrl-C still ends
+    the VM, which is the control: the handler of SIGHUP does not catch everything.
+    """
+    async with AsyncExitStack() as stack:
+        if with_semperd:
+            await stack.enter_async_context(semperd())
+        client = await stack.enter_async_context(Client.connect(config.socket))
+        ours, theirs = pty.openpty()
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", AT_ITS_TERMINAL, semper.program, "vm", "run", str(vm_file)),
+            *("--grace", "0.5"),
+            stdin=theirs,
+            stdout=theirs,
+            stderr=subprocess.PIPE,
+            env=semper.environment,
+            start_new_session=True,
+        )
+        os.close(theirs)
+        await wait_running(client)
+        os.close(ours)  # the kernel sends SIGHUP to the session's leader
+        assert process.stderr is not None
+        async with asyncio.timeout(DEADLINE_S):
+            said = (await process.stderr.readline()).decode()
+        if with_semperd:
+            assert "web runs on, and semperd looks after it" in said
+            async with asyncio.timeout(DEADLINE_S):
+                assert await process.wait() == 0
+            assert (await client.vm("web")).state is Runstate.RUNNING
+            assert (await semper("vm", "kill", "web")).code == 0
+            return
+        assert f"its agent is still this semper vm run (pid {process.pid})" in said
+        shown = await semper("vm", "show", "web")
+        assert "the terminal hung up; web runs on" in " ".join(shown.out.split())
+        assert process.returncode is None
+        process.send_signal(signal.SIGTERM)
+        async with asyncio.timeout(DEADLINE_S):
+            assert await process.wait() == 0

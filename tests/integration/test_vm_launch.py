@@ -6,6 +6,7 @@ import asyncio
 import errno
 import os
 import re
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 from sempervirt.agent import Agent, AgentConfig
 from sempervirt.core.errors import (
     CommandFailed,
+    InvalidRequest,
     OutcomeUnknown,
     RollbackFailed,
     StateConflict,
@@ -24,6 +26,7 @@ from sempervirt.disk import lifecycle
 from sempervirt.disk.driver import Disk
 from sempervirt.disk.setup import DiskSetup
 from sempervirt.host.procfs import find_by_argument
+from sempervirt.qemu import command_line
 from sempervirt.qemu.driver import Machine
 from sempervirt.qemu.spec import VmSpec
 from sempervirt.qemu.state import Runstate
@@ -115,6 +118,47 @@ async def test_what_fails_undoes_all_before_it(
     store.silent = False
     if step not in ("disk", "QEMU"):
         await (await agent.run_vm(firmware_spec())).kill()
+
+
+async def test_the_quoted_log_is_of_this_run(agent: Agent, firmware_spec: Spec) -> None:
+    """The first run leaves an error in the logs of QEMU and of the backend; the second VM of that
+    name is killed, and what is told of its end quotes nothing of the first.
+    """
+    broken = firmware_spec(cpu="no-such-model")
+    with pytest.raises(Unavailable, match="no-such-model"):
+        await agent.run_vm(broken)
+    vm = await agent.run_vm(firmware_spec())
+    old = agent.config.vm_run_dir("web") / "disk-root-1.log"
+    assert old.read_text().count("semper-blkd started") == 2
+    assert vm.pid is not None
+    os.kill(vm.pid, signal.SIGKILL)
+    await vm.wait_ended(10)
+    assert vm.run is Runstate.CRASHED
+    assert not any("no-such-model" in line for line in vm.log_tail())
+    assert "no-such-model" in vm.machine.files.log.read_text()
+
+
+@pytest.mark.parametrize("machine", ["q35", "pc"])
+async def test_as_many_devices_as_the_machine_has_slots(
+    agent: Agent,
+    firmware_spec: Spec,
+    disk_image: Path,
+    machine: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """29 disks beside the generator of random numbers run; with one more QEMU itself gives up,
+    which nobody sees because that is refused before.
+    """
+    disk = {"image": str(disk_image), "backend": "qemu", "read_only": True, "queues": 1}
+    disks = [{"name": f"d{index}", **disk} for index in range(30)]
+    vm = await agent.run_vm(firmware_spec(machine=machine, disks=disks[:29]))
+    assert vm.run is Runstate.RUNNING
+    await vm.kill()
+    with pytest.raises(InvalidRequest, match="30 disks and 0 network cards; 29 fit"):
+        await agent.run_vm(firmware_spec(machine=machine, disks=disks))
+    monkeypatch.setattr(command_line, "PCI_SLOTS", 31)
+    with pytest.raises(Unavailable, match="no slot/function available"):
+        await agent.run_vm(firmware_spec(machine=machine, disks=disks))
 
 
 async def wait_nothing_is_left(agent: Agent) -> None:

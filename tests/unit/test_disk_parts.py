@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shlex
+import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -27,11 +29,13 @@ from sempervirt.disk.answers import Status, Timeline
 from sempervirt.disk.backend import PROGRAM, Blkd, DiskOptions, ImageTitle, Launch
 from sempervirt.disk.record import DiskRecord, RecordedProcess, Role, read_disk_record
 from sempervirt.disk.running import LOGS_KEPT, DiskFiles, describe_end, refusal
-from sempervirt.disk.volume import inspect
+from sempervirt.disk.volume import inspect, require_raw
 from sempervirt.host.control import LINE_MAX_BYTES, ControlSocket
 from sempervirt.host.process import Exit
 from sempervirt.host.procfs import ProcessId
 from sempervirt.host.records import RecordDamaged
+from sempervirt.qemu.spec import VmSpec
+from sempervirt.vm.setup import inspect_images
 
 
 def make(path: Path, content: bytes = b"", size: int = 1 << 20) -> Path:
@@ -49,12 +53,34 @@ def test_a_raw_image(tmp_path: Path) -> None:
     ("magic", "name"),
     [(b"QFI\xfb", "qcow2"), (b"KDMV", "vmdk"), (b"vhdxfile", "vhdx"), (b"QED\0", "qed")],
 )
-def test_other_formats_are_refused_with_the_remedy(tmp_path: Path, magic: bytes, name: str) -> None:
+def test_what_looks_like_another_format_is_refused_unless_it_is_said_to_be_raw(
+    tmp_path: Path, magic: bytes, name: str
+) -> None:
     image = make(tmp_path / f"a.{name}", magic)
+    disk = {"name": "a", "image": str(image)}
+    spec = VmSpec.model_validate({"name": "web", "disks": [disk]})
     with pytest.raises(InvalidRequest) as caught:
-        inspect(image, read_only=False)
-    assert f"has the format {name}" in caught.value.message
+        inspect_images(spec, used=False)
+    assert f"begins as one of the format {name} does" in caught.value.message
+    assert 'set format = "raw"' in caught.value.remedy
     assert f"qemu-img convert -f {name} -O raw {image} {tmp_path}/a.raw" in caught.value.remedy
+    assert inspect_images(spec, used=True)["a"].size_bytes == 1 << 20
+    said = VmSpec.model_validate({"name": "web", "disks": [{**disk, "format": "raw"}]})
+    assert inspect_images(said, used=False)["a"].size_bytes == 1 << 20
+
+
+def test_the_remedy_for_another_format_destroys_nothing(tmp_path: Path) -> None:
+    """As it is given, with qemu-img: the image stays, and nothing that is there is replaced."""
+    image, other = tmp_path / "a b.raw", tmp_path / "a b1.raw"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, "1M"], check=True)
+    other.write_bytes(b"another disk")
+    before = image.read_bytes()
+    with pytest.raises(InvalidRequest) as caught:
+        require_raw(image)
+    _, _, command = caught.value.remedy.rpartition(": ")
+    subprocess.run(shlex.split(command), check=True)
+    assert (image.read_bytes(), other.read_bytes()) == (before, b"another disk")
+    assert inspect(tmp_path / "a b2.raw", read_only=False).size_bytes == 1 << 20
 
 
 @pytest.mark.parametrize("size", [0, 511, 513, (1 << 20) + 1])

@@ -84,8 +84,23 @@ async def test_the_end_of_a_long_lived_process(
         assert await started.wait() == end
     assert ends == [end]
     assert str(end) == words
-    assert process.tail_of(log) == ["hello"]
+    assert process.said(log) == ["hello"]
     started.send_signal(signal.SIGTERM)  # too late, and harmless
+
+
+async def test_what_an_earlier_process_said_is_not_quoted(tmp_path: Path) -> None:
+    """The whole log, which people read, keeps the words: the control."""
+    log = tmp_path / "log"
+    for script in ("echo an old error", "echo; exit 1"):
+        started = process.spawn(["sh", "-c", script], log=log, on_exit=lambda _end: None)
+        async with asyncio.timeout(DEADLINE_S):
+            await started.wait()
+    assert process.said(log) == [""]
+    assert "an old error" in process.tail_of(log)
+    process.note_in_log(log, "goes on")
+    with log.open("a") as later:
+        later.write("later\n")
+    assert process.said(log) == ["later"]
 
 
 async def test_a_process_leads_its_own_session(tmp_path: Path) -> None:
@@ -100,7 +115,7 @@ async def test_a_process_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
     started = process.spawn(["sh", "-c", script], log=ready, on_exit=lambda _end: None)
     async with asyncio.timeout(DEADLINE_S):
         while True:
-            if process.tail_of(ready) == ["ready"]:
+            if process.said(ready) == ["ready"]:
                 break
             await asyncio.sleep(0.01)  # poll interval
     assert await started.end(0.1) == Exit(signal=signal.SIGKILL)

@@ -178,6 +178,17 @@ def test_a_machine_that_qemu_lacks() -> None:
         command(spec(machine="pc"), replace(FEATURES, machines=frozenset({"q35"})))
 
 
+@pytest.mark.parametrize(("disks", "fits"), [(26, True), (27, False)])
+def test_more_devices_than_pci_slots_are_refused_with_the_number(disks: int, fits: bool) -> None:
+    """Two network cards, the channels and the generator of random numbers take slots as well."""
+    many = [{"name": f"d{index}", "image": f"/images/{index}.raw"} for index in range(disks)]
+    if fits:
+        assert sum("vhost-user-blk-pci" in word for word in command(spec(disks=many))) == 26
+        return
+    with pytest.raises(InvalidRequest, match="27 disks and 2 network cards; 28 fit"):
+        command(spec(disks=many))
+
+
 def test_commas_in_paths_are_doubled() -> None:
     files = VmFiles(Path("/run/a,b"))
     bare = spec(disks=[], nics=[])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from typing import Any
 
@@ -18,12 +19,16 @@ INTERVAL_S = 0.5
 
 
 class Watch:
-    """Asks the agent twice a second. Use as a context manager."""
+    """Asks the agent twice a second. Use as a context manager.
+
+    When nobody can read it any more (a terminal or a pipe that is gone), it goes on unseen.
+    """
 
     def __init__(self, name: str, client: Client, *, live: bool) -> None:
         self._name = name
         self._client = client
         self._live = Live(console=out, auto_refresh=False, transient=True) if live else None
+        self._seen = True
         self._told: dict[str, str] = {}
         self._counted: dict[str, tuple[float, int, int]] = {}
 
@@ -33,21 +38,35 @@ class Watch:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.leave_terminal()
+
+    def leave_terminal(self) -> None:
+        """Shows nothing any more."""
+        self._seen = False
         if self._live:
-            self._live.stop()
+            with contextlib.suppress(OSError):
+                self._live.stop()
+            self._live = None
 
     async def until_ended(self) -> VmView:
         """Shows what is there until the VM has ended; its last state."""
         while True:
             view = await self._client.vm(self._name)
             disks = [] if view.end else await self._disks()
-            if self._live:
-                self._live.update(self._render(view, disks), refresh=True)
-            else:
-                self._tell(view, disks)
+            if self._seen:
+                try:
+                    self._show(view, disks)
+                except OSError:
+                    self.leave_terminal()
             if view.end is not None:
                 return view
             await asyncio.sleep(INTERVAL_S)
+
+    def _show(self, view: VmView, disks: list[DiskView]) -> None:
+        if self._live:
+            self._live.update(self._render(view, disks), refresh=True)
+        else:
+            self._tell(view, disks)
 
     async def _disks(self) -> list[DiskView]:
         mine = f"{self._name}/"

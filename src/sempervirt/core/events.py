@@ -11,7 +11,7 @@ JOURNAL_LENGTH = 256
 
 EventKind = Literal[
     # of a VM
-    "state", "claim", "migration", "restart", "save", "restore",
+    "state", "claim", "migration", "restart", "save", "restore", "agent",
     # of a disk; "restart" as well
     "upgrade", "threads", "io-error",
 ]  # fmt: skip

@@ -66,8 +66,9 @@ def _parser() -> argparse.ArgumentParser:
 async def _serve(config: AgentConfig) -> None:
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, ended.set)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+            loop.add_signal_handler(number, _end, number, ended)
     async with Agent.open(config) as agent, AsyncExitStack() as stack:
         await moves.resume_all(agent)
         await stack.enter_async_context(serving(agent, config.socket))
@@ -76,6 +77,11 @@ async def _serve(config: AgentConfig) -> None:
         async with _member(config, agent):
             await ended.wait()
         notify("STOPPING=1")
+
+
+def _end(number: signal.Signals, ended: asyncio.Event) -> None:
+    log.info("end signal=%s; the VMs run on, and the next agent adopts them", number.name)
+    ended.set()
 
 
 @asynccontextmanager

@@ -49,14 +49,17 @@ class DiskFiles:
         return self.directory / f"disk-{self.disk}-{generation}.log"
 
     def logs(self) -> list[Path]:
-        """The logs that are there, oldest first."""
+        """The logs that are there; last the one that was written to last.
+
+        Generations begin anew with each run of the VM, so a high number can be that of an old one.
+        """
         pattern = re.compile(rf"disk-{re.escape(self.disk)}-(\d+)\.log")
         found = [
-            (int(match[1]), path)
+            (path.stat().st_mtime_ns, int(match[1]), path)
             for path in self.directory.glob("disk-*.log")
             if (match := pattern.fullmatch(path.name))
         ]
-        return [path for _, path in sorted(found)]
+        return [path for *_, path in sorted(found)]
 
     def prune(self, generation: int) -> None:
         """Removes what a process of that generation left, except the last logs."""
@@ -105,7 +108,7 @@ class Running:
 
     def last_words(self) -> str:
         """The cause that the process gave, in one line, or an empty string."""
-        return next((line for line in reversed(process.tail_of(self.log)) if line.strip()), "")
+        return next((line for line in reversed(process.said(self.log)) if line.strip()), "")
 
 
 def start(

@@ -81,7 +81,7 @@ class StandIn:
     def check(self) -> None:
         """Raises Unavailable, with the process's last words, when the process has ended."""
         if self._process is not None and self._process.exit is not None:
-            said = process.tail_of(self._own.with_suffix(".log"), 1)
+            said = process.said(self._own.with_suffix(".log"), 1)
             raise Unavailable(
                 f"disk {self._setup.name} cannot be shown to a second QEMU: "
                 f"{said[0] if said else self._process.exit}"

@@ -16,6 +16,7 @@ import os
 import shlex
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ from sempervirt.host.procfs import ProcessId, identify, start_ticks
 TAIL_LINES = 20
 _TAIL_BYTES = 16 << 10
 _LINE_BYTES = 8 << 20
+# Begins a line of a log after which another process wrote, or the same one after an interruption.
+_FROM_HERE = "---- "
 
 
 @dataclass(frozen=True)
@@ -138,12 +141,15 @@ def spawn(
     pass_fds: Sequence[int] = (),
     environment: Mapping[str, str] | None = None,
 ) -> Process:
-    """Starts a process that outlives the agent; its output is appended to `log`.
+    """Starts a process that outlives the agent; its output is appended to `log`, after a line that
+    tells the output of this process from that of earlier ones (see `said`).
 
     `executable` is the file to execute, if not argv[0]. Raises CommandFailed when the program
     cannot be started.
     """
     try:
+        with contextlib.suppress(OSError):  # no room: then the process says nothing either
+            note_in_log(log, f"{Path(argv[0]).name} started")
         with log.open("ab") as output:
             child = subprocess.Popen(
                 argv,
@@ -255,8 +261,29 @@ def _cannot_start(argv: Sequence[str], error: OSError) -> CommandFailed:
     )
 
 
+def note_in_log(log: Path, text: str) -> None:
+    """Writes a line into a log from which on `said` reads. Raises OSError."""
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    with log.open("ab") as output:
+        output.write(f"{_FROM_HERE}{stamp} {text}\n".encode())
+
+
+def said(log: Path, lines: int = TAIL_LINES) -> list[str]:
+    """The last lines that the process which writes to `log` has written: nothing from before its
+    start. None when there is no such file.
+    """
+    tail = _read_tail(log)
+    starts = [number for number, line in enumerate(tail) if line.startswith(_FROM_HERE)]
+    own = tail[starts[-1] + 1 :] if starts else tail
+    return own[-lines:]
+
+
 def tail_of(path: Path, lines: int = TAIL_LINES) -> list[str]:
-    """The last lines of a log; none when there is no such file."""
+    """The last lines of a log, whoever wrote them; none when there is no such file."""
+    return _read_tail(path)[-lines:]
+
+
+def _read_tail(path: Path) -> list[str]:
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -264,7 +291,7 @@ def tail_of(path: Path, lines: int = TAIL_LINES) -> list[str]:
             text = file.read().decode(errors="replace")
     except OSError:
         return []
-    return text.splitlines()[-lines:]
+    return text.splitlines()
 
 
 def bound_log(path: Path, limit_bytes: int) -> None:

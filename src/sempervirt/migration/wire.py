@@ -141,7 +141,7 @@ class Wire:
         end = self._process.exit if self._process else None
         if end is None or end.code == 0:
             return ""
-        said = process.tail_of(self.files.log, 1)
+        said = process.said(self.files.log, 1)
         return f"semper-wired ended ({end}): {said[0] if said else 'it said nothing'}"
 
     async def ask(self) -> WireStatus | None:

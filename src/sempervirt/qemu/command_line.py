@@ -21,6 +21,9 @@ RECONNECT_MS = 1
 # The property that binds queues of a device to several iothreads.
 MAPPING = "iothread-vq-mapping"
 
+# Both machines have 32 slots on their first PCI bus, and keep two for the chipset.
+PCI_SLOTS = 30
+
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
 
@@ -127,6 +130,20 @@ def _require(spec: VmSpec, features: Features, machine: str) -> None:
     for nic in spec.nics:
         if nic.type not in features.netdevs:
             raise Unavailable(f"this QEMU has no network of type {nic.type}", remedy=remedy)
+    _require_slots(spec, features)
+
+
+def _require_slots(spec: VmSpec, features: Features) -> None:
+    """Every device takes a slot of the PCI bus; QEMU itself ends at the first that has none."""
+    others = bool(spec.channels) + ("virtio-rng-pci" in features.devices)
+    room = PCI_SLOTS - others
+    if len(spec.disks) + len(spec.nics) > room:
+        raise InvalidRequest(
+            f"VM {spec.name} has {len(spec.disks)} disks and {len(spec.nics)} network cards; "
+            f"{room} fit, for the machine has {PCI_SLOTS} free PCI slots and {others} "
+            f"{'is' if others == 1 else 'are'} taken by channels and the random number generator",
+            remedy="put several file systems on one disk, or spread them over several VMs",
+        )
 
 
 def _quote(value: Path | str) -> str:

@@ -75,6 +75,9 @@ class DiskSpec(_Table):
 
     name: Name = Field(description="name within the VM; the disk is called VM/NAME")
     image: Path = Field(description="raw image file or block device")
+    format: Literal["raw"] | None = Field(
+        default=None, description="raw: also when it begins as an image of another format does"
+    )
     backend: Literal["blkd", "qemu"] = Field(
         default="blkd", description="blkd outlives its own death; qemu is QEMU itself"
     )

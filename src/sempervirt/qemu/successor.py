@@ -47,14 +47,13 @@ class Successor:
         """
         successor = cls(name, monitor)
         try:
-            before = _size(log)
             successor._process = process.spawn(
                 argv, log=log, on_exit=successor._ended, pass_fds=inherited
             )
             try:
                 await successor._connect()
             except Unavailable as error:
-                said = _words(log, before)
+                said = next((line for line in reversed(process.said(log)) if line.strip()), "")
                 raise Unavailable(f"the new QEMU did not start: {said or error.message}") from error
         except BaseException:
             await successor.discard()
@@ -135,22 +134,6 @@ class Successor:
             else:
                 return
             await asyncio.sleep(CONNECT_POLL_S)
-
-
-def _size(log: Path) -> int:
-    return log.stat().st_size if log.exists() else 0
-
-
-def _words(log: Path, start: int) -> str:
-    """What was written to `log` since it had `start` bytes; of several lines the last."""
-    try:
-        with log.open("rb") as file:
-            file.seek(start)
-            text = file.read(16 << 10).decode(errors="replace")
-    except OSError:
-        return ""
-    lines = [line for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else ""
 
 
 async def discard_quietly(successor: Successor | None) -> SempervirtError | None:

@@ -83,7 +83,7 @@ async def launch(
     """
     files = VmFiles(config.vm_run_dir(spec.name))
     files.prepare(spec)
-    volumes = inspect_images(spec)
+    volumes = inspect_images(spec, used=beginning.work is not None)
     plans = plan_devices(spec, await offer_of(config, spec, facts.features))
     accelerator = accel.choose(spec.accel, facts.accelerator)
     record = VmRecord(spec, accelerator, time.time(), plans=plans, work=beginning.work)

@@ -10,7 +10,7 @@ from sempervirt.core.queue_map import DevicePlan
 from sempervirt.disk.backend import DiskOptions, ImageTitle
 from sempervirt.disk.running import DiskFiles
 from sempervirt.disk.setup import DiskSetup
-from sempervirt.disk.volume import Volume, inspect
+from sempervirt.disk.volume import Volume, inspect, require_raw
 from sempervirt.host.sockets import check_socket_path
 from sempervirt.qemu.command_line import disk_id
 from sempervirt.qemu.spec import DiskSpec, VmSpec
@@ -33,9 +33,16 @@ def prepare_directories(config: AgentConfig) -> None:
             ) from error
 
 
-def inspect_images(spec: VmSpec) -> dict[str, Volume]:
-    """The images of a VM's disks, by the disk's name. Raises InvalidRequest."""
-    return {disk.name: inspect(disk.image, read_only=disk.read_only) for disk in spec.disks}
+def inspect_images(spec: VmSpec, *, used: bool) -> dict[str, Volume]:
+    """The images of a VM's disks, by the disk's name. Raises InvalidRequest.
+
+    `used`: the guest has run with these images, so they are raw whatever the guest wrote.
+    """
+    volumes = {disk.name: inspect(disk.image, read_only=disk.read_only) for disk in spec.disks}
+    for disk in spec.disks:
+        if disk.format is None and not used:
+            require_raw(disk.image)
+    return volumes
 
 
 def disk_setup(

@@ -170,8 +170,8 @@ class Vm:
         return self._freeing.done()
 
     def log_tail(self, lines: int = process.TAIL_LINES) -> list[str]:
-        """The last lines that QEMU wrote."""
-        return process.tail_of(self.machine.files.log, lines)
+        """The last lines that the present QEMU, or the last one, wrote."""
+        return process.said(self.machine.files.log, lines)
 
     def channel_path(self, name: str) -> Path:
         """The host end of a channel. Raises NotFound."""

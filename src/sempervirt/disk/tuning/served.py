@@ -20,7 +20,7 @@ from sempervirt.disk.running import refusal
 from sempervirt.disk.storage import StorageKey
 from sempervirt.disk.tuning.candidates import Candidate
 from sempervirt.host import process
-from sempervirt.host.process import Exit, Process, tail_of
+from sempervirt.host.process import Exit, Process, said
 
 _START_S = 10.0
 _GRACE_S = 10.0
@@ -151,9 +151,9 @@ async def _running(
                 while not await is_ready():
                     await _pause(backend)
                     if backend.exit is not None:
-                        raise CommandFailed(shlex.join(argv), backend.exit.code, tail_of(log))
+                        raise CommandFailed(shlex.join(argv), backend.exit.code, said(log))
         except TimeoutError as error:
-            raise CommandFailed(shlex.join(argv), None, tail_of(log)) from error
+            raise CommandFailed(shlex.join(argv), None, said(log)) from error
         yield backend.pid
     finally:
         try:

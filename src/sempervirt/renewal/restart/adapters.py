@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from sempervirt.core.errors import OutcomeUnknown, SempervirtError, Unavailable
 from sempervirt.disk.stand_in import StandIn
+from sempervirt.host import process
 from sempervirt.host.process import Process
 from sempervirt.host.procfs import ProcessId
 from sempervirt.host.sockets import check_socket_path
@@ -125,6 +126,8 @@ class LiveRestart(HeldGuest):
         self._close_taps()
         if self._successor is not None:
             await self._successor.discard()
+        with contextlib.suppress(OSError):  # what the old QEMU says from now on is its own
+            process.note_in_log(self._machine.files.log, f"QEMU {self._vm.pid} goes on")
         for stand_in in self._stand_ins:
             with contextlib.suppress(OutcomeUnknown):
                 await stand_in.end()
