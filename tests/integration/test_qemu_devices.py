@@ -214,3 +214,48 @@ async def test_a_card_with_several_queues(agent: Agent, firmware_spec: Spec, tap
     threads = {"vhost": 3, "qemu": 1}[plan.engine.value]
     assert plan.binding.threads == threads
     assert plan.engine.source
+
+
+@pytest.mark.guest
+async def test_a_disk_that_the_guest_ejects_is_told_as_ejected(
+    config: AgentConfig, guest_spec: Spec, image: Callable[[str], str]
+) -> None:
+    """By an agent that saw it, and by the next one. The other disk, which stays, is the control.
+
+    Another QEMU has the disk in its slot again, and the guest finds it when it looks.
+    """
+    other = {"name": "other", "image": image("b"), "backend": "qemu", "serial": "stays"}
+    keys = guest_spec(serial="gone").model_dump(mode="json")
+    keys["disks"].append(other)
+    spec = VmSpec.model_validate({**keys, "machine": "pc"})  # whose slots a guest can switch off
+
+    async def conditions(agent: Agent) -> dict[str, Condition]:
+        async with serving(agent, config.socket), Client.connect(config.socket) as client:
+            return {view.name: view.condition for view in await client.disks()}
+
+    def ejected(agent: Agent) -> bool:
+        return agent.vm("web").has_ejected("root")
+
+    async with Agent.open(replace(config, keep_vms=True)) as agent:
+        vm = await agent.run_vm(spec)
+        async with await ProbeClient.connect(vm.channel_path("probe"), deadline_s=BOOT_S) as probe:
+            await probe.wait_hello(deadline_s=BOOT_S)
+            assert (await conditions(agent))["web/root"] is not Condition.EJECTED
+            await probe.execute("/bin/sh", "-c", "echo 0 > /sys/bus/pci/slots/2/power")
+            assert [device.serial for device in await probe.list_devices()] == ["stays"]
+        await vm.machine.changes.wait_until(lambda: ejected(agent), timeout_s=10, what="an event")
+        expected = {"web/root": Condition.EJECTED, "web/other": Condition.QEMU}
+        assert await conditions(agent) == expected
+        noted = vm.machine.journal.last("device")
+        assert noted is not None
+        assert noted.message == "disk-root was unplugged by the guest"
+    async with Agent.open(config) as agent:
+        vm = agent.vm("web")
+        await vm.machine.changes.wait_until(lambda: ejected(agent), timeout_s=10, what="an answer")
+        assert await conditions(agent) == expected
+        await agent.restart_qemu("web")
+        assert not ejected(agent)
+        async with await ProbeClient.connect(vm.channel_path("probe"), deadline_s=BOOT_S) as probe:
+            await probe.execute("/bin/sh", "-c", "echo 1 > /sys/bus/pci/rescan")
+            found = {device.serial for device in await probe.list_devices()}
+            assert found == {"gone", "stays"}

@@ -11,6 +11,7 @@ from sempervirt.qemu.decide import QUIT_DEADLINE_S, decide
 from sempervirt.qemu.state import (
     Accept,
     Asked,
+    DeviceGone,
     Done,
     Ended,
     Execute,
@@ -110,6 +111,16 @@ def checked(state: VmState, event: VmEvent, now: float) -> VmState:
     if after.run is Runstate.STOPPING:
         assert after.deadline is not None or after.killed_because, "stopping comes to an end"
     return after
+
+
+def test_a_device_that_was_unplugged_is_gone_until_another_qemu_has_it() -> None:
+    gone, _ = decide(RUNNING, DeviceGone("disk-root"), 0)
+    assert gone == replace(RUNNING, gone=frozenset({"disk-root"}))
+    held = replace(gone, held=Request.RESTART)
+    switched, _ = decide(held, Asked(Request.SWITCH), 0)
+    assert switched.gone == frozenset()
+    assert decide(switched, DeviceGone("disk-root", qemu=1), 0)[0] == switched  # the former one
+    assert decide(switched, DeviceGone("disk-root", qemu=2), 0)[0].gone
 
 
 def run(*events: tuple[VmEvent, float], state: VmState = RUNNING) -> VmState:

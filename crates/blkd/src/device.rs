@@ -729,7 +729,9 @@ impl VhostUserBackendReqHandlerMut for Device {
         _postcopy_listening: Option<bool>,
     ) -> Result<Option<u64>> {
         if self.memory.specs().count() as u64 >= MAX_MEM_SLOTS {
-            return Err(Error::InvalidParam);
+            return Err(failed(format!(
+                "the front end adds a memory region beyond the {MAX_MEM_SLOTS} that it was told of"
+            )));
         }
         // Nothing moves: queues in service go on with the table that they have until they are
         // started again, unless a request could name the new memory; so they are.

@@ -30,15 +30,21 @@ from sempervirt.api.views import agent_view, disk_view, host_view, own_disk_view
 from sempervirt.cluster.cluster import Cluster, check_address
 from sempervirt.cluster.joining import JoinRequest, JoinView
 from sempervirt.core.errors import InvalidRequest, NotAllowed
-from sempervirt.core.names import suggest
+from sempervirt.core.names import split_disk_name, suggest
 from sempervirt.core.queue_map import Binding, spread
 from sempervirt.disk.running import DiskFiles
+from sempervirt.disk.state import Condition
 from sempervirt.host import process
 from sempervirt.host.http import ErrorView
 from sempervirt.qemu.spec import VmSpec
 from sempervirt.renewal.restore.plan import Changes
 from sempervirt.trust.identity import Peer
 from sempervirt.vm.vm import Vm
+
+EJECTED = (
+    "the guest has unplugged it; its image is free when the VM has ended, and semper vm "
+    "restart-qemu puts it into its slot again"
+)
 
 router = APIRouter(prefix="/v1", responses={"default": {"model": ErrorView}})
 
@@ -186,6 +192,7 @@ async def list_disks(agent: AgentHere) -> list[DiskView]:
     """The disks of all running VMs, also those that QEMU itself serves."""
     views = [await disk_view(disk) for disk in agent.disks.values()]
     views += [own_disk_view(vm, disk) for vm, disk in agent.own_disks.values()]
+    views = [_unless_ejected(agent, view) for view in views]
     return sorted(views, key=lambda view: view.name)
 
 
@@ -193,7 +200,17 @@ async def list_disks(agent: AgentHere) -> list[DiskView]:
 async def get_disk(agent: AgentHere, vm: str, disk: str) -> DiskView:
     """One disk."""
     own = agent.own_disks.get(f"{vm}/{disk}")
-    return own_disk_view(*own) if own else await disk_view(agent.disk(f"{vm}/{disk}"))
+    view = own_disk_view(*own) if own else await disk_view(agent.disk(f"{vm}/{disk}"))
+    return _unless_ejected(agent, view)
+
+
+def _unless_ejected(agent: Agent, view: DiskView) -> DiskView:
+    """The view of a disk; of one that its guest has ejected, that."""
+    vm, disk = split_disk_name(view.name)
+    owner = agent.vms.get(vm)
+    if owner is None or not owner.has_ejected(disk):
+        return view
+    return view.model_copy(update={"condition": Condition.EJECTED, "reason": EJECTED})
 
 
 @router.post("/disks/{vm}/{disk}/upgrade", tags=["disk"])
@@ -201,7 +218,7 @@ async def upgrade_disk(agent: AgentHere, vm: str, disk: str, request: UpgradeReq
     """Serves a disk from another binary; answers when that one serves."""
     found = agent.disk(f"{vm}/{disk}")
     await found.upgrade(str(request.binary) if request.binary else None)
-    return await disk_view(found)
+    return _unless_ejected(agent, await disk_view(found))
 
 
 @router.post("/disks/{vm}/{disk}/threads", tags=["disk"])
@@ -213,7 +230,7 @@ async def move_queues(agent: AgentHere, vm: str, disk: str, request: ThreadsRequ
     else:
         thread_map = tuple(request.map or ())
     await found.rebind(Binding(thread_map, "semper disk threads"))
-    return await disk_view(found)
+    return _unless_ejected(agent, await disk_view(found))
 
 
 @router.get("/disks/{vm}/{disk}/map", tags=["disk"])

@@ -112,10 +112,11 @@ def _rows(view: DiskView) -> list[tuple[str, str | None]]:
     backend = view.backend or {}
     if view.condition is Condition.QEMU:
         return _own_rows(view)
+    ejected = view.condition is Condition.EJECTED
     spare = f"{view.spare_pid} ({'ready' if view.spare_ready else 'preparing'})"
     rows: list[tuple[str, str | None]] = [
         ("disk", view.name),
-        ("condition", view.condition.value),
+        ("condition", f"ejected: {view.reason}" if ejected else view.condition.value),
         ("image", f"{view.image} ({_size(view)}{', read-only' if view.read_only else ''})"),
         ("active", f"{view.active_pid or 'none'}, generation {view.generation}"),
         ("spare", spare if view.spare_pid else "none"),
@@ -126,7 +127,7 @@ def _rows(view: DiskView) -> list[tuple[str, str | None]]:
         ("requests", _counters(backend)),
         ("restarts", f"{view.restart_count}, upgrades {view.upgrade_count}"),
     ]
-    if view.reason:
+    if view.reason and not ejected:
         rows.append(("last end", view.reason))
     if view.last_error:
         rows.append(("last error", describe_error(view.last_error)))

@@ -55,6 +55,7 @@ _STYLES: dict[State, str] = {
     Condition.STOPPING: _ON_THE_WAY,
     Condition.STOPPED: _ENDED,
     Condition.QEMU: _LOOK,
+    Condition.EJECTED: _LOOK,
     MemberState.ALIVE: _GOOD,
     MemberState.SILENT: _LOOK,
     MemberState.REVOKED: _BAD,

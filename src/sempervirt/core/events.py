@@ -12,6 +12,7 @@ JOURNAL_LENGTH = 256
 EventKind = Literal[
     # of a VM
     "state", "claim", "migration", "restart", "save", "restore", "agent",
+    "device",
     # of a disk; "restart" as well
     "upgrade", "threads", "io-error",
 ]  # fmt: skip

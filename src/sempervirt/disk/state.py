@@ -66,6 +66,7 @@ class Condition(Enum):
     STOPPING = "stopping"
     STOPPED = "stopped"
     QEMU = "qemu"  # served by QEMU itself: nothing here supervises it
+    EJECTED = "ejected"  # its guest has unplugged it
 
 
 class Phase(Enum):

@@ -38,6 +38,7 @@ from sempervirt.qemu.state import (
     Accept,
     Asked,
     Decision,
+    DeviceGone,
     Done,
     End,
     Ended,
@@ -110,6 +111,8 @@ def _live(state: VmState, event: VmEvent, now: float) -> Decision:
             return _status_told(state, status), []
         case QemuEvent(name, cause):
             return _qemu_event(state, name, cause, now), []
+        case DeviceGone(device):
+            return replace(state, gone=state.gone | {device}), []
         case Released(status):
             return _released(state, status), []
         case Ended(exit_code, signal):
@@ -164,7 +167,7 @@ def _switch(state: VmState, asked: Asked) -> Decision:
     if state.held is not Request.RESTART or not live or state.killed_because:
         reason = state.killed_because or f"the VM is {state.run.value}"
         return state, [_conflict(asked, reason)]
-    switched = replace(state, qemu=state.qemu + 1)
+    switched = replace(state, qemu=state.qemu + 1, gone=frozenset())
     return switched, [SwitchProcess(asked.ticket), Accept(asked.ticket)]
 
 

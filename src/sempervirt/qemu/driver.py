@@ -22,9 +22,10 @@ from sempervirt.host import process
 from sempervirt.host.owner import HOST_CLOCK, Clock, Owner, Replies
 from sempervirt.host.process import Exit, Process
 from sempervirt.host.procfs import ProcessId
+from sempervirt.qemu.command_line import disk_id, nic_id
 from sempervirt.qemu.decide import QUIT_DEADLINE_S, decide
 from sempervirt.qemu.files import VmFiles
-from sempervirt.qemu.link import Link, Patience, Told
+from sempervirt.qemu.link import Link, Patience
 from sempervirt.qemu.spec import VmSpec
 from sempervirt.qemu.state import (
     ON_REQUEST,
@@ -34,6 +35,7 @@ from sempervirt.qemu.state import (
     Done,
     Ended,
     Execute,
+    Heard,
     KillProcess,
     NotDone,
     Refusal,
@@ -263,9 +265,11 @@ class Machine(Owner[VmState, VmEvent, VmEffect]):
 
     def _new_link(self) -> Link:
         told = partial(self._told, self._state.qemu)
-        return Link(self.files.monitor, self.name, self._patience, told, self._heard)
+        devices = [disk_id(disk) for disk in self.spec.disks]
+        devices += [nic_id(index) for index in range(len(self.spec.nics))]
+        return Link(self.files.monitor, self.name, devices, self._patience, told, self._heard)
 
-    def _told(self, qemu: int, event: Told) -> None:
+    def _told(self, qemu: int, event: Heard) -> None:
         self.post(replace(event, qemu=qemu))
 
     def _heard(self, name: str, data: Mapping[str, Any]) -> None:
@@ -329,8 +333,11 @@ class Machine(Owner[VmState, VmEvent, VmEffect]):
                 assert_never(effect)
 
     def after_step(self, before: VmState) -> None:
-        """Notes each change of the runstate."""
+        """Notes each change of the runstate, and each device that is gone."""
         state = self._state
+        for device in sorted(state.gone - before.gone):
+            self.journal.note(time.time(), "device", f"{device} was unplugged by the guest")
+            log.warning("vm name=%s %s was unplugged by the guest", self.name, device)
         if state.run is before.run:
             return
         text = f"{before.run.value} -> {state.run.value}" + (f": {state.why}" if state.why else "")

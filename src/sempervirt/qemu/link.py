@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,10 @@ from typing import Any
 from sempervirt.core.errors import OutcomeUnknown, SempervirtError, Unavailable
 from sempervirt.host.changes import Changes
 from sempervirt.qemu.qmp import Monitor, OnEvent
-from sempervirt.qemu.state import QemuEvent, Silent, StatusTold
+from sempervirt.qemu.state import DeviceGone, Heard, QemuEvent, Silent, StatusTold
 
 RETRY_S = 0.02
 RETRY_MAX_S = 1.0
-
-# What a link reports.
-Told = QemuEvent | Silent | StatusTold
 
 
 @dataclass(frozen=True)
@@ -33,19 +30,21 @@ class Patience:
 
 class Link:
     """The way to one QEMU. `run` is the task; `report` gets what is learned of QEMU's runstate,
-    `heard` every event of the monitor.
+    `heard` every event of the monitor. `devices` are the ids of devices that QEMU was started with.
     """
 
     def __init__(
         self,
         path: Path,
         name: str,
+        devices: Collection[str],
         patience: Patience,
-        report: Callable[[Told], None],
+        report: Callable[[Heard], None],
         heard: OnEvent,
     ) -> None:
         self._path = path
         self._name = name
+        self._devices = frozenset(devices)
         self._patience = patience
         self._report = report
         self._heard = heard
@@ -106,6 +105,7 @@ class Link:
         """Follows one connection until its end or until the monitor is silent, and reports that."""
         following = asyncio.create_task(monitor.follow(self._passed_on))
         try:
+            self._miss(await monitor.peripherals(self._patience.command_s))
             while not following.done():
                 self._report(StatusTold(await monitor.query_status(self._patience.command_s)))
                 await asyncio.wait((following,), timeout=self._patience.heartbeat_s)
@@ -124,6 +124,13 @@ class Link:
         await asyncio.sleep(self._patience.hang_up_s)
         self._report(Silent(reason))
 
+    def _miss(self, present: Collection[str]) -> None:
+        """Reports the devices that were unplugged while nobody followed the monitor."""
+        for device in sorted(self._devices.difference(present)):
+            self._report(DeviceGone(device))
+
     def _passed_on(self, name: str, data: Mapping[str, Any]) -> None:
+        if name == "DEVICE_DELETED" and (device := data.get("device")) in self._devices:
+            self._report(DeviceGone(str(device)))
         self._report(QemuEvent(name, str(data.get("reason", ""))))
         self._heard(name, data)

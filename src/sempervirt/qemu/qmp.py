@@ -90,6 +90,14 @@ class Monitor:
             raise OutcomeUnknown("the monitor answered query-status without a status")
         return str(answer["status"])
 
+    async def peripherals(self, timeout_s: float) -> frozenset[str]:
+        """The ids of the devices that QEMU has now."""
+        answer = await self.execute(
+            "qom-list", {"path": "/machine/peripheral"}, timeout_s=timeout_s
+        )
+        items = answer if isinstance(answer, list) else []
+        return frozenset(str(item.get("name")) for item in items if isinstance(item, dict))
+
     async def follow(self, on_event: OnEvent) -> None:
         """Passes events on until the connection ends, then returns."""
         ended = asyncio.create_task(self._wait_ended())

@@ -57,7 +57,8 @@ class VmState:
 
     `pending` is the request that waits for QEMU's answer; `held` is work on the whole VM that
     somebody else does and that ends with `Released`. `deadline` is a time of the owner's clock.
-    `qemu` counts the QEMUs that this owner has had: what an earlier one tells is ignored.
+    `qemu` counts the QEMUs that this owner has had: what an earlier one tells is ignored. `gone`
+    are the devices, by QEMU's id, that the guest has unplugged from the present one.
     """
 
     run: Runstate = Runstate.STARTING
@@ -70,6 +71,7 @@ class VmState:
     killed_because: str = ""
     shutdown_cause: str = ""
     resets: int = 0
+    gone: frozenset[str] = frozenset()
     end: End | None = None
 
 
@@ -133,6 +135,13 @@ class QemuEvent(FromQemu):
 
 
 @dataclass(frozen=True)
+class DeviceGone(FromQemu):
+    """QEMU has a device no more, by its id: the guest has unplugged the device."""
+
+    device: str
+
+
+@dataclass(frozen=True)
 class Ended(FromQemu):
     """The process ended; both None when nobody could tell how."""
 
@@ -152,7 +161,8 @@ class Tick:
     """Time passed."""
 
 
-VmEvent = Asked | Done | NotDone | Silent | StatusTold | QemuEvent | Ended | Released | Tick
+Heard = Silent | StatusTold | QemuEvent | DeviceGone
+VmEvent = Asked | Done | NotDone | Heard | Ended | Released | Tick
 
 # Effects
 

@@ -164,6 +164,10 @@ class Vm:
         ]
         return spec.model_copy(update={"nics": tuple(nics), "disks": tuple(disks)})
 
+    def has_ejected(self, disk: str) -> bool:
+        """Whether the guest has unplugged the disk of that name."""
+        return disk_id(self.spec.disk(disk)) in self.state.gone
+
     @property
     def freed(self) -> bool:
         """Whether QEMU has ended and its disks are free."""

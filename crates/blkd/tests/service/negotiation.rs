@@ -137,3 +137,32 @@ fn memory_can_be_added_and_taken_away_under_way() {
     }
     assert!(machine.session().remove_mem_region(&region).is_err());
 }
+
+#[test]
+fn a_memory_region_too_many_is_refused_and_the_others_serve_on() {
+    use std::os::fd::AsRawFd;
+    use vhost::VhostUserMemoryRegionInfo;
+
+    let site = Site::new(1 << 20);
+    let backend = site.start(&[]);
+    let mut machine = Machine::new(1, 64);
+    machine.connect(&site.socket()).unwrap();
+    let limit = machine.session().get_max_mem_slots().unwrap();
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(1 << 16).unwrap();
+    let region = |number: u64| VhostUserMemoryRegionInfo {
+        guest_phys_addr: (1 << 40) + (number << 20),
+        memory_size: 1 << 16,
+        userspace_addr: (1 << 44) + (number << 20),
+        mmap_offset: 0,
+        mmap_handle: file.as_raw_fd(),
+    };
+    // One stands for the machine's own memory.
+    for number in 1..limit {
+        machine.session().add_mem_region(&region(number)).unwrap();
+    }
+    assert_eq!(machine.ask(&backend, &Ask::write(3, [7; 512])).status, 0);
+    assert!(machine.session().add_mem_region(&region(limit)).is_err());
+    machine.connect(&site.socket()).unwrap();
+    assert_eq!(machine.ask(&backend, &Ask::read(3, 512)).data, [7; 512]);
+}
