@@ -84,7 +84,7 @@ def _find_qemu(files: VmFiles) -> ProcessId | None:
 
 
 async def _adopt_disks(config: AgentConfig, record: VmRecord) -> dict[str, Disk]:
-    setups = adopted_setups(config, record)
+    setups = await adopted_setups(config, record)
     moves = isinstance(record.work, Departing | Arriving)
     disks = await asyncio.gather(
         *(adopt_disk(setup, frozen=moves and not setup.options.read_only) for setup in setups)
@@ -106,5 +106,5 @@ def _held_for(work: Work | None) -> tuple[Request | None, str]:
 
 
 async def _sweep_disks(config: AgentConfig, record: VmRecord) -> None:
-    for setup in adopted_setups(config, record):
+    for setup in await adopted_setups(config, record):
         await sweep_disk(setup)

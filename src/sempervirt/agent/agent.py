@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from sempervirt.agent import adoption
@@ -19,9 +20,11 @@ from sempervirt.core.errors import (
     RollbackFailed,
     SempervirtError,
     StateConflict,
+    Unavailable,
 )
 from sempervirt.core.names import split_disk_name, suggest
 from sempervirt.disk.driver import Disk
+from sempervirt.host.storage_call import call_storage
 from sempervirt.qemu import accel, features, saved
 from sempervirt.qemu.facts import HostFacts, HostProbe
 from sempervirt.qemu.spec import DiskSpec, VmSpec
@@ -177,16 +180,19 @@ class Agent:
         with self._name_taken(name):
             images = await copy_images(shown, directory, name)
         async with AsyncExitStack() as undo:
-            undo.callback(self._remove_copies, name, images)
+            undo.push_async_callback(self._remove_copies, name, images)
             vm = await self._restore(file, plan_of(shown, replace(changes, images=images)))
             undo.pop_all()
             return vm
 
-    def _remove_copies(self, name: str, images: Mapping[str, Path]) -> None:
+    async def _remove_copies(self, name: str, images: Mapping[str, Path]) -> None:
         """Removes copies of images, unless a VM may still use them."""
         if name not in self.vms and name not in self.barred:
             for image in images.values():
-                image.unlink(missing_ok=True)
+                try:
+                    await call_storage(image, partial(image.unlink, missing_ok=True))
+                except (OSError, Unavailable) as error:
+                    log.error("the copy %s is left behind: %s", image, error)  # noqa: TRY400
 
     async def _restore(self, file: Path, plan: Plan) -> Vm:
         with self._name_taken(plan.spec.name):
@@ -252,8 +258,12 @@ class Agent:
         if present is not None and not present.freed:
             remedy = f"end it first: semper vm stop {name}"
             if present.run is Runstate.UNKNOWN:
-                remedy = f"its QEMU may still run; settle it: semper vm kill {name}"
-            raise StateConflict(f"VM {name} is {present.run.value}", remedy=remedy)
+                remedy = (
+                    f"its QEMU may still run; see what is known: semper vm show {name}; to give "
+                    f"the VM up: semper vm kill {name}"
+                )
+            with present.naming_disks():
+                raise StateConflict(f"VM {name} is {present.run.value}", remedy=remedy)
 
     def _require_unbarred(self, name: str) -> None:
         if (cause := self.barred.get(name)) is not None:

@@ -4,10 +4,11 @@ settled by an operator. The rooms `migration.source` and `migration.destination`
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import secrets
 from contextlib import AsyncExitStack
+from functools import partial
+from pathlib import Path
 
 from sempervirt.agent.agent import Agent
 from sempervirt.cluster import peer
@@ -19,6 +20,7 @@ from sempervirt.core.errors import (
     StateConflict,
     Unavailable,
 )
+from sempervirt.host.storage_call import call_storage
 from sempervirt.migration.destination.migration import DestinationMigration
 from sempervirt.migration.events import Side
 from sempervirt.migration.messages import ArrivalRequest, MovePolicy
@@ -111,7 +113,7 @@ async def receive(agent: Agent, request: ArrivalRequest, source: str) -> Destina
     """
     if request.source != source:
         raise InvalidRequest(f"{source} cannot send a VM in the name of {request.source}")
-    await asyncio.to_thread(_check_images, request)
+    await _check_images(request)
     async with AsyncExitStack() as kept:
         cluster = await kept.enter_async_context(Cluster.opened(agent.config))
         settings = cluster.settings
@@ -134,18 +136,22 @@ async def receive(agent: Agent, request: ArrivalRequest, source: str) -> Destina
         return migration
 
 
-def _check_images(request: ArrivalRequest) -> None:
+async def _check_images(request: ArrivalRequest) -> None:
     for name, expected in request.images.items():
         try:
             image = request.spec.disk(name).image
         except (KeyError, StopIteration, ValueError) as error:
             raise InvalidRequest(f"the VM has no disk {name}") from error
-        record = epoch.read_epoch(epoch.record_path(image))
+        record = await call_storage(image, partial(_record_of, image))
         if record is None or record.image != expected:
             raise StateConflict(
                 f"disk {name}: {image} is another image here",
                 remedy="the hosts have to share the storage; a copy is not enough",
             )
+
+
+def _record_of(image: Path) -> epoch.EpochRecord | None:
+    return epoch.read_epoch(epoch.record_path(image))
 
 
 async def resume_all(agent: Agent) -> None:

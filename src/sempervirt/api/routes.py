@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import asdict
 from typing import Annotated
@@ -190,17 +191,18 @@ async def get_vm_log(
 @router.get("/disks", tags=["disk"])
 async def list_disks(agent: AgentHere) -> list[DiskView]:
     """The disks of all running VMs, also those that QEMU itself serves."""
-    views = [await disk_view(disk) for disk in agent.disks.values()]
-    views += [own_disk_view(vm, disk) for vm, disk in agent.own_disks.values()]
-    views = [_unless_ejected(agent, view) for view in views]
-    return sorted(views, key=lambda view: view.name)
+    views = await asyncio.gather(
+        *(disk_view(disk) for disk in agent.disks.values()),
+        *(own_disk_view(vm, disk) for vm, disk in agent.own_disks.values()),
+    )
+    return sorted((_unless_ejected(agent, view) for view in views), key=lambda view: view.name)
 
 
 @router.get("/disks/{vm}/{disk}", tags=["disk"])
 async def get_disk(agent: AgentHere, vm: str, disk: str) -> DiskView:
     """One disk."""
     own = agent.own_disks.get(f"{vm}/{disk}")
-    view = own_disk_view(*own) if own else await disk_view(agent.disk(f"{vm}/{disk}"))
+    view = await (own_disk_view(*own) if own else disk_view(agent.disk(f"{vm}/{disk}")))
     return _unless_ejected(agent, view)
 
 

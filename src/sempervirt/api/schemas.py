@@ -152,6 +152,9 @@ class DiskView(BaseModel):
     restarts: list[RestartView]
     last_error: dict[str, Any] | None
     backend: dict[str, Any] | None
+    silence: str = Field(
+        default="", description='why the backend did not say how it is; "": it did'
+    )
     events: list[EventView]
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from dataclasses import asdict
+from functools import partial
 
 import sempervirt
 from sempervirt.agent.agent import Agent
@@ -18,18 +20,22 @@ from sempervirt.api.schemas import (
     VmView,
     WorkView,
 )
-from sempervirt.core.errors import InvalidRequest, SempervirtError
+from sempervirt.core.errors import InvalidRequest, SempervirtError, Unavailable
 from sempervirt.core.events import Journal
 from sempervirt.core.queue_map import DevicePlan
 from sempervirt.disk.driver import Disk
 from sempervirt.disk.state import Condition
 from sempervirt.disk.takeover import Restart
 from sempervirt.disk.volume import inspect
+from sempervirt.host.storage_call import call_storage
 from sempervirt.migration.source.migration import SourceMigration
 from sempervirt.qemu.command_line import disk_id
 from sempervirt.qemu.facts import HostFacts
 from sempervirt.qemu.spec import DiskSpec
 from sempervirt.vm.vm import Vm
+
+# How long a backend or an image may take to answer whoever looks at disks.
+ANSWER_S = 2.0
 
 
 def agent_view(agent: Agent) -> AgentView:
@@ -67,7 +73,7 @@ def vm_view(vm: Vm) -> VmView:
     return VmView(
         name=vm.name,
         state=state,
-        why=why,
+        why="; ".join(part for part in (why, vm.ailments) if part),
         pid=vm.pid,
         accelerator=vm.record.accelerator.kind,
         memory=vm.spec.memory,
@@ -94,11 +100,16 @@ def _end_view(vm: Vm) -> EndView | None:
 
 
 async def disk_view(disk: Disk) -> DiskView:
-    """A disk; its backend is asked now."""
-    try:
-        status = await disk.status() if disk.setup.command.has_control else None
-    except SempervirtError:
-        status = None  # it has just ended, or hangs; the rest says more
+    """A disk; its backend is asked now, and what it does not answer is told as such."""
+    silence, status = "", None
+    if disk.setup.command.has_control:
+        try:
+            async with asyncio.timeout(ANSWER_S):
+                status = await disk.status()
+        except SempervirtError as error:
+            silence = error.message
+        except TimeoutError:
+            silence = f"backend {disk.active_pid} has not answered for {ANSWER_S:g} s"
     volume = disk.setup.volume
     return DiskView(
         name=disk.name,
@@ -119,18 +130,19 @@ async def disk_view(disk: Disk) -> DiskView:
         restarts=[_restart_view(restart) for restart in disk.restarts],
         last_error=disk.last_error.model_dump(mode="json") if disk.last_error else None,
         backend=status.model_dump(mode="json") if status else None,
+        silence=silence,
         events=_events(disk.journal),
     )
 
 
-def own_disk_view(vm: Vm, disk: DiskSpec) -> DiskView:
+async def own_disk_view(vm: Vm, disk: DiskSpec) -> DiskView:
     """A disk that QEMU itself serves."""
     return DiskView(
         name=f"{vm.name}/{disk.name}",
         condition=Condition.QEMU,
         reason="",
         image=disk.image,
-        size_bytes=_size_bytes(disk),
+        size_bytes=await _size_bytes(disk),
         read_only=disk.read_only,
         binary="",
         upgrade_available=False,
@@ -144,15 +156,17 @@ def own_disk_view(vm: Vm, disk: DiskSpec) -> DiskView:
         restarts=[],
         last_error=None,
         backend=None,
+        silence="",
         events=[],
     )
 
 
-def _size_bytes(disk: DiskSpec) -> int | None:
+async def _size_bytes(disk: DiskSpec) -> int | None:
+    look = partial(inspect, disk.image, read_only=True)
     try:
-        return inspect(disk.image, read_only=True).size_bytes
-    except InvalidRequest:
-        return None  # it was removed under the VM
+        return (await call_storage(disk.image, look, ANSWER_S)).size_bytes
+    except (InvalidRequest, Unavailable):
+        return None  # it was removed under the VM, or its storage hangs
 
 
 def queues_view(plan: DevicePlan) -> QueuesView:

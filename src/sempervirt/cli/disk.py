@@ -129,6 +129,8 @@ def _rows(view: DiskView) -> list[tuple[str, str | None]]:
     ]
     if view.reason and not ejected:
         rows.append(("last end", view.reason))
+    if view.silence:
+        rows.append(("backend", f"does not answer: {view.silence}"))
     if view.last_error:
         rows.append(("last error", describe_error(view.last_error)))
     return rows

@@ -34,6 +34,7 @@ from sempervirt.disk.program import Programs, is_installed, path_of
 from sempervirt.disk.running import Running
 from sempervirt.disk.setup import DiskSetup
 from sempervirt.disk.state import (
+    NOT_SERVED,
     Accept,
     Condition,
     Connected,
@@ -102,6 +103,15 @@ class Disk(Owner[State, SupervisionEvent, Effect]):
     def reason(self) -> str:
         """Why the last active process ended; "" while none has."""
         return self._state.last_end
+
+    @property
+    def ailment(self) -> str:
+        """Why guests wait for the disk, in plain words; "" when the disk is served."""
+        condition = self.condition
+        if condition not in NOT_SERVED:
+            return ""
+        cause = self.reason or "its backend takes over"
+        return f"disk {self.name} is {condition.value}: {cause}"
 
     @property
     def restart_count(self) -> int:

@@ -69,6 +69,10 @@ class Condition(Enum):
     EJECTED = "ejected"  # its guest has unplugged it
 
 
+# A guest's requests wait, for longer than a take-over takes.
+NOT_SERVED = frozenset({Condition.BACKING_OFF, Condition.FAILING})
+
+
 class Phase(Enum):
     """How far an upgrade has come."""
 

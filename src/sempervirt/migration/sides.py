@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from sempervirt.cluster.cluster import Cluster, Member
-from sempervirt.core.errors import NotFound, SempervirtError, StateConflict
+from sempervirt.core.errors import NotFound, SempervirtError, StateConflict, Unavailable
 from sempervirt.core.names import suggest
 from sempervirt.disk.volume import inspect
+from sempervirt.host.storage_call import call_storage
 from sempervirt.migration.obstacles import HostSide, ImageSeen, Obstacle
 from sempervirt.qemu.facts import HostFacts
 from sempervirt.qemu.spec import DiskSpec, VmSpec
@@ -38,9 +40,7 @@ async def side_of(
         cpu_flags=flags,
         memory_available=await asyncio.to_thread(_memory_available),
         vm_state=vm_state,
-        images={
-            disk.name: await asyncio.to_thread(_image, disk, give_id=source) for disk in spec.disks
-        },
+        images={disk.name: await _seen(disk, give_id=source) for disk in spec.disks},
         missing=await asyncio.to_thread(_missing, spec),
     )
 
@@ -65,6 +65,13 @@ def membership_obstacles(member: Member) -> Sequence[Obstacle]:
     if member.presence is None:
         return [Obstacle(f"the agent of {name} is silent", f"start semperd on {name}")]
     return []
+
+
+async def _seen(disk: DiskSpec, *, give_id: bool) -> ImageSeen:
+    try:
+        return await call_storage(disk.image, partial(_image, disk, give_id=give_id))
+    except Unavailable as error:
+        return ImageSeen(problem=error.message)
 
 
 def _image(disk: DiskSpec, *, give_id: bool) -> ImageSeen:

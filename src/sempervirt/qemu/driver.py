@@ -375,7 +375,9 @@ class Machine(Owner[VmState, VmEvent, VmEffect]):
                 return Unavailable(message)
             case Refusal.CONFLICT if self.run is Runstate.UNKNOWN:
                 return StateConflict(
-                    message, remedy=f"end QEMU to be certain: semper vm kill {self.name}"
+                    message,
+                    remedy=f"see why: semper vm show {self.name}; the VM is asked again all the "
+                    f"time; only if it is to be given up: semper vm kill {self.name}",
                 )
             case Refusal.CONFLICT if effect.request is Request.STOP and not self.run.is_end:
                 return StateConflict(message, remedy="resume it first, or kill it")

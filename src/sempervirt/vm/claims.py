@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from functools import partial
 from pathlib import Path
 
 from sempervirt.cluster.cluster import Cluster, read_settings
 from sempervirt.core.errors import SempervirtError
 from sempervirt.disk.backend import ImageTitle
+from sempervirt.disk.volume import Volume
+from sempervirt.host.storage_call import call_storage
 from sempervirt.qemu.spec import DiskSpec, VmSpec
 from sempervirt.store import epoch
 from sempervirt.store.records import Ownership
@@ -21,20 +24,28 @@ from sempervirt.vm.config import AgentConfig
 
 log = logging.getLogger(__name__)
 
+# A record is flushed; a disk with much to write takes its time for that.
+RECORD_DEADLINE_S = 60.0
 
-def claimed_images(spec: VmSpec) -> list[Path]:
+
+async def claimed_images(spec: VmSpec) -> list[Path]:
     """The images of a VM that a claim covers: files that it may write.
 
-    A block device has nothing beside it that several hosts could read.
+    A block device has nothing beside it that several hosts could read. Raises Unavailable.
     """
-    return [
-        disk.image for disk in spec.disks if not disk.read_only and not disk.image.is_block_device()
-    ]
+    writable = [disk.image for disk in spec.disks if not disk.read_only]
+    devices = await asyncio.gather(
+        *(call_storage(image, image.is_block_device) for image in writable)
+    )
+    return [image for image, device in zip(writable, devices, strict=True) if not device]
 
 
-def title_of(claim: Claim | None, disk: DiskSpec) -> ImageTitle | None:
-    """By what right the backend of a disk writes; None where nothing is claimed."""
-    if claim is None or disk.read_only or disk.image.is_block_device():
+def title_of(claim: Claim | None, disk: DiskSpec, volume: Volume | None) -> ImageTitle | None:
+    """By what right the backend of a disk writes; None where nothing is claimed.
+
+    An image that cannot be looked at, without a `volume`, is taken for a file.
+    """
+    if claim is None or disk.read_only or (volume is not None and volume.block_device):
         return None
     return ImageTitle(epoch.record_path(disk.image), claim.host, claim.epoch, claim.id)
 
@@ -59,8 +70,10 @@ async def take(config: AgentConfig, spec: VmSpec) -> Claim | None:
     """
     if await asyncio.to_thread(read_settings, config) is None:
         return None
-    paths = [epoch.record_path(image) for image in claimed_images(spec)]
-    images = await asyncio.to_thread(lambda: [epoch.identify(path) for path in paths])
+    images = [
+        await call_storage(image, partial(_identify, image), RECORD_DEADLINE_S)
+        for image in await claimed_images(spec)
+    ]
     async with Cluster.opened(config) as cluster:
         registry = Registry(cluster.store)
         claim = await registry.claim(spec.name, cluster.settings.host, images)
@@ -77,8 +90,17 @@ async def put_on_record(claim: Claim, spec: VmSpec) -> None:
 
     Raises StaleClaim when a newer one is on record, Unavailable.
     """
-    for image in claimed_images(spec):
-        await asyncio.to_thread(epoch.advance, epoch.record_path(image), claim)
+    for image in await claimed_images(spec):
+        # One that comes too late does no harm: no claim that follows has an epoch as low.
+        await call_storage(image, partial(_advance, image, claim), RECORD_DEADLINE_S)
+
+
+def _identify(image: Path) -> str:
+    return epoch.identify(epoch.record_path(image))
+
+
+def _advance(image: Path, claim: Claim) -> None:
+    epoch.advance(epoch.record_path(image), claim)
 
 
 async def release(config: AgentConfig, claim: Claim) -> bool:

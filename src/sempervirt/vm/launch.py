@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from sempervirt.core.errors import OutcomeUnknown, RollbackFailed, SempervirtError, Unavailable
 from sempervirt.disk.backend import ImageTitle
@@ -62,11 +63,11 @@ class Beginning:
     fill: Fill | None = None
     host: str = ""
 
-    def title(self, claim: Claim | None, disk: DiskSpec) -> ImageTitle | None:
+    def title(self, claim: Claim | None, disk: DiskSpec, volume: Volume) -> ImageTitle | None:
         """By what right the backend of a disk writes, now or later."""
         if isinstance(self.work, Arriving):
             return claims.awaited_title(self.host, disk)
-        return claims.title_of(claim, disk)
+        return claims.title_of(claim, disk, volume)
 
 
 BOOT = Beginning()
@@ -83,7 +84,7 @@ async def launch(
     """
     files = VmFiles(config.vm_run_dir(spec.name))
     files.prepare(spec)
-    volumes = inspect_images(spec, used=beginning.work is not None)
+    volumes = await inspect_images(spec, used=beginning.work is not None)
     plans = plan_devices(spec, await offer_of(config, spec, facts.features))
     accelerator = accel.choose(spec.accel, facts.accelerator)
     record = VmRecord(spec, accelerator, time.time(), plans=plans, work=beginning.work)
@@ -96,7 +97,8 @@ async def launch(
             if not isinstance(beginning.work, Arriving):  # whose source has a claim
                 await undo.claim()
             setups = _setups(config, ledger.record, volumes, beginning)
-            argv = _argv(facts, ledger.record, files, setups, memory_fd, beginning)
+            block_devices = {volume.path for volume in volumes.values() if volume.block_device}
+            argv = _argv(facts, ledger.record, files, setups, memory_fd, beginning, block_devices)
             await undo.start_disks(setups)
             if beginning.fill is not None:
                 beginning.fill(files, memory_fd)
@@ -119,7 +121,7 @@ def _setups(
             disk,
             record.plans[disk_id(disk)],
             volumes[disk.name],
-            beginning.title(record.claim, disk),
+            beginning.title(record.claim, disk, volumes[disk.name]),
         )
         for disk in record.spec.disks
         if disk.backend == "blkd"
@@ -133,6 +135,7 @@ def _argv(
     setups: list[DiskSetup],
     memory_fd: int,
     beginning: Beginning,
+    block_devices: set[Path],
 ) -> list[str]:
     """QEMU's command line."""
     return build(
@@ -144,7 +147,7 @@ def _argv(
         disk_sockets={setup.short_name: setup.files.socket for setup in setups},
         plans=record.plans,
         memory_fd=memory_fd,
-        block_devices={d.image for d in record.spec.disks if d.image.is_block_device()},
+        block_devices=block_devices,
         incoming=Incoming(beginning.machine) if beginning.machine else None,
     )
 

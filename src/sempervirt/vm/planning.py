@@ -6,9 +6,11 @@ kernel has a thread for each pair of queues, without it QEMU's main loop does it
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from sempervirt.core.errors import CommandFailed, Unavailable
@@ -17,6 +19,7 @@ from sempervirt.disk.fingerprint import HostFingerprint, fingerprint, this_host
 from sempervirt.disk.presets import Preset, PresetStore, Stale
 from sempervirt.disk.storage import NO_STORAGE, StorageKey, storage_key
 from sempervirt.disk.threads import BUILT_IN, VM_FILE, Wish, named, plan
+from sempervirt.host.storage_call import call_storage
 from sempervirt.qemu.command_line import MAPPING, Features, disk_id, nic_id
 from sempervirt.qemu.spec import DiskSpec, NicSpec, VmSpec
 from sempervirt.vm.config import AgentConfig
@@ -28,18 +31,33 @@ REMEDY_AIO = 'choose engine = "sync", or install a QEMU with io_uring'
 Find = Callable[[DeviceType, StorageKey], Preset | Stale | None]
 
 
+def storage_of(disk: DiskSpec) -> StorageKey:
+    """What a disk's image lies on. Touches that storage."""
+    return storage_key(disk.image, direct=disk.direct)
+
+
 @dataclass(frozen=True)
 class Offer:
-    """What decides besides the VM file: presets, QEMU's features, and the host's."""
+    """What decides besides the VM file: presets, QEMU's features, the host's, and what the images
+    lie on.
+    """
 
     find: Find
     features: Features
     processors: int
     vhost_net: bool
+    storage: Callable[[DiskSpec], StorageKey] = storage_of
 
 
 async def offer_of(config: AgentConfig, spec: VmSpec, features: Features) -> Offer:
-    """What this host offers to the devices of `spec` now."""
+    """What this host offers to the devices of `spec` now.
+
+    Raises InvalidRequest, and Unavailable for an image whose storage does not answer.
+    """
+    keys = await asyncio.gather(
+        *(call_storage(disk.image, partial(storage_of, disk)) for disk in spec.disks)
+    )
+    storages = {disk.name: key for disk, key in zip(spec.disks, keys, strict=True)}
     store = PresetStore(config.state_dir)
     host = await _host(config, spec, features) if store.path.exists() else this_host()
     return Offer(
@@ -47,6 +65,7 @@ async def offer_of(config: AgentConfig, spec: VmSpec, features: Features) -> Off
         features=features,
         processors=len(os.sched_getaffinity(0)),
         vhost_net=_opens(VHOST_NET),
+        storage=lambda disk: storages[disk.name],
     )
 
 
@@ -102,7 +121,7 @@ def _wish(disk: DiskSpec, vcpus: int) -> Wish:
 
 def _plan_blkd(disk: DiskSpec, vcpus: int, offer: Offer) -> DevicePlan:
     wish = _wish(disk, vcpus)
-    found = offer.find(wish.device, storage_key(disk.image, direct=disk.direct))
+    found = offer.find(wish.device, offer.storage(disk))
     return plan(wish, found, offer.processors)
 
 
@@ -120,7 +139,7 @@ def _plan_own(disk: DiskSpec, vcpus: int, offer: Offer) -> DevicePlan:
         default_engine="native" if "native" in usable else "threads",
         engine=engine,
     )
-    found = offer.find(wish.device, storage_key(disk.image, direct=disk.direct))
+    found = offer.find(wish.device, offer.storage(disk))
     planned = plan(wish, found, offer.processors)
     if planned.binding.threads == 1 or disk.bus in offer.features.mapped_devices:
         return planned

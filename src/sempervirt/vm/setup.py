@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 from sempervirt.cluster.cluster import read_settings
 from sempervirt.core.errors import InvalidRequest, Unavailable
@@ -12,6 +15,7 @@ from sempervirt.disk.running import DiskFiles
 from sempervirt.disk.setup import DiskSetup
 from sempervirt.disk.volume import Volume, inspect, require_raw
 from sempervirt.host.sockets import check_socket_path
+from sempervirt.host.storage_call import DEADLINE_S, call_storage
 from sempervirt.qemu.command_line import disk_id
 from sempervirt.qemu.spec import DiskSpec, VmSpec
 from sempervirt.vm.claims import awaited_title, title_of
@@ -19,6 +23,9 @@ from sempervirt.vm.config import AgentConfig
 from sempervirt.vm.planning import plans_of_record
 from sempervirt.vm.record import VmRecord
 from sempervirt.vm.work import Arriving
+
+# While an agent looks at an image nobody supervises the backends of its VM.
+ADOPTION_DEADLINE_S = 1.0
 
 
 def prepare_directories(config: AgentConfig) -> None:
@@ -33,16 +40,29 @@ def prepare_directories(config: AgentConfig) -> None:
             ) from error
 
 
-def inspect_images(spec: VmSpec, *, used: bool) -> dict[str, Volume]:
-    """The images of a VM's disks, by the disk's name. Raises InvalidRequest.
+async def inspect_images(spec: VmSpec, *, used: bool) -> dict[str, Volume]:
+    """The images of a VM's disks, by the disk's name. Raises InvalidRequest, and Unavailable for an
+    image whose storage does not answer.
 
     `used`: the guest has run with these images, so they are raw whatever the guest wrote.
     """
-    volumes = {disk.name: inspect(disk.image, read_only=disk.read_only) for disk in spec.disks}
+    volumes = await asyncio.gather(*(_inspected(disk) for disk in spec.disks))
     for disk in spec.disks:
         if disk.format is None and not used:
-            require_raw(disk.image)
-    return volumes
+            await call_storage(disk.image, partial(require_raw, disk.image))
+    return {disk.name: volume for disk, volume in zip(spec.disks, volumes, strict=True)}
+
+
+async def block_devices(spec: VmSpec) -> set[Path]:
+    """Those images of a VM that are no files. Raises Unavailable."""
+    images = [disk.image for disk in spec.disks]
+    found = await asyncio.gather(*(call_storage(image, image.is_block_device) for image in images))
+    return {image for image, device in zip(images, found, strict=True) if device}
+
+
+async def _inspected(disk: DiskSpec, timeout_s: float = DEADLINE_S) -> Volume:
+    look = partial(inspect, disk.image, read_only=disk.read_only)
+    return await call_storage(disk.image, look, timeout_s)
 
 
 def disk_setup(
@@ -83,27 +103,33 @@ def disk_setup(
     )
 
 
-def adopted_setups(config: AgentConfig, record: VmRecord) -> list[DiskSetup]:
-    """The setups of the disks that an earlier agent served by backends."""
+async def adopted_setups(config: AgentConfig, record: VmRecord) -> list[DiskSetup]:
+    """The setups of the disks that an earlier agent served by backends.
+
+    An image whose storage does not answer must not keep the others from being served.
+    """
     spec = record.spec
     settings = read_settings(config) if isinstance(record.work, Arriving) else None
     plans = plans_of_record(spec, record.plans)
+    served = [disk for disk in spec.disks if disk.backend == "blkd"]
+    volumes = await asyncio.gather(*(_volume_left(disk) for disk in served))
     return [
         disk_setup(
             config,
             spec,
             disk,
             plans[disk_id(disk)],
-            _volume_left(disk),
-            awaited_title(settings.host, disk) if settings else title_of(record.claim, disk),
+            volume,
+            awaited_title(settings.host, disk)
+            if settings
+            else title_of(record.claim, disk, volume),
         )
-        for disk in spec.disks
-        if disk.backend == "blkd"
+        for disk, volume in zip(served, volumes, strict=True)
     ]
 
 
-def _volume_left(disk: DiskSpec) -> Volume | None:
+async def _volume_left(disk: DiskSpec) -> Volume | None:
     try:
-        return inspect(disk.image, read_only=disk.read_only)
-    except InvalidRequest:
+        return await _inspected(disk, ADOPTION_DEADLINE_S)
+    except (InvalidRequest, Unavailable):
         return None

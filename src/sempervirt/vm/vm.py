@@ -5,13 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
-from sempervirt.core.errors import NotFound, SempervirtError, StateConflict
+from sempervirt.core.errors import (
+    NotFound,
+    OutcomeUnknown,
+    SempervirtError,
+    StateConflict,
+    Unavailable,
+)
 from sempervirt.core.queue_map import DevicePlan
 from sempervirt.disk.driver import Disk
 from sempervirt.host import background, process
@@ -135,6 +141,11 @@ class Vm:
         return self.run, self.state.why
 
     @property
+    def ailments(self) -> str:
+        """Which disks are not served, and why; "" when all are."""
+        return "; ".join(disk.ailment for disk in self.disks.values() if disk.ailment)
+
+    @property
     def end(self) -> End | None:
         """How the VM ended, once it has."""
         return self.machine.state.end
@@ -187,19 +198,22 @@ class Vm:
     async def pause(self) -> None:
         """See `Machine.pause`. Raises StateConflict while work goes on."""
         self.ledger.require_idle()
-        await self.machine.pause()
+        with self.naming_disks():
+            await self.machine.pause()
 
     async def resume(self) -> None:
         """See `Machine.resume`. Raises StateConflict while work goes on."""
         self.ledger.require_idle()
-        await self.machine.resume()
+        with self.naming_disks():
+            await self.machine.resume()
 
     async def stop(self, grace_s: float = STOP_GRACE_S) -> None:
         """See `Machine.stop`; returns when the disks are free too. Raises StateConflict while work
         goes on.
         """
         self.ledger.require_idle()
-        await self.machine.stop(grace_s)
+        with self.naming_disks():
+            await self.machine.stop(grace_s)
         await self.wait_freed()
 
     async def kill(self, because: str = ON_REQUEST) -> None:
@@ -225,10 +239,31 @@ class Vm:
         if self._not_freed is not None:
             raise self._not_freed
 
+    @contextlib.contextmanager
+    def naming_disks(self) -> Iterator[None]:
+        """Adds to an error of the block which disks are not served, and why: QEMU, and what QEMU
+        answers, may wait for them; then the disk is to be mended, and the VM goes on by itself.
+        """
+        try:
+            yield
+        except (StateConflict, Unavailable, OutcomeUnknown) as error:
+            if not (ailments := self.ailments):
+                raise
+            kind = next(
+                k for k in (StateConflict, Unavailable, OutcomeUnknown) if isinstance(error, k)
+            )
+            ailing = next(disk.name for disk in self.disks.values() if disk.ailment)
+            raise kind(
+                f"{error.message}; {ailments}",
+                remedy=f"mend what that disk lies on, and the VM goes on by itself; look at it: "
+                f"semper disk show {ailing}",
+            ) from error
+
     def set_claim(self, claim: Claim) -> None:
         """From now on the images are written by this claim."""
         for disk in self.disks.values():
-            title = title_of(claim, self.spec.disk(disk.setup.short_name))
+            described = self.spec.disk(disk.setup.short_name)
+            title = title_of(claim, described, disk.setup.volume)
             if title is not None:
                 disk.set_title(title)
         self.ledger.set_claim(claim)

@@ -73,7 +73,7 @@ class DestinationGuest:
         await put_on_record(claim, vm.spec)
         marks.append(time.monotonic())
         for name, disk in vm.disks.items():
-            title = title_of(claim, vm.spec.disk(name))
+            title = title_of(claim, vm.spec.disk(name), disk.setup.volume)
             if title is not None:
                 await disk.claim(title)
         marks.append(time.monotonic())

@@ -250,6 +250,7 @@ class Destination:
     async def prepare(self) -> str:
         """Describes the VM as the guest sees it, and the images by their ids."""
         vm, claim = self._vm, self._claim
+        claimed = await _claimed_disks(vm.spec)
         answer = await self._peer.prepare(
             ArrivalRequest(
                 id=self._work.id,
@@ -260,7 +261,7 @@ class Destination:
                 accelerator=vm.record.accelerator.kind,
                 running=self._work.running,
                 postcopy=self._policy.postcopy,
-                images=dict(zip(_claimed_disks(vm.spec), claim.images, strict=True)),
+                images=dict(zip(claimed, claim.images, strict=True)),
             )
         )
         return answer.address
@@ -289,6 +290,6 @@ class Destination:
         return (await self._peer.recover()).address
 
 
-def _claimed_disks(spec: VmSpec) -> list[str]:
-    images = set(claimed_images(spec))
+async def _claimed_disks(spec: VmSpec) -> list[str]:
+    images = set(await claimed_images(spec))
     return [disk.name for disk in spec.disks if disk.image in images and not disk.read_only]

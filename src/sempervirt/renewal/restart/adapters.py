@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from sempervirt.core.errors import OutcomeUnknown, SempervirtError, Unavailable
 from sempervirt.disk.stand_in import StandIn
@@ -22,6 +23,7 @@ from sempervirt.qemu.state import Request
 from sempervirt.qemu.successor import Successor
 from sempervirt.qemu.tap import TapStandIn
 from sempervirt.renewal.guest import HeldGuest
+from sempervirt.vm.setup import block_devices
 from sempervirt.vm.vm import Vm
 
 log = logging.getLogger(__name__)
@@ -71,12 +73,14 @@ class LiveRestart(HeldGuest):
                 self._taps[index] = TapStandIn.open(nic.tap, vm.pid)
         memory_fd = memory.open_of(vm.pid)
         try:
-            self._successor = await self._start(self._argv(machine, memory_fd), memory_fd)
+            devices = await block_devices(vm.spec)
+            argv = self._argv(machine, memory_fd, devices)
+            self._successor = await self._start(argv, memory_fd)
         finally:
             os.close(memory_fd)
         return self._new.process.identity, machine
 
-    def _argv(self, machine: str, memory_fd: int) -> list[str]:
+    def _argv(self, machine: str, memory_fd: int, devices: set[Path]) -> list[str]:
         vm = self._vm
         return build(
             vm.spec,
@@ -89,7 +93,7 @@ class LiveRestart(HeldGuest):
                 for name, stand_in in zip(vm.disks, self._stand_ins, strict=True)
             },
             plans=vm.plans,
-            block_devices={d.image for d in vm.spec.disks if d.image.is_block_device()},
+            block_devices=devices,
             memory_fd=memory_fd,
             incoming=Incoming(machine),
             tap_files={index: tap.files for index, tap in self._taps.items()},

@@ -8,8 +8,9 @@ restored again as long as the disks are as it says.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from pydantic import ValidationError
 
 from sempervirt.core.errors import InvalidRequest, StateConflict
 from sempervirt.host import process
+from sempervirt.host.storage_call import call_storage
 from sempervirt.qemu.saved import Shown
 from sempervirt.qemu.spec import VmSpec
 from sempervirt.renewal.save.adapters import VERSION
@@ -102,13 +104,14 @@ async def copy_images(shown: Shown, directory: Path, name: str) -> dict[str, Pat
     Raises InvalidRequest when a copy is there already, CommandFailed; no copy is left then.
     """
     copies: dict[str, Path] = {}
-    with ExitStack() as undo:
+    async with AsyncExitStack() as undo:
         for disk, image in shown.images.items():
             copy = directory / f"{name}-{disk}.raw"
-            if copy.exists():
+            if await call_storage(copy, copy.exists):
                 raise InvalidRequest(f"{copy} exists", remedy="choose another name or directory")
             copies[disk] = copy
-            undo.callback(copy.unlink, missing_ok=True)
+            unlink = partial(copy.unlink, missing_ok=True)
+            undo.push_async_callback(call_storage, copy, unlink)
             argv = ["cp", "--reflink=auto", "--sparse=always", str(image), str(copy)]
             await process.run(argv, timeout_s=COPY_DEADLINE_S)
         undo.pop_all()
