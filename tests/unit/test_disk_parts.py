@@ -53,20 +53,20 @@ def test_a_raw_image(tmp_path: Path) -> None:
     ("magic", "name"),
     [(b"QFI\xfb", "qcow2"), (b"KDMV", "vmdk"), (b"vhdxfile", "vhdx"), (b"QED\0", "qed")],
 )
-def test_what_looks_like_another_format_is_refused_unless_it_is_said_to_be_raw(
+async def test_what_looks_like_another_format_is_refused_unless_it_is_said_to_be_raw(
     tmp_path: Path, magic: bytes, name: str
 ) -> None:
     image = make(tmp_path / f"a.{name}", magic)
     disk = {"name": "a", "image": str(image)}
     spec = VmSpec.model_validate({"name": "web", "disks": [disk]})
     with pytest.raises(InvalidRequest) as caught:
-        inspect_images(spec, used=False)
+        await inspect_images(spec, used=False)
     assert f"begins as one of the format {name} does" in caught.value.message
     assert 'set format = "raw"' in caught.value.remedy
     assert f"qemu-img convert -f {name} -O raw {image} {tmp_path}/a.raw" in caught.value.remedy
-    assert inspect_images(spec, used=True)["a"].size_bytes == 1 << 20
+    assert (await inspect_images(spec, used=True))["a"].size_bytes == 1 << 20
     said = VmSpec.model_validate({"name": "web", "disks": [{**disk, "format": "raw"}]})
-    assert inspect_images(said, used=False)["a"].size_bytes == 1 << 20
+    assert (await inspect_images(said, used=False))["a"].size_bytes == 1 << 20
 
 
 def test_the_remedy_for_another_format_destroys_nothing(tmp_path: Path) -> None:
