@@ -25,7 +25,7 @@ const F_VERSION_1: u64 = 1 << 32;
 /// Two descriptors of a chain are header and status; QEMU's own devices say the same.
 const SEG_MAX: u32 = 126;
 /// 1 GiB: what one request may discard or zero.
-const MAX_TRIM_SECTORS: u32 = (1 << 30) / SECTOR_SIZE as u32;
+pub(crate) const MAX_TRIM_SECTORS: u32 = (1 << 30) / SECTOR_SIZE as u32;
 
 /// Offset of the write-cache byte, the only one that a driver may write.
 pub(crate) const OFFSET_WCE: u32 = 32;
@@ -52,12 +52,10 @@ pub(crate) fn features(image: &Image) -> u64 {
 pub(crate) fn space(image: &Image, num_queues: u16, write_back: bool) -> [u8; SIZE] {
     let mut space = [0u8; SIZE];
     let mut put = |at: usize, bytes: &[u8]| space[at..at + bytes.len()].copy_from_slice(bytes);
-    let sectors_per_block = image.block_size() / SECTOR_SIZE as u32;
     put(0, &(image.capacity() / SECTOR_SIZE).to_le_bytes());
     put(12, &SEG_MAX.to_le_bytes());
     put(20, &image.block_size().to_le_bytes());
-    // Topology: physical block = 4 KiB where the logical one is smaller (page cache, most media).
-    let physical_exponent = (4096 / image.block_size()).checked_ilog2().unwrap_or(0);
+    let physical_exponent = (image.physical_block_size() / image.block_size()).ilog2();
     put(24, &[physical_exponent as u8, 0]);
     put(26, &1u16.to_le_bytes());
     put(OFFSET_WCE as usize, &[u8::from(write_back)]);
@@ -65,7 +63,7 @@ pub(crate) fn space(image: &Image, num_queues: u16, write_back: bool) -> [u8; SI
     if !image.read_only() {
         put(36, &MAX_TRIM_SECTORS.to_le_bytes());
         put(40, &1u32.to_le_bytes());
-        put(44, &sectors_per_block.max(8).to_le_bytes());
+        put(44, &(image.physical_block_size() / SECTOR_SIZE as u32).to_le_bytes());
         put(48, &MAX_TRIM_SECTORS.to_le_bytes());
         put(52, &1u32.to_le_bytes());
         put(56, &[1]);

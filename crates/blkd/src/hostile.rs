@@ -93,7 +93,7 @@ impl Target {
                 offset: slot.offset,
                 len: slot.len,
                 segments: slot.io.segments().iter().map(|s| s.iov_len as u64).sum(),
-                moves_data: matches!(slot.io.op, Op::Read | Op::Write { .. }),
+                moves_data: matches!(slot.io.asked(), Op::Read | Op::Write { .. }),
             },
             Parsed::Answer { status, .. } => Verdict::Answered(status),
             Parsed::Unanswerable => Verdict::Unanswerable,

@@ -72,6 +72,8 @@ pub(crate) struct Queue {
     replaying: bool,
     /// A request that is parsed and waits for one that overlaps it.
     held: Option<u16>,
+    /// That one belongs to another thread, which wakes nobody.
+    contends: bool,
     outstanding: usize,
     /// Wakes the driver while more requests are being worked at.
     eager: bool,
@@ -108,6 +110,7 @@ impl Queue {
             replay: setup.replay.into(),
             replaying,
             held: None,
+            contends: false,
             outstanding: 0,
             eager: false,
             broken: false,
@@ -164,6 +167,9 @@ impl Queue {
 
     /// Asks the driver for kicks before the thread sleeps; true if there is work already.
     pub(crate) fn prepare_sleep(&mut self) -> bool {
+        if self.contends {
+            return true;
+        }
         let takes = !self.broken && !self.replaying && self.stopping.is_none();
         if !takes || self.held.is_some() {
             return false;
@@ -190,6 +196,7 @@ impl Queue {
         self.eager = eager;
         let mut busy = false;
         if let Some(head) = self.held.take() {
+            self.contends = false;
             if !self.enter(head, engine, overlaps) {
                 return false;
             }
@@ -278,13 +285,23 @@ impl Queue {
     /// Submits the parsed request at `head` unless one in flight overlaps it.
     fn enter<E: Engine>(&mut self, head: u16, engine: &mut E, overlaps: &mut Overlaps) -> bool {
         let slot = &self.slots[usize::from(head)];
-        if E::CONCURRENT && !overlaps.try_enter(slot.io.op, slot.offset, slot.len) {
+        let (offset, len) = self.disk.image.whole_blocks(slot.offset, slot.len);
+        let op = slot.io.asked();
+        if E::CONCURRENT && !overlaps.try_enter(op, offset, len) {
             self.held = Some(head);
+            return false;
+        }
+        if !self.disk.image.try_enter(op, slot.offset, slot.len) {
+            if E::CONCURRENT {
+                overlaps.leave(op, offset, len);
+            }
+            (self.held, self.contends) = (Some(head), true);
+            std::thread::yield_now();
             return false;
         }
         let slot = &mut self.slots[usize::from(head)];
         if let Some(recorder) = &self.recorder {
-            let (access, range) = (block_map::access(slot.io.op), (slot.offset, slot.len));
+            let (access, range) = (block_map::access(slot.io.asked()), (slot.offset, slot.len));
             recorder.start(&mut slot.note, access, range, slot.io.guest_segments());
         }
         self.submit(head, engine, overlaps);
@@ -328,7 +345,7 @@ impl Queue {
         concurrent: bool,
     ) -> bool {
         let slot = &mut self.slots[usize::from(head)];
-        let logs = self.log.is_some() && slot.io.op == Op::Read;
+        let logs = self.log.is_some() && slot.io.asked() == Op::Read;
         if logs {
             // As they were when this part was submitted; afterwards they have moved on.
             self.writes.clear();
@@ -343,12 +360,14 @@ impl Queue {
             return true;
         }
         self.tracked.passed(Point::IoDone);
-        let (op, offset, len) = (slot.io.op, slot.offset, slot.len);
+        let (op, offset, len) = (slot.io.asked(), slot.offset, slot.len);
+        self.disk.image.leave(op, offset, len);
         if let Some(recorder) = &self.recorder {
             recorder.finish(&mut slot.note, outcome == Absorbed::Finished);
         }
         if concurrent {
-            overlaps.leave(op, offset, len);
+            let (start, whole) = self.disk.image.whole_blocks(offset, len);
+            overlaps.leave(op, start, whole);
         }
         if let Absorbed::Failed(errno) = outcome {
             self.host_error(op, offset, len, errno);

@@ -1,9 +1,11 @@
 //! One virtio-blk request: from a descriptor chain to an [`Io`] (VIRTIO 1.2, 5.2.6).
 
-use semper_block::{Image, Io, Op, SECTOR_SIZE};
+use semper_block::{Image, Io, Op, Prepared, SECTOR_SIZE};
 use semper_blockmap::Note;
 use semper_inflight::{Hook, TrackedQueue};
 use semper_ring::{ChainError, Segment};
+
+use crate::config::MAX_TRIM_SECTORS;
 
 /// Status byte: done.
 pub(crate) const STATUS_OK: u8 = 0;
@@ -47,7 +49,7 @@ pub(crate) struct Slot {
     pub io: Io,
     /// Where the status byte goes.
     pub status: *mut u8,
-    /// Where the request began; `io` moves on with it.
+    /// Where the request began; `io` moves on with it, and may do other things on the way.
     pub offset: u64,
     /// Its length in bytes.
     pub len: u64,
@@ -152,10 +154,12 @@ fn transfer(op: Op, sector: u64, slot: &mut Slot, rules: Rules<'_>) -> Parsed {
 fn trim(kind: u32, slot: &mut Slot, rules: Rules<'_>) -> Parsed {
     slot.io.iov.clear();
     let mut segment = [0u8; TRIM_SEGMENT_SIZE];
-    // One segment is what the configuration space allows.
-    if slot.readable.iter().map(|s| s.iov_len).sum::<usize>() != TRIM_SEGMENT_SIZE
-        || !take_front(&mut slot.readable, &mut segment)
-    {
+    let bytes = slot.readable.iter().map(|s| s.iov_len).sum::<usize>();
+    // One segment is what the configuration space allows; QEMU's own devices say the same to more.
+    if bytes > TRIM_SEGMENT_SIZE && bytes % TRIM_SEGMENT_SIZE == 0 {
+        return Parsed::Answer { status: STATUS_UNSUPPORTED, written: 0 };
+    }
+    if bytes != TRIM_SEGMENT_SIZE || !take_front(&mut slot.readable, &mut segment) {
         return Parsed::Answer { status: STATUS_IOERR, written: 0 };
     }
     let mut sector = [0u8; 8];
@@ -173,6 +177,9 @@ fn trim(kind: u32, slot: &mut Slot, rules: Rules<'_>) -> Parsed {
         }
         _ => Op::WriteZeroes { unmap: flags & FLAG_UNMAP != 0 },
     };
+    if count > MAX_TRIM_SECTORS {
+        return Parsed::Answer { status: STATUS_IOERR, written: 0 };
+    }
     begin(op, u64::from_le_bytes(sector), u64::from(count) * SECTOR_SIZE, slot, rules)
 }
 
@@ -192,10 +199,11 @@ fn begin(op: Op, sector: u64, len: u64, slot: &mut Slot, rules: Rules<'_>) -> Pa
     slot.io.op = op;
     slot.io.offset = offset;
     slot.io.len = len;
-    if !slot.io.align_for(rules.image) {
-        return Parsed::Answer { status: STATUS_IOERR, written: 0 };
+    match slot.io.prepare(rules.image, rules.write_through) {
+        Prepared::Ready => Parsed::Io,
+        Prepared::Nothing => Parsed::Answer { status: STATUS_OK, written: 0 },
+        Prepared::TooLarge => Parsed::Answer { status: STATUS_IOERR, written: 0 },
     }
-    Parsed::Io
 }
 
 /// Takes the last writable byte off the segments.

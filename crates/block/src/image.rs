@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::SECTOR_SIZE;
+use crate::io::Op;
+use crate::partial::PartialWrites;
 
 /// How to open an image.
 #[derive(Clone, Copy, Debug, Default)]
@@ -16,7 +18,8 @@ pub struct OpenOptions {
     pub read_only: bool,
     /// Go around the page cache (O_DIRECT).
     pub direct: bool,
-    /// Logical block size that the guest shall see, in bytes; by default what the image demands.
+    /// Logical block size that the guest shall see, in bytes; by default the one that the image was
+    /// partitioned with.
     pub block_size: Option<u32>,
 }
 
@@ -55,15 +58,30 @@ pub enum ImageError {
     /// The file system cannot do O_DIRECT.
     #[error("the file system of image {0} does not support direct I/O; serve it without --direct")]
     Direct(PathBuf),
-    /// The block size asked for does not suit the image.
-    #[error("block size {asked} does not suit image {path}, which wants {wants}; leave it out")]
+    /// No disk has such blocks.
+    #[error(
+        "block size {asked} is none that a disk can have; give a power of two from 512 to 65536, \
+         or leave it out"
+    )]
     BlockSize {
-        /// The image.
-        path: PathBuf,
         /// What was asked for.
         asked: u32,
-        /// What works.
-        wants: String,
+    },
+    /// The image does not end with a whole block.
+    #[error(
+        "image {path} has {size} bytes, which is no multiple of {block}, {}; make it larger \
+         (truncate --size={}), or {}",
+        .unit.why(), .size.next_multiple_of(u64::from(*.block)), .unit.way_out()
+    )]
+    Size {
+        /// The image.
+        path: PathBuf,
+        /// Its size in bytes.
+        size: u64,
+        /// The size of a block in bytes.
+        block: u32,
+        /// Whose blocks these are.
+        unit: Unit,
     },
     /// Anything else the system said.
     #[error("cannot open image {path}: {source}")]
@@ -73,6 +91,31 @@ pub enum ImageError {
         /// What the system said.
         source: io::Error,
     },
+}
+
+/// Whose blocks an image has to be made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unit {
+    /// The guest's.
+    Guest,
+    /// Those of the storage, for direct I/O.
+    Storage,
+}
+
+impl Unit {
+    fn why(self) -> &'static str {
+        match self {
+            Self::Guest => "the block size of its guest",
+            Self::Storage => "the blocks in which its storage does direct I/O",
+        }
+    }
+
+    fn way_out(self) -> &'static str {
+        match self {
+            Self::Guest => "give it blocks of 512 bytes",
+            Self::Storage => "serve it without --direct",
+        }
+    }
 }
 
 /// What has become of the name under which an image was opened.
@@ -98,6 +141,10 @@ pub struct Image {
     direct: bool,
     block_size: u32,
     memory_alignment: usize,
+    transfer_alignment: u32,
+    trim_alignment: u32,
+    /// Where blocks of the storage are written in part.
+    partial_writes: Option<PartialWrites>,
 }
 
 impl Image {
@@ -116,21 +163,21 @@ impl Image {
         if file_size == 0 {
             return Err(ImageError::Empty(path.to_owned()));
         }
-        let (memory_alignment, offset_alignment) = if options.direct {
+        let (memory_alignment, transfer_alignment) = if options.direct {
             direct_alignment(&file).ok_or_else(|| ImageError::Direct(path.to_owned()))?
         } else {
             (1, 1)
         };
-        let least = offset_alignment.max(SECTOR_SIZE as u32);
-        let block_size = options.block_size.unwrap_or(least);
-        if !block_size.is_power_of_two()
-            || !(least..=65536).contains(&block_size)
-            || !suits(block_size, file_size)
-        {
-            let wants = format!("a power of two from {least} to 65536 that divides its size");
-            return Err(ImageError::BlockSize { path: path.to_owned(), asked: block_size, wants });
-        }
-        Ok(Self {
+        // The kernel cuts files anywhere, and devices between their sectors only.
+        let trim_alignment = if metadata.is_file() { 1 } else { 1 << device_block_shift(&file) };
+        let block_size = match options.block_size {
+            Some(asked) if !asked.is_power_of_two() || !(512..=65536).contains(&asked) => {
+                return Err(ImageError::BlockSize { asked });
+            }
+            Some(asked) => asked,
+            None => partitioned_for(&file, file_size, transfer_alignment),
+        };
+        let image = Self {
             file,
             path: path.to_owned(),
             file_size: AtomicU64::new(file_size),
@@ -138,7 +185,28 @@ impl Image {
             direct: options.direct,
             block_size,
             memory_alignment,
-        })
+            transfer_alignment,
+            trim_alignment,
+            partial_writes: (transfer_alignment > SECTOR_SIZE as u32)
+                .then(|| PartialWrites::new(transfer_alignment)),
+        };
+        image.check_size(file_size)?;
+        Ok(image)
+    }
+
+    /// Whether an image of this size is of whole blocks. Sectors it need not fill: see
+    /// [`Image::capacity`].
+    fn check_size(&self, size: u64) -> Result<(), ImageError> {
+        let units = [(self.block_size, Unit::Guest), (self.transfer_alignment, Unit::Storage)];
+        let wrong = units
+            .into_iter()
+            .find(|(block, _)| *block > SECTOR_SIZE as u32 && size % u64::from(*block) != 0);
+        match wrong {
+            None => Ok(()),
+            Some((block, unit)) => {
+                Err(ImageError::Size { path: self.path.clone(), size, block, unit })
+            }
+        }
     }
 
     /// The image's file descriptor.
@@ -170,18 +238,15 @@ impl Image {
     /// have made the image larger or smaller. No request may be in flight.
     ///
     /// # Errors
-    /// [`ImageError::Empty`], [`ImageError::BlockSize`] or [`ImageError::Io`]; the size that was
-    /// known stays.
+    /// [`ImageError::Empty`], [`ImageError::Size`] or [`ImageError::Io`]; the size that was known
+    /// stays.
     pub fn refresh_size(&self) -> Result<(), ImageError> {
         let path = || self.path.clone();
         let size = size_of(&self.file).map_err(|source| ImageError::Io { path: path(), source })?;
         if size == 0 {
             return Err(ImageError::Empty(path()));
         }
-        if !suits(self.block_size, size) {
-            let wants = format!("one that divides its size, now {size}");
-            return Err(ImageError::BlockSize { path: path(), asked: self.block_size, wants });
-        }
+        self.check_size(size)?;
         self.file_size.store(size, Ordering::Relaxed);
         Ok(())
     }
@@ -209,6 +274,24 @@ impl Image {
         unsafe { libc::posix_fadvise(self.fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
     }
 
+    /// Enters a request, before its first submission, or says that it has to wait for another, of
+    /// any thread, that writes to the same blocks of the storage; then try again soon.
+    pub fn try_enter(&self, op: Op, offset: u64, len: u64) -> bool {
+        match &self.partial_writes {
+            Some(writes) if op.writes() => writes.try_enter(offset, len),
+            _ => true,
+        }
+    }
+
+    /// Takes out a request that was entered, at its end.
+    pub fn leave(&self, op: Op, offset: u64, len: u64) {
+        if let Some(writes) = &self.partial_writes
+            && op.writes()
+        {
+            writes.leave(offset, len);
+        }
+    }
+
     /// Whether it was opened for reading only.
     pub fn read_only(&self) -> bool {
         self.read_only
@@ -219,14 +302,37 @@ impl Image {
         self.direct
     }
 
-    /// Logical block size.
+    /// Logical block size that the guest sees. Smaller requests are served as well.
     pub fn block_size(&self) -> u32 {
         self.block_size
+    }
+
+    /// Bytes that are written at once, however few of them a request names: 4 KiB in the page cache
+    /// and on most media.
+    pub fn physical_block_size(&self) -> u32 {
+        self.transfer_alignment.max(self.trim_alignment).max(self.block_size).max(4096)
     }
 
     /// Alignment that buffers must have; 1 where any will do.
     pub fn memory_alignment(&self) -> usize {
         self.memory_alignment
+    }
+
+    /// Alignment that offset and length of a read or write must have; 1 where any will do.
+    pub fn transfer_alignment(&self) -> u32 {
+        self.transfer_alignment
+    }
+
+    /// Alignment that ranges must have which are discarded or zeroed; 1 where any will do.
+    pub fn trim_alignment(&self) -> u32 {
+        self.trim_alignment
+    }
+
+    /// The blocks of the storage that a request touches, as (offset, bytes).
+    pub fn whole_blocks(&self, offset: u64, len: u64) -> (u64, u64) {
+        let mask = u64::from(self.transfer_alignment) - 1;
+        let start = offset & !mask;
+        (start, ((offset + len + mask) & !mask) - start)
     }
 
     /// Whether the image is on tmpfs, where io_uring sends every request to a worker thread.
@@ -236,20 +342,6 @@ impl Image {
             let mut fs: libc::statfs = std::mem::zeroed();
             libc::fstatfs(self.fd(), &mut fs) == 0 && fs.f_type == libc::TMPFS_MAGIC
         }
-    }
-
-    /// Writes zeros, for file systems that cannot make them.
-    pub(crate) fn write_zeros(&self, mut offset: u64, mut len: u64) -> io::Result<()> {
-        #[repr(align(4096))]
-        struct Zeros([u8; 65536]);
-        static ZEROS: Zeros = Zeros([0; 65536]);
-        while len > 0 {
-            let now = len.min(ZEROS.0.len() as u64);
-            self.file.write_all_at(&ZEROS.0[..now as usize], offset)?;
-            offset += now;
-            len -= now;
-        }
-        Ok(())
     }
 }
 
@@ -279,12 +371,6 @@ fn open_file(path: &Path, options: OpenOptions) -> Result<File, ImageError> {
         Some(libc::EINVAL) if options.direct => ImageError::Direct(path),
         _ => ImageError::Io { path, source },
     })
-}
-
-/// Whether an image of this size is of whole blocks. (Sectors it need not fill: see
-/// [`Image::capacity`].)
-fn suits(block_size: u32, file_size: u64) -> bool {
-    block_size == SECTOR_SIZE as u32 || file_size % u64::from(block_size) == 0
 }
 
 fn size_of(file: &File) -> io::Result<u64> {
@@ -318,17 +404,34 @@ fn direct_alignment(file: &File) -> Option<(usize, u32)> {
         (status, stat)
     };
     if status != 0 || stat.stx_mask & STATX_DIOALIGN == 0 {
-        return Some((4096, 4096.min(1 << file_block_shift(file))));
+        return Some((4096, 4096.min(1 << device_block_shift(file))));
     }
     (stat.stx_dio_mem_align > 0)
         .then_some((stat.stx_dio_mem_align as usize, stat.stx_dio_offset_align))
 }
 
 /// log2 of the device's logical block size where there is one; 9 for files.
-fn file_block_shift(file: &File) -> u32 {
+fn device_block_shift(file: &File) -> u32 {
     const BLKSSZGET: libc::c_ulong = 0x1268;
     let mut size: libc::c_int = 512;
     // SAFETY: the ioctl writes one int; on a file it fails and leaves the value.
     unsafe { libc::ioctl(file.as_raw_fd(), BLKSSZGET, &mut size) };
     size.max(512).unsigned_abs().trailing_zeros()
+}
+
+/// The block size that an image was partitioned for: with blocks of 4096 bytes the table (GPT)
+/// stands in the second of these, and otherwise at byte 512. An image without one is for blocks of
+/// 512 bytes, as nearly all are, wherever it is served.
+fn partitioned_for(file: &File, size: u64, transfer_alignment: u32) -> u32 {
+    const LARGE: usize = 4096;
+    const SMALL: usize = SECTOR_SIZE as usize;
+    #[repr(align(4096))]
+    struct Head([u8; 65536]);
+    let mut head = Head([0; 65536]);
+    let wanted = (2 * LARGE).max(transfer_alignment as usize).min(head.0.len());
+    // What cannot be read is told to the guest when it reads that.
+    let read = file.read_at(&mut head.0[..wanted], 0).unwrap_or(0);
+    let table_at = |at: usize| head.0[..read].get(at..).is_some_and(|b| b.starts_with(b"EFI PART"));
+    let large = table_at(LARGE) && !table_at(SMALL) && size % LARGE as u64 == 0;
+    if large { LARGE as u32 } else { SECTOR_SIZE as u32 }
 }

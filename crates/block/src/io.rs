@@ -32,8 +32,44 @@ pub enum Op {
     },
 }
 
+impl Op {
+    /// Whether it changes what the disk holds.
+    pub(crate) fn writes(self) -> bool {
+        matches!(self, Self::Write { .. } | Self::Discard | Self::WriteZeroes { .. })
+    }
+}
+
+/// Whether a request can be submitted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Prepared {
+    /// It can.
+    Ready,
+    /// There is nothing to be done for it.
+    Nothing,
+    /// The buffers that it takes would be unreasonably large, with all others of this process.
+    TooLarge,
+}
+
+/// A system call of a request that takes several.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Step {
+    /// Reads a block of the storage, of which the request writes a part, to a place in the buffer.
+    Load { offset: u64, at: usize },
+    /// Puts what the request writes into the buffer, and writes that.
+    Store { stable: bool },
+    /// Writes zeros.
+    Zeros { offset: u64, len: u64 },
+    /// Discards, or has the file system or the device make zeros.
+    Trim { op: Op, offset: u64, len: u64 },
+    /// Makes durable what was done before.
+    Flush,
+}
+
 /// A request: operation, range, and segments of memory. Reused from request to request, so that
 /// a queue at work allocates nothing.
+///
+/// Most requests are one system call, which the public fields describe. Those that are several (see
+/// [`Io::prepare`]) are described by their present one: engines know nothing of the others.
 #[derive(Debug)]
 pub struct Io {
     /// What to do.
@@ -44,8 +80,14 @@ pub struct Io {
     pub len: u64,
     /// Segments left to do; their lengths add up to `len` for reads and writes.
     pub iov: Vec<libc::iovec>,
+    /// What the whole request asks for.
+    asked: Op,
+    /// It ends when what it did is on stable storage.
+    durable: bool,
     /// Segments before this one are finished.
     first: usize,
+    /// What comes after the present system call, the next one last.
+    steps: Vec<Step>,
     bounce: Option<Bounce>,
 }
 
@@ -65,8 +107,31 @@ pub enum Absorbed {
 
 impl Default for Io {
     fn default() -> Self {
-        Self { op: Op::Flush, offset: 0, len: 0, iov: Vec::new(), first: 0, bounce: None }
+        Self {
+            op: Op::Flush,
+            offset: 0,
+            len: 0,
+            iov: Vec::new(),
+            asked: Op::Flush,
+            durable: true,
+            first: 0,
+            steps: Vec::new(),
+            bounce: None,
+        }
     }
+}
+
+/// Where zeros to be written are taken from.
+#[repr(align(4096))]
+struct Zeros([u8; ZEROS_LEN]);
+const ZEROS_LEN: usize = 65536;
+static ZEROS: Zeros = Zeros([0; ZEROS_LEN]);
+/// Zeros of one system call: as many segments as the kernel takes.
+const MOST_ZEROS: u64 = (ZEROS_LEN * 1024) as u64;
+
+fn zeros(len: u64) -> libc::iovec {
+    // The kernel only reads it: it is the memory of a write.
+    libc::iovec { iov_base: ZEROS.0.as_ptr().cast_mut().cast(), iov_len: len as usize }
 }
 
 impl Io {
@@ -76,8 +141,32 @@ impl Io {
         self.offset = 0;
         self.len = 0;
         self.iov.clear();
+        self.asked = op;
+        self.durable = matches!(op, Op::Flush | Op::Write { stable: true });
         self.first = 0;
+        self.steps.clear();
         self.bounce = None;
+    }
+
+    /// What the whole request asks for.
+    pub fn asked(&self) -> Op {
+        self.asked
+    }
+
+    /// Whether it ends only when what it did is on stable storage.
+    pub fn is_durable(&self) -> bool {
+        self.durable
+    }
+
+    /// After a failure: whether the kernel may have told with it of data that it had taken before
+    /// and could not write. It tells that once.
+    pub fn tells_of_loss(&self, errno: i32) -> bool {
+        match self.op {
+            Op::Flush => true,
+            // A full file system has refused this write, and lost none.
+            Op::Write { stable: true } => errno == libc::EIO,
+            Op::Read | Op::Write { .. } | Op::Discard | Op::WriteZeroes { .. } => false,
+        }
     }
 
     /// The segments that are left.
@@ -87,34 +176,113 @@ impl Io {
 
     /// The guest's own segments, whatever stands in for them. Only before the first submission.
     pub fn guest_segments(&self) -> &[libc::iovec] {
-        self.bounce.as_ref().map_or(&self.iov, |bounce| &bounce.guest)
+        match self.asked {
+            // Those that there are may be zeros of our own.
+            Op::Discard | Op::WriteZeroes { .. } => &[],
+            Op::Read | Op::Write { .. } | Op::Flush => {
+                self.bounce.as_ref().map_or(&self.iov, |bounce| &bounce.guest)
+            }
+        }
     }
 
-    /// Goes through a buffer of our own where the image wants aligned memory and the guest's is
-    /// not. Call once, before the first submission. False if all such buffers of this process
-    /// together would be unreasonably large.
-    #[must_use]
-    pub fn align_for(&mut self, image: &Image) -> bool {
+    /// Finds out what it takes to do the request, whose fields are set, on this image. Call once,
+    /// before the first submission.
+    ///
+    /// * Memory that direct I/O does not take is stood in for by a buffer.
+    /// * Of blocks that a write touches in part, and direct I/O writes as a whole, the rest is read
+    ///   before. [`Image::try_enter`] keeps other writes of these blocks away.
+    /// * A discard leaves out the parts of blocks at its ends, write zeroes writes them.
+    /// * `stable`: a discard, or write zeroes, ends when it would survive a power cut.
+    pub fn prepare(&mut self, image: &Image, stable: bool) -> Prepared {
+        self.asked = self.op;
+        self.durable = match self.op {
+            Op::Flush => true,
+            Op::Read => false,
+            Op::Write { stable } => stable,
+            Op::Discard | Op::WriteZeroes { .. } => stable,
+        };
+        match self.op {
+            Op::Read | Op::Write { .. } => match self.align_for(image) {
+                true => Prepared::Ready,
+                false => Prepared::TooLarge,
+            },
+            Op::Discard | Op::WriteZeroes { .. } => self.clip(image),
+            Op::Flush => Prepared::Ready,
+        }
+    }
+
+    fn align_for(&mut self, image: &Image) -> bool {
         let mask = image.memory_alignment() - 1;
-        let moves = matches!(self.op, Op::Read | Op::Write { .. });
-        if mask == 0 || !moves {
+        let parts = (self.offset | self.len) & (u64::from(image.transfer_alignment()) - 1) != 0;
+        if mask == 0 && !parts {
             return true;
         }
         let bits = self.iov.iter().fold(0, |bits, s| bits | s.iov_base.addr() | s.iov_len);
-        if bits & mask == 0 {
+        if bits & mask == 0 && !parts {
             return true;
         }
-        let reserve = |used: u64| used.checked_add(self.len).filter(|sum| *sum <= BOUNCE_BUDGET);
-        if BOUNCED.fetch_update(Ordering::Relaxed, Ordering::Relaxed, reserve).is_err() {
+        let guest = std::mem::take(&mut self.iov);
+        let Some(mut bounce) = Bounce::new(image, (self.offset, self.len), guest) else {
             return false;
-        }
-        let mut bounce = Bounce::new(self.len as usize, std::mem::take(&mut self.iov));
-        if matches!(self.op, Op::Write { .. }) {
-            bounce.gather();
+        };
+        match self.op {
+            Op::Write { stable } if parts => {
+                self.change(image, bounce, stable);
+                return true;
+            }
+            Op::Write { .. } => bounce.gather(),
+            _ => (self.offset, self.len) = (bounce.offset, bounce.len() as u64),
         }
         self.iov.push(bounce.iovec());
         self.bounce = Some(bounce);
         true
+    }
+
+    /// Begins a write of parts of blocks: those are read, and written as a whole.
+    fn change(&mut self, image: &Image, bounce: Bounce, stable: bool) {
+        let block = image.transfer_alignment() as usize;
+        let (start, whole) = (bounce.offset, bounce.len());
+        let last = start + (whole - block) as u64;
+        let end = (self.offset + self.len) % block as u64;
+        self.bounce = Some(bounce);
+        self.steps.push(Step::Store { stable });
+        if end != 0 && whole > block {
+            self.steps.push(Step::Load { offset: last, at: whole - block });
+        }
+        if self.offset != start || (end != 0 && whole == block) {
+            self.steps.push(Step::Load { offset: start, at: 0 });
+        }
+        // There is one, and it cannot fail: the buffer is there.
+        let _ = self.go_on(image);
+    }
+
+    /// Cuts a discard or write zeroes to what the image takes.
+    fn clip(&mut self, image: &Image) -> Prepared {
+        let unit = u64::from(image.trim_alignment());
+        let (start, end) = (self.offset, self.offset + self.len);
+        let (first, last) = (start.next_multiple_of(unit), end - end % unit);
+        let whole = first < last;
+        if self.op == Op::Discard && !whole {
+            return Prepared::Nothing;
+        }
+        if self.durable {
+            self.steps.push(Step::Flush);
+        }
+        if whole {
+            if self.op != Op::Discard && last < end {
+                self.steps.push(Step::Zeros { offset: last, len: end - last });
+            }
+            self.steps.push(Step::Trim { op: self.op, offset: first, len: last - first });
+            if self.op != Op::Discard && start < first {
+                self.steps.push(Step::Zeros { offset: start, len: first - start });
+            }
+        } else {
+            self.steps.push(Step::Zeros { offset: start, len: end - start });
+        }
+        match self.go_on(image) {
+            Absorbed::Failed(_) => Prepared::TooLarge,
+            Absorbed::Finished | Absorbed::More => Prepared::Ready,
+        }
     }
 
     /// Takes a system call's result into account.
@@ -123,19 +291,19 @@ impl Io {
             return self.absorb_error(-result, image);
         }
         if !matches!(self.op, Op::Read | Op::Write { .. }) {
-            return Absorbed::Finished;
+            return self.go_on(image);
         }
         let moved = u64::from(result.unsigned_abs()).min(self.len);
         self.advance(moved);
         if self.len == 0 {
-            return self.finish();
+            return self.go_on(image);
         }
         // The end of the file. A file whose size is no multiple of the sector ends inside its
         // last sector, and the rest reads as zeros. (Nothing to ask for: direct I/O would not
         // start there.)
         if self.op == Op::Read && self.offset >= image.file_size() {
             self.zero_rest();
-            return self.finish();
+            return self.go_on(image);
         }
         // Nothing moved: the image was truncated under us.
         if moved > 0 { Absorbed::More } else { self.fail(libc::EIO) }
@@ -145,14 +313,16 @@ impl Io {
         match (errno, self.op) {
             (libc::EINTR | libc::EAGAIN, _) => Absorbed::More,
             // A discard is advice; a file system without holes keeps the data.
-            (libc::EOPNOTSUPP, Op::Discard) => Absorbed::Finished,
+            (libc::EOPNOTSUPP, Op::Discard) => self.go_on(image),
             // fsync of something without a cache.
-            (libc::EINVAL | libc::ENOTSUP, Op::Flush) => Absorbed::Finished,
-            (libc::EOPNOTSUPP, Op::WriteZeroes { .. }) => {
-                match image.write_zeros(self.offset, self.len) {
-                    Ok(()) => Absorbed::Finished,
-                    Err(error) => Absorbed::Failed(error.raw_os_error().unwrap_or(libc::EIO)),
-                }
+            (libc::EINVAL | libc::ENOTSUP, Op::Flush) => self.go_on(image),
+            // What gives no space back may make zeros, or else take them.
+            (libc::EOPNOTSUPP, Op::WriteZeroes { unmap: true }) => {
+                self.op = Op::WriteZeroes { unmap: false };
+                Absorbed::More
+            }
+            (libc::EOPNOTSUPP, Op::WriteZeroes { unmap: false }) => {
+                self.start(Step::Zeros { offset: self.offset, len: self.len }, image)
             }
             _ => self.fail(errno),
         }
@@ -160,16 +330,77 @@ impl Io {
 
     fn fail(&mut self, errno: i32) -> Absorbed {
         self.bounce = None;
+        self.steps.clear();
         Absorbed::Failed(errno)
     }
 
-    fn finish(&mut self) -> Absorbed {
+    /// A system call is done: the next one, or the end.
+    fn go_on(&mut self, image: &Image) -> Absorbed {
+        if let Some(step) = self.steps.pop() {
+            return self.start(step, image);
+        }
         if let Some(bounce) = self.bounce.take()
-            && self.op == Op::Read
+            && self.asked == Op::Read
         {
             bounce.scatter();
         }
         Absorbed::Finished
+    }
+
+    fn start(&mut self, step: Step, image: &Image) -> Absorbed {
+        self.iov.clear();
+        self.first = 0;
+        match (step, &mut self.bounce) {
+            (Step::Load { offset, at }, Some(bounce)) => {
+                let block = u64::from(image.transfer_alignment());
+                (self.op, self.offset, self.len) = (Op::Read, offset, block);
+                self.iov.push(bounce.part(at, block as usize));
+            }
+            (Step::Store { stable }, Some(bounce)) => {
+                bounce.gather();
+                self.op = Op::Write { stable };
+                (self.offset, self.len) = (bounce.offset, bounce.len() as u64);
+                self.iov.push(bounce.iovec());
+            }
+            // Both follow the making of their buffer.
+            (Step::Load { .. } | Step::Store { .. }, None) => return self.fail(libc::EIO),
+            (Step::Zeros { offset, len }, _) => return self.write_zeros(offset, len, image),
+            (Step::Trim { op, offset, len }, _) => {
+                (self.op, self.offset, self.len) = (op, offset, len);
+            }
+            (Step::Flush, _) => (self.op, self.offset, self.len) = (Op::Flush, 0, 0),
+        }
+        Absorbed::More
+    }
+
+    /// Writes as many zeros as one system call does, and leaves the rest to the next step.
+    fn write_zeros(&mut self, offset: u64, len: u64, image: &Image) -> Absorbed {
+        let block = u64::from(image.transfer_alignment());
+        let whole = if offset % block == 0 { len - len % block } else { 0 };
+        let now = match whole {
+            // The part of a block.
+            0 => len.min(block - offset % block),
+            _ => whole.min(MOST_ZEROS),
+        };
+        if now < len {
+            self.steps.push(Step::Zeros { offset: offset + now, len: len - now });
+        }
+        (self.op, self.offset, self.len) = (Op::Write { stable: false }, offset, now);
+        if whole == 0 {
+            self.bounce = None;
+            let Some(bounce) = Bounce::new(image, (offset, now), vec![zeros(now)]) else {
+                return self.fail(libc::ENOMEM);
+            };
+            self.change(image, bounce, false);
+            return Absorbed::More;
+        }
+        let mut left = now;
+        while left > 0 {
+            let piece = left.min(ZEROS_LEN as u64);
+            self.iov.push(zeros(piece));
+            left -= piece;
+        }
+        Absorbed::More
     }
 
     fn advance(&mut self, moved: u64) {
@@ -197,37 +428,57 @@ impl Io {
     }
 }
 
-/// Page-aligned stand-in for a guest's unaligned buffer.
+/// Page-aligned stand-in for a guest's buffer, of whole blocks of the storage.
 #[derive(Debug)]
 struct Bounce {
     memory: *mut u8,
     layout: std::alloc::Layout,
-    reserved: u64,
     guest: Vec<libc::iovec>,
+    /// Where on the disk it begins.
+    offset: u64,
+    /// Bytes of it before the guest's first.
+    lead: usize,
 }
 
 impl Bounce {
-    /// The caller has taken `len` out of the budget.
-    fn new(len: usize, guest: Vec<libc::iovec>) -> Self {
+    /// For the blocks of a range of the disk. `None` if all such buffers of this process together
+    /// would be unreasonably large.
+    fn new(image: &Image, range: (u64, u64), guest: Vec<libc::iovec>) -> Option<Self> {
         // Lengths are bounded by the request (the caller checked them against the disk).
-        let layout = std::alloc::Layout::from_size_align(len.max(1), 4096)
-            .unwrap_or(std::alloc::Layout::new::<[u8; 4096]>());
+        let (offset, len) = image.whole_blocks(range.0, range.1);
+        let layout = std::alloc::Layout::from_size_align(usize::try_from(len).ok()?, 4096).ok()?;
+        let reserve = |used: u64| used.checked_add(len).filter(|sum| *sum <= BOUNCE_BUDGET);
+        if len == 0 || BOUNCED.fetch_update(Ordering::Relaxed, Ordering::Relaxed, reserve).is_err()
+        {
+            return None;
+        }
         // SAFETY: the layout is not empty.
         let memory = unsafe { std::alloc::alloc_zeroed(layout) };
         if memory.is_null() {
             std::alloc::handle_alloc_error(layout);
         }
-        Self { memory, layout, reserved: len as u64, guest }
+        Some(Self { memory, layout, guest, offset, lead: (range.0 - offset) as usize })
+    }
+
+    fn len(&self) -> usize {
+        self.layout.size()
     }
 
     fn iovec(&self) -> libc::iovec {
-        libc::iovec { iov_base: self.memory.cast(), iov_len: self.layout.size() }
+        self.part(0, self.len())
+    }
+
+    fn part(&self, at: usize, len: usize) -> libc::iovec {
+        let at = at.min(self.len());
+        // SAFETY: at most one past the end.
+        let iov_base = unsafe { self.memory.add(at).cast() };
+        libc::iovec { iov_base, iov_len: len.min(self.len() - at) }
     }
 
     fn gather(&mut self) {
-        let mut at = 0;
+        let mut at = self.lead;
         for s in &self.guest {
-            let len = s.iov_len.min(self.layout.size() - at);
+            let len = s.iov_len.min(self.len() - at);
             // SAFETY: the segment is guest memory of iov_len bytes; `at + len` is within ours.
             unsafe {
                 std::ptr::copy_nonoverlapping(s.iov_base.cast::<u8>(), self.memory.add(at), len);
@@ -237,9 +488,9 @@ impl Bounce {
     }
 
     fn scatter(&self) {
-        let mut at = 0;
+        let mut at = self.lead;
         for s in &self.guest {
-            let len = s.iov_len.min(self.layout.size() - at);
+            let len = s.iov_len.min(self.len() - at);
             // SAFETY: as in `gather`, the other way.
             unsafe {
                 std::ptr::copy_nonoverlapping(self.memory.add(at), s.iov_base.cast::<u8>(), len);
@@ -253,6 +504,6 @@ impl Drop for Bounce {
     fn drop(&mut self) {
         // SAFETY: allocated with this layout in `new`.
         unsafe { std::alloc::dealloc(self.memory, self.layout) };
-        BOUNCED.fetch_sub(self.reserved, Ordering::Relaxed);
+        BOUNCED.fetch_sub(self.len() as u64, Ordering::Relaxed);
     }
 }

@@ -16,14 +16,15 @@ mod lock;
 mod mapped;
 mod nowait;
 mod null;
+mod partial;
 mod sleeper;
 mod sync;
 mod uring;
 
 pub use engine::{Engine, Submission};
 pub use fault::{FaultEngine, FaultRule, FaultSwitch};
-pub use image::{Image, ImageError, Name, OpenOptions};
-pub use io::{Absorbed, Io, Op};
+pub use image::{Image, ImageError, Name, OpenOptions, Unit};
+pub use io::{Absorbed, Io, Op, Prepared};
 pub use lock::{Holder, LockError};
 #[cfg(target_arch = "x86_64")]
 pub use mapped::{MappedEngine, Mapping};

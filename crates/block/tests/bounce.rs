@@ -2,7 +2,9 @@
 
 use std::fs::File;
 
-use semper_block::{Absorbed, Engine, Image, Io, Op, OpenOptions, Submission, SyncEngine};
+use semper_block::{
+    Absorbed, Engine, Image, Io, Op, OpenOptions, Prepared, Submission, SyncEngine,
+};
 
 /// An image that is opened around the page cache, or none where the file system cannot.
 fn direct_image(len: u64) -> Option<(tempfile::TempDir, Image)> {
@@ -32,7 +34,7 @@ fn request(op: Op, offset: u64, segments: Vec<libc::iovec>) -> Io {
 }
 
 fn carry_out(engine: &mut SyncEngine, image: &Image, mut io: Io) {
-    assert!(io.align_for(image));
+    assert_eq!(io.prepare(image, false), Prepared::Ready);
     loop {
         // SAFETY: the segments' memory outlives this call, which is synchronous.
         let Submission::Done(result) = (unsafe { engine.submit(0, &io) }) else { panic!("queued") };
@@ -78,10 +80,11 @@ fn a_guest_cannot_make_the_host_allocate_without_end() {
     let Some((_dir, image)) = direct_image(1 << 30) else { return };
     let mut bytes = vec![0; (64 << 10) + 1];
     let unaligned = segment(&mut bytes[1..]);
+    let one_more = |image: &Image| request(Op::Read, 0, vec![unaligned; 128]).prepare(image, false);
     let mut requests = Vec::new();
     loop {
         let mut io = request(Op::Read, 0, vec![unaligned; 128]);
-        if !io.align_for(&image) {
+        if io.prepare(&image, false) != Prepared::Ready {
             break;
         }
         requests.push(io);
@@ -90,14 +93,14 @@ fn a_guest_cannot_make_the_host_allocate_without_end() {
     assert!(requests.len() >= 16, "a few large unaligned requests must work");
     // What one gives back, another can have.
     requests.pop();
-    assert!(request(Op::Read, 0, vec![unaligned; 128]).align_for(&image));
+    assert_eq!(one_more(&image), Prepared::Ready);
     requests.clear();
     // Nor does one that failed keep anything, while it waits to be used again.
     for _ in 0..64 {
         let mut io = request(Op::Write { stable: false }, 0, vec![unaligned; 128]);
-        assert!(io.align_for(&image));
+        assert_eq!(io.prepare(&image, false), Prepared::Ready);
         assert_eq!(io.absorb(-libc::EIO, &image), Absorbed::Failed(libc::EIO));
         requests.push(io);
     }
-    assert!(request(Op::Read, 0, vec![unaligned; 128]).align_for(&image));
+    assert_eq!(one_more(&image), Prepared::Ready);
 }

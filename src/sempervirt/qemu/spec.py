@@ -104,7 +104,9 @@ class DiskSpec(_Table):
     engine: Engine = Field(default="auto", description="auto: as a preset says, or built in")
     direct: bool = Field(default=False, description="go around the host's page cache")
     block_size: Literal[512, 4096] | None = Field(
-        default=None, description="logical block size that the guest sees"
+        default=None,
+        description="logical block size that the guest sees; by default the one that the image was "
+        "partitioned with, or else 512, whatever blocks its storage has",
     )
     serial: str = Field(default="", max_length=20, pattern=r"^[\x21-\x7e]*$")
 

@@ -36,8 +36,10 @@ pub const T_IN: u32 = 0;
 pub const T_OUT: u32 = 1;
 pub const T_FLUSH: u32 = 4;
 pub const T_GET_ID: u32 = 8;
+pub const T_GET_LIFETIME: u32 = 10;
 pub const T_DISCARD: u32 = 11;
 pub const T_WRITE_ZEROES: u32 = 13;
+pub const T_SECURE_ERASE: u32 = 14;
 
 pub const F_BLK_RO: u64 = 1 << 5;
 pub const F_EVENT_IDX: u64 = 1 << 29;

@@ -5,6 +5,7 @@
 
 mod backend;
 mod block_map;
+mod blocks;
 mod claims;
 #[cfg(feature = "crash-points")]
 mod crash_points;

@@ -52,7 +52,11 @@ fn an_image_that_cannot_be_used_is_refused() {
     refused(&[&socket, &blk_file(dir.path())], 4, &["neither a regular file nor a block device"]);
     refused(&[&socket, &blk_file("/dev/null".as_ref())], 4, &["neither a regular file"]);
     File::create(path("odd")).unwrap().set_len(4096 + 512).unwrap();
-    refused(&[&socket, &blk_file(&path("odd")), "--block-size=4096"], 4, &["block size 4096"]);
+    refused(
+        &[&socket, &blk_file(&path("odd")), "--block-size=4096"],
+        4,
+        &["has 4608 bytes", "4096"],
+    );
     refused(&[&socket, &blk_file(&path("odd")), "--block-size=513"], 4, &["block size 513"]);
 }
 

@@ -3,7 +3,9 @@
 use std::os::unix::fs::FileExt;
 
 use crate::backend::{Backend, ENGINES, Site};
-use crate::machine::{Ask, F_EVENT_IDX, Machine, T_DISCARD, T_OUT, T_WRITE_ZEROES};
+use crate::machine::{
+    Ask, F_EVENT_IDX, Machine, T_DISCARD, T_GET_LIFETIME, T_OUT, T_SECURE_ERASE, T_WRITE_ZEROES,
+};
 
 const OK: u8 = 0;
 const IOERR: u8 = 1;
@@ -83,52 +85,102 @@ fn all_kinds_of_requests_with_uring_and_direct_io() {
     all_kinds(&["--engine=uring", "--serial=disk-7", "--direct"]);
 }
 
-#[test]
-fn requests_out_of_range_or_unknown_fail_and_change_nothing() {
-    let (site, backend, mut machine) = started(64 << 10, &[]);
-    let last = 127;
-    let cases = [
-        (Ask::write(last, [1; 512]), OK),
-        (Ask::write(last, [1; 1024]), IOERR),
-        (Ask::write(last + 1, [1; 512]), IOERR),
-        (Ask::read(last, 1024), IOERR),
-        (Ask::read(u64::MAX, 512), IOERR),
-        (Ask::read(u64::MAX / 512, 512), IOERR),
-        (Ask::read(1 << 55, 512), IOERR),
-        (Ask::read(0, 100), IOERR),
-        (Ask::write(0, [1; 513]), IOERR),
-        (Ask::trim(T_DISCARD, last, 2, 0), IOERR),
-        (Ask::trim(T_DISCARD, 0, u32::MAX, 0), IOERR),
-        (Ask::trim(T_DISCARD, u64::MAX, 1, 0), IOERR),
-        (Ask::trim(T_DISCARD, 0, 1, 1), UNSUPPORTED),
-        (Ask::trim(T_WRITE_ZEROES, 0, 1, 2), UNSUPPORTED),
-        (Ask { out: vec![0; 32], ..Ask::trim(T_DISCARD, 0, 1, 0) }, IOERR),
-        (Ask { out: vec![0; 8], ..Ask::trim(T_WRITE_ZEROES, 0, 1, 0) }, IOERR),
-        (Ask { kind: 77, ..Ask::write(0, [1; 512]) }, UNSUPPORTED),
-        (Ask { kind: T_OUT, ..Ask::flush() }, OK),
-        (Ask::trim(T_DISCARD, 0, 0, 0), OK),
+/// One path on which a request is refused: what is asked, the status, and why that one.
+struct Refusal(Ask, u8, &'static str);
+
+fn refusals() -> Vec<Refusal> {
+    const LAST: u64 = 127;
+    let several = |kind| {
+        let mut out = Ask::trim(kind, 0, 1, 0).out;
+        out.extend(Ask::trim(kind, 8, 1, 0).out);
+        Ask { out, ..Ask::trim(kind, 0, 1, 0) }
+    };
+    let cut = |kind, bytes| Ask { out: vec![0; bytes], ..Ask::trim(kind, 0, 1, 0) };
+    let range = "a range that is not on the disk, or not of sectors, is an I/O error";
+    let segments = "QEMU's own devices say so to more segments than the configuration space allows";
+    let form = "what is no segment cannot be carried out";
+    let flags = "VIRTIO 1.2, 5.2.6.2: an unknown flag, and unmap for a discard, are not supported";
+    let large = "more sectors than the configuration space allows are an I/O error, as in QEMU";
+    let unknown = "VIRTIO 1.2, 5.2.6: a type that the device does not know";
+    vec![
+        Refusal(Ask::write(LAST, [1; 1024]), IOERR, range),
+        Refusal(Ask::write(LAST + 1, [1; 512]), IOERR, range),
+        Refusal(Ask::read(LAST, 1024), IOERR, range),
+        Refusal(Ask::read(u64::MAX, 512), IOERR, range),
+        Refusal(Ask::read(u64::MAX / 512, 512), IOERR, range),
+        Refusal(Ask::read(1 << 55, 512), IOERR, range),
+        Refusal(Ask::read(0, 100), IOERR, range),
+        Refusal(Ask::write(0, [1; 513]), IOERR, range),
+        Refusal(Ask::trim(T_DISCARD, LAST, 2, 0), IOERR, range),
+        Refusal(Ask::trim(T_WRITE_ZEROES, LAST, 2, 0), IOERR, range),
+        Refusal(Ask::trim(T_DISCARD, u64::MAX, 1, 0), IOERR, range),
+        Refusal(Ask::trim(T_DISCARD, 0, u32::MAX, 0), IOERR, large),
+        Refusal(Ask::trim(T_WRITE_ZEROES, 0, (2 << 20) + 1, 0), IOERR, large),
+        Refusal(Ask::trim(T_DISCARD, 0, 1, 1), UNSUPPORTED, flags),
+        Refusal(Ask::trim(T_DISCARD, 0, 1, 2), UNSUPPORTED, flags),
+        Refusal(Ask::trim(T_WRITE_ZEROES, 0, 1, 2), UNSUPPORTED, flags),
+        Refusal(several(T_DISCARD), UNSUPPORTED, segments),
+        Refusal(several(T_WRITE_ZEROES), UNSUPPORTED, segments),
+        Refusal(cut(T_DISCARD, 4096), UNSUPPORTED, segments),
+        Refusal(cut(T_DISCARD, 0), IOERR, form),
+        Refusal(cut(T_WRITE_ZEROES, 8), IOERR, form),
+        Refusal(cut(T_WRITE_ZEROES, 24), IOERR, form),
+        Refusal(Ask { kind: 77, ..Ask::write(0, [1; 512]) }, UNSUPPORTED, unknown),
+        Refusal(Ask { kind: T_SECURE_ERASE, ..cut(T_DISCARD, 16) }, UNSUPPORTED, unknown),
+        Refusal(Ask { kind: T_GET_LIFETIME, ..Ask::read(0, 512) }, UNSUPPORTED, unknown),
+    ]
+}
+
+/// What is refused to a read-only disk alone; the rest of the table holds for it as well.
+fn read_only_refusals() -> Vec<Refusal> {
+    let why = "VIRTIO 1.2, 5.2.6.2: a write to a read-only disk is an I/O error";
+    let writes = [
+        Ask::write(0, [1; 512]),
+        Ask::write(0, []),
+        Ask::trim(T_DISCARD, 0, 8, 0),
+        Ask::trim(T_WRITE_ZEROES, 0, 8, 0),
     ];
-    for (ask, status) in cases {
-        let answer = machine.ask(&backend, &ask);
-        assert_eq!(answer.status, status, "{ask:?}");
-        assert!(answer.data.iter().all(|&byte| byte == 0xee), "{ask:?} wrote something");
+    writes.map(|ask| Refusal(ask, IOERR, why)).into()
+}
+
+fn is_refused(machine: &mut Machine, backend: &Backend, Refusal(ask, status, why): &Refusal) {
+    let answer = machine.ask(backend, ask);
+    assert_eq!((answer.status, answer.written), (*status, 1), "{ask:?}: {why}");
+    assert!(answer.data.iter().all(|&byte| byte == 0xee), "{ask:?} wrote something");
+}
+
+#[test]
+fn what_is_refused_is_refused_with_its_status_and_changes_nothing() {
+    for engine in ENGINES {
+        let (site, backend, mut machine) = started(64 << 10, &[engine]);
+        assert_eq!(machine.ask(&backend, &Ask::write(127, [1; 512])).status, OK);
+        refusals().iter().for_each(|refusal| is_refused(&mut machine, &backend, refusal));
+        let errors = &backend.status()["queues"][0]["errors"];
+        assert_eq!(*errors, serde_json::json!(refusals().len()), "each is counted");
+        // Next to these, what asks for nothing is no error.
+        for ask in [Ask { kind: T_OUT, ..Ask::flush() }, Ask::trim(T_DISCARD, 0, 0, 0)] {
+            assert_eq!(machine.ask(&backend, &ask).status, OK, "{ask:?}");
+        }
+        let mut expected = vec![0; 64 << 10];
+        expected[127 * 512..].fill(1);
+        assert!(std::fs::read(&site.image).unwrap() == expected);
     }
-    let mut expected = vec![0; 64 << 10];
-    expected[127 * 512..].fill(1);
-    assert!(std::fs::read(&site.image).unwrap() == expected);
 }
 
 #[test]
 fn a_read_only_disk_refuses_whatever_would_change_it() {
-    let site = Site::new(1 << 20);
-    std::fs::write(&site.image, vec![9; 1 << 20]).unwrap();
+    let site = Site::new(64 << 10);
+    std::fs::write(&site.image, vec![9; 64 << 10]).unwrap();
     let backend = site.start(&["--read-only"]);
     let mut machine = Machine::new(1, 64);
     machine.connect(&site.socket()).unwrap();
-    for ask in
-        [Ask::write(0, [1; 512]), Ask::trim(T_DISCARD, 0, 8, 0), Ask::trim(T_WRITE_ZEROES, 0, 8, 0)]
-    {
-        assert_eq!(machine.ask(&backend, &ask).status, IOERR);
+    for refusal in read_only_refusals() {
+        is_refused(&mut machine, &backend, &refusal);
+    }
+    for Refusal(ask, status, why) in refusals() {
+        let changes = matches!(ask.kind, T_DISCARD | T_WRITE_ZEROES);
+        let status = if changes { IOERR } else { status };
+        is_refused(&mut machine, &backend, &Refusal(ask, status, why));
     }
     assert_eq!(machine.ask(&backend, &Ask::flush()).status, OK);
     assert_eq!(machine.ask(&backend, &Ask::read(0, 4096)).data, [9; 4096]);

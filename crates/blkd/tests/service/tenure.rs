@@ -126,7 +126,9 @@ fn an_image_that_has_shrunk_is_told_and_what_is_beyond_its_end_fails() {
 
 #[test]
 fn an_image_that_is_empty_or_of_half_blocks_by_now_is_refused() {
-    for (size, words) in [(0, "is empty"), (32 * MIB + 512, "block size 4096 does not suit")] {
+    for (size, words) in
+        [(0, "is empty"), (32 * MIB + 512, "has 33554944 bytes, which is no multiple of 4096")]
+    {
         let site = Site::new(64 * MIB);
         let (mut active, mut spare) = two(&site, &["--block-size=4096"]);
         resize(&site.image, size);
