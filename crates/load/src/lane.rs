@@ -5,6 +5,7 @@ use crate::memory::Memory;
 use crate::offsets::{Blocks, Random};
 use crate::options::Mode;
 use crate::pace::Pace;
+use crate::series::Series;
 use crate::stamp::{self, Verdict};
 use serde::Serialize;
 use std::io;
@@ -31,6 +32,8 @@ pub struct Load {
     pub budget: Option<u64>,
     /// Nanoseconds between two arrivals on average; `None`: the next when one is complete.
     pub interval_ns: Option<f64>,
+    /// Length of the intervals in which completions are told, in nanoseconds.
+    pub series_ns: Option<u64>,
 }
 
 /// What happened on a lane, or on several.
@@ -54,6 +57,8 @@ pub struct Tally {
     pub sleeps: u64,
     /// What reading back showed.
     pub verified: Verified,
+    /// Completions over time, measured or not.
+    pub series: Option<Series>,
 }
 
 /// What reading back showed.
@@ -104,6 +109,9 @@ impl Tally {
         self.verified.torn += other.verified.torn;
         self.verified.misplaced += other.verified.misplaced;
         self.verified.foreign += other.verified.foreign;
+        if let Some(other) = &other.series {
+            self.series.get_or_insert_default().merge(other);
+        }
     }
 }
 
@@ -217,7 +225,7 @@ impl Lane {
             measured: false,
             since_flush: 0,
             read_back: 0,
-            tally: Tally::default(),
+            tally: Tally { series: load.series_ns.map(Series::new), ..Tally::default() },
         }
     }
 
@@ -234,6 +242,11 @@ impl Lane {
     /// Counts one more sleep until the backend's notification.
     pub fn count_sleep(&mut self) {
         self.tally.sleeps += u64::from(self.measured);
+    }
+
+    /// The instant from which the lane counts its time, the same for all lanes of a run.
+    pub fn begin(&mut self, origin: Instant) {
+        self.origin = origin;
     }
 
     /// Fills the queue from `source`; with a pace, the load begins to arrive instead.
@@ -407,6 +420,9 @@ impl Lane {
 
     fn complete(&mut self, slot: u16, result: i32, now: u64) {
         let slot = self.slots[usize::from(slot)];
+        if let (Some(series), true) = (&mut self.tally.series, slot.kind != Kind::Flush) {
+            series.record(now);
+        }
         if self.measured {
             match slot.kind {
                 Kind::Flush => self.tally.flushes += 1,

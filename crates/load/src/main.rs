@@ -14,6 +14,7 @@ mod processor;
 mod relay;
 mod report;
 mod run;
+mod series;
 mod stamp;
 mod watch;
 mod worker;

@@ -116,6 +116,11 @@ pub struct Options {
     #[arg(long, value_name = "S", default_value_t = 10.0)]
     pub patience: f64,
 
+    /// Tell as well how many requests were complete in each N milliseconds, from the first one
+    /// that was issued, warm-up included
+    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..=10_000))]
+    pub series: Option<u64>,
+
     /// The process to account for: the backend
     #[arg(long, value_name = "PID")]
     pub pid: Option<u32>,

@@ -4,6 +4,7 @@ use crate::lane::Verified;
 use crate::options::Options;
 use crate::processor::Usage;
 use crate::run::Outcome;
+use crate::series::{Series, Told};
 use serde::Serialize;
 use std::time::Duration;
 
@@ -61,6 +62,7 @@ pub struct Report {
     errors: u64,
     first_error: Option<String>,
     verified: Option<Verified>,
+    series: Option<Told>,
     outages_ms: Vec<f64>,
     lost: Option<String>,
     hung: usize,
@@ -131,6 +133,7 @@ impl Report {
             errors: tally.errors,
             first_error: tally.first_error.clone(),
             verified: options.verify.then(|| tally.verified.clone()),
+            series: tally.series.as_ref().map(Series::told),
             outages_ms: outcome
                 .outages
                 .iter()

@@ -196,6 +196,7 @@ fn load(options: &Options) -> Load {
         nonce: options.verify.then(nonce),
         budget: options.count.map(|count| count.div_ceil(u64::from(options.queues))),
         interval_ns: options.rate.map(|rate| 1e9 * f64::from(options.queues) / rate),
+        series_ns: options.series.map(|ms| ms * 1_000_000),
     }
 }
 

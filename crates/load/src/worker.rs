@@ -35,6 +35,7 @@ pub enum Phase {
 /// What the main thread and the workers share.
 pub struct Control {
     phase: AtomicU8,
+    started: Instant,
     /// Completions so far, updated now and then: that it grows shows a living backend.
     pub progress: AtomicU64,
     gate: Mutex<()>,
@@ -45,6 +46,7 @@ impl Default for Control {
     fn default() -> Self {
         Self {
             phase: AtomicU8::new(Phase::Warmup as u8),
+            started: Instant::now(),
             progress: AtomicU64::new(0),
             gate: Mutex::new(()),
             moved: Condvar::new(),
@@ -104,6 +106,7 @@ pub fn run(
         wake_in_time();
     }
     for lane in lanes.iter_mut() {
+        lane.begin(control.started);
         lane.fill(Source::Load)?;
     }
     let mut phase = Phase::Warmup;

@@ -89,7 +89,7 @@ fn a_verified_load_is_counted_and_right() {
     let pid = backend.process.id().to_string();
     let output = backend
         .load(&["--mode=mixed", "--read-percent=50", "--verify", "--flush-every=50", "--depth=8"])
-        .args(["--queues=2", "--count=4000", "--warmup=0.05", "--pid", &pid])
+        .args(["--queues=2", "--count=4000", "--warmup=0.05", "--series=10", "--pid", &pid])
         .output()
         .unwrap();
     let report = report(&output);
@@ -97,6 +97,8 @@ fn a_verified_load_is_counted_and_right() {
     semper_control::golden::check("load-report-verified", &report);
     assert_eq!(report["ios"], 4000);
     assert_eq!(report["hung"], 0);
+    let completed = report["series"]["completed"].as_array().unwrap().iter();
+    assert!(completed.filter_map(|count| count.as_u64()).sum::<u64>() > 4000, "and the warm-up");
     assert!(report["flushes"].as_u64() > Some(0));
     assert!(report["verified"]["right"].as_u64() > Some(1000));
     assert!(report["backend"]["cpu_us_per_io"].as_f64() > Some(0.0));
