@@ -17,6 +17,10 @@ mod mapped;
 mod nowait;
 mod null;
 mod partial;
+#[cfg(target_arch = "x86_64")]
+mod present;
+#[cfg(target_arch = "x86_64")]
+mod search;
 mod sleeper;
 mod sync;
 mod uring;

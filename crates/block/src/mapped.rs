@@ -7,42 +7,37 @@
 //!   and not the process: `copy` stops there, and the system call that is then made for the rest
 //!   names the error.
 //! * Touching a hole of a file on tmpfs allocates it, and touching a page that is not in memory
-//!   holds up everything behind it. Reads go through the mapping only where the page cache is known
-//!   to have the page; [`Present`] keeps account. What it has not goes through another engine: one
-//!   that may sleep on tmpfs, which has no medium, and one that does not elsewhere.
+//!   holds up everything behind it. Requests go through the mapping only where the page cache is
+//!   known to have the page; [`Present`] keeps account. What it has not goes through another
+//!   engine: one that may sleep on tmpfs, which has no medium, and one that does not elsewhere.
+//! * No request finds out itself what the page cache has: that takes as long as tens of requests,
+//!   and a guest that starts, or whose backend was replaced, would ask for all of it at once.
+//!   [`Search`] does it beside them, and until it has, requests take the other engine.
 //! * A write through a mapping learns of a full disk only when it is written back, too late for the
 //!   guest. So only tmpfs is written through it, which has no write-back.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::copy::{copy, prepare};
 use crate::engine::{Engine, Submission};
 use crate::image::Image;
 use crate::io::{Io, Op};
+use crate::present::{PAGE_SHIFT, PIECE_SHIFT, Present};
+use crate::search::{Range, Search};
 
-const PAGE_SHIFT: u32 = 12;
-/// The page cache is asked for pieces of the file of this size.
-const PIECE_SHIFT: u32 = 21;
 /// Copies between two looks at how many of them had to wait.
 const PATIENCE: u32 = 256;
 
 /// A mapping of an image, shared by the threads that serve it.
 pub struct Mapping {
-    base: *mut u8,
-    /// Bytes that are mapped: the whole pages of the file.
-    len: u64,
-    present: Present,
-    /// On tmpfs, where pages stay until they are discarded, and writes are copied as well.
-    lasting: bool,
+    range: Arc<Range>,
+    /// None where the kernel does not tell what the page cache has.
+    search: Option<Search>,
+    /// Goes last, when nobody looks any more.
+    _reserved: Reserved,
 }
-
-// SAFETY: an address range; its users copy bytes that may change at any time.
-unsafe impl Send for Mapping {}
-// SAFETY: as above; `Present` is atomic.
-unsafe impl Sync for Mapping {}
 
 impl Mapping {
     /// Maps `image`, which the caller keeps open.
@@ -52,7 +47,9 @@ impl Mapping {
     pub fn new(image: &Image) -> io::Result<Arc<Self>> {
         prepare()?;
         // To those who may not write a file, mincore says that everything is there.
-        if image.on_tmpfs() && !may_write(image.fd()) {
+        let told = may_write(image.fd());
+        let lasting = image.on_tmpfs();
+        if lasting && !told {
             return Err(io::ErrorKind::PermissionDenied.into());
         }
         // Opened anew: a mapping refers to its file, and with the image's own the image's lock
@@ -62,74 +59,84 @@ impl Mapping {
             .write(!image.read_only())
             .open(format!("/proc/self/fd/{}", image.fd()))?;
         let len = image.file_size() >> PAGE_SHIFT << PAGE_SHIFT;
-        let protection =
-            if image.read_only() { libc::PROT_READ } else { libc::PROT_READ | libc::PROT_WRITE };
-        // SAFETY: a new mapping at an address of the kernel's choice touches no memory of ours.
-        let base = unsafe {
-            let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
-            // At least a page, which is never touched in an image that has none.
-            let bytes = len.max(1 << PAGE_SHIFT) as usize;
-            libc::mmap(std::ptr::null_mut(), bytes, protection, flags, file.as_raw_fd(), 0)
-        };
-        if base == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
-        let lasting = image.on_tmpfs();
-        let populate = if lasting && !image.read_only() {
-            libc::MADV_POPULATE_WRITE
-        } else {
-            libc::MADV_POPULATE_READ
-        };
-        let present = Present::new(len, populate);
-        Ok(Arc::new(Self { base: base.cast(), len, present, lasting }))
+        let present = Present::new(len)?;
+        let reserved = Reserved::new(len)?;
+        let base = reserved.map(len, image.read_only(), file.as_raw_fd())?;
+        let range = Arc::new(Range { base, present, lasting });
+        let search = told.then(|| Search::start(Arc::clone(&range), file)).transpose()?;
+        Ok(Arc::new(Self { range, search, _reserved: reserved }))
     }
 
     fn covers(&self, offset: u64, len: u64) -> bool {
-        offset.checked_add(len).is_some_and(|end| end <= self.len)
+        offset.checked_add(len).is_some_and(|end| end <= self.range.present.len())
     }
 
-    /// Whether the range can be read at once, as far as known.
-    fn readable(&self, offset: u64, len: u64) -> bool {
-        self.covers(offset, len) && self.present.covers(self.base, offset, len)
+    /// Whether the range can be copied at once, as far as known.
+    #[inline]
+    fn ready(&self, offset: u64, len: u64) -> bool {
+        let Some(search) = &self.search else { return false };
+        if !self.covers(offset, len) {
+            return false;
+        }
+        let (ready, asked) = self.range.present.has(offset, len);
+        if asked {
+            search.wake();
+        }
+        ready
     }
 }
 
-impl Drop for Mapping {
+/// Addresses for a mapping, from a multiple of 2 MiB on, so that huge pages of the file (tmpfs mounted
+/// with `huge=`) are huge in the page table as well.
+struct Reserved {
+    start: *mut libc::c_void,
+    bytes: usize,
+}
+
+// SAFETY: an address range.
+unsafe impl Send for Reserved {}
+// SAFETY: as above.
+unsafe impl Sync for Reserved {}
+
+impl Reserved {
+    fn new(len: u64) -> io::Result<Self> {
+        let bytes = usize::try_from(len).ok().and_then(|len| len.checked_add(2 << PIECE_SHIFT));
+        let bytes = bytes.ok_or(io::ErrorKind::OutOfMemory)?;
+        // SAFETY: a new mapping at an address of the kernel's choice touches no memory of ours.
+        let start = unsafe {
+            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+            libc::mmap(std::ptr::null_mut(), bytes, libc::PROT_NONE, flags, -1, 0)
+        };
+        if start == libc::MAP_FAILED {
+            Err(io::Error::last_os_error())
+        } else {
+            Ok(Self { start, bytes })
+        }
+    }
+
+    /// Maps `len` bytes of the file, the length that was reserved for.
+    fn map(&self, len: u64, read_only: bool, fd: RawFd) -> io::Result<*mut u8> {
+        let start = self.start.map_addr(|start| start.next_multiple_of(1 << PIECE_SHIFT));
+        if len == 0 {
+            return Ok(start.cast());
+        }
+        let protection =
+            if read_only { libc::PROT_READ } else { libc::PROT_READ | libc::PROT_WRITE };
+        // SAFETY: `len` bytes from there are inside of what was reserved, which is ours.
+        let base = unsafe {
+            let flags = libc::MAP_SHARED | libc::MAP_NORESERVE | libc::MAP_FIXED;
+            libc::mmap(start, len as usize, protection, flags, fd, 0)
+        };
+        if base == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(base.cast()) }
+    }
+}
+
+impl Drop for Reserved {
     fn drop(&mut self) {
-        // SAFETY: what mmap returned; engines that point into it hold a reference.
-        unsafe { libc::munmap(self.base.cast(), self.len.max(1 << PAGE_SHIFT) as usize) };
+        // SAFETY: what mmap returned, and what was mapped inside of it; engines that point into it
+        // hold a reference to the `Mapping`.
+        unsafe { libc::munmap(self.start, self.bytes) };
     }
-}
-
-/// Which pages of a file the page cache has. A bit that is set wrongly costs a page of memory on
-/// tmpfs, and elsewhere a wait for the medium; one that is missing costs a system call.
-struct Present {
-    /// The advice that fills the page table.
-    populate: libc::c_int,
-    pages: Box<[AtomicU64]>,
-    searched: Box<[AtomicU64]>,
-    len: u64,
-}
-
-fn bits(count: u64) -> Box<[AtomicU64]> {
-    // Zeros that were never touched cost nothing, so they are asked for as such.
-    let words = vec![0u64; count.div_ceil(64) as usize].into_boxed_slice();
-    // SAFETY: AtomicU64 has the layout of u64, and the box is its only owner.
-    unsafe { Box::from_raw(Box::into_raw(words) as *mut [AtomicU64]) }
-}
-
-fn is_set(bits: &[AtomicU64], n: u64) -> bool {
-    bits[(n / 64) as usize].load(Ordering::Relaxed) & (1 << (n % 64)) != 0
-}
-
-fn set(bits: &[AtomicU64], n: u64) {
-    if !is_set(bits, n) {
-        bits[(n / 64) as usize].fetch_or(1 << (n % 64), Ordering::Relaxed);
-    }
-}
-
-fn clear(bits: &[AtomicU64], n: u64) {
-    bits[(n / 64) as usize].fetch_and(!(1 << (n % 64)), Ordering::Relaxed);
 }
 
 fn may_write(fd: RawFd) -> bool {
@@ -137,80 +144,6 @@ fn may_write(fd: RawFd) -> bool {
     // SAFETY: the path is a C string that lives across the call.
     unsafe {
         libc::faccessat(libc::AT_FDCWD, path.as_ptr().cast(), libc::W_OK, libc::AT_EACCESS) == 0
-    }
-}
-
-fn pages(offset: u64, len: u64) -> std::ops::Range<u64> {
-    (offset >> PAGE_SHIFT)..((offset + len + (1 << PAGE_SHIFT) - 1) >> PAGE_SHIFT)
-}
-
-impl Present {
-    fn new(len: u64, populate: libc::c_int) -> Self {
-        let pieces = (len >> PIECE_SHIFT) + 1;
-        Self { populate, pages: bits(len >> PAGE_SHIFT), searched: bits(pieces), len }
-    }
-
-    /// Whether the whole range is there, as far as known.
-    fn covers(&self, base: *mut u8, offset: u64, len: u64) -> bool {
-        let known = || pages(offset, len).all(|page| is_set(&self.pages, page));
-        known() || (self.search(base, offset, len) && known())
-    }
-
-    /// Looks at the pieces of the range that were never looked at, and puts those that are all
-    /// there into the page table; false if there are none.
-    fn search(&self, base: *mut u8, offset: u64, len: u64) -> bool {
-        let mut any = false;
-        for piece in (offset >> PIECE_SHIFT)..=((offset + len - 1) >> PIECE_SHIFT) {
-            if is_set(&self.searched, piece) {
-                continue;
-            }
-            // Before the search: a page that is discarded meanwhile is searched for in vain, or
-            // costs a page.
-            set(&self.searched, piece);
-            any = true;
-            let start = piece << PIECE_SHIFT;
-            let bytes = (self.len - start).min(1 << PIECE_SHIFT);
-            let mut present = [0u8; 1 << (PIECE_SHIFT - PAGE_SHIFT)];
-            // Not SEEK_HOLE, which walks to the end of the data: 5 ms for each GiB.
-            // SAFETY: the range is inside the mapping, and there is a byte for each of its pages.
-            let status = unsafe {
-                let at = base.add(start as usize);
-                libc::mincore(at.cast(), bytes as usize, present.as_mut_ptr())
-            };
-            if status != 0 {
-                continue;
-            }
-            let (first, count) = (start >> PAGE_SHIFT, (bytes >> PAGE_SHIFT) as usize);
-            let found = (0..count).filter(|n| present[*n] & 1 != 0);
-            let full = found.inspect(|n| set(&self.pages, first + *n as u64)).count() == count;
-            if full {
-                // One call instead of a fault for each page. Advice: whether it was taken shows
-                // in the time only.
-                // SAFETY: as above; pages of a shared mapping are put in place, none changes.
-                unsafe {
-                    libc::madvise(base.add(start as usize).cast(), bytes as usize, self.populate)
-                };
-            }
-        }
-        any
-    }
-
-    fn add(&self, offset: u64, len: u64) {
-        pages(offset, len).for_each(|page| set(&self.pages, page));
-    }
-
-    /// Takes nothing for granted any more, and looks at each piece again.
-    fn forget(&self) {
-        for bits in [&self.pages, &self.searched] {
-            let some = bits.iter().filter(|word| word.load(Ordering::Relaxed) != 0);
-            some.for_each(|word| word.store(0, Ordering::Relaxed));
-        }
-    }
-
-    fn remove(&self, offset: u64, len: u64) {
-        let end = (offset.saturating_add(len)).min(self.len);
-        let range = offset.min(end)..end;
-        pages(range.start, range.end - range.start).for_each(|page| clear(&self.pages, page));
     }
 }
 
@@ -245,7 +178,7 @@ impl<R: Engine> MappedEngine<R> {
     /// The segments are mapped, and the range of the image is inside the mapping.
     unsafe fn carry(&self, io: &Io) -> u64 {
         // SAFETY: the caller checked that the range is inside.
-        let mut at = unsafe { self.mapping.base.add(io.offset as usize) };
+        let mut at = unsafe { self.mapping.range.base.add(io.offset as usize) };
         let mut moved = 0;
         for segment in io.segments() {
             let (memory, len) = (segment.iov_base.cast::<u8>(), segment.iov_len);
@@ -266,21 +199,12 @@ impl<R: Engine> MappedEngine<R> {
         moved
     }
 
-    /// Whether to copy; keeps account of what a request that is not copied does to the pages.
-    fn copies(&mut self, io: &Io) -> bool {
-        let mapping = &self.mapping;
+    /// Whether to copy.
+    fn copies(&self, io: &Io) -> bool {
         match io.op {
-            Op::Read => mapping.readable(io.offset, io.len),
-            Op::Write { .. } if mapping.lasting && mapping.covers(io.offset, io.len) => {
-                // For the page table; a hole is written through the mapping as well.
-                let _ = mapping.readable(io.offset, io.len);
-                true
-            }
-            Op::Discard | Op::WriteZeroes { .. } => {
-                mapping.present.remove(io.offset, io.len);
-                false
-            }
-            Op::Write { .. } | Op::Flush => false,
+            Op::Read => self.mapping.ready(io.offset, io.len),
+            Op::Write { .. } => self.mapping.range.lasting && self.mapping.ready(io.offset, io.len),
+            Op::Discard | Op::WriteZeroes { .. } | Op::Flush => false,
         }
     }
 
@@ -294,9 +218,9 @@ impl<R: Engine> MappedEngine<R> {
         self.patience = PATIENCE;
         let waits = waits();
         if std::mem::replace(&mut self.waits, waits) != waits {
-            // To forget takes a while, too, when the image is large.
+            // To find it all again takes a while.
             self.patience = 64 * PATIENCE;
-            self.mapping.present.forget();
+            self.mapping.range.present.forget();
         }
     }
 }
@@ -308,25 +232,31 @@ impl<R: Engine> Engine for MappedEngine<R> {
         if self.copies(io) {
             // SAFETY: the caller keeps the segments mapped; the range was just checked.
             let moved = unsafe { self.carry(io) };
-            if !self.mapping.lasting {
+            if !self.mapping.range.lasting {
                 self.doubt();
             }
             if moved > 0 {
-                if io.op != Op::Read {
-                    self.mapping.present.add(io.offset, moved);
-                }
                 return Submission::Done(i32::try_from(moved).unwrap_or(i32::MAX));
             }
         }
+        let frees = matches!(io.op, Op::Discard | Op::WriteZeroes { .. });
+        if frees {
+            self.mapping.range.present.remove(io.offset, io.len);
+        }
         // SAFETY: the caller's promise, handed on.
         let submission = unsafe { self.rest.submit(token, io) };
-        let mapping = &self.mapping;
-        if let (Submission::Done(moved), Op::Read | Op::Write { .. }) = (submission, io.op)
-            && !mapping.lasting
-            && let Ok(moved) = u64::try_from(moved)
-            && mapping.covers(io.offset, moved)
-        {
-            mapping.present.add(io.offset, moved);
+        let (present, lasting) = (&self.mapping.range.present, self.mapping.range.lasting);
+        match (submission, io.op) {
+            (Submission::Done(_), _) if frees => present.remove(io.offset, io.len),
+            // On tmpfs a read leaves a hole a hole.
+            (Submission::Done(_), Op::Read) if lasting => {}
+            (Submission::Done(moved), Op::Read | Op::Write { .. }) => {
+                let moved = u64::try_from(moved).unwrap_or(0);
+                if self.mapping.covers(io.offset, moved) {
+                    present.add(io.offset, moved);
+                }
+            }
+            _ => {}
         }
         submission
     }

@@ -233,23 +233,212 @@ fn the_nowait_engine_does_not_wait_for_the_medium() {
 
 #[cfg(target_arch = "x86_64")]
 mod mapped {
+    use std::cell::Cell;
+    use std::io;
+    use std::os::fd::RawFd;
     use std::os::unix::fs::MetadataExt;
+    use std::rc::Rc;
 
     use semper_block::{MappedEngine, Mapping};
 
     use super::*;
 
+    const PIECE: u64 = 2 << 20;
+
+    /// Counts the requests that are not copied.
+    struct Counted<E>(E, Rc<Cell<u64>>);
+
+    impl<E: Engine> Engine for Counted<E> {
+        const CONCURRENT: bool = E::CONCURRENT;
+
+        unsafe fn submit(&mut self, token: u64, io: &Io) -> Submission {
+            self.1.set(self.1.get() + 1);
+            // SAFETY: the caller's promise, handed on.
+            unsafe { self.0.submit(token, io) }
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            self.0.flush()
+        }
+
+        fn reap(&mut self, into: &mut Vec<(u64, i32)>) {
+            self.0.reap(into);
+        }
+
+        fn in_flight(&self) -> usize {
+            self.0.in_flight()
+        }
+
+        fn add_waker(&mut self, fd: RawFd) -> io::Result<()> {
+            self.0.add_waker(fd)
+        }
+
+        fn remove_waker(&mut self, fd: RawFd) {
+            self.0.remove_waker(fd);
+        }
+
+        fn wait(&mut self) -> io::Result<()> {
+            self.0.wait()
+        }
+    }
+
+    /// An engine that knows nothing yet: what a backend has when it starts.
     fn mapped(image: &Image) -> MappedEngine<SyncEngine> {
         MappedEngine::new(Mapping::new(image).unwrap(), SyncEngine::new(image.fd()).unwrap())
+    }
+
+    /// An engine that has found out which pages of an image without holes are in memory.
+    fn warmed<E: Engine>(image: &Image, rest: E) -> MappedEngine<Counted<E>> {
+        let passed = Rc::new(Cell::new(0));
+        let counted = Counted(rest, Rc::clone(&passed));
+        let mut engine = MappedEngine::new(Mapping::new(image).unwrap(), counted);
+        let end = Instant::now() + Duration::from_secs(20);
+        loop {
+            passed.set(0);
+            for offset in (0..image.file_size()).step_by(PIECE as usize) {
+                carry_out(&mut engine, image, vec![request(Op::Read, offset, &mut [0; 512])]);
+            }
+            if passed.get() == 0 {
+                return engine;
+            }
+            assert!(Instant::now() < end, "{} requests are still not copied", passed.get());
+            std::thread::yield_now();
+        }
     }
 
     #[test]
     fn the_mapped_engine_holds_the_contract() {
         holds_the_contract(mapped);
-        holds_the_contract(|image| {
-            let rest = NowaitEngine::new(image.fd()).unwrap();
-            MappedEngine::new(Mapping::new(image).unwrap(), rest)
-        });
+        holds_the_contract(|image| warmed(image, SyncEngine::new(image.fd()).unwrap()));
+        holds_the_contract(|image| warmed(image, NowaitEngine::new(image.fd()).unwrap()));
+    }
+
+    /// An image of `pieces` times 2 MiB on tmpfs, filled or one hole.
+    fn large(dir: &tempfile::TempDir, pieces: u64, filled: bool) -> Image {
+        let path = dir.path().join("large.raw");
+        let mut file = File::create(&path).unwrap();
+        if filled {
+            (0..pieces).for_each(|_| file.write_all(&[1; PIECE as usize]).unwrap());
+        }
+        file.set_len(pieces * PIECE).unwrap();
+        Image::open(&path, OpenOptions::default()).unwrap()
+    }
+
+    /// Processor time of this thread for a read of 4 KiB in each of so many pieces: no neighbour on
+    /// the machine is in it, and no other thread.
+    fn touch_each<E: Engine>(engine: &mut E, image: &Image, pieces: u64) -> Duration {
+        let mut buffer = [0; 4096];
+        let used = || {
+            let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+            // SAFETY: the call fills the structure; the clock always exists.
+            unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut now) };
+            Duration::new(now.tv_sec.unsigned_abs(), now.tv_nsec as u32)
+        };
+        let step = image.file_size() / PIECE / pieces;
+        let before = used();
+        for piece in 0..pieces {
+            let io = request(Op::Read, piece * step * PIECE, &mut buffer);
+            // SAFETY: request and buffer live until it is done; the engine is synchronous.
+            let outcome = unsafe { engine.submit(0, &io) };
+            assert_eq!(outcome, Submission::Done(4096));
+        }
+        used() - before
+    }
+
+    /// What must not be: a request that finds out about its whole piece, or puts it in place.
+    struct Thorough {
+        rest: SyncEngine,
+        base: *mut u8,
+    }
+
+    impl Thorough {
+        fn new(image: &Image) -> Self {
+            // SAFETY: a new mapping, which stays until the test process ends.
+            let base = unsafe {
+                let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
+                let len = image.file_size() as usize;
+                libc::mmap(std::ptr::null_mut(), len, libc::PROT_READ, flags, image.fd(), 0)
+            };
+            assert_ne!(base, libc::MAP_FAILED);
+            Self { rest: SyncEngine::new(image.fd()).unwrap(), base: base.cast() }
+        }
+    }
+
+    impl Engine for Thorough {
+        const CONCURRENT: bool = false;
+
+        unsafe fn submit(&mut self, token: u64, io: &Io) -> Submission {
+            let mut there = [0u8; 512];
+            // SAFETY: the piece is mapped, and there is a byte for each of its pages.
+            unsafe {
+                let piece = self.base.add((io.offset / PIECE * PIECE) as usize);
+                libc::mincore(piece.cast(), PIECE as usize, there.as_mut_ptr());
+                if there.iter().all(|page| page & 1 == 1) {
+                    libc::madvise(piece.cast(), PIECE as usize, libc::MADV_POPULATE_READ);
+                }
+                self.rest.submit(token, io)
+            }
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn reap(&mut self, _into: &mut Vec<(u64, i32)>) {}
+
+        fn in_flight(&self) -> usize {
+            0
+        }
+
+        fn add_waker(&mut self, _fd: RawFd) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn remove_waker(&mut self, _fd: RawFd) {}
+
+        fn wait(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    /// The first requests of a backend are as quick as those of one that never maps: each does work
+    /// of its own size. A sparse image has nothing but such requests.
+    #[test]
+    fn the_first_touch_of_a_piece_is_no_dearer_than_a_system_call() {
+        for (filled, pieces, touched) in [(true, 48, 48), (false, 1 << 19, 4096)] {
+            let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+            let image = large(&dir, pieces, filled);
+            let least = |try_once: &dyn Fn() -> Duration| (0..5).map(|_| try_once()).min().unwrap();
+            let plain =
+                least(&|| touch_each(&mut SyncEngine::new(image.fd()).unwrap(), &image, touched));
+            let first = least(&|| touch_each(&mut mapped(&image), &image, touched));
+            let control = least(&|| touch_each(&mut Thorough::new(&image), &image, touched));
+            assert!(first < plain * 4, "filled {filled}: {first:?}, without a mapping {plain:?}");
+            assert!(control > plain * 8, "filled {filled}: {control:?}, and {plain:?}");
+        }
+    }
+
+    /// Its priority is low, so whoever waits for the image's lock must not have to wait for it.
+    #[test]
+    fn the_thread_that_searches_has_no_file_but_its_own() {
+        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        let image = large(&dir, 1, true);
+        let _engine = mapped(&image);
+        let mut found = 0;
+        for task in std::fs::read_dir("/proc/self/task").unwrap() {
+            let task = task.unwrap().path();
+            let name = std::fs::read_to_string(task.join("comm")).unwrap_or_default();
+            if name.trim() != "search" {
+                continue;
+            }
+            // Another test's may end meanwhile.
+            let Ok(files) = std::fs::read_dir(task.join("fd")) else { continue };
+            let files: Vec<_> =
+                files.flatten().map(|file| std::fs::read_link(file.path())).collect();
+            found += usize::from(files.iter().flatten().any(|file| file == image.path()));
+            assert!(files.len() <= 1, "{files:?}");
+        }
+        assert_eq!(found, 1);
     }
 
     /// Reading a sparse image must not fill the memory of the host.
