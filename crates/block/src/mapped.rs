@@ -24,7 +24,7 @@ use crate::copy::{copy, prepare};
 use crate::engine::{Engine, Submission};
 use crate::image::Image;
 use crate::io::{Io, Op};
-use crate::present::{PAGE_SHIFT, PIECE_SHIFT, Present};
+use crate::present::{PAGE_SHIFT, Present};
 use crate::search::{Range, Search};
 
 /// Copies between two looks at how many of them had to wait.
@@ -35,8 +35,6 @@ pub struct Mapping {
     range: Arc<Range>,
     /// None where the kernel does not tell what the page cache has.
     search: Option<Search>,
-    /// Goes last, when nobody looks any more.
-    _reserved: Reserved,
 }
 
 impl Mapping {
@@ -60,11 +58,24 @@ impl Mapping {
             .open(format!("/proc/self/fd/{}", image.fd()))?;
         let len = image.file_size() >> PAGE_SHIFT << PAGE_SHIFT;
         let present = Present::new(len)?;
-        let reserved = Reserved::new(len)?;
-        let base = reserved.map(len, image.read_only(), file.as_raw_fd())?;
+        let protection =
+            if image.read_only() { libc::PROT_READ } else { libc::PROT_READ | libc::PROT_WRITE };
+        // SAFETY: a new mapping at an address of the kernel's choice touches no memory of ours.
+        let base = unsafe {
+            let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
+            let fd = file.as_raw_fd();
+            libc::mmap(std::ptr::null_mut(), mapped_len(len), protection, flags, fd, 0)
+        };
+        if base == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let base = base.cast();
         let range = Arc::new(Range { base, present, lasting });
-        let search = told.then(|| Search::start(Arc::clone(&range), file)).transpose()?;
-        Ok(Arc::new(Self { range, search, _reserved: reserved }))
+        let mut mapping = Self { range, search: None };
+        if told {
+            mapping.search = Some(Search::start(Arc::clone(&mapping.range), file)?);
+        }
+        Ok(Arc::new(mapping))
     }
 
     fn covers(&self, offset: u64, len: u64) -> bool {
@@ -86,57 +97,18 @@ impl Mapping {
     }
 }
 
-/// Addresses for a mapping, from a multiple of 2 MiB on, so that huge pages of the file (tmpfs mounted
-/// with `huge=`) are huge in the page table as well.
-struct Reserved {
-    start: *mut libc::c_void,
-    bytes: usize,
-}
-
-// SAFETY: an address range.
-unsafe impl Send for Reserved {}
-// SAFETY: as above.
-unsafe impl Sync for Reserved {}
-
-impl Reserved {
-    fn new(len: u64) -> io::Result<Self> {
-        let bytes = usize::try_from(len).ok().and_then(|len| len.checked_add(2 << PIECE_SHIFT));
-        let bytes = bytes.ok_or(io::ErrorKind::OutOfMemory)?;
-        // SAFETY: a new mapping at an address of the kernel's choice touches no memory of ours.
-        let start = unsafe {
-            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-            libc::mmap(std::ptr::null_mut(), bytes, libc::PROT_NONE, flags, -1, 0)
-        };
-        if start == libc::MAP_FAILED {
-            Err(io::Error::last_os_error())
-        } else {
-            Ok(Self { start, bytes })
-        }
-    }
-
-    /// Maps `len` bytes of the file, the length that was reserved for.
-    fn map(&self, len: u64, read_only: bool, fd: RawFd) -> io::Result<*mut u8> {
-        let start = self.start.map_addr(|start| start.next_multiple_of(1 << PIECE_SHIFT));
-        if len == 0 {
-            return Ok(start.cast());
-        }
-        let protection =
-            if read_only { libc::PROT_READ } else { libc::PROT_READ | libc::PROT_WRITE };
-        // SAFETY: `len` bytes from there are inside of what was reserved, which is ours.
-        let base = unsafe {
-            let flags = libc::MAP_SHARED | libc::MAP_NORESERVE | libc::MAP_FIXED;
-            libc::mmap(start, len as usize, protection, flags, fd, 0)
-        };
-        if base == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(base.cast()) }
-    }
-}
-
-impl Drop for Reserved {
+impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: what mmap returned, and what was mapped inside of it; engines that point into it
-        // hold a reference to the `Mapping`.
-        unsafe { libc::munmap(self.start, self.bytes) };
+        // The thread looks at the range until it has ended.
+        self.search = None;
+        // SAFETY: what mmap returned; engines that point into it hold a reference.
+        unsafe { libc::munmap(self.range.base.cast(), mapped_len(self.range.present.len())) };
     }
+}
+
+/// At least a page, which is never touched in an image that has none.
+fn mapped_len(len: u64) -> usize {
+    len.max(1 << PAGE_SHIFT) as usize
 }
 
 fn may_write(fd: RawFd) -> bool {

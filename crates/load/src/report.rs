@@ -4,7 +4,7 @@ use crate::lane::Verified;
 use crate::options::Options;
 use crate::processor::Usage;
 use crate::run::Outcome;
-use crate::series::{Series, Told};
+use crate::series::Told;
 use serde::Serialize;
 use std::time::Duration;
 
@@ -133,7 +133,7 @@ impl Report {
             errors: tally.errors,
             first_error: tally.first_error.clone(),
             verified: options.verify.then(|| tally.verified.clone()),
-            series: tally.series.as_ref().map(Series::told),
+            series: tally.series.as_ref().map(|series| series.told(outcome.started_ns)),
             outages_ms: outcome
                 .outages
                 .iter()
@@ -160,6 +160,7 @@ mod tests {
         let first_error = Some("write at 4096: status 1".to_owned());
         let outcome = Outcome {
             tally: Tally { errors: 1, first_error, ..Tally::default() },
+            started_ns: 0,
             measured: Duration::ZERO,
             own: Usage::default(),
             backend: None,

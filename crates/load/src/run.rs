@@ -53,6 +53,8 @@ pub enum SetupError {
 pub struct Outcome {
     /// Everything the lanes counted.
     pub tally: Tally,
+    /// When the load began, by CLOCK_MONOTONIC.
+    pub started_ns: u64,
     /// Length of the measured interval.
     pub measured: Duration,
     /// What this process used in it.
@@ -251,6 +253,7 @@ fn drive(
     let hung = device.lanes.iter().map(Lane::in_flight).sum();
     let outcome = Outcome {
         tally,
+        started_ns: control.started_ns,
         measured: interval.length,
         own: interval.own,
         backend: interval.backend,

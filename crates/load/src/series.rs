@@ -18,6 +18,8 @@ pub struct Series {
 /// The series as it is printed.
 #[derive(Debug, Serialize)]
 pub struct Told {
+    /// When the first interval began, by CLOCK_MONOTONIC.
+    started_ns: u64,
     interval_ms: u64,
     completed: Vec<u64>,
     /// The longest time without a completion, of one queue.
@@ -56,9 +58,10 @@ impl Series {
     }
 
     /// For the report.
-    pub fn told(&self) -> Told {
+    pub fn told(&self, started_ns: u64) -> Told {
         let ms = |ns: u64| (ns / 1000) as f64 / 1e3;
         Told {
+            started_ns,
             interval_ms: self.interval_ns / 1_000_000,
             completed: self.counts.clone(),
             gap_ms: ms(self.gap_ns.0),
@@ -77,10 +80,10 @@ mod tests {
         [3, 9, 31].iter().for_each(|ms| one.record(ms * 1_000_000));
         [8, 12].iter().for_each(|ms| other.record(ms * 1_000_000));
         one.merge(&other);
-        let told = one.told();
+        let told = one.told(0);
         assert_eq!(told.completed, [3, 1, 0, 1]);
         assert_eq!((told.interval_ms, told.gap_ms, told.gap_end_ms), (10, 22.0, 31.0));
         one.record(u64::MAX);
-        assert_eq!(one.told().completed.len(), MOST, "a clock that runs wild takes no memory");
+        assert_eq!(one.told(0).completed.len(), MOST, "a clock that runs wild takes no memory");
     }
 }

@@ -36,10 +36,19 @@ pub enum Phase {
 pub struct Control {
     phase: AtomicU8,
     started: Instant,
+    /// The same instant by CLOCK_MONOTONIC, which other processes read as well.
+    pub started_ns: u64,
     /// Completions so far, updated now and then: that it grows shows a living backend.
     pub progress: AtomicU64,
     gate: Mutex<()>,
     moved: Condvar,
+}
+
+fn monotonic_ns() -> u64 {
+    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the call fills the structure; the clock always exists.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut now) };
+    now.tv_sec.unsigned_abs() * 1_000_000_000 + now.tv_nsec.unsigned_abs()
 }
 
 impl Default for Control {
@@ -47,6 +56,7 @@ impl Default for Control {
         Self {
             phase: AtomicU8::new(Phase::Warmup as u8),
             started: Instant::now(),
+            started_ns: monotonic_ns(),
             progress: AtomicU64::new(0),
             gate: Mutex::new(()),
             moved: Condvar::new(),
