@@ -15,7 +15,7 @@
 //!
 //! | what | where it is looked at again |
 //! |---|---|
-//! | the name, which may lead to another file | [`Image::name`] |
+//! | the name, which may lead to another file, unless the image is pinned | [`Image::name`] |
 //! | the size, of a file or of a block device | [`Image::refresh_size`] |
 //! | the page/block map and its file, which are of one size | [`DiskMap::follow_image`] |
 //! | who may write | [`Title::admit`] |
@@ -176,6 +176,13 @@ impl Tenure {
         let image = &*self.image;
         match image.name() {
             Name::Kept => {}
+            Name::Replaced if image.pinned() => {
+                let path = image.path().display();
+                self.shared.report_image_error("name", (0, 0), libc::ESTALE, format!(
+                    "image {path}: its name leads to another file now, and this process goes on \
+                     with the image; put the image back before the VM is started again"
+                ));
+            }
             Name::Replaced => {
                 return Err(Failure::Image(ImageError::Replaced(image.path().to_owned())));
             }

@@ -9,7 +9,7 @@
 //! The record is looked at whenever the image's lock was taken, and at no other time: while the
 //! lock is held, nobody else writes. `docs/design/ownership.md` has the rules, point by point.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use semper_block::Image;
@@ -82,7 +82,10 @@ impl Title {
         if image.read_only() {
             return Ok(());
         }
-        let Some((path, holder)) = &self.record else { return check_unclaimed(image.path()) };
+        let Some((path, holder)) = &self.record else {
+            // Its name may lead to another image by now, and so to another's record.
+            return check_unclaimed(Path::new(&format!("/proc/self/fd/{}", image.fd())));
+        };
         // Not locked meanwhile: the status is asked for at any time.
         let claim = self.state().claim.expect("no image is locked while its claim is awaited");
         let said = admit(path, claim, holder)?;

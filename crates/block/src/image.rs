@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -134,6 +135,7 @@ pub enum Name {
 pub struct Image {
     file: File,
     path: PathBuf,
+    pinned: bool,
     /// Relaxed: it changes only in [`Image::refresh_size`], and what happens before and after is
     /// ordered by the lock and by the start of the queues.
     file_size: AtomicU64,
@@ -150,10 +152,18 @@ pub struct Image {
 impl Image {
     /// Opens `path`. Takes no lock; see [`Image::try_lock`].
     ///
+    /// A path of the form /proc/self/fd/N, a descriptor that was inherited, is opened anew, and is
+    /// that file wherever its name leads later: the image is *pinned*, and called by the name that
+    /// the file has now.
+    ///
     /// # Errors
     /// [`ImageError`].
     pub fn open(path: &Path, options: OpenOptions) -> Result<Self, ImageError> {
-        let file = open_file(path, options)?;
+        let pinned = path.parent() == Some(Path::new("/proc/self/fd"));
+        let opened = path;
+        let name = if pinned { name_of(path) } else { path.to_owned() };
+        let path = &*name;
+        let file = open_file(opened, path, options)?;
         let other = |source| ImageError::Io { path: path.to_owned(), source };
         let metadata = file.metadata().map_err(other)?;
         if !metadata.is_file() && !metadata.file_type().is_block_device() {
@@ -180,6 +190,7 @@ impl Image {
         let image = Self {
             file,
             path: path.to_owned(),
+            pinned,
             file_size: AtomicU64::new(file_size),
             read_only: options.read_only,
             direct: options.direct,
@@ -217,6 +228,11 @@ impl Image {
     /// The open file; its locks are the image's.
     pub fn file(&self) -> &File {
         &self.file
+    }
+
+    /// Whether it is this very file that is to be served, whatever its name leads to.
+    pub fn pinned(&self) -> bool {
+        self.pinned
     }
 
     /// Where it was opened.
@@ -345,7 +361,19 @@ impl Image {
     }
 }
 
-fn open_file(path: &Path, options: OpenOptions) -> Result<File, ImageError> {
+/// What a descriptor under /proc is called; the path itself where nobody can say.
+fn name_of(descriptor: &Path) -> PathBuf {
+    let Ok(name) = std::fs::read_link(descriptor) else { return descriptor.to_owned() };
+    let deleted = std::fs::metadata(descriptor).is_ok_and(|metadata| metadata.nlink() == 0);
+    let bytes = name.as_os_str().as_encoded_bytes();
+    match bytes.strip_suffix(b" (deleted)") {
+        Some(bytes) if deleted => std::ffi::OsStr::from_bytes(bytes).into(),
+        _ => name,
+    }
+}
+
+/// Opens what is at `at`; errors call it `path`.
+fn open_file(at: &Path, path: &Path, options: OpenOptions) -> Result<File, ImageError> {
     let mut flags = libc::O_CLOEXEC;
     if options.direct {
         flags |= libc::O_DIRECT;
@@ -354,7 +382,7 @@ fn open_file(path: &Path, options: OpenOptions) -> Result<File, ImageError> {
         .read(true)
         .write(!options.read_only)
         .custom_flags(flags)
-        .open(path);
+        .open(at);
     let path = path.to_owned();
     opened.map_err(|source| match source.raw_os_error() {
         Some(libc::ENOENT | libc::ENOTDIR) => ImageError::Missing(path),

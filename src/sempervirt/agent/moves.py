@@ -53,6 +53,7 @@ async def find_obstacles(agent: Agent, vm: Vm, cluster: Cluster, member: Member)
     if vm.record.claim is None:
         what = f"VM {vm.name} was started before this host belonged to a cluster"
         found.append(Obstacle(what, "end it and run it again"))
+    found += [Obstacle(image.cause, image.remedy) for image in await vm.misplaced_images()]
     if found:
         return found
     try:

@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from sempervirt.core.events import EventKind
 from sempervirt.core.queue_map import DeviceType, Engine
+from sempervirt.disk.image import ImageState
 from sempervirt.disk.state import Condition
 from sempervirt.migration.messages import MigrationView, MovePolicy
 from sempervirt.qemu.accel import AcceleratorKind
@@ -138,6 +139,8 @@ class DiskView(BaseModel):
     condition: Condition
     reason: str = Field(description="why the last backend ended")
     image: Path
+    image_state: ImageState = Field(description="what has become of the image under its VM")
+    image_finding: str = Field(description='the cause and a remedy; "" while it is in its place')
     size_bytes: int | None
     read_only: bool
     binary: str

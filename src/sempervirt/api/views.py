@@ -24,6 +24,7 @@ from sempervirt.core.errors import InvalidRequest, SempervirtError, Unavailable
 from sempervirt.core.events import Journal
 from sempervirt.core.queue_map import DevicePlan
 from sempervirt.disk.driver import Disk
+from sempervirt.disk.image import ImageState
 from sempervirt.disk.state import Condition
 from sempervirt.disk.takeover import Restart
 from sempervirt.disk.volume import inspect
@@ -116,7 +117,9 @@ async def disk_view(disk: Disk) -> DiskView:
         condition=disk.condition,
         reason=disk.reason,
         image=disk.setup.options.image,
-        size_bytes=volume.size_bytes if volume else None,
+        image_state=disk.image.finding.state,
+        image_finding=str(disk.image.finding),
+        size_bytes=status.size_bytes if status else volume and volume.size_bytes,
         read_only=disk.setup.options.read_only,
         binary=disk.binary,
         upgrade_available=disk.upgrade_available,
@@ -142,6 +145,8 @@ async def own_disk_view(vm: Vm, disk: DiskSpec) -> DiskView:
         condition=Condition.QEMU,
         reason="",
         image=disk.image,
+        image_state=ImageState.IN_PLACE,
+        image_finding="",
         size_bytes=await _size_bytes(disk),
         read_only=disk.read_only,
         binary="",

@@ -25,6 +25,7 @@ from sempervirt.cli.output import (
 )
 from sempervirt.cli.session import ask_agent
 from sempervirt.core.sizes import format_size
+from sempervirt.disk.image import ImageState
 from sempervirt.disk.state import Condition
 
 app = typer.Typer(
@@ -63,9 +64,12 @@ def list_disks(output: OutputOption = Output.TABLE) -> None:
             str(view.active_pid or "-"),
             str(view.spare_pid or "-"),
             str(view.restart_count),
-            str(view.image),
+            str(view.image) + _note(view),
         )
     out.print(table)
+    for view in views:
+        if view.image_finding:
+            out.print(f"{view.name}: {view.image_finding}", style="yellow", soft_wrap=True)
 
 
 @app.command("show", epilog="Example: semper disk show web/root")
@@ -104,6 +108,11 @@ def upgrade(
     out.print(f"{name} is served by {view.binary}, pid {view.active_pid}")
 
 
+def _note(view: DiskView) -> str:
+    """What has become of the image, behind its path."""
+    return "" if view.image_state is ImageState.IN_PLACE else f" ({view.image_state.value})"
+
+
 def _size(view: DiskView) -> str:
     return format_size(view.size_bytes) if view.size_bytes is not None else "?"
 
@@ -118,6 +127,7 @@ def _rows(view: DiskView) -> list[tuple[str, str | None]]:
         ("disk", view.name),
         ("condition", f"ejected: {view.reason}" if ejected else view.condition.value),
         ("image", f"{view.image} ({_size(view)}{', read-only' if view.read_only else ''})"),
+        ("", view.image_finding),
         ("active", f"{view.active_pid or 'none'}, generation {view.generation}"),
         ("spare", spare if view.spare_pid else "none"),
         ("binary", view.binary + (UPGRADE_HINT if view.upgrade_available else "")),

@@ -57,7 +57,8 @@ class ImageTitle:
 class Launch:
     """One process to start. `listen_fd` is the inherited listening socket, `thread_map` the
     thread of each queue, if it is not left to the program; `touched` a file in which it notes
-    which blocks were used. Without a `title` it serves what nobody has claimed.
+    which blocks were used. Without a `title` it serves what nobody has claimed. `image_fd` is an
+    inherited descriptor of the image, which the path may not lead to any more.
     """
 
     binary: str
@@ -68,6 +69,21 @@ class Launch:
     thread_map: ThreadMap | None = None
     touched: Path | None = None
     title: ImageTitle | None = None
+    image_fd: int | None = None
+
+    @property
+    def image(self) -> str:
+        """Where the process opens the image."""
+        return (
+            f"/proc/self/fd/{self.image_fd}"
+            if self.image_fd is not None
+            else str(self.options.image)
+        )
+
+    @property
+    def inherited(self) -> tuple[int, ...]:
+        """The descriptors that the process inherits."""
+        return (self.listen_fd, *(() if self.image_fd is None else (self.image_fd,)))
 
 
 class BackendCommand(Protocol):
@@ -114,7 +130,7 @@ class Blkd:
         argv = [
             launch.binary,
             f"--fd={launch.listen_fd}",
-            f"--blk-file={options.image}",
+            f"--blk-file={launch.image}",
             f"--num-queues={options.queues}",
             f"--control-socket={launch.control}",
             f"--engine={options.engine}",

@@ -12,11 +12,12 @@ import socket
 from dataclasses import replace
 from typing import Protocol
 
-from sempervirt.core.errors import CommandFailed
+from sempervirt.core.errors import CommandFailed, Unavailable
 from sempervirt.core.queue_map import Binding
 from sempervirt.disk import running as processes
 from sempervirt.disk.answers import Status
 from sempervirt.disk.backend import ImageTitle, Launch
+from sempervirt.disk.held_image import HeldImage
 from sempervirt.disk.observer import observe
 from sempervirt.disk.program import Programs, path_of
 from sempervirt.disk.record import DiskRecord, RecordedProcess, Role
@@ -53,9 +54,15 @@ class Backends:
     """
 
     def __init__(
-        self, setup: DiskSetup, listener: socket.socket, programs: Programs, watcher: Watcher
+        self,
+        setup: DiskSetup,
+        image: HeldImage,
+        listener: socket.socket,
+        programs: Programs,
+        watcher: Watcher,
     ) -> None:
         self.listener = listener
+        self._image = image
         self.programs = programs
         self.last_end: tuple[Exit, str] | None = None
         self._setup = setup
@@ -72,6 +79,11 @@ class Backends:
         """From now on processes are started with this title."""
         self._setup = replace(self._setup, title=title)
 
+    @property
+    def pids(self) -> list[int]:
+        """Of all processes, the ones that were started first in front."""
+        return [self._members[generation].pid for generation in sorted(self._members)]
+
     def get(self, generation: int | None) -> Running | None:
         """The process of that generation, while it runs."""
         return None if generation is None else self._members.get(generation)
@@ -79,6 +91,11 @@ class Backends:
     def start(self, order: Start, binding: Binding | None, *, active: bool) -> None:
         """Starts a process. A process that cannot be started is reported to have ended."""
         setup = self._setup
+        try:
+            image = self._image.require()
+        except Unavailable as error:
+            self._watcher.post(Exited(order.generation, str(error)))
+            return
         launch = Launch(
             binary=path_of(order.binary),
             options=setup.options,
@@ -88,6 +105,7 @@ class Backends:
             thread_map=binding.map if binding else None,
             touched=setup.files.touched,
             title=setup.title,
+            image_fd=image.descriptor,
         )
         try:
             member = processes.start(
@@ -147,6 +165,8 @@ class Backends:
             binary=state.binary,
             restarts=state.restarts,
             binding=state.binding,
+            image=self._image.identity,
+            epoch_file=self._setup.title.epoch_file if self._setup.title else None,
             processes=tuple(
                 RecordedProcess(
                     role,

@@ -29,6 +29,7 @@ from sempervirt.disk.backend import ImageTitle
 from sempervirt.disk.backends import Backends
 from sempervirt.disk.client import BackendClient
 from sempervirt.disk.decide import condition, decide, next_wake
+from sempervirt.disk.held_image import LOOK_S, HeldImage
 from sempervirt.disk.history import History
 from sempervirt.disk.program import Programs, is_installed, path_of
 from sempervirt.disk.running import Running
@@ -73,13 +74,14 @@ class Disk(Owner[State, SupervisionEvent, Effect]):
     """Made by `lifecycle.start_disk` or `lifecycle.adopt_disk`; ends with `stop` or `detach`.
 
     Beside the state there are handles, and nothing is decided by them: the processes and the
-    programs that they were started from (`backends`), what happened (`history`), and in `setup` the
-    title by which the next backend is started.
+    programs that they were started from (`backends`), the file that they serve (`image`), what
+    happened (`history`), and in `setup` the title by which the next backend is started.
     """
 
     def __init__(
         self,
         setup: DiskSetup,
+        image: HeldImage,
         listener: socket.socket,
         programs: Programs,
         state: State,
@@ -89,7 +91,9 @@ class Disk(Owner[State, SupervisionEvent, Effect]):
         self.setup = setup
         self.name = setup.name
         self.history = History(setup.name)
-        self.backends = Backends(setup, listener, programs, self)
+        self.image = image
+        self.backends = Backends(setup, image, listener, programs, self)
+        self._served_bytes: int | None = None
         self._replies = Replies()
 
     # What it is like
@@ -291,7 +295,11 @@ class Disk(Owner[State, SupervisionEvent, Effect]):
         return await self._active().arm_release(armed=armed)
 
     def set_title(self, title: ImageTitle) -> None:
-        """From now on backends are started with this title."""
+        """From now on backends are started with this title. The record stays that of the image:
+        what stands beside the image's path by now may be another one's.
+        """
+        if self.setup.title is not None:
+            title = replace(title, epoch_file=self.setup.title.epoch_file)
         self.setup = replace(self.setup, title=title)
         self.backends.set_title(title)
 
@@ -336,6 +344,23 @@ class Disk(Owner[State, SupervisionEvent, Effect]):
         await super().detach()
         self._replies.close(Unavailable(f"nobody looks after disk {self.name} any more"))
         self.backends.detach()
+        self.image.close()
+
+    def watch_image(self) -> None:
+        """From now on it is noticed when the image is moved, removed, or of another size."""
+        self.keep(self._watch_image(), "image")
+
+    async def _watch_image(self) -> None:
+        while True:
+            await self.look_at_image()
+            await self._clock.sleep(LOOK_S)
+
+    async def look_at_image(self) -> None:
+        """Looks now what has become of the image."""
+        if await self.image.look(self.backends.pids, lambda: self._served_bytes):
+            self.history.image(self.image.finding)
+            self.record(self._state, self._state)
+            self.changes.notify()
 
     # What an owner is made of (`host.owner`)
 
@@ -426,5 +451,6 @@ class Disk(Owner[State, SupervisionEvent, Effect]):
         binding = self._state.binding
         if binding is not None and status.thread_map != binding.map:
             self.post(MapSeen(generation, status.thread_map))
+        self._served_bytes = status.size_bytes
         self.history.seen(generation, status)
         self.changes.notify()

@@ -12,6 +12,7 @@ from collections import deque
 from sempervirt.core.events import Journal
 from sempervirt.core.queue_map import Binding, format_map
 from sempervirt.disk.answers import LastError, Status
+from sempervirt.disk.image import Finding, ImageState
 from sempervirt.disk.state import TookOver
 from sempervirt.disk.takeover import Restart, milestones
 
@@ -61,6 +62,13 @@ class History:
         text = f"{format_map(binding.map)} ({binding.source})"
         self.journal.note(time.time(), "threads", text)
         log.info("threads disk=%s %s", self._name, text)
+
+    def image(self, finding: Finding) -> None:
+        """Something has become of the image, or it is as it was."""
+        sound = finding.state is ImageState.IN_PLACE
+        text = "the image is in its place" if sound else str(finding)
+        self.journal.note(time.time(), "image", text)
+        log.log(logging.INFO if sound else logging.WARNING, "image disk=%s %s", self._name, text)
 
     def seen(self, generation: int, status: Status) -> None:
         """The active process, of that generation, told its status."""

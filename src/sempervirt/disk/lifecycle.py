@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import socket
+from dataclasses import replace
 
 from sempervirt.core.errors import OutcomeUnknown, SempervirtError, Unavailable
 from sempervirt.disk import running as processes
 from sempervirt.disk.driver import Disk
+from sempervirt.disk.held_image import HeldImage
 from sempervirt.disk.program import Programs, path_of
 from sempervirt.disk.record import DiskRecord, RecordedProcess, Role, read_disk_record
 from sempervirt.disk.running import Running
@@ -31,16 +33,18 @@ async def start_disk(setup: DiskSetup) -> Disk:
     Raises ImageLocked, InvalidRequest or Unavailable as the backend gives its reason; nothing
     is left running then.
     """
+    image = await HeldImage.begin(setup.name, setup.options.image)
     programs = Programs()
-    token = programs.hold(setup.command.binary())
     try:
+        token = programs.hold(setup.command.binary())
         listener = listen_unix(setup.files.socket)
     except SempervirtError:
         programs.keep_only(())
+        image.close()
         raise
     awaits = setup.title is not None and setup.title.epoch is None
     state = State(binary=token, binding=setup.binding, frozen=awaits)
-    disk = Disk(setup, listener, programs, state)
+    disk = Disk(setup, image, listener, programs, state)
     disk.start()
     disk.post(Begin())
     try:
@@ -53,6 +57,7 @@ async def start_disk(setup: DiskSetup) -> Disk:
         await disk.stop()
         raise
     if not disk.state.refused and disk.state.active is not None:
+        disk.watch_image()
         return disk
     refused = disk.state.refused or disk.state.last_end
     await disk.stop()
@@ -79,10 +84,16 @@ async def adopt_disk(setup: DiskSetup, *, frozen: bool = False) -> Disk:
     The listening socket is taken back from a backend that holds it. Where that is not
     allowed, a new one is bound at the same path: then the old spare, which listens on a
     socket without a path, is killed before that, and the active one is replaced by a process
-    with the new socket, as in an upgrade. Processes that nobody recorded are killed.
+    with the new socket, as in an upgrade. Processes that nobody recorded are killed. The image is
+    the one on record, wherever it is now.
     """
     record = read_disk_record(setup.record) or DiskRecord(1, setup.command.binary() + "#", 0, ())
+    if setup.title is not None and record.epoch_file is not None:
+        setup = replace(setup, title=replace(setup.title, epoch_file=record.epoch_file))
     alive = await _alive(setup, record)
+    image = await HeldImage.adopt(
+        setup.name, setup.options.image, record.image, [item.identity.pid for item in alive]
+    )
     listener = _borrowed(setup, alive)
     stale = listener is None and bool(alive)
     if stale:
@@ -102,8 +113,9 @@ async def adopt_disk(setup: DiskSetup, *, frozen: bool = False) -> Disk:
         binding=record.binding or setup.binding,
         restarts=record.restarts,
     )
-    disk = Disk(setup, listener or listen_unix(setup.files.socket), programs, state)
+    disk = Disk(setup, image, listener or listen_unix(setup.files.socket), programs, state)
     disk.start()
+    disk.watch_image()
     for item, backend in zip(alive, backends, strict=True):
         _admit(disk, item, backend.binary, active=item is alive[0])
     disk.post(Freeze() if frozen else Tick())

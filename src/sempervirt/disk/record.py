@@ -2,6 +2,8 @@
 
 {"version": 1, "next_generation": 7, "binary": "…", "restarts": 3,
  "binding": {"map": [0, 0, 1], "source": "…"} | null,
+ "image": {"block_device": false, "device": 65025, "inode": 12, "birth_ns": 1795384877123456789,
+           "sequence": 0} | null, "epoch_file": "…" | null,
  "processes": [{"role": "active", "generation": 5, "binary": "…", "listen_fd": 9,
                 "pid": 4711, "start_ticks": 123456, "boot_id": "…"}, …]}
 """
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sempervirt.core.queue_map import Binding, check_map
+from sempervirt.disk.image import Identity
 from sempervirt.host.procfs import ProcessId
 from sempervirt.host.records import RecordDamaged, read_record, write_record
 
@@ -40,13 +43,17 @@ class RecordedProcess:
 
 @dataclass(frozen=True)
 class DiskRecord:
-    """The content of the record. `binding` is what the queues' threads are to be."""
+    """The content of the record. `binding` is what the queues' threads are to be; `image` is which
+    file the disk is, and `epoch_file` what stood beside the image when the VM was started.
+    """
 
     next_generation: int
     binary: str
     restarts: int
     processes: tuple[RecordedProcess, ...]
     binding: Binding | None = None
+    image: Identity | None = None
+    epoch_file: Path | None = None
 
     def write(self, path: Path) -> None:
         """Replaces the record at `path`."""
@@ -54,6 +61,7 @@ class DiskRecord:
         for item in content["processes"]:
             item.update(item.pop("identity"))
             item["role"] = item["role"].value
+        content["epoch_file"] = str(self.epoch_file) if self.epoch_file else None
         write_record(path, VERSION, content)
 
 
@@ -69,6 +77,8 @@ def read_disk_record(path: Path) -> DiskRecord | None:
             restarts=int(content["restarts"]),
             processes=tuple(_recorded(item) for item in content["processes"]),
             binding=_binding(content.get("binding")),
+            image=_image(content.get("image")),
+            epoch_file=Path(kept) if (kept := content.get("epoch_file")) else None,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise RecordDamaged(
@@ -81,6 +91,10 @@ def _binding(item: dict[str, Any] | None) -> Binding | None:
     if item is None:
         return None
     return Binding(check_map([int(thread) for thread in item["map"]]), str(item["source"]))
+
+
+def _image(item: dict[str, Any] | None) -> Identity | None:
+    return None if item is None else Identity(**item)
 
 
 def _recorded(item: dict[str, Any]) -> RecordedProcess:

@@ -131,7 +131,7 @@ def start(
         log=log,
         on_exit=on_exit,
         executable=executable,
-        pass_fds=(launch.listen_fd, *descriptors),
+        pass_fds=(*launch.inherited, *descriptors),
         environment=command.environment,
     )
     return Running(generation, token, started, launch.control, log, launch.listen_fd)

@@ -27,8 +27,9 @@ from sempervirt.host.sockets import check_socket_path, listen_unix
 class StandIn:
     """Made by `start`; ends with `end`."""
 
-    def __init__(self, setup: DiskSetup, directory: Path) -> None:
+    def __init__(self, setup: DiskSetup, image_fd: int, directory: Path) -> None:
         self._setup = setup
+        self._image_fd = image_fd
         self._directory = directory
         self._process: Process | None = None
         self._listener: socket.socket | None = None
@@ -56,12 +57,13 @@ class StandIn:
             listen_fd=self._listener.fileno(),
             control=self._own.with_suffix(".ctl"),
             wait_for_lock=False,
+            image_fd=self._image_fd,
         )
         self._process = process.spawn(
             [*setup.command.argv(launch), "--incoming", "--no-map"],
             log=self._own.with_suffix(".log"),
             on_exit=lambda _end: None,
-            pass_fds=(launch.listen_fd,),
+            pass_fds=launch.inherited,
             environment=setup.command.environment,
         )
         _link(self.path, self._own)

@@ -60,6 +60,7 @@ async def restart_qemu(vm: Vm, program: Program) -> RestartReport:
     """
     _require_control(vm)
     vm.ledger.require_idle()
+    await vm.require_images_in_place(own=True)
     live = LiveRestart(vm, program)
     state, effects = restarts.begin(vm.name, vm.record.number + 1, time.monotonic())
     ports = restart_ports.Ports(live, live, vm.ledger, live)
@@ -107,6 +108,7 @@ async def save_vm(vm: Vm, output: Path) -> Saved:
     if not output.parent.is_dir():
         raise InvalidRequest(f"there is no directory {output.parent}", remedy="make it first")
     vm.ledger.require_idle()
+    await vm.require_images_in_place()
     live = LiveSave(vm, output)
     state, effects = saves.begin(vm.name)
     ports = save_ports.Ports(live, vm.ledger, live)

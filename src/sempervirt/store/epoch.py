@@ -39,7 +39,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 
-from sempervirt.core.errors import Unavailable
+from sempervirt.core.errors import StateConflict, Unavailable
 from sempervirt.core.names import NAME_MAX
 from sempervirt.host.records import RecordDamaged, RecordNewer
 from sempervirt.store.registry import Claim, StaleClaim
@@ -156,9 +156,16 @@ def advance(path: Path, claim: Claim) -> EpochRecord:
     """Puts a claim on record. Raises StaleClaim, RecordDamaged, Unavailable.
 
     From its return on no backend with an older claim is admitted. One that serves already is
-    not stopped by this: the image's lock keeps it and its successor apart.
+    not stopped by this: the image's lock keeps it and its successor apart. A record of an image
+    that the claim does not name, which came to this path later, is left as it is (StateConflict).
     """
     with _locked(path) as descriptor:
+        found = _newest(path, os.pread(descriptor, FILE_BYTES, 0))
+        if found is not None and claim.images and found.image not in claim.images:
+            raise StateConflict(
+                f"{path} is the record of another image than the one that {claim.host} has claimed",
+                remedy=f"put the image of VM {claim.vm} and its record back to their places",
+            )
         record = _present(path, descriptor)
         match admit(record, claim):
             case Admission.STALE:

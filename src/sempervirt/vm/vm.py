@@ -8,6 +8,7 @@ import logging
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -20,7 +21,9 @@ from sempervirt.core.errors import (
 )
 from sempervirt.core.queue_map import DevicePlan
 from sempervirt.disk.driver import Disk
+from sempervirt.disk.image import Finding, ImageState, has_open
 from sempervirt.host import background, process
+from sempervirt.host.storage_call import call_storage
 from sempervirt.qemu.command_line import disk_id
 from sempervirt.qemu.driver import STOP_GRACE_S, Machine
 from sempervirt.qemu.spec import VmSpec
@@ -267,6 +270,36 @@ class Vm:
             if title is not None:
                 disk.set_title(title)
         self.ledger.set_claim(claim)
+
+    async def misplaced_images(self) -> list[Finding]:
+        """The images to which their paths do not lead: whoever opens them by path, as a QEMU or a
+        host that goes on with this VM does, would have another VM's disk.
+        """
+        await asyncio.gather(*(disk.look_at_image() for disk in self.disks.values()))
+        found = [disk.image.finding for disk in self.disks.values()]
+        return [finding for finding in found if finding.misplaced] + await self._own_misplaced()
+
+    async def _own_misplaced(self) -> list[Finding]:
+        """Those of the disks that QEMU itself serves."""
+        if (pid := self.pid) is None:
+            return []
+        found = []
+        for disk in self.spec.disks:
+            if disk.name in self.disks:
+                continue
+            with contextlib.suppress(OSError, Unavailable):
+                if await call_storage(disk.image, partial(has_open, pid, disk.image)):
+                    continue
+            cause = f"disk {self.name}/{disk.name}: {disk.image} is not the file that QEMU has open"
+            found.append(Finding(ImageState.REPLACED, cause, "put the image back to its path"))
+        return found
+
+    async def require_images_in_place(self, *, own: bool = False) -> None:
+        """Raises StateConflict for an image to which its path does not lead; with `own` only for
+        one that QEMU itself serves.
+        """
+        for finding in await (self._own_misplaced() if own else self.misplaced_images()):
+            raise StateConflict(finding.cause, remedy=finding.remedy)
 
     # Work of many steps (`vm.work`)
 

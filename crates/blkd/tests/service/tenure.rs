@@ -2,7 +2,9 @@
 //! the size, what its name leads to, the file beside it.
 
 use std::fs::{File, OpenOptions};
-use std::path::Path;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 use vhost::VhostBackend;
@@ -178,6 +180,52 @@ fn the_last_of_a_removed_image_is_served_on_and_told() {
     let message = error["message"].as_str().unwrap();
     let copy = message.split("copy it from ").nth(1).unwrap();
     assert_eq!(std::fs::read(copy).unwrap()[4096..8192], [1; 4096]);
+}
+
+/// The path by which a child opens what this descriptor is of; inherited by every child.
+fn inherited(file: &File) -> PathBuf {
+    // SAFETY: no memory is passed.
+    unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETFD, 0) };
+    format!("/proc/self/fd/{}", file.as_raw_fd()).into()
+}
+
+#[test]
+fn an_image_that_is_given_by_its_descriptor_is_served_wherever_its_name_leads() {
+    let dir = tempfile::Builder::new().prefix("blkd").tempdir_in("/tmp").unwrap();
+    let path = dir.path().join("disk.raw");
+    std::fs::write(&path, [1; 8192]).unwrap();
+    let file = OpenOptions::new().custom_flags(libc::O_PATH).read(true).open(&path).unwrap();
+    let site = Site::on(dir, inherited(&file));
+    let (mut active, mut spare) = two(&site, &[]);
+    assert_eq!(active.status()["image"], json!(path.display().to_string()));
+    std::fs::rename(&path, site.path("was")).unwrap();
+    std::fs::write(&path, [9; 8192]).unwrap();
+    active.kill();
+    let mut machine = Machine::new(1, 64);
+    machine.connect(&site.socket()).unwrap();
+    assert_eq!(machine.ask(&spare, &Ask::read(0, 4096)).data, [1; 4096]);
+    let error = last_error(&spare);
+    assert_eq!(error["op"], json!("name"));
+    assert!(error["message"].as_str().unwrap().contains("leads to another file"), "{error}");
+    // One that is started by now, and one without any name left.
+    let later = self::spare(&site, &[]);
+    std::fs::remove_file(site.path("was")).unwrap();
+    spare.kill();
+    machine.disconnect();
+    machine.connect(&site.socket()).unwrap();
+    assert_eq!(machine.ask(&later, &Ask::read(8, 4096)).data, [1; 4096]);
+    let last = self::spare(&site, &[]);
+    drop(later);
+    machine.disconnect();
+    machine.connect(&site.socket()).unwrap();
+    assert_eq!(machine.ask(&last, &Ask::read(8, 4096)).data, [1; 4096]);
+    drop(last);
+    // The control: by its path it is the other file.
+    let other = Site::sharing(&path);
+    let by_path = other.start(&[]);
+    let mut machine = Machine::new(1, 64);
+    machine.connect(&other.socket()).unwrap();
+    assert_eq!(machine.ask(&by_path, &Ask::read(0, 4096)).data, [9; 4096]);
 }
 
 #[test]

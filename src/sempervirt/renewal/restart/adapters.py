@@ -65,7 +65,7 @@ class LiveRestart(HeldGuest):
         with contextlib.suppress(FileExistsError):
             files.directory.mkdir(mode=0o700)
         for disk in vm.disks.values():
-            stand_in = StandIn(disk.setup, files.directory)
+            stand_in = StandIn(disk.setup, disk.image.require().descriptor, files.directory)
             self._stand_ins.append(stand_in)
             stand_in.start()
         for index, nic in enumerate(vm.spec.nics):
