@@ -177,7 +177,7 @@ async def test_upgrade_serves_from_the_new_binary(
         # It looks like a backend, and ends as soon as it should be one.
         (
             """[ "$1" = --print-capabilities ] || exit 7
-            echo '{"type": "block", "features": ["blk-file", "read-only"]}'""",
+            echo '{"type": "block", "features": ["blk-file", "read-only", "session"]}'""",
             "exit code 7",
         ),
     ],
@@ -205,7 +205,7 @@ async def test_a_replaced_file_does_not_become_the_backend_by_accident(
     disk = await started.start(replace(setup, command=Blkd(installed)))
     await disk.wait_spare_ready(READY_S)
     text = """[ "$1" = --print-capabilities ] || exit 7
-        echo '{"type": "block", "features": ["blk-file"]}'"""
+        echo '{"type": "block", "features": ["blk-file", "session"]}'"""
     program(new, text)
     new.replace(installed)
     assert disk.upgrade_available

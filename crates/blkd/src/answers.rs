@@ -21,6 +21,10 @@ pub(crate) struct Status {
     pub owns_image: bool,
     /// The name of a [`crate::tenure::Standing`].
     pub standing: &'static str,
+    /// "off", "alone" or "followed" when it serves, "seeking" or "following" in a spare.
+    pub session: &'static str,
+    /// It took over the front end's connection from the process before.
+    pub resumed: bool,
     pub claim: Claim,
     /// How far the guest's memory has come: the name of a [`crate::postcopy::Stage`].
     pub memory: &'static str,

@@ -104,6 +104,11 @@ pub(crate) struct Args {
     #[arg(long, conflicts_with = "read_only")]
     pub spare: bool,
 
+    /// Let spares know here what the front end has said, so that a spare goes on with its
+    /// connection; a spare learns it here. Without this option the front end connects again.
+    #[arg(long, value_name = "PATH", conflicts_with = "read_only")]
+    pub session_socket: Option<PathBuf>,
+
     /// Accept a front end, but take the image only when its first queue starts: for the VM at the
     /// receiving end of a migration.
     #[arg(long, conflicts_with_all = ["read_only", "spare"])]

@@ -37,6 +37,7 @@ use crate::answers::{
 use crate::block_map;
 use crate::device::Device;
 use crate::queue::Disk;
+use crate::session::Session;
 use crate::state::{QueueCounters, Timeline};
 use crate::threads::ThreadMap;
 
@@ -52,6 +53,7 @@ pub(crate) struct Control {
     pub device: Arc<Mutex<Device>>,
     pub faults: FaultSwitch,
     pub engine: &'static str,
+    pub session: Arc<Session>,
 }
 
 #[derive(Deserialize)]
@@ -237,6 +239,8 @@ impl Control {
             direct: image.direct(),
             owns_image: tenure.is_held(),
             standing: tenure.standing().name(),
+            session: self.session.name(),
+            resumed: shared.resumed.load(Ordering::Relaxed),
             claim: tenure.claim(),
             memory: shared.arrival().name(),
             read_only: image.read_only(),

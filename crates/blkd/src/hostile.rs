@@ -11,13 +11,14 @@ use std::time::Duration;
 use semper_block::{Engine, FaultSwitch, Image, NullEngine, Op, OpenOptions};
 use semper_inflight::{NoHook, TrackedQueue};
 use semper_ring::ChainError;
-use vhost::vhost_user::BackendReqHandler;
 
 use crate::block_map::{DiskMap, Keeping};
 use crate::control::Control;
 use crate::device::{Device, Offer};
 use crate::queue::Disk;
 use crate::request::{ID_SIZE, Parsed, Rules, Slot, parse};
+use crate::session::Line;
+use crate::session::mirror::{Known, Mirror};
 use crate::state::Shared;
 use crate::tenure::{Standing, Tenure};
 use crate::threads::{Spawn, ThreadMap, Threads};
@@ -133,7 +134,13 @@ impl Target {
     pub fn control(&self, line: &str) -> String {
         let device = Arc::clone(self.device.get_or_init(|| self.serving(1, NullEngine::new)));
         let disk = Arc::clone(&self.disk);
-        let control = Control { disk, device, faults: FaultSwitch::default(), engine: "null" };
+        let control = Control {
+            disk,
+            device,
+            faults: FaultSwitch::default(),
+            engine: "null",
+            session: Arc::default(),
+        };
         control.answer(line).line.to_string()
     }
 }
@@ -151,9 +158,10 @@ impl Server {
     /// Speaks vhost-user on `stream` until the other end breaks the connection or the rules; gives
     /// the number of messages handled. The device then finishes everything and is as new.
     pub fn serve(&self, stream: UnixStream) -> u64 {
-        let mut handler = BackendReqHandler::from_stream(stream, Arc::clone(&self.device));
+        let mirror = Mirror::new(Known::default()).expect("a page");
+        let mut line = Line::new(stream, &self.device, &mirror).expect("a pair of sockets");
         let mut handled = 0;
-        while handler.handle_request().is_ok() {
+        while line.serve().is_ok() {
             handled += 1;
         }
         self.device.lock().unwrap_or_else(PoisonError::into_inner).disconnect();

@@ -4,6 +4,7 @@
 //!   main thread      opens the image, takes (or awaits) its lock, accepts front ends, speaks vhost-user
 //!   queue threads    serve the virtqueues, no locks; see `worker`
 //!   control threads  the control socket; see `control`
+//!   session thread   tells the spares what the front end has said, or follows who serves; see `session`
 //!   signal thread    SIGTERM, SIGINT: drain, show everything to the guest, exit 0
 //! ```
 //!
@@ -33,6 +34,7 @@ mod postcopy;
 mod queue;
 mod request;
 mod serve;
+mod session;
 mod state;
 mod tenure;
 mod threads;
@@ -55,7 +57,8 @@ pub(crate) const PROGRAM: Program = Program("semper-blkd");
 pub fn main() -> ExitCode {
     let args = Args::parse();
     if args.print_capabilities {
-        let capabilities = Capabilities { kind: "block", features: &["read-only", "blk-file"] };
+        let capabilities =
+            Capabilities { kind: "block", features: &["read-only", "blk-file", "session"] };
         println!("{}", serde_json::json!(capabilities));
         return ExitCode::SUCCESS;
     }

@@ -1,8 +1,9 @@
 //! From the command line to a served disk.
 
 use std::io;
+use std::net::Shutdown;
 use std::os::fd::FromRawFd;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -14,7 +15,7 @@ use semper_block::{
 #[cfg(target_arch = "x86_64")]
 use semper_block::{MappedEngine, Mapping};
 use semper_control::bind;
-use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
+use vhost::vhost_user::Error as VhostError;
 
 use crate::args::{Args, EngineKind};
 use crate::block_map::{DiskMap, Keeping};
@@ -25,6 +26,9 @@ use crate::memory_reaper;
 use crate::postcopy::{self, Stage, Userfault};
 use crate::queue::Disk;
 use crate::request::ID_SIZE;
+use crate::session::follower::Follower;
+use crate::session::mirror::Mirror;
+use crate::session::{Line, Session};
 use crate::state::{Phase, Shared, mark};
 use crate::tenure::{Patience, Standing, Tenure};
 use crate::threads::{Spawn, ThreadMap, Threads};
@@ -74,9 +78,11 @@ pub(crate) fn run(args: Args, shared: Shared) -> Result<(), Failure> {
     let offer = Offer { track, page_faults: track && userfault.is_ok() };
     let (threads, engine) = start_threads(&args, &disk, &faults)?;
     let device = Arc::new(Mutex::new(Device::new(Arc::clone(&disk), threads, offer)));
+    let session = Arc::new(session(&args).map_err(system("start the session thread"))?);
     if let Some(listener) = control_listener {
+        let session = Arc::clone(&session);
         let device = Arc::clone(&device);
-        let control = Control { disk: Arc::clone(&disk), device, faults, engine };
+        let control = Control { disk: Arc::clone(&disk), device, faults, engine, session };
         semper_control::serve(listener, move |line| control.answer(line))
             .map_err(system("start the control thread"))?;
     }
@@ -86,6 +92,7 @@ pub(crate) fn run(args: Args, shared: Shared) -> Result<(), Failure> {
         disk.tenure.take(Patience::Unlimited, disk.map.as_deref())?;
         disk.shared.set_phase(Phase::Listening);
     }
+    let mirror = session.serve().map_err(system("make the session"))?;
     log::info!(
         "serving image={} size_bytes={} engine={engine} direct={} read_only={} queues={}",
         disk.image.path().display(),
@@ -94,7 +101,17 @@ pub(crate) fn run(args: Args, shared: Shared) -> Result<(), Failure> {
         args.read_only,
         args.num_queues
     );
-    accept_forever(&listener, &disk, &device)
+    if let Some(line) = session.go_on(&disk.shared, &device, &mirror) {
+        converse(line, &disk, &device, &mirror);
+    }
+    accept_forever(&listener, &disk, &device, &mirror)
+}
+
+/// A spare follows whoever serves, and whoever serves lets itself be followed.
+fn session(args: &Args) -> io::Result<Session> {
+    let Some(socket) = args.session_socket.clone() else { return Ok(Session::default()) };
+    let follower = args.spare.then(|| Follower::start(socket.clone())).transpose()?;
+    Ok(Session::new(socket, follower))
 }
 
 fn serial_number(text: &str) -> Result<[u8; ID_SIZE], Failure> {
@@ -255,54 +272,57 @@ fn accept_forever(
     listener: &UnixListener,
     disk: &Arc<Disk>,
     device: &Arc<Mutex<Device>>,
+    mirror: &Mirror,
 ) -> Result<(), Failure> {
-    let shared = &disk.shared;
     let mut pause = Duration::ZERO;
     loop {
         let (stream, _) = listener.accept().map_err(system("accept a front end"))?;
-        mark(&shared.timeline.accepted);
-        shared.connections.fetch_add(1, Ordering::Relaxed);
-        shared.set_phase(Phase::Connected);
-        let ended = speak(stream, disk, device);
-        if shared.arrival() == Stage::Listening {
-            // What waits for a page waits for ever; and if it were let go, it would find zeros.
-            log::error!(
-                "the front end is gone while the guest's memory arrives, ending without finishing \
-                 what is in flight error=\"{ended}\""
-            );
-            std::process::exit(1);
-        }
-        device.lock().unwrap_or_else(PoisonError::into_inner).disconnect();
-        shared.set_phase(Phase::Listening);
-        match ended {
-            VhostError::Disconnected => {
-                log::info!("the front end disconnected");
-                pause = Duration::ZERO;
-            }
-            error => {
-                // QEMU comes back at once, with the same message as likely as not.
-                shared.report_protocol_error(&error);
-                pause = (pause * 2).clamp(Duration::from_millis(10), Duration::from_secs(1));
-                std::thread::sleep(pause);
-            }
+        mark(&disk.shared.timeline.accepted);
+        disk.shared.connections.fetch_add(1, Ordering::Relaxed);
+        disk.shared.set_phase(Phase::Connected);
+        let line = Line::new(stream, device, mirror)
+            .and_then(|line| mirror.connected(line.stream()).map(|()| line))
+            .map_err(system("serve a front end"))?;
+        if converse(line, disk, device, mirror) {
+            pause = Duration::ZERO;
+        } else {
+            // QEMU comes back at once, with the same message as likely as not.
+            pause = (pause * 2).clamp(Duration::from_millis(10), Duration::from_secs(1));
+            std::thread::sleep(pause);
         }
     }
 }
 
-fn speak(stream: UnixStream, disk: &Disk, device: &Arc<Mutex<Device>>) -> VhostError {
-    let copy = match stream.try_clone() {
-        Ok(copy) => copy,
-        Err(error) => return VhostError::ReqHandlerError(error),
-    };
-    let mut handler = BackendReqHandler::from_stream(stream, Arc::clone(device));
+/// Until the end of the connection; says whether that was an orderly one.
+fn converse(mut line: Line<'_>, disk: &Disk, device: &Arc<Mutex<Device>>, mirror: &Mirror) -> bool {
+    let shared = &disk.shared;
+    let ended = speak(&mut line, disk, device);
+    if shared.arrival() == Stage::Listening {
+        // What waits for a page waits for ever; and if it were let go, it would find zeros.
+        log::error!(
+            "the front end is gone while the guest's memory arrives, ending without finishing \
+             what is in flight error=\"{ended}\""
+        );
+        std::process::exit(1);
+    }
+    device.lock().unwrap_or_else(PoisonError::into_inner).disconnect();
+    mirror.disconnected();
+    // To close it is not enough: the spares have it as well.
+    let _ = line.stream().shutdown(Shutdown::Both);
+    shared.set_phase(Phase::Listening);
+    if matches!(ended, VhostError::Disconnected) {
+        log::info!("the front end disconnected");
+        return true;
+    }
+    shared.report_protocol_error(&ended);
+    false
+}
+
+fn speak(line: &mut Line<'_>, disk: &Disk, device: &Mutex<Device>) -> VhostError {
     let mut inherited = false;
     loop {
         inherited |= disk.shared.arrival() == Stage::Inherited;
-        let handled = if inherited {
-            handle_inherited(&mut handler, &copy, device)
-        } else {
-            handler.handle_request()
-        };
+        let handled = if inherited { serve_inherited(line, device) } else { line.serve() };
         if let Err(error) = handled {
             return error;
         }
@@ -311,20 +331,16 @@ fn speak(stream: UnixStream, disk: &Disk, device: &Arc<Mutex<Device>>) -> VhostE
 
 /// On a connection that has not begun the postcopy, `vhost` takes the message that ends it for an
 /// error; and that message may never come.
-fn handle_inherited(
-    handler: &mut BackendReqHandler<Mutex<Device>>,
-    stream: &UnixStream,
-    device: &Mutex<Device>,
-) -> Result<(), VhostError> {
+fn serve_inherited(line: &mut Line<'_>, device: &Mutex<Device>) -> Result<(), VhostError> {
     let locked = || device.lock().unwrap_or_else(PoisonError::into_inner);
-    if !postcopy::wait_message(stream) {
+    if !postcopy::wait_message(line.stream()) {
         return locked().look_for_end();
     }
-    if !postcopy::is_end(stream) {
-        return handler.handle_request();
+    if !postcopy::is_end(line.stream()) {
+        return line.serve();
     }
     locked().end_postcopy()?;
-    postcopy::answer_end(stream).map_err(VhostError::ReqHandlerError)
+    postcopy::answer_end(line.stream()).map_err(VhostError::ReqHandlerError)
 }
 
 fn signal_set() -> libc::sigset_t {

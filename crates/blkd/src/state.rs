@@ -118,6 +118,8 @@ pub(crate) struct Shared {
     pub timeline: Timeline,
     pub queues: Vec<QueueCounters>,
     pub connections: AtomicU64,
+    /// This process went on with the connection of another.
+    pub resumed: AtomicBool,
     pub protocol_errors: AtomicU64,
     pub guest_errors: AtomicU64,
     pub host_errors: AtomicU64,
@@ -135,6 +137,7 @@ impl Shared {
             timeline: Timeline::default(),
             queues: (0..num_queues).map(|_| QueueCounters::default()).collect(),
             connections: AtomicU64::new(0),
+            resumed: AtomicBool::new(false),
             protocol_errors: AtomicU64::new(0),
             guest_errors: AtomicU64::new(0),
             host_errors: AtomicU64::new(0),

@@ -69,6 +69,9 @@ impl Mapping {
         if base == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
+        // The guest's data has no business in a core file of this process.
+        // SAFETY: the advice changes what a core file holds, and no memory.
+        unsafe { libc::madvise(base, len as usize, libc::MADV_DONTDUMP) };
         let base = base.cast();
         let range = Arc::new(Range { base, present, lasting });
         let mut mapping = Self { range, search: None };

@@ -125,6 +125,9 @@ class RestartView(BaseModel):
     successor: int | None
     successor_pid: int | None
     replayed: int | None
+    kept_connection: bool | None = Field(
+        default=None, description="QEMU's connection went on; false: QEMU had to connect again"
+    )
     milestones_ms: dict[str, float | None]
 
 

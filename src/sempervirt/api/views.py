@@ -199,6 +199,7 @@ def _restart_view(restart: Restart) -> RestartView:
         successor=restart.successor,
         successor_pid=restart.successor_pid,
         replayed=restart.replayed,
+        kept_connection=restart.kept_connection,
         milestones_ms=restart.milestones_ms,
     )
 

@@ -178,9 +178,18 @@ def _counters(backend: dict[str, object]) -> str | None:
     return ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in sums.items())
 
 
+def _connection(kept: bool | None) -> str:
+    """What QEMU saw of a restart."""
+    if kept is None:
+        return "-"
+    return "saw nothing" if kept else "connected again"
+
+
 def _restarts(restarts: list[RestartView]) -> Table:
     """Restarts; the milestones of a restart in milliseconds after the agent saw its cause."""
-    table = listing("time", "ago", "why", "pid", "lock", "accepted", "started", "first done")
+    table = listing(
+        "time", "ago", "why", "pid", "QEMU", "lock", "accepted", "started", "first done"
+    )
     steps = ("lock_acquired", "accepted", "started", "first_completion")
     for restart in restarts:
         times = [restart.milestones_ms.get(step) for step in steps]
@@ -189,6 +198,7 @@ def _restarts(restarts: list[RestartView]) -> Table:
             ago(restart.time),
             restart.reason,
             str(restart.successor_pid or "-"),
+            _connection(restart.kept_connection),
             *("-" if ms is None else f"{ms:.1f} ms" for ms in times),
         )
     return table

@@ -9,7 +9,7 @@ from sempervirt.demo.verdict import Verdict
 
 STEP_NAMES = {
     "lock_acquired": "image lock passed to the spare",
-    "accepted": "QEMU connected again",
+    "accepted": "the spare has QEMU's connection",
     "started": "queues started",
     "replayed": "unfinished requests done again",
     "first_completion": "first answer to the guest",
@@ -32,6 +32,7 @@ def counts(verdict: Verdict) -> Table:
     table.add_row("backends killed", str(verdict.kills))
     table.add_row("backends upgraded", str(verdict.upgrades))
     table.add_row("VM stopped and continued", str(verdict.pauses))
+    table.add_row("take-overs that QEMU did not notice", f"{verdict.kept} of {len(verdict.stalls)}")
     table.add_row("requests done again", str(verdict.replayed))
     table.add_row("requests of the guest", f"{verdict.writes + verdict.reads:,}")
     table.add_row("blocks verified", f"{verdict.verified:,}")

@@ -31,13 +31,16 @@ class Cause(Enum):
 
 @dataclass(frozen=True)
 class Stall:
-    """One take-over. `ms` from the kill to the guest's next completion; None if unknown."""
+    """One take-over. `ms` from the kill to the guest's next completion; None if unknown. `kept`:
+    QEMU's connection went on.
+    """
 
     at_ns: int
     ms: float | None
     steps_ms: Mapping[str, float]
     replayed: int
     cause: Cause
+    kept: bool = False
 
 
 def stall_ms(kill_ns: int, first_completion_ns: int, gaps_ns: Iterable[tuple[int, int]]) -> float:

@@ -312,6 +312,7 @@ class Trial:
             steps_ms(kill_ns, status.timeline_ns),
             status.counters.replayed,
             cause,
+            kept=status.resumed,
         )
 
     async def _serving_status(self) -> Status | None:

@@ -62,6 +62,11 @@ class Verdict:
         return step_spreads([s for s in self.stalls if s.cause is Cause.KILL])
 
     @property
+    def kept(self) -> int:
+        """Take-overs by which QEMU's connection went on."""
+        return sum(stall.kept for stall in self.stalls)
+
+    @property
     def replayed(self) -> int:
         """Requests that were done again."""
         return sum(stall.replayed for stall in self.stalls)
@@ -109,6 +114,7 @@ class Verdict:
         plain["stalls"] = [asdict(stall) | {"cause": stall.cause.value} for stall in self.stalls]
         plain["clean"] = self.clean
         plain["replayed"] = self.replayed
+        plain["kept"] = self.kept
         plain["stall_ms"] = asdict(self.stall)
         plain["steps_ms"] = {step: asdict(spread) for step, spread in self.steps.items()}
         return plain

@@ -46,6 +46,16 @@ class ClaimState(Enum):
     ADMITTED = "admitted"
 
 
+class Session(Enum):
+    """Whether QEMU's connection outlives the process."""
+
+    OFF = "off"  # QEMU connects again
+    ALONE = "alone"  # serves; no spare knows the connection
+    FOLLOWED = "followed"  # serves; a spare knows the connection
+    SEEKING = "seeking"  # a spare that knows no connection
+    FOLLOWING = "following"  # a spare that goes on with the connection
+
+
 class GuestMemory(Enum):
     """How far the guest's memory has come, during a migration to this host."""
 
@@ -135,6 +145,8 @@ class Status(Answer):
     direct: bool
     owns_image: bool
     standing: Standing
+    session: Session = Session.OFF
+    resumed: bool = False
     claim: ClaimStatus
     memory: GuestMemory
     read_only: bool

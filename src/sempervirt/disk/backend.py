@@ -57,8 +57,9 @@ class ImageTitle:
 class Launch:
     """One process to start. `listen_fd` is the inherited listening socket, `thread_map` the
     thread of each queue, if it is not left to the program; `touched` a file in which it notes
-    which blocks were used. Without a `title` it serves what nobody has claimed. `image_fd` is an
-    inherited descriptor of the image, which the path may not lead to any more.
+    which blocks were used; `session` the socket at which spares learn what QEMU has said. Without a
+    `title` it serves what nobody has claimed. `image_fd` is an inherited descriptor of the image,
+    which the path may not lead to any more.
     """
 
     binary: str
@@ -68,6 +69,7 @@ class Launch:
     wait_for_lock: bool
     thread_map: ThreadMap | None = None
     touched: Path | None = None
+    session: Path | None = None
     title: ImageTitle | None = None
     image_fd: int | None = None
 
@@ -140,6 +142,9 @@ class Blkd:
             argv.append(f"--thread-map={format_map(launch.thread_map)}")
         if launch.touched is not None:
             argv.append(f"--map-file={launch.touched}")
+        # A read-only disk has no spare that could follow.
+        if launch.session is not None and not options.read_only:
+            argv.append(f"--session-socket={launch.session}")
         if options.poll_us is not None:
             argv.append(f"--poll-us={options.poll_us}")
         if options.block_size is not None:

@@ -104,6 +104,7 @@ class Backends:
             wait_for_lock=order.wait_for_lock,
             thread_map=binding.map if binding else None,
             touched=setup.files.touched,
+            session=setup.files.session,
             title=setup.title,
             image_fd=image.descriptor,
         )

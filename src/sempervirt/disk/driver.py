@@ -337,6 +337,7 @@ class Disk(Owner[State, SupervisionEvent, Effect]):
         await self.detach()
         self.setup.files.socket.unlink(missing_ok=True)
         self.setup.files.touched.unlink(missing_ok=True)
+        self.setup.files.session.unlink(missing_ok=True)
         remove_record(self.setup.record)
 
     async def detach(self) -> None:

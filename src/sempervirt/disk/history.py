@@ -82,3 +82,4 @@ class History:
             restart = self.restarts[-1]
             restart.milestones_ms = milestones(status.timeline_ns, restart.seen_ns)
             restart.replayed = status.counters.replayed
+            restart.kept_connection = status.resumed

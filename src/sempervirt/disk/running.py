@@ -40,6 +40,11 @@ class DiskFiles:
         """Which blocks of the disk were ever used, for the next backend."""
         return self.directory / f"disk-{self.disk}.touched"
 
+    @property
+    def session(self) -> Path:
+        """Where spares learn what QEMU has said to the active process."""
+        return self.directory / f"disk-{self.disk}.session"
+
     def control(self, generation: int) -> Path:
         """The control socket of one process."""
         return self.directory / f"disk-{self.disk}-{generation}.ctl"

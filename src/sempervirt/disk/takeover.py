@@ -16,7 +16,8 @@ STEPS = ("lock_acquired", "accepted", "started", "replayed", "first_completion")
 class Restart:
     """One change of the active process. `milestones_ms` counts from when its end was seen.
 
-    `time` is in seconds since 1970, `seen_ns` in ns of CLOCK_MONOTONIC.
+    `time` is in seconds since 1970, `seen_ns` in ns of CLOCK_MONOTONIC. `kept_connection`: QEMU has
+    noticed nothing; None while that is not known.
     """
 
     time: float
@@ -27,6 +28,7 @@ class Restart:
     successor_pid: int | None
     seen_ns: int
     replayed: int | None = None
+    kept_connection: bool | None = None
     milestones_ms: dict[str, float | None] = field(default_factory=dict)
 
 

@@ -29,7 +29,7 @@ async def check_binary(binary: str, options: DiskOptions) -> None:
         raise Unavailable(
             f"not upgraded: {binary} does not say what it can do: {why}", remedy=remedy
         ) from error
-    needed = {"blk-file", *(["read-only"] if options.read_only else [])}
+    needed = {"blk-file", "session", *(["read-only"] if options.read_only else [])}
     missing = needed - set(capabilities.features)
     if capabilities.type != "block" or missing:
         lacks = ", ".join(sorted(missing)) or "the type block"

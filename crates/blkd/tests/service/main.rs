@@ -22,6 +22,7 @@ mod postcopy;
 mod program;
 mod recovery;
 mod requests;
+mod session;
 mod sudden_death;
 mod tenure;
 mod threads;

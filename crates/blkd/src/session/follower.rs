@@ -1,0 +1,163 @@
+//! The session as a spare knows it.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, poll};
+
+use super::mirror::{Known, connect};
+use super::packet::{Kind, Packet};
+use super::progress::{Page, Progress};
+
+/// Between two attempts to reach the process that serves: first, and at most.
+const SOON: Duration = Duration::from_millis(10);
+const LATER: Duration = Duration::from_secs(1);
+/// How long a process whose image is free may take to close its sockets. Microseconds, if it has
+/// ended; never, if it lives and has given the image away.
+const CLOSING: Duration = Duration::from_millis(200);
+
+/// What a spare has learned.
+#[derive(Default)]
+struct State {
+    link: Option<Arc<OwnedFd>>,
+    known: Known,
+    page: Option<Page>,
+    /// Everything that was there before the link has been told.
+    complete: bool,
+    /// The spare serves by now.
+    over: bool,
+}
+
+/// Where the process that served stood when it ended.
+pub(crate) struct Inheritance {
+    pub known: Known,
+    pub progress: Progress,
+}
+
+/// Follows whoever serves, until the spare serves itself.
+#[derive(Default)]
+pub(crate) struct Follower {
+    state: Mutex<State>,
+}
+
+impl State {
+    /// Takes in what has come; false at the end of the link.
+    fn absorb(&mut self) -> bool {
+        let Some(link) = self.link.clone() else { return false };
+        loop {
+            match Packet::receive(&link) {
+                Ok(Some(packet)) => self.follow(packet),
+                Ok(None) => return false,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return true,
+                Err(error) => {
+                    // Of another version, perhaps: then the front end connects anew.
+                    log::warn!("the session cannot be followed error=\"{error}\"");
+                    self.forget();
+                    return false;
+                }
+            }
+        }
+    }
+
+    fn follow(&mut self, mut packet: Packet) {
+        match packet.kind {
+            Kind::Begin => {
+                let file = packet.parts.pop().and_then(|mut part| part.files.pop());
+                self.page = file.and_then(|file| Page::map(file).ok());
+                self.complete = false;
+            }
+            Kind::Complete => self.complete = true,
+            _ => {}
+        }
+        self.known.follow(packet);
+    }
+
+    fn forget(&mut self) {
+        *self = Self { over: self.over, ..Self::default() };
+    }
+}
+
+impl Follower {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether this process could go on at once.
+    pub(crate) fn follows(&self) -> bool {
+        let state = self.state();
+        state.complete && state.link.is_some()
+    }
+
+    /// Follows the process at `path` from a thread of its own.
+    ///
+    /// # Errors
+    /// The system's, when it has no thread left.
+    pub(crate) fn start(path: PathBuf) -> io::Result<Arc<Self>> {
+        let follower = Arc::new(Self::default());
+        let ours = Arc::clone(&follower);
+        let run = move || {
+            let mut pause = SOON;
+            while !ours.state().over {
+                if let Ok(link) = connect(&path) {
+                    pause = SOON;
+                    ours.listen(&Arc::new(link));
+                }
+                std::thread::sleep(pause);
+                pause = (pause * 2).min(LATER);
+            }
+        };
+        std::thread::Builder::new().name("session".into()).spawn(run)?;
+        Ok(follower)
+    }
+
+    /// What was known stays known at the end of the link, which may be the end of who served.
+    fn listen(&self, link: &Arc<OwnedFd>) {
+        let mut state = self.state();
+        if state.over {
+            return;
+        }
+        state.forget();
+        state.link = Some(Arc::clone(link));
+        drop(state);
+        loop {
+            let mut readable = [PollFd::new(link, PollFlags::IN)];
+            if poll(&mut readable, None).is_err() {
+                continue;
+            }
+            let mut state = self.state();
+            if state.over || !state.absorb() {
+                return;
+            }
+        }
+    }
+
+    /// Ends the following; to be called with the image's lock held.
+    ///
+    /// `None` when nobody was followed, or when whoever was followed lives: then the front end is
+    /// still theirs.
+    pub(crate) fn inherit(&self) -> Option<Inheritance> {
+        let mut state = self.state();
+        state.over = true;
+        let link = state.link.take()?;
+        state.link = Some(Arc::clone(&link));
+        let end = Instant::now() + CLOSING;
+        while state.absorb() {
+            if Instant::now() > end {
+                log::warn!("the process that had the image lives, and keeps its front end");
+                state.forget();
+                return None;
+            }
+            std::thread::sleep(Duration::from_micros(50));
+        }
+        let State { known, page, complete, .. } = std::mem::take(&mut *state);
+        state.over = true;
+        if !complete {
+            return None;
+        }
+        let progress = page?.get();
+        Some(Inheritance { known, progress })
+    }
+}

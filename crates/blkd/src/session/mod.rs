@@ -1,0 +1,319 @@
+//! The connection to the front end, which outlives the process that serves.
+//!
+//! ```text
+//!   front end ═══ connection ═══ the process that serves ──"session" socket──► its spares
+//!                                   │ Line: serves it       Mirror │             │ Follower
+//!                                   └── progress page (shared) ────┴─────────────┘
+//! ```
+//!
+//! A spare holds duplicates of the connection and of all files that came over it, and knows what
+//! the front end has said. When the image's lock comes to the spare, it goes on on the same
+//! connection: the front end notices nothing, and need not be one that connects again. Where a spare
+//! cannot be sure ([`resume`], [`Transcript::can_be_continued`]) it ends the connection, and the
+//! front end connects as it would to any new process.
+//!
+//! The image's descriptor is never passed on: a duplicate would share the lock.
+
+pub(crate) mod follower;
+pub(crate) mod message;
+pub(crate) mod mirror;
+#[cfg(test)]
+mod model;
+pub(crate) mod packet;
+pub(crate) mod progress;
+pub(crate) mod relay;
+pub(crate) mod resume;
+pub(crate) mod transcript;
+
+use std::io;
+use std::net::Shutdown;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use vhost::vhost_user::message::{BackendReq, FrontendReq};
+use vhost::vhost_user::{BackendReqHandler, Error};
+
+use crate::device::Device;
+use crate::state::{Shared, mark};
+use follower::{Follower, Inheritance};
+use message::{Message, peek, peek_request, send, take};
+use mirror::{Exchange, Known, Mirror};
+use progress::Phase;
+use relay::{Steps, give_answer, serve_one};
+use resume::{Verdict, Waiting, judge};
+use transcript::Transcript;
+
+/// How long a front end that is in its main loop may take to answer. Measured: 7 to 73 µs.
+const ASK: Duration = Duration::from_millis(100);
+
+/// A front end's connection, and the device at its other end.
+///
+/// The parser (`vhost`) has one end of a pair of sockets of this process; it gets a message when
+/// all of the message is there, and what it answers goes on when the spares know of it.
+pub(crate) struct Line<'a> {
+    stream: UnixStream,
+    inner: UnixStream,
+    handler: BackendReqHandler<Mutex<Device>>,
+    mirror: &'a Mirror,
+}
+
+impl<'a> Line<'a> {
+    /// # Errors
+    /// The system's, when it has no descriptor left.
+    pub(crate) fn new(
+        stream: UnixStream,
+        device: &Arc<Mutex<Device>>,
+        mirror: &'a Mirror,
+    ) -> io::Result<Self> {
+        let (inner, parser) = UnixStream::pair()?;
+        let handler = BackendReqHandler::from_stream(parser, Arc::clone(device));
+        Ok(Self { stream, inner, handler, mirror })
+    }
+
+    /// Waits for the next message and serves it.
+    ///
+    /// # Errors
+    /// Why the connection has to end.
+    pub(crate) fn serve(&mut self) -> Result<(), Error> {
+        serve_one(self)
+    }
+
+    pub(crate) fn stream(&self) -> &UnixStream {
+        &self.stream
+    }
+
+    /// Has the device hear again what the front end has said to another process.
+    fn repeat(&mut self, transcript: &Transcript) -> Result<(), Error> {
+        // Also tells the parser what it may be asked for.
+        let first = Message::new(FrontendReq::GET_FEATURES as u32, &[]);
+        for message in std::iter::once(first).chain(transcript.messages()) {
+            self.handle(&message).1?;
+        }
+        Ok(())
+    }
+
+    /// What the parser has answered; nothing, mostly.
+    fn answer_of_parser(&self) -> Result<Message, Error> {
+        match peek(&self.inner, false) {
+            Ok(Some(answer)) => {
+                take(&self.inner, answer.bytes.len()).map_err(Error::SocketError)?;
+                Ok(answer)
+            }
+            Ok(None) => Err(Error::Disconnected),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(Message::default()),
+            Err(error) => Err(Error::SocketError(error)),
+        }
+    }
+}
+
+impl Steps for Line<'_> {
+    type Error = Error;
+
+    fn see(&mut self) -> Result<Message, Error> {
+        match peek_request(&self.stream, true) {
+            Ok(Some(message)) => Ok(message),
+            Ok(None) => Err(Error::Disconnected),
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => {
+                Err(Error::Disconnected)
+            }
+            Err(error) => Err(Error::SocketError(error)),
+        }
+    }
+
+    fn begin(&mut self) -> u64 {
+        let number = self.mirror.next();
+        self.mirror.page().set(number, Phase::Handling);
+        number
+    }
+
+    fn handle(&mut self, message: &Message) -> (Message, Result<(), Error>) {
+        if let Err(error) = send(&self.inner, message, true) {
+            return (Message::default(), Err(Error::SocketError(error)));
+        }
+        let handled = self.handler.handle_request();
+        match self.answer_of_parser() {
+            Ok(answer) => (answer, handled),
+            Err(error) => (Message::default(), handled.and(Err(error))),
+        }
+    }
+
+    fn tell(&mut self, message: &Message, answer: &Message) {
+        self.mirror.exchanged(message, answer);
+    }
+
+    fn take(&mut self, message: &Message) -> Result<(), Error> {
+        take(&self.stream, message.bytes.len()).map_err(Error::SocketError)
+    }
+
+    fn answering(&mut self, number: u64) {
+        self.mirror.page().set(number, Phase::Answering);
+    }
+
+    fn answer(&mut self, answer: &Message) -> Result<(), Error> {
+        send(&self.stream, answer, true).map_err(Error::SocketError)
+    }
+
+    fn done(&mut self, number: u64) {
+        self.mirror.page().set(number, Phase::Idle);
+    }
+}
+
+/// How a process stands to the session of its disk.
+#[derive(Default)]
+pub(crate) struct Session {
+    socket: Option<PathBuf>,
+    follower: Option<Arc<Follower>>,
+    mirror: OnceLock<Arc<Mirror>>,
+    inheritance: Mutex<Option<Inheritance>>,
+}
+
+impl Session {
+    /// With the socket at which spares follow; `follower` in a spare.
+    pub(crate) fn new(socket: PathBuf, follower: Option<Arc<Follower>>) -> Self {
+        Self { socket: Some(socket), follower, ..Self::default() }
+    }
+
+    /// Serves from now on; to be called with the image's lock held, if there is to be one.
+    ///
+    /// # Errors
+    /// The system's, when it has no memory or descriptor left.
+    pub(crate) fn serve(&self) -> io::Result<Arc<Mirror>> {
+        let inheritance = self.follower.as_ref().and_then(|follower| follower.inherit());
+        let known = inheritance.as_ref().map(|it| it.known.clone()).unwrap_or_default();
+        let mirror = Arc::new(Mirror::new(known)?);
+        *self.inheritance.lock().unwrap_or_else(PoisonError::into_inner) = inheritance;
+        Ok(Arc::clone(self.mirror.get_or_init(|| mirror)))
+    }
+
+    /// Lets spares follow.
+    fn listen(&self, mirror: &Arc<Mirror>) {
+        if let Some(socket) = &self.socket
+            && let Err(error) = mirror.listen(socket)
+        {
+            log::error!("no spare can follow socket={} error=\"{error}\"", socket.display());
+        }
+    }
+
+    /// Goes on where the process before stood. `None`: the front end has been sent away, if there
+    /// was one, and will connect again.
+    pub(crate) fn go_on<'a>(
+        &self,
+        shared: &Shared,
+        device: &Arc<Mutex<Device>>,
+        mirror: &'a Arc<Mirror>,
+    ) -> Option<Line<'a>> {
+        let inheritance = self.inheritance.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let line = inheritance.and_then(|it| go_on(&it, shared, device, mirror));
+        if line.is_none() {
+            mirror.disconnected();
+        }
+        self.listen(mirror);
+        line
+    }
+
+    /// For people and for the agent.
+    pub(crate) fn name(&self) -> &'static str {
+        if self.socket.is_none() {
+            return "off";
+        }
+        match (self.mirror.get(), &self.follower) {
+            (Some(mirror), _) if mirror.followers() > 0 => "followed",
+            (Some(_), _) => "alone",
+            (None, Some(follower)) if follower.follows() => "following",
+            (None, _) => "seeking",
+        }
+    }
+}
+
+fn go_on<'a>(
+    inheritance: &Inheritance,
+    shared: &Shared,
+    device: &Arc<Mutex<Device>>,
+    mirror: &'a Mirror,
+) -> Option<Line<'a>> {
+    let connection = inheritance.known.connection.as_ref()?;
+    let stream = UnixStream::from(connection.try_clone().ok()?);
+    mark(&shared.timeline.accepted);
+    shared.set_phase(crate::state::Phase::Connected);
+    let line = stream.try_clone().map_err(|error| error.to_string()).and_then(|stream| {
+        let line = Line::new(stream, device, mirror).map_err(|error| error.to_string())?;
+        catch_up(line, inheritance)
+    });
+    match line {
+        Ok(line) => {
+            shared.resumed.store(true, Ordering::Relaxed);
+            Some(line)
+        }
+        Err(cause) => {
+            log::info!("the front end has to connect again because=\"{cause}\"");
+            // It may be gone already.
+            let _ = stream.shutdown(Shutdown::Both);
+            device.lock().unwrap_or_else(PoisonError::into_inner).disconnect();
+            shared.set_phase(crate::state::Phase::Listening);
+            None
+        }
+    }
+}
+
+fn catch_up<'a>(mut line: Line<'a>, inheritance: &Inheritance) -> Result<Line<'a>, String> {
+    let Inheritance { known, progress } = inheritance;
+    known.transcript.can_be_continued()?;
+    let waiting = waiting(&line.stream, known.last.as_ref()).map_err(|error| error.to_string())?;
+    let verdict = judge(*progress, known.sequence, known.last.as_ref(), waiting);
+    if let Verdict::GiveUp(cause) = verdict {
+        return Err(cause.to_owned());
+    }
+    if verdict == Verdict::Ask && !has_arrived(&line.stream, known) {
+        return Err("nobody can tell whether an answer has arrived".to_owned());
+    }
+    let Exchange { answer, .. } = known.last.clone().unwrap_or_default();
+    if verdict == Verdict::Answer {
+        // Before the rest: the front end waits for it with all its devices.
+        give_answer(&mut line, known.sequence, &answer).map_err(|error| error.to_string())?;
+    }
+    line.repeat(&known.transcript).map_err(|error| format!("what it has said: {error}"))?;
+    log::info!("goes on with the front end messages={} verdict={verdict:?}", known.sequence);
+    Ok(line)
+}
+
+fn waiting(stream: &UnixStream, last: Option<&Exchange>) -> io::Result<Waiting> {
+    match peek_request(stream, false) {
+        // Its end comes by itself.
+        Ok(None) => Ok(Waiting::Other),
+        Ok(Some(message)) => {
+            let same = last.is_some_and(|last| last.request.bytes == message.bytes);
+            Ok(if same { Waiting::Same } else { Waiting::Other })
+        }
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(Waiting::Nothing),
+        Err(error) => Err(error),
+    }
+}
+
+/// Whether the front end has the last answer. It has if it did not read it yet, or sends its next
+/// request, or answers on the other channel: to do that, it must be back in its main loop.
+fn has_arrived(stream: &UnixStream, known: &Known) -> bool {
+    let mut unread: libc::c_int = 0;
+    // SAFETY: the kernel writes one int.
+    let asked = unsafe { libc::ioctl(stream.as_raw_fd(), libc::TIOCOUTQ, &raw mut unread) };
+    if asked == 0 && unread > 0 {
+        return true;
+    }
+    let channel = known.transcript.channel().and_then(|message| message.files.first());
+    let Some(channel) = channel else { return false };
+    let mut question = Message::new(BackendReq::CONFIG_CHANGE_MSG as u32, &[]);
+    question.want_reply();
+    if send(channel, &question, false).is_err() {
+        return false;
+    }
+    let mut readable = [
+        PollFd::new(stream, PollFlags::IN),
+        PollFd::from_borrowed_fd(channel.as_fd(), PollFlags::IN),
+    ];
+    let limit = Timespec { tv_sec: 0, tv_nsec: ASK.subsec_nanos().into() };
+    poll(&mut readable, Some(&limit)).is_ok_and(|ready| ready > 0)
+}

@@ -1,0 +1,65 @@
+//! Where a dead process stood with the front end's last message: a pure decision.
+//!
+//! | it showed | the spare knows | the connection has | so |
+//! |---|---|---|---|
+//! | idle | this message, or a connection's begin or end behind it | whatever | go on |
+//! | handling | the message before | the message | go on: it is handled from the start |
+//! | handling | this message | the same message | go on: it is handled once more |
+//! | handling | this message | nothing, or the next | it was taken: give its answer, if there is one |
+//! | answering | this message | the next | the answer has arrived: go on |
+//! | answering | this message | nothing | unknown: ask the front end |
+//! | anything else | | | the spare was not told everything: give up |
+//!
+//! *Give up* ends the connection; the front end connects again, and nothing is lost. An answer is
+//! never given twice: the front end would take the second one for the answer to its next request.
+
+use super::mirror::Exchange;
+use super::progress::{Phase, Progress};
+
+/// What the connection has to read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Waiting {
+    Nothing,
+    /// A message that is byte for byte the last one that the spare knows.
+    Same,
+    Other,
+}
+
+/// What to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    GoOn,
+    /// Give the known answer first.
+    Answer,
+    /// Find out whether the answer has arrived: if so go on, and otherwise give up.
+    Ask,
+    GiveUp(&'static str),
+}
+
+/// `known` is the number of the last message that the spare knows, `last` that message.
+pub(crate) fn judge(
+    progress: Progress,
+    known: u64,
+    last: Option<&Exchange>,
+    waiting: Waiting,
+) -> Verdict {
+    let answer = last.is_some_and(|exchange| !exchange.answer.is_empty());
+    match (progress.phase, progress.sequence.checked_sub(known)) {
+        (Phase::Idle, Some(0)) => Verdict::GoOn,
+        (Phase::Idle, None) if progress.sequence + 1 == known => Verdict::GoOn,
+        (Phase::Handling, Some(1)) => match waiting {
+            Waiting::Same | Waiting::Other => Verdict::GoOn,
+            Waiting::Nothing => Verdict::GiveUp("a message was taken before the spare knew it"),
+        },
+        (Phase::Handling, Some(0)) => match waiting {
+            Waiting::Same => Verdict::GoOn,
+            Waiting::Nothing | Waiting::Other if answer => Verdict::Answer,
+            Waiting::Nothing | Waiting::Other => Verdict::GoOn,
+        },
+        (Phase::Answering, Some(0)) => match waiting {
+            Waiting::Same | Waiting::Other => Verdict::GoOn,
+            Waiting::Nothing => Verdict::Ask,
+        },
+        _ => Verdict::GiveUp("the spare was not told everything"),
+    }
+}

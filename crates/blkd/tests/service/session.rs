@@ -1,0 +1,188 @@
+//! A spare goes on with the front end's connection: the front end of these tests never connects
+//! again.
+
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use serde_json::json;
+use vhost::VhostBackend;
+
+use crate::backend::{Backend, ENGINES, Site, wait_until};
+use crate::machine::{Ask, Machine, Waited};
+
+/// The option that names the session's socket.
+fn session(site: &Site) -> String {
+    format!("--session-socket={}", site.path("session").display())
+}
+
+/// A machine with an active backend and a spare that follows it.
+fn served(site: &Site, queues: usize, options: &[&str]) -> (Machine, Backend, Backend) {
+    let active = start(site, queues, options, false);
+    active.wait_status("/state", &json!("listening"));
+    let mut machine = Machine::new(queues, 128);
+    machine.connect(&site.socket()).unwrap();
+    let spare = start(site, queues, options, true);
+    spare.wait_status("/session", &json!("following"));
+    (machine, active, spare)
+}
+
+fn start(site: &Site, queues: usize, options: &[&str], spare: bool) -> Backend {
+    let (session, queues) = (session(site), format!("--num-queues={queues}"));
+    let mut all = vec![session.as_str(), queues.as_str()];
+    all.extend(options);
+    all.extend(spare.then_some("--spare"));
+    site.start(&all)
+}
+
+/// A message and its answer, on the connection as it is.
+fn is_connected(machine: &mut Machine) -> bool {
+    machine.session().get_features().is_ok()
+}
+
+#[test]
+fn requests_survive_many_deaths_on_one_connection() {
+    for engine in ENGINES {
+        let site = Site::on_tmpfs(1 << 20);
+        let (mut machine, mut active, mut spare) = served(&site, 2, &[engine]);
+        for round in 0..12u8 {
+            for queue in 0..2 {
+                for block in 0..32u64 {
+                    let sector = (block * 2 + queue) * 8;
+                    machine.submit(queue as usize, &Ask::write(sector, vec![round; 4096]));
+                }
+            }
+            // One by the signal that lets it end in order, as in an upgrade.
+            if round % 4 == 3 {
+                assert!(active.terminate().success());
+            } else {
+                active.kill();
+            }
+            assert_eq!(machine.wait_all(&spare), Waited::Answered);
+            for block in [0, 17, 63] {
+                assert_eq!(machine.ask(&spare, &Ask::read(block * 8, 4096)).data, [round; 4096]);
+            }
+            assert!(is_connected(&mut machine));
+            let status = spare.status();
+            assert_eq!(status["resumed"], json!(true));
+            assert_eq!(status["counters"]["connections"], json!(0));
+            active = spare;
+            spare = start(&site, 2, &[engine], true);
+            spare.wait_status("/session", &json!("following"));
+        }
+    }
+}
+
+/// The negative control: this is what the session is for.
+#[test]
+fn without_a_session_the_connection_ends_with_the_process() {
+    let site = Site::new(1 << 20);
+    let mut active = site.start(&[]);
+    let mut machine = Machine::new(1, 128);
+    machine.connect(&site.socket()).unwrap();
+    assert!(is_connected(&mut machine));
+    let spare = site.start(&["--spare"]);
+    spare.wait_status("/state", &json!("spare"));
+    active.kill();
+    assert!(!is_connected(&mut machine));
+}
+
+#[test]
+fn a_message_in_the_middle_of_which_a_process_dies_is_answered_by_the_next() {
+    let site = Site::new(1 << 20);
+    let (mut machine, mut active, spare) = served(&site, 1, &[]);
+    active.fault(json!({"op": "write", "delay_ms": 3000}));
+    let write = machine.submit(0, &Ask::write(8, vec![7; 4096]));
+    wait_until("a request in flight", || {
+        let region = &machine.inflight().unwrap().1;
+        let mut entries = [0; 16 * 129];
+        region.read_exact_at(&mut entries, 0).unwrap();
+        entries[16..].chunks(16).any(|entry| entry[0] == 1).then_some(())
+    });
+    let base = std::thread::scope(|scope| {
+        let front_end = machine.session().clone();
+        let asks = scope.spawn(move || front_end.get_vring_base(0));
+        // The process waits for the write.
+        std::thread::sleep(Duration::from_millis(200));
+        assert!(!asks.is_finished());
+        active.kill();
+        asks.join().unwrap()
+    });
+    assert_eq!(base.unwrap(), 1);
+    machine.reap();
+    assert!(spare.log().contains("goes on with the front end"), "{}", spare.log());
+    assert_eq!(machine.answer(write).status, 0);
+    assert_eq!(spare.status()["resumed"], json!(true));
+}
+
+#[test]
+fn a_spare_that_stands_still_holds_nobody_up_and_follows_again() {
+    let site = Site::new(1 << 20);
+    let (mut machine, mut active, spare) = served(&site, 1, &[]);
+    // SAFETY: signals to a child.
+    let signal = |number| unsafe { libc::kill(spare.pid() as i32, number) };
+    signal(libc::SIGSTOP);
+    for _ in 0..2000 {
+        assert!(is_connected(&mut machine));
+    }
+    active.wait_status("/session", &json!("alone"));
+    signal(libc::SIGCONT);
+    active.wait_status("/session", &json!("followed"));
+    active.kill();
+    assert_eq!(machine.ask(&spare, &Ask::write(0, vec![1; 512])).status, 0);
+    assert!(is_connected(&mut machine));
+}
+
+#[test]
+fn a_spare_that_was_not_told_everything_has_the_front_end_connect_again() {
+    let site = Site::new(1 << 20);
+    let (mut machine, mut active, spare) = served(&site, 1, &[]);
+    // SAFETY: signals to a child.
+    let signal = |number| unsafe { libc::kill(spare.pid() as i32, number) };
+    signal(libc::SIGSTOP);
+    for _ in 0..2000 {
+        assert!(is_connected(&mut machine));
+    }
+    let write = machine.submit(0, &Ask::write(0, vec![1; 512]));
+    active.kill();
+    signal(libc::SIGCONT);
+    wait_until("the end of the connection", || (!is_connected(&mut machine)).then_some(()));
+    machine.connect(&site.socket()).unwrap();
+    assert_eq!(machine.wait_all(&spare), Waited::Answered);
+    assert_eq!(machine.answer(write).status, 0);
+    assert_eq!(spare.status()["resumed"], json!(false));
+}
+
+#[test]
+fn whoever_is_followed_by_a_stranger_to_the_format_serves_on() {
+    let site = Site::new(1 << 20);
+    let (mut machine, active, _spare) = served(&site, 1, &[]);
+    // A stream socket is no spare.
+    assert!(UnixStream::connect(site.path("session")).is_err());
+    assert!(is_connected(&mut machine));
+    assert_eq!(active.status()["session"], json!("followed"));
+}
+
+#[test]
+fn a_front_end_that_is_gone_is_gone_for_the_spare_as_well() {
+    let site = Site::new(1 << 20);
+    let (mut machine, mut active, spare) = served(&site, 1, &[]);
+    machine.disconnect();
+    active.wait_status("/state", &json!("listening"));
+    active.kill();
+    spare.wait_status("/state", &json!("listening"));
+    machine.connect(&site.socket()).unwrap();
+    assert_eq!(machine.ask(&spare, &Ask::write(0, vec![1; 512])).status, 0);
+    assert_eq!(spare.status()["resumed"], json!(false));
+}
+
+#[test]
+fn what_a_migration_logs_is_not_continued() {
+    let site = Site::new(1 << 20);
+    let (mut machine, mut active, spare) = served(&site, 1, &[]);
+    machine.set_logging(true);
+    active.kill();
+    wait_until("the end of the connection", || (!is_connected(&mut machine)).then_some(()));
+    machine.connect(&site.socket()).unwrap();
+    assert_eq!(machine.ask(&spare, &Ask::write(0, vec![1; 512])).status, 0);
+}
