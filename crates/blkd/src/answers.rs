@@ -42,6 +42,8 @@ pub(crate) struct Status {
     pub inflight: bool,
     /// "write-through" or "write-back".
     pub write_cache: &'static str,
+    /// A flush has failed, and so does every one from then on.
+    pub flush_failed: bool,
     pub timeline_ns: Timeline,
     pub queues: Vec<Queue>,
     pub counters: Counters,

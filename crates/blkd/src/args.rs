@@ -148,6 +148,12 @@ pub(crate) struct Args {
     )]
     pub await_claim: bool,
 
+    /// Keep in this file that a flush of the image has failed, and fail every flush while the file is
+    /// there: the kernel tells a process once that data is lost. Whoever starts the VM anew removes
+    /// it. (Also as a variable, which earlier releases ignore.)
+    #[arg(long, value_name = "PATH", env = "SEMPER_BLKD_FLUSH_FILE", hide_env_values = true)]
+    pub flush_file: Option<PathBuf>,
+
     /// Do not track requests in flight. They are lost when this process dies: only for
     /// demonstrating just that.
     #[arg(long)]

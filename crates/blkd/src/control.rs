@@ -254,6 +254,7 @@ impl Control {
             map: map.as_ref().map(|map| map.counts()),
             inflight: shared.tracked.load(Ordering::Relaxed),
             write_cache: if write_through { "write-through" } else { "write-back" },
+            flush_failed: shared.flushes.has_failed(),
             timeline_ns: timeline(&shared.timeline),
             queues,
             counters: Counters {
@@ -315,6 +316,7 @@ fn fault_rule(rule: Rule) -> Result<FaultRule, String> {
     }
     let errno = match rule.errno.as_deref() {
         None => None,
+        Some("OK") => Some(0),
         Some("EIO") => Some(libc::EIO),
         Some("ENOSPC") => Some(libc::ENOSPC),
         Some("EDQUOT") => Some(libc::EDQUOT),
@@ -322,7 +324,8 @@ fn fault_rule(rule: Rule) -> Result<FaultRule, String> {
         Some("ETIMEDOUT") => Some(libc::ETIMEDOUT),
         Some(other) => {
             return Err(format!(
-                "unknown errno {other:?}; known are EIO, ENOSPC, EDQUOT, EROFS, ETIMEDOUT"
+                "unknown errno {other:?}; known are OK, EIO, ENOSPC, EDQUOT, EROFS, \
+                 ETIMEDOUT"
             ));
         }
     };

@@ -325,6 +325,9 @@ impl Device {
             return Ok(None);
         }
         self.own_image()?;
+        if let Some(map) = &self.inflight {
+            self.disk.shared.follow_flushes(map);
+        }
         let clone = |file: &Option<File>| -> io::Result<Option<EventFd>> {
             file.as_ref().map(|f| f.try_clone().map(EventFd::from)).transpose()
         };

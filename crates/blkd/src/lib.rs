@@ -24,6 +24,7 @@ mod device;
 mod dirty_log;
 mod eventfd;
 mod failure;
+mod flushes;
 #[doc(hidden)]
 pub mod hostile;
 mod inflight_map;
@@ -65,5 +66,8 @@ pub fn main() -> ExitCode {
     PROGRAM.log_to_stderr();
     let shared = Shared::new(args.num_queues);
     mark(&shared.timeline.process_start);
+    if let Some(file) = &args.flush_file {
+        shared.flushes.keep_in(file.clone());
+    }
     PROGRAM.end(serve::run(args, shared))
 }

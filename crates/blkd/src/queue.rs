@@ -20,6 +20,7 @@ use crate::block_map::{self, DiskMap};
 use crate::crash::CrashHook;
 use crate::dirty_log::DirtyLog;
 use crate::eventfd::EventFd;
+use crate::flushes;
 use crate::overlap::Overlaps;
 use crate::request::{
     ID_SIZE, Parsed, Rules, STATUS_IOERR, STATUS_OK, STATUS_UNSUPPORTED, Slot, parse,
@@ -369,8 +370,15 @@ impl Queue {
             let (start, whole) = self.disk.image.whole_blocks(offset, len);
             overlaps.leave(op, start, whole);
         }
+        let io = &self.slots[usize::from(head)].io;
         if let Absorbed::Failed(errno) = outcome {
-            self.host_error(op, offset, len, errno);
+            let loses = io.tells_of_loss(errno);
+            self.host_error(op, (offset, len), errno, loses);
+            self.answer(head, STATUS_IOERR, 0);
+            return false;
+        }
+        if io.is_durable() && self.disk.shared.flushes.has_failed() {
+            self.host_error(op, (offset, len), libc::EIO, true);
             self.answer(head, STATUS_IOERR, 0);
             return false;
         }
@@ -449,9 +457,14 @@ impl Queue {
         self.disk.shared.report_guest_error(self.index, error);
     }
 
-    fn host_error(&self, op: Op, offset: u64, length: u64, errno: i32) {
+    /// `loses`: data that was taken before may be lost with it.
+    fn host_error(&self, op: Op, (offset, length): (u64, u64), errno: i32, loses: bool) {
         add(&self.counters().errors, 1);
-        let message = std::io::Error::from_raw_os_error(errno).to_string();
+        let mut message = std::io::Error::from_raw_os_error(errno).to_string();
+        if loses {
+            message = flushes::explain(&message);
+            self.disk.shared.flushes.fail(&message);
+        }
         let error =
             LastError { op: op.name(), offset, length, errno, message, time: seconds_of_now() };
         self.disk.shared.report_host_error(error);

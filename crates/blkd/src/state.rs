@@ -4,11 +4,13 @@
 //! and store do for an increment.
 
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
 
+use crate::flushes::{self, Flushes};
+use crate::inflight_map::InflightMap;
 use crate::postcopy::Stage;
 
 /// Milestones in a backend's life, as CLOCK_MONOTONIC nanoseconds; 0 = not yet.
@@ -126,6 +128,8 @@ pub(crate) struct Shared {
     /// The guest's cache is write-through, by its choice or because it cannot flush.
     pub write_through: AtomicBool,
     pub tracked: AtomicBool,
+    /// Whether flushes have failed.
+    pub flushes: Flushes,
     arrival: AtomicU8,
     last_error: Mutex<Option<LastError>>,
 }
@@ -143,6 +147,7 @@ impl Shared {
             host_errors: AtomicU64::new(0),
             write_through: AtomicBool::new(false),
             tracked: AtomicBool::new(false),
+            flushes: Flushes::default(),
             arrival: AtomicU8::new(Stage::Complete as u8),
             last_error: Mutex::new(None),
         }
@@ -192,6 +197,14 @@ impl Shared {
             );
         }
         self.note_error(error);
+    }
+
+    /// The region that outlives this process from now on may know of a flush that has failed.
+    pub(crate) fn follow_flushes(&self, map: &Arc<InflightMap>) {
+        if self.flushes.attach(map) {
+            let said = flushes::explain("Input/output error");
+            self.report_image_error("flush", (0, 0), libc::EIO, said);
+        }
     }
 
     /// Records that something is wrong with the image itself, from byte `offset` on.

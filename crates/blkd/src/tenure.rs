@@ -18,6 +18,7 @@
 //! | the name, which may lead to another file, unless the image is pinned | [`Image::name`] |
 //! | the size, of a file or of a block device | [`Image::refresh_size`] |
 //! | the page/block map and its file, which are of one size | [`DiskMap::follow_image`] |
+//! | whether flushes have failed | [`Flushes::inherit`] |
 //! | who may write | [`Title::admit`] |
 //! | the page cache, of which another host knows nothing | [`Image::drop_cache`] |
 //!
@@ -35,6 +36,8 @@ use semper_epoch::Claim;
 use crate::answers;
 use crate::block_map::DiskMap;
 use crate::failure::Failure;
+#[cfg(doc)]
+use crate::flushes::Flushes;
 use crate::state::{Shared, mark};
 use crate::title::Title;
 
@@ -118,6 +121,9 @@ impl Tenure {
             Standing::Incoming if title.is_awaited() => Standing::AwaitingClaim,
             other => other,
         };
+        if standing == Standing::Waiting {
+            title.confirm();
+        }
         Self { image, shared, title, standing: AtomicU8::new(standing as u8) }
     }
 
@@ -194,6 +200,9 @@ impl Tenure {
                 std::process::id(),
                 image.fd()
             )),
+        }
+        if let Some(said) = self.shared.flushes.inherit() {
+            self.shared.report_image_error("flush", (0, 0), libc::EIO, said);
         }
         let known = image.capacity();
         image.refresh_size().map_err(Failure::Image)?;

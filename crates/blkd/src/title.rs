@@ -13,7 +13,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use semper_block::Image;
-use semper_epoch::{Claim, Denied, Holder, admit, check_unclaimed, release};
+use semper_epoch::{
+    Claim, Denied, Holder, Record, admit_confirmed, check_unclaimed, confirm, release,
+};
 
 use crate::answers;
 use crate::args::Args;
@@ -22,6 +24,8 @@ use crate::args::Args;
 pub(crate) struct Title {
     record: Option<(PathBuf, Holder)>,
     state: Mutex<State>,
+    /// What is on the medium for sure.
+    confirmed: Mutex<Option<Record>>,
 }
 
 #[derive(Clone, Copy, Default)]
@@ -35,12 +39,25 @@ impl Title {
     pub(crate) fn new(args: &Args) -> Self {
         let record = args.epoch_file.clone().zip(args.holder.clone());
         let claim = args.epoch.zip(args.claim).map(|(epoch, id)| Claim { epoch, id });
-        Self { record, state: Mutex::new(State { claim, admitted: false }) }
+        let state = Mutex::new(State { claim, admitted: false });
+        Self { record, state, confirmed: Mutex::default() }
     }
 
     /// That of a process without options.
     pub(crate) fn none() -> Self {
-        Self { record: None, state: Mutex::default() }
+        Self { record: None, state: Mutex::default(), confirmed: Mutex::default() }
+    }
+
+    /// Flushes the record if it has the claim already, so that a spare need not when a guest waits.
+    pub(crate) fn confirm(&self) {
+        let (Some((path, _)), Some(claim)) = (&self.record, self.state().claim) else { return };
+        match confirm(path, claim) {
+            Ok(record) => {
+                *self.confirmed.lock().unwrap_or_else(PoisonError::into_inner) = record;
+            }
+            // It is looked at again, and flushed, when the image is taken.
+            Err(error) => log::warn!("the claim is not confirmed yet error=\"{error}\""),
+        }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -88,7 +105,8 @@ impl Title {
         };
         // Not locked meanwhile: the status is asked for at any time.
         let claim = self.state().claim.expect("no image is locked while its claim is awaited");
-        let said = admit(path, claim, holder)?;
+        let confirmed = self.confirmed.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let said = admit_confirmed(path, claim, holder, confirmed.as_ref())?;
         self.state().admitted = true;
         let (epoch, path) = (claim.epoch, path.display());
         log::info!("the claim is admitted epoch={epoch} holder={holder} said={said:?} file={path}");

@@ -14,7 +14,8 @@ use crate::io::{Io, Op};
 pub struct FaultRule {
     /// Name of the operation (`read`, `write`, `flush`, `discard`, `write-zeroes`); all if absent.
     pub op: Option<String>,
-    /// Errno that the request fails with; absent = it is carried out.
+    /// Errno that the request fails with; absent = it is carried out; 0 = it is not carried out, and
+    /// answered as if it was, which a test has to notice.
     pub errno: Option<i32>,
     /// Every n-th request that matches; 0 and 1 mean each.
     pub every: u64,
@@ -101,6 +102,9 @@ impl<E: Engine> Engine for FaultEngine<E> {
             && let Some(rule) = self.switch.strike(io.op)
         {
             std::thread::sleep(rule.delay);
+            if rule.errno == Some(0) {
+                return Submission::Done(i32::try_from(io.len).unwrap_or(i32::MAX));
+            }
             if let Some(errno) = rule.errno {
                 return Submission::Done(-errno);
             }

@@ -351,13 +351,16 @@ impl Image {
         (start, ((offset + len + mask) & !mask) - start)
     }
 
-    /// Whether the image is on tmpfs, where io_uring sends every request to a worker thread.
+    /// Whether the image is a file on tmpfs, where io_uring sends every request to a worker thread.
     pub fn on_tmpfs(&self) -> bool {
+        // The nodes of devices are on a tmpfs as well (devtmpfs), and what they stand for is not.
+        let is_file = self.file.metadata().is_ok_and(|metadata| metadata.is_file());
         // SAFETY: statfs is plain data, and fstatfs fills it.
-        unsafe {
-            let mut fs: libc::statfs = std::mem::zeroed();
-            libc::fstatfs(self.fd(), &mut fs) == 0 && fs.f_type == libc::TMPFS_MAGIC
-        }
+        is_file
+            && unsafe {
+                let mut fs: libc::statfs = std::mem::zeroed();
+                libc::fstatfs(self.fd(), &mut fs) == 0 && fs.f_type == libc::TMPFS_MAGIC
+            }
     }
 }
 

@@ -81,15 +81,52 @@ pub fn record_path(image: &Path) -> io::Result<PathBuf> {
     Ok(path.into())
 }
 
-/// Lets a claim write the image, or not. What has to be written is on the medium at its return.
+/// Puts on the medium what stands on record, if that is `claim`, and gives it: so that [`admit`]
+/// need not, when there is no time. `None` if it is not, or there is no record.
+///
+/// # Errors
+/// [`Denied`].
+pub fn confirm(path: &Path, claim: Claim) -> Result<Option<Record>, Denied> {
+    let opened = options().read(true).open(path);
+    if opened.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::NotFound) {
+        return Ok(None);
+    }
+    let file = EpochFile::locked(path, opened, libc::F_RDLCK)?;
+    let Some(record) = file.read()?.filter(|record| record.is_held_by(claim)) else {
+        return Ok(None);
+    };
+    file.sync()?;
+    Ok(Some(record))
+}
+
+/// Lets a claim write the image, or not. What has to be on record is on the medium at its return,
+/// whoever wrote it: that process may have died before it flushed.
 ///
 /// # Errors
 /// [`Denied`].
 pub fn admit(path: &Path, claim: Claim, holder: &Holder) -> Result<Admission, Denied> {
+    admit_confirmed(path, claim, holder, None)
+}
+
+/// As [`admit`]; `confirmed` is what is on the medium, as [`confirm`] said, and need not be flushed
+/// if it still stands on record.
+///
+/// # Errors
+/// [`Denied`].
+pub fn admit_confirmed(
+    path: &Path,
+    claim: Claim,
+    holder: &Holder,
+    confirmed: Option<&Record>,
+) -> Result<Admission, Denied> {
     let file = EpochFile::create(path)?;
     let record = match file.read()? {
         Some(record) => record,
-        None => Record { image: new_id().map_err(|e| file.failed(e))?, ..Record::default() },
+        None => {
+            // Whoever made the file flushes its name before it writes a record.
+            file.sync_name()?;
+            Record { image: new_id().map_err(|e| file.failed(e))?, ..Record::default() }
+        }
     };
     let said = record.admit(claim);
     match said {
@@ -97,7 +134,11 @@ pub fn admit(path: &Path, claim: Claim, holder: &Holder) -> Result<Admission, De
             let (path, record) = (path.to_owned(), Box::new(record));
             return Err(Denied::Stale { path, record, claim, holder: holder.clone() });
         }
-        Admission::Renewed if !record.released => {}
+        Admission::Renewed if record.is_held_by(claim) => {
+            if confirmed != Some(&record) {
+                file.sync()?;
+            }
+        }
         _ => {
             let (holder, Claim { epoch, id }) = (holder.clone(), claim);
             file.write(Record { epoch, claim: id, holder, released: false, ..record })?;
@@ -168,13 +209,19 @@ impl<'a> EpochFile<'a> {
         let opened = options.open(path);
         let new = opened.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::NotFound);
         let opened = if new { options.create(true).open(path) } else { opened };
-        let file = Self::locked(path, opened, libc::F_WRLCK)?;
-        if let (true, Some(directory)) = (new, path.parent()) {
-            // A relative path without a directory has an empty one.
-            let here = if directory.as_os_str().is_empty() { Path::new(".") } else { directory };
-            File::open(here).and_then(|d| d.sync_all()).map_err(|e| file.failed(e))?;
-        }
-        Ok(file)
+        Self::locked(path, opened, libc::F_WRLCK)
+    }
+
+    /// Flushes the directory, so that the file is found after a power cut.
+    fn sync_name(&self) -> Result<(), Denied> {
+        let Some(directory) = self.path.parent() else { return Ok(()) };
+        // A relative path without a directory has an empty one.
+        let here = if directory.as_os_str().is_empty() { Path::new(".") } else { directory };
+        File::open(here).and_then(|d| d.sync_all()).map_err(|e| self.failed(e))
+    }
+
+    fn sync(&self) -> Result<(), Denied> {
+        self.file.sync_data().map_err(|error| self.failed(error))
     }
 
     fn locked(path: &'a Path, opened: io::Result<File>, kind: i32) -> Result<Self, Denied> {
@@ -212,10 +259,9 @@ impl<'a> EpochFile<'a> {
         // No writer gets there; and one more would be a zero, which is never valid.
         let sequence = sequence.ok_or_else(|| Denied::Damaged(self.path.to_owned()))?;
         let slot = Record { sequence, ..record }.encode();
-        self.file
-            .write_all_at(&slot, sequence % 2 * SLOT_BYTES as u64)
-            .and_then(|()| self.file.sync_data())
-            .map_err(|error| self.failed(error))
+        let at = sequence % 2 * SLOT_BYTES as u64;
+        self.file.write_all_at(&slot, at).map_err(|error| self.failed(error))?;
+        self.sync()
     }
 
     fn failed(&self, source: io::Error) -> Denied {

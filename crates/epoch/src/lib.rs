@@ -7,5 +7,7 @@
 pub mod file;
 pub mod record;
 
-pub use crate::file::{Denied, admit, check_unclaimed, read, record_path, release};
+pub use crate::file::{
+    Denied, admit, admit_confirmed, check_unclaimed, confirm, read, record_path, release,
+};
 pub use crate::record::{Admission, Claim, Holder, Id, Record};

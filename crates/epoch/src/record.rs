@@ -113,6 +113,11 @@ pub struct Newer {
 }
 
 impl Record {
+    /// Whether this very claim is in force, and its holder has not ended in order.
+    pub fn is_held_by(&self, claim: Claim) -> bool {
+        self.admit(claim) == Admission::Renewed && !self.released
+    }
+
     /// The rule.
     pub fn admit(&self, claim: Claim) -> Admission {
         if claim.epoch > self.epoch {

@@ -24,7 +24,9 @@
 //!   record      4  write_through   u8    1 = the guest has set the cache to write-through
 //!               5  postcopy        u8    1 = memory of the guest was still arriving; good
 //!                                        without the magic
-//!               6  padding         to DEVICE_RECORD_SIZE
+//!               6  flush_failed    u8    1 = a flush has failed, and every later one has to fail;
+//!                                        good without the magic
+//!               7  padding         to DEVICE_RECORD_SIZE
 //! ```
 //!
 //! The queue part is the vhost-user specification's `QueueRegionSplit`. The device record is ours:
@@ -69,6 +71,8 @@ pub const DEVICE_WRITE_THROUGH: usize = 4;
 
 /// Offset of `postcopy` in the device record.
 pub const DEVICE_POSTCOPY: usize = 5;
+/// Offset of `flush_failed` in the device record.
+pub const DEVICE_FLUSH_FAILED: usize = 6;
 
 /// Queues start on a cache line of their own: their threads must not share one.
 const ALIGNMENT: usize = 64;

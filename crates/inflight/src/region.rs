@@ -3,9 +3,9 @@
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 use crate::format::{
-    DEVICE_MAGIC, DEVICE_POSTCOPY, DEVICE_RECORD_SIZE, DEVICE_WRITE_THROUGH, ENTRY_COUNTER,
-    ENTRY_INFLIGHT, ENTRY_NEXT, ENTRY_SIZE, HEADER_SIZE, OFFSET_DESC_NUM, OFFSET_LAST_BATCH_HEAD,
-    OFFSET_USED_IDX, OFFSET_VERSION, queue_stride,
+    DEVICE_FLUSH_FAILED, DEVICE_MAGIC, DEVICE_POSTCOPY, DEVICE_RECORD_SIZE, DEVICE_WRITE_THROUGH,
+    ENTRY_COUNTER, ENTRY_INFLIGHT, ENTRY_NEXT, ENTRY_SIZE, HEADER_SIZE, OFFSET_DESC_NUM,
+    OFFSET_LAST_BATCH_HEAD, OFFSET_USED_IDX, OFFSET_VERSION, queue_stride,
 };
 
 /// One queue's part of the region.
@@ -159,6 +159,16 @@ impl DeviceRecord {
     /// Records it, before the first page can be missing or after the last.
     pub fn set_postcopy(&self, value: bool) {
         self.flag(DEVICE_POSTCOPY).store(u8::from(value), Ordering::Release);
+    }
+
+    /// Whether a flush has failed.
+    pub fn flush_failed(&self) -> bool {
+        self.flag(DEVICE_FLUSH_FAILED).load(Ordering::Acquire) != 0
+    }
+
+    /// Records that, before the guest is told.
+    pub fn set_flush_failed(&self) {
+        self.flag(DEVICE_FLUSH_FAILED).store(1, Ordering::Release);
     }
 
     fn magic(&self) -> &AtomicU32 {

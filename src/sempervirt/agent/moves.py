@@ -50,6 +50,15 @@ async def find_obstacles(agent: Agent, vm: Vm, cluster: Cluster, member: Member)
     facts = await agent.host()
     state = vm.run
     here = await side_of(facts, cluster.settings.host, vm.spec, vm_state=state, source=True)
+    found.extend(
+        Obstacle(
+            f"a flush of disk {disk.setup.short_name} has failed: what the guest wrote may be in "
+            "this host's memory alone, and the other host would not know",
+            f"check the storage; then stop {vm.name}, check its file systems, and run it again",
+        )
+        for disk in vm.disks.values()
+        if disk.flush_failed
+    )
     if vm.record.claim is None:
         what = f"VM {vm.name} was started before this host belonged to a cluster"
         found.append(Obstacle(what, "end it and run it again"))

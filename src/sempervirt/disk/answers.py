@@ -160,6 +160,7 @@ class Status(Answer):
     map: MapCounts | None
     inflight: bool
     write_cache: Literal["write-through", "write-back"]
+    flush_failed: bool = False
     timeline_ns: Timeline
     queues: tuple[Queue, ...]
     counters: Counters

@@ -138,6 +138,13 @@ class Disk(Owner[State, SupervisionEvent, Effect]):
         return self.history.last_error
 
     @property
+    def flush_failed(self) -> bool:
+        """Whether a flush has failed: what the guest wrote before may not be on the medium, and
+        every flush fails until the VM was stopped.
+        """
+        return self.setup.files.flush_failed.exists()
+
+    @property
     def journal(self) -> Journal:
         """The last events, for people."""
         return self.history.journal
@@ -338,6 +345,7 @@ class Disk(Owner[State, SupervisionEvent, Effect]):
         self.setup.files.socket.unlink(missing_ok=True)
         self.setup.files.touched.unlink(missing_ok=True)
         self.setup.files.session.unlink(missing_ok=True)
+        self.setup.files.flush_failed.unlink(missing_ok=True)
         remove_record(self.setup.record)
 
     async def detach(self) -> None:

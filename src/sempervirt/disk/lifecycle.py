@@ -42,6 +42,7 @@ async def start_disk(setup: DiskSetup) -> Disk:
         programs.keep_only(())
         image.close()
         raise
+    setup.files.flush_failed.unlink(missing_ok=True)  # of a VM that did not end in order
     awaits = setup.title is not None and setup.title.epoch is None
     state = State(binary=token, binding=setup.binding, frozen=awaits)
     disk = Disk(setup, image, listener, programs, state)
@@ -164,6 +165,7 @@ async def sweep_disk(setup: DiskSetup) -> None:
             raise OutcomeUnknown(f"disk {setup.name}: backend {adopted.pid} does not end")
     await processes.kill_orphans(setup.files, set())
     setup.files.socket.unlink(missing_ok=True)
+    setup.files.flush_failed.unlink(missing_ok=True)
     remove_record(setup.record)
 
 

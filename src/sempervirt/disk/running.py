@@ -18,6 +18,8 @@ from sempervirt.host.process import Exit, Process
 from sempervirt.host.procfs import find_by_argument, identify
 
 LOGS_KEPT = 5
+# Not an option: a backend of a release that does not know it would end.
+FLUSH_FILE_VARIABLE = "SEMPER_BLKD_FLUSH_FILE"
 _ERROR_LINE = re.compile(r"\S+: error: (?P<cause>.*?)(?:; (?P<remedy>[^;]*))?")
 # Exit codes of semper-blkd.
 _LOCKED, _UNUSABLE = 3, 4
@@ -44,6 +46,11 @@ class DiskFiles:
     def session(self) -> Path:
         """Where spares learn what QEMU has said to the active process."""
         return self.directory / f"disk-{self.disk}.session"
+
+    @property
+    def flush_failed(self) -> Path:
+        """There when a flush of the image has failed: while it is, every backend fails flushes."""
+        return self.directory / f"disk-{self.disk}.flush-failed"
 
     def control(self, generation: int) -> Path:
         """The control socket of one process."""
@@ -137,7 +144,7 @@ def start(
         on_exit=on_exit,
         executable=executable,
         pass_fds=(*launch.inherited, *descriptors),
-        environment=command.environment,
+        environment={**command.environment, FLUSH_FILE_VARIABLE: str(files.flush_failed)},
     )
     return Running(generation, token, started, launch.control, log, launch.listen_fd)
 

@@ -32,8 +32,8 @@ def write_record(
     """Replaces the record at `path` in one step.
 
     Most records describe processes, none of which survives what would lose a file that was not
-    flushed to the medium; one that has to outlive the host's boot is `durable`. The rename
-    keeps a killed writer from leaving half a file.
+    flushed to the medium; one that has to outlive the host's boot is `durable`: it is on the medium
+    under its name when this returns. The rename keeps a killed writer from leaving half a file.
     """
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     with scratch.open("w") as file:
@@ -42,6 +42,25 @@ def write_record(
             file.flush()
             os.fsync(file.fileno())
     scratch.replace(path)
+    if durable:
+        flush_directory(path.parent)
+
+
+def flush_directory(directory: Path) -> None:
+    """Puts the names in a directory on the medium; a file's own flush does not. Raises OSError."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_directory(directory: Path, mode: int) -> None:
+    """Makes a directory that may be there, and those above it, on the medium. Raises OSError."""
+    missing = [path for path in (directory, *directory.parents) if not path.exists()]
+    directory.mkdir(mode=mode, parents=True, exist_ok=True)
+    for path in reversed(missing):
+        flush_directory(path.parent)
 
 
 def read_record(path: Path, version: int) -> dict[str, Any] | None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from sempervirt.core.errors import InvalidRequest
+from sempervirt.core.errors import InvalidRequest, StateConflict
 from sempervirt.core.events import EventKind
 from sempervirt.core.failure import Failure
 from sempervirt.qemu.state import Runstate
@@ -107,6 +107,13 @@ async def save_vm(vm: Vm, output: Path) -> Saved:
     """
     if not output.parent.is_dir():
         raise InvalidRequest(f"there is no directory {output.parent}", remedy="make it first")
+    for disk in vm.disks.values():
+        if disk.flush_failed:
+            raise StateConflict(
+                f"a flush of disk {disk.name} has failed: a saved state would outlive what the "
+                "guest was told of that",
+                remedy=f"check the storage; then stop {vm.name}, and check its file systems",
+            )
     vm.ledger.require_idle()
     await vm.require_images_in_place()
     live = LiveSave(vm, output)

@@ -41,7 +41,7 @@ from pathlib import Path
 
 from sempervirt.core.errors import StateConflict, Unavailable
 from sempervirt.core.names import NAME_MAX
-from sempervirt.host.records import RecordDamaged, RecordNewer
+from sempervirt.host.records import RecordDamaged, RecordNewer, flush_directory
 from sempervirt.store.registry import Claim, StaleClaim
 
 SLOT_BYTES = 512
@@ -175,6 +175,7 @@ def advance(path: Path, claim: Claim) -> EpochRecord:
                     remedy="stop what still runs of it here; it must not write",
                 )
             case Admission.RENEWED if not record.released:
+                _flush(path, descriptor)  # who wrote it may have died before the flush
                 return record
             case _:
                 return _write(path, descriptor, _held(record, claim))
@@ -209,6 +210,8 @@ def _newest(path: Path, content: bytes) -> EpochRecord | None:
 def _present(path: Path, descriptor: int) -> EpochRecord:
     record = _newest(path, os.pread(descriptor, FILE_BYTES, 0))
     if record is None:
+        # Whoever makes the file flushes its name before it writes a record.
+        flush_directory(path.parent)
         first = EpochRecord(image=uuid.uuid4().hex, sequence=0)
         record = _write(path, descriptor, first)
     return record
@@ -218,16 +221,22 @@ def _write(path: Path, descriptor: int, record: EpochRecord) -> EpochRecord:
     record = replace(record, sequence=record.sequence + 1)
     try:
         os.pwrite(descriptor, encode(record), record.sequence % 2 * SLOT_BYTES)
+    except OSError as error:
+        raise _unusable(path, error) from error
+    _flush(path, descriptor)
+    return record
+
+
+def _flush(path: Path, descriptor: int) -> None:
+    try:
         os.fsync(descriptor)
     except OSError as error:
         raise _unusable(path, error) from error
-    return record
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[int]:
     try:
-        new = not path.exists()
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:
         raise _unusable(path, error) from error
@@ -235,19 +244,9 @@ def _locked(path: Path) -> Iterator[int]:
         # The same structure on every 64-bit Linux: type, whence, padding, start, length, pid.
         everything = struct.pack("hhxxxxqqixxxx", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
         fcntl.fcntl(descriptor, fcntl.F_OFD_SETLKW, everything)
-        if new:
-            _flush_directory(path.parent)
         yield descriptor
     except OSError as error:
         raise _unusable(path, error) from error
-    finally:
-        os.close(descriptor)
-
-
-def _flush_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

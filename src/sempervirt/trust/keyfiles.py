@@ -10,6 +10,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from sempervirt.core.errors import SempervirtError, Unavailable
+from sempervirt.host.records import flush_directory, make_directory
 
 
 class KeyExposed(SempervirtError):
@@ -58,7 +59,7 @@ def private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
 def _write(path: Path, content: bytes, mode: int) -> None:
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_directory(path.parent, 0o700)
         scratch.unlink(missing_ok=True)
         descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
         with os.fdopen(descriptor, "wb") as file:
@@ -66,5 +67,6 @@ def _write(path: Path, content: bytes, mode: int) -> None:
             file.flush()
             os.fsync(file.fileno())
         scratch.replace(path)
+        flush_directory(path.parent)
     except OSError as error:
         raise Unavailable(f"cannot write {path}: {error.strerror}") from error

@@ -14,6 +14,7 @@ from sempervirt.disk.backend import DiskOptions, ImageTitle
 from sempervirt.disk.running import DiskFiles
 from sempervirt.disk.setup import DiskSetup
 from sempervirt.disk.volume import Volume, inspect, require_raw
+from sempervirt.host.records import make_directory
 from sempervirt.host.sockets import check_socket_path
 from sempervirt.host.storage_call import DEADLINE_S, call_storage
 from sempervirt.qemu.command_line import disk_id
@@ -32,7 +33,7 @@ def prepare_directories(config: AgentConfig) -> None:
     """Makes the state and run directories, for the owner only. Raises Unavailable."""
     for directory in (config.state_dir, config.run_dir):
         try:
-            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            make_directory(directory, 0o700)
         except OSError as error:
             raise Unavailable(
                 f"cannot make {directory}: {error.strerror}",

@@ -145,6 +145,24 @@ fn writes_of_different_sectors_of_a_block_by_several_threads_are_all_kept() {
     }
 }
 
+/// The node of a device is on a tmpfs, and the device is not: nothing is written to it through a
+/// mapping, and `direct` goes around the page cache.
+#[test]
+fn a_device_is_not_taken_for_a_file_in_memory() {
+    let large = Large::new();
+    for (options, engine) in [
+        (vec!["--direct"], "uring"),
+        #[cfg(target_arch = "x86_64")]
+        (vec![], "mmap"),
+    ] {
+        let (backend, mut machine) = started(&large.site, &options, 1);
+        assert_eq!(backend.status()["engine"], serde_json::json!(engine), "{options:?}");
+        assert_eq!(machine.ask(&backend, &Ask::write(0, [1; 4096])).status, OK);
+    }
+    let mut refused = large.site.start(&["--direct", "--engine=mmap"]);
+    assert_eq!(refused.wait_exit().code(), Some(2));
+}
+
 /// A table that was made for blocks of 4,096 bytes says so; what the user says counts more.
 #[test]
 fn the_block_size_is_the_images_own() {

@@ -10,6 +10,7 @@ mod claims;
 #[cfg(feature = "crash-points")]
 mod crash_points;
 mod dirty_log;
+mod durability;
 mod errors;
 mod golden;
 mod handover;

@@ -150,6 +150,8 @@ class SourceDisks:
                 if time.monotonic() > deadline:
                     raise Unavailable(f"the backend of disk {disk.name} keeps the image")
                 await asyncio.sleep(RELEASE_POLL_S)
+            if disk.flush_failed:
+                raise Unavailable(f"a flush of disk {disk.name} has just failed")
         if (ended := self.ended()) is not None:
             raise Unavailable(f"the backend of disk {ended} has just changed")
 
