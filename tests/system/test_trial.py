@@ -5,11 +5,18 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import tempfile
+from collections.abc import Iterator
 from contextlib import suppress
+from io import StringIO
+from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from sempervirt.demo.trial import VM, Trial
+from sempervirt.demo import report
+from sempervirt.demo.peer import kill_until_lost, with_peer
+from sempervirt.demo.trial import VM, Load, Trial, TrialSetup
 from sempervirt.guest.errors import ProbeGone
 from tests.torture.cells import Cell
 
@@ -17,6 +24,13 @@ pytestmark = [pytest.mark.guest, pytest.mark.timeout(120)]
 
 LIGHT = Cell("sync", (0,), "light", "tmpfs")
 STARTED_S = 30.0
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """On a disk, and not in memory: there requests are in flight for long enough to be struck."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
+        yield Path(folder)
 
 
 async def end_first_boot(trial: Trial, number: signal.Signals) -> int:
@@ -48,3 +62,24 @@ async def test_any_other_end_during_the_boot_is_an_error() -> None:
     with pytest.raises(ProbeGone):
         await trial.__aenter__()
     await first
+
+
+async def test_the_demo_counts_what_is_done_again_and_shows_what_its_peer_loses(
+    place: Path,
+) -> None:
+    """Our own backend, with the same load, kills and judge, is the control."""
+    load = Load(writers=32, depth=4, flush_every=3)
+    setup = TrialSetup(image=place / "disk.raw", size_mib=32, direct=True, load=load)
+    ours = await kill_until_lost(setup, 5, 1, lambda _said: None)
+    assert ours.clean, ours.as_dict()
+    assert ours.kills == 5
+    assert ours.kills_in_flight > 0
+    assert ours.replayed >= ours.kills_in_flight
+    theirs = await kill_until_lost(with_peer(setup), 40, 1, lambda _said: None)
+    assert theirs.lost, theirs.as_dict()
+    console = Console(width=120, file=StringIO())
+    console.print(report.counts(ours, theirs), *report.losses(theirs))
+    assert isinstance(console.file, StringIO)
+    shown = console.file.getvalue()
+    assert "(then it was over)" in shown
+    assert "with qemu-storage-daemon the guest says:" in shown

@@ -2,45 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
-from sempervirt.core.errors import Unavailable
+from sempervirt.demo.peer import StorageDaemon
 from sempervirt.demo.trial import Load, TrialSetup
-from sempervirt.disk.backend import Blkd, Launch
+from sempervirt.disk.backend import Blkd
 from tests.torture.cells import REBOUND, Cell
-
-
-@dataclass(frozen=True)
-class StorageDaemon:
-    """qemu-storage-daemon, which does not track requests in flight."""
-
-    aio: str = "threads"
-    environment: Mapping[str, str] = field(default_factory=dict)
-    has_spare: bool = False
-    has_control: bool = False
-
-    def binary(self) -> str:
-        """From the PATH."""
-        found = shutil.which("qemu-storage-daemon")
-        if found is None:
-            raise Unavailable("qemu-storage-daemon is not installed", remedy="run make setup")
-        return found
-
-    def argv(self, launch: Launch) -> list[str]:
-        """Serves the same image on the same listening socket."""
-        options = launch.options
-        cache = "on" if options.direct else "off"
-        image = (
-            f"driver=file,node-name=image,filename={options.image},aio={self.aio},"
-            f"cache.direct={cache},locking=off"
-        )
-        export = (
-            f"type=vhost-user-blk,id=disk,node-name=image,writable=on,"
-            f"num-queues={options.queues},addr.type=fd,addr.str={launch.listen_fd}"
-        )
-        return [launch.binary, "--blockdev", image, "--export", export]
 
 
 def controls(seed: int) -> list[tuple[str, TrialSetup, bool]]:

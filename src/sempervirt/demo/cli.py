@@ -5,10 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
+import signal
 import sys
+from collections.abc import Coroutine
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Literal
+from tempfile import NamedTemporaryFile, gettempdir
+from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 from rich.console import Console, Group, RenderableType
@@ -19,6 +23,7 @@ from rich.table import Table
 from sempervirt.cli.output import Output, OutputOption
 from sempervirt.core.errors import Unavailable
 from sempervirt.demo import plots, report
+from sempervirt.demo.peer import kill_until_lost, with_peer
 from sempervirt.demo.script import Act, Story, play
 from sempervirt.demo.trial import Load, Trial, TrialSetup
 from sempervirt.demo.verdict import Verdict
@@ -26,13 +31,31 @@ from sempervirt.guest.errors import ProbeGone, ProbeSilent
 from sempervirt.guest.reports import Stats
 
 REFRESH_S = 0.25
+# Until the first loss, if there is one; the time is limited as well.
+PEER_KILLS = 100
+NOTHING_IN_FLIGHT = (
+    "No kill fell on a request in flight, so no recovery was seen: choose storage that takes "
+    "longer for a request (--image on a disk), or more writers."
+)
 # All but "null", which keeps nothing.
+T = TypeVar("T")
 TriedEngine = Literal["auto", "sync", "nowait", "uring", "mmap"]
 
 
 def _default_image() -> Path:
-    shared_memory = Path("/dev/shm")
-    return (shared_memory if shared_memory.is_dir() else Path("/tmp")) / "semper-demo.raw"
+    """On a disk: in memory nothing would be in flight for long enough to be struck by a kill."""
+    folder = Path("/var/tmp")
+    return (folder if folder.is_dir() else Path(gettempdir())) / f"semper-demo-{os.getpid()}.raw"
+
+
+def _goes_around_cache(folder: Path) -> bool:
+    """Whether files there can be opened with O_DIRECT."""
+    try:
+        with NamedTemporaryFile(dir=folder) as file:
+            os.close(os.open(file.name, os.O_RDONLY | os.O_DIRECT))
+    except OSError:
+        return False
+    return True
 
 
 class Screen:
@@ -93,6 +116,16 @@ class Screen:
         self._live.update(self._render())
 
 
+async def _ended_by_signals(work: Coroutine[Any, Any, T]) -> T:
+    """`work`, which also tidies up when the terminal hangs up or the program is asked to end."""
+    task = asyncio.ensure_future(work)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGHUP, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+            loop.add_signal_handler(number, task.cancel)
+    return await task
+
+
 async def _watch(trial: Trial, screen: Screen) -> None:
     while True:
         with suppress(ProbeSilent):
@@ -123,14 +156,28 @@ def demo(
     kills: Annotated[int, typer.Option(help="How often the backend is killed.", min=0)] = 20,
     pauses: Annotated[int, typer.Option(help="How often the VM is stopped and continued.")] = 5,
     upgrades: Annotated[int, typer.Option(help="How often the backend is upgraded.")] = 1,
-    writers: Annotated[int, typer.Option(help="Writers in the guest.", min=1, max=64)] = 16,
+    writers: Annotated[int, typer.Option(help="Writers in the guest.", min=1, max=64)] = 32,
     queues: Annotated[int, typer.Option(help="Virtqueues of the disk.", min=1, max=16)] = 1,
     engine: Annotated[
         TriedEngine,
         typer.Option(help="How the backend does its I/O; auto: as a preset says."),
     ] = "auto",
     direct: Annotated[
-        bool, typer.Option(help="Go around the host's page cache (O_DIRECT).")
+        bool | None,
+        typer.Option(
+            help="Go around the host's page cache (O_DIRECT); by default where the storage can.",
+            show_default=False,
+        ),
+    ] = None,
+    depth: Annotated[
+        int, typer.Option(help="Requests that each writer has out at a time.", min=1, max=8)
+    ] = 4,
+    flush_every: Annotated[
+        int, typer.Option(help="Each writer flushes after so many writes; 0: never.", min=0)
+    ] = 3,
+    peer: Annotated[
+        bool,
+        typer.Option(help="Then kill qemu-storage-daemon in the same way: half a minute more."),
     ] = False,
     image: Annotated[
         Path | None, typer.Option(help="Where the disk's image is made; removed afterwards.")
@@ -145,9 +192,10 @@ def demo(
 ) -> None:
     """Boot a guest, kill its disk's backend again and again, and prove that nothing is lost.
 
-    A stock Linux guest runs on a disk that semper-blkd serves. Sixteen writers in the guest
-    write and verify stamped blocks while the backend is killed with SIGKILL, the VM is stopped and
-    continued, and the backend is upgraded. At the end every block is read back.
+    A stock Linux guest runs on a disk that semper-blkd serves. Writers in the guest write, flush
+    and verify stamped blocks, as a database does, while the backend is killed with SIGKILL, the VM
+    is stopped and continued, and the backend is upgraded. What was in flight at a kill is done
+    again, and counted. At the end every block is read back.
 
     The exit status is 0 only if nothing was lost, nothing hung and nothing was wrong.
     """
@@ -155,19 +203,25 @@ def demo(
     logging.getLogger("sempervirt").setLevel(logging.ERROR)
     console = Console(stderr=output is Output.JSON)
     story = Story(kills=kills, pauses=pauses, upgrades=upgrades, seed=seed)
+    chosen = image or _default_image()
     setup = TrialSetup(
-        image=image or _default_image(),
+        image=chosen,
         engine=engine,
-        direct=direct,
+        direct=_goes_around_cache(chosen.parent) if direct is None else direct,
         queues=queues,
-        load=Load(writers=writers),
+        load=Load(writers=writers, depth=depth, flush_every=flush_every),
     )
     if setup.image.exists() and image is not None:
         console.print(f"[red]{image} exists; name a path where a new image can be made[/]")
         raise typer.Exit(2)
     try:
         with Screen(story, console, live=console.is_terminal) as screen:
-            trial, acts, completions = asyncio.run(_run(setup, story, screen))
+            trial, acts, completions = asyncio.run(_ended_by_signals(_run(setup, story, screen)))
+            beside = None
+            if peer:
+                more = max(kills, PEER_KILLS)
+                killing = kill_until_lost(with_peer(setup), more, seed, screen.say)
+                beside = asyncio.run(_ended_by_signals(killing))
     except (ProbeGone, ProbeSilent) as error:
         console.print(f"[red bold]The guest is gone or does not answer:[/] {error}")
         raise typer.Exit(1) from error
@@ -179,13 +233,23 @@ def demo(
         drawn = None
         console.print(f"[yellow]{error}[/]")
     if output is Output.JSON:
-        document = {**verdict.as_dict(), "accelerator": accelerator, "plot": drawn}
+        document = {
+            **verdict.as_dict(),
+            "direct": setup.direct,
+            "accelerator": accelerator,
+            "plot": drawn,
+            "peer": beside.as_dict() if beside else None,
+        }
         json.dump(document, sys.stdout, indent=2)
         print()
     else:
         width = min(console.width, 110)
         print(plots.draw_terminal(completions, acts, start_ns, width))
-        console.print(report.counts(verdict), report.stalls(verdict))
+        console.print(report.counts(verdict, beside), report.stalls(verdict))
+        for line in report.losses(beside) if beside else ():
+            console.print(line, highlight=False)
+        if verdict.kills and not verdict.kills_in_flight:
+            console.print(f"[yellow]{NOTHING_IN_FLIGHT}[/]")
         console.print(f"accelerator: {accelerator}", f"picture: {drawn or 'none'}", sep="\n")
     for line in report.problems(verdict):
         console.print(f"[red]{line}[/]")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from rich.table import Table
 
 from sempervirt.demo.stall import STEPS, Spread
@@ -20,26 +22,37 @@ def _ms(value: float) -> str:
     return "–" if value != value else f"{value:.1f}"
 
 
-def counts(verdict: Verdict) -> Table:
-    """Everything that was counted; what must be zero is green or red."""
-    table = Table(title="What the guest saw", show_header=False, title_justify="left")
+def counts(verdict: Verdict, peer: Verdict | None = None) -> Table:
+    """Everything that was counted; what must be zero is green or red. `peer` is what the guest saw
+    with qemu-storage-daemon in the place of semper-blkd.
+    """
+    table = Table(title="What the guest saw", show_header=peer is not None, title_justify="left")
     table.add_column(style="bold")
-    table.add_column(justify="right")
+    table.add_column("semper-blkd", justify="right")
+    if peer is not None:
+        table.add_column("qemu-storage-daemon", justify="right")
+    both = [verdict] if peer is None else [verdict, peer]
 
-    def zero(name: str, value: int) -> None:
-        table.add_row(name, f"[{'red bold' if value else 'green'}]{value}[/]")
+    def row(name: str, ours: str, theirs: str = "–") -> None:
+        table.add_row(name, *(ours, theirs)[: len(both)])
 
-    table.add_row("backends killed", str(verdict.kills))
-    table.add_row("backends upgraded", str(verdict.upgrades))
-    table.add_row("VM stopped and continued", str(verdict.pauses))
-    table.add_row("take-overs that QEMU did not notice", f"{verdict.kept} of {len(verdict.stalls)}")
-    table.add_row("requests done again", str(verdict.replayed))
-    table.add_row("requests of the guest", f"{verdict.writes + verdict.reads:,}")
-    table.add_row("blocks verified", f"{verdict.verified:,}")
-    zero("I/O errors", verdict.guest_errors)
-    zero("hung requests", verdict.hung)
-    zero("wrong blocks", verdict.wrong)
-    zero("complaints of the guest's kernel", len(verdict.kernel_lines))
+    def zero(name: str, count: Callable[[Verdict], int]) -> None:
+        values = map(count, both)
+        table.add_row(name, *(f"[{'red bold' if n else 'green'}]{n}[/]" for n in values))
+
+    until = " (then it was over)" if peer is not None and peer.lost else ""
+    row("backends killed", str(verdict.kills), f"{peer.kills if peer else 0}{until}")
+    row("… while requests were in flight", str(verdict.kills_in_flight), "not known")
+    row("requests done again", str(verdict.replayed), "none")
+    row("take-overs that QEMU did not notice", f"{verdict.kept} of {len(verdict.stalls)}", "none")
+    row("backends upgraded", str(verdict.upgrades))
+    row("VM stopped and continued", str(verdict.pauses))
+    table.add_row("requests of the guest", *(f"{v.writes + v.reads:,}" for v in both))
+    table.add_row("blocks verified", *(f"{v.verified:,}" for v in both))
+    zero("I/O errors", lambda v: v.guest_errors)
+    zero("hung requests", lambda v: v.hung)
+    zero("wrong blocks", lambda v: v.wrong)
+    zero("complaints of the guest's kernel", lambda v: len(v.kernel_lines))
     return table
 
 
@@ -60,6 +73,14 @@ def stalls(verdict: Verdict) -> Table:
         row(STEP_NAMES[step], verdict.steps[step])
     row("the guest's next completion (the stall)", verdict.stall, "bold")
     return table
+
+
+def losses(peer: Verdict) -> list[str]:
+    """What the guest saw with the peer, in its kernel's own words; at most five lines."""
+    if not peer.lost:
+        return ["qemu-storage-daemon lost nothing this time"]
+    lines = dict.fromkeys([*peer.kernel_lines, *peer.problems])
+    return ["with qemu-storage-daemon the guest says:", *(f"  {line}" for line in list(lines)[:5])]
 
 
 def problems(verdict: Verdict) -> list[str]:

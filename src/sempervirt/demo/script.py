@@ -56,11 +56,16 @@ async def play(trial: Trial, story: Story, done: Callable[[Act], None]) -> list[
     acts: list[Act] = []
     await asyncio.sleep(0.5)
     for deed in deeds:
-        await asyncio.sleep(chance.uniform(0.1, 0.6))
+        await asyncio.sleep(pauses_s(chance))
         acts.append(await _perform(trial, deed))
         done(acts[-1])
     await asyncio.sleep(0.5)
     return acts
+
+
+def pauses_s(chance: random.Random) -> float:
+    """How long the load goes on undisturbed before the next act."""
+    return chance.uniform(0.1, 0.6)
 
 
 async def _perform(trial: Trial, deed: Deed) -> Act:

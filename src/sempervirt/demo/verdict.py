@@ -71,6 +71,11 @@ class Verdict:
         """Requests that were done again."""
         return sum(stall.replayed for stall in self.stalls)
 
+    @property
+    def kills_in_flight(self) -> int:
+        """Kills that fell on requests in flight, so that some were done again."""
+        return sum(s.replayed > 0 for s in self.stalls if s.cause is Cause.KILL)
+
     def add(self, stats: Stats) -> None:
         """Takes a stopped run of the writers into account."""
         self.writes += stats.writes
@@ -115,6 +120,7 @@ class Verdict:
         plain["clean"] = self.clean
         plain["replayed"] = self.replayed
         plain["kept"] = self.kept
+        plain["kills_in_flight"] = self.kills_in_flight
         plain["stall_ms"] = asdict(self.stall)
         plain["steps_ms"] = {step: asdict(spread) for step, spread in self.steps.items()}
         return plain
