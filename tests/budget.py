@@ -1,8 +1,9 @@
 """What the tests of each mechanism may take, and what they took: a table at the end of a run.
 
 Minutes are those of tests, added up. `make test` runs three at a time, so a third of the sum is
-what it waits for. A test belongs to the first mechanism with a folder or module that it is in; whoever
-brings a mechanism gives it its own line here, and CONTRIBUTING.md says why the numbers are these.
+what it waits for. A test belongs to the first mechanism with a folder or module that it is in;
+whoever brings a mechanism gives it its own line here, and CONTRIBUTING.md says why the numbers are
+these.
 """
 
 from __future__ import annotations

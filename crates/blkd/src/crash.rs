@@ -1,4 +1,5 @@
-//! Dying at a named point, in builds for tests; nothing at all in others.
+//! Dying at a named point, or in the middle of a message, in builds for tests; nothing at all in
+//! others.
 
 #[cfg(not(any(test, feature = "crash-points")))]
 pub(crate) type CrashHook = semper_inflight::NoHook;
@@ -78,5 +79,17 @@ mod armed {
             // SAFETY: a signal to ourselves.
             unsafe { libc::kill(libc::getpid(), libc::SIGKILL) };
         }
+    }
+}
+
+/// Dies behind this step of a request, if that is the place: `SEMPER_DIE_IN=request:step`.
+#[cfg(any(test, not(feature = "crash-points")))]
+pub(crate) fn behind(_step: &str, _request: u32) {}
+
+#[cfg(all(not(test), feature = "crash-points"))]
+pub(crate) fn behind(step: &str, request: u32) {
+    if std::env::var("SEMPER_DIE_IN").is_ok_and(|place| place == format!("{request}:{step}")) {
+        // SAFETY: a signal to ourselves.
+        unsafe { libc::kill(libc::getpid(), libc::SIGKILL) };
     }
 }

@@ -38,6 +38,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vhost::vhost_user::message::{BackendReq, FrontendReq};
 use vhost::vhost_user::{BackendReqHandler, Error};
 
+use crate::crash::behind;
 use crate::device::Device;
 use crate::state::{Shared, mark};
 use follower::{Follower, Inheritance};
@@ -60,6 +61,8 @@ pub(crate) struct Line<'a> {
     inner: UnixStream,
     handler: BackendReqHandler<Mutex<Device>>,
     mirror: &'a Mirror,
+    /// The number of the request in hand.
+    request: u32,
 }
 
 impl<'a> Line<'a> {
@@ -72,7 +75,7 @@ impl<'a> Line<'a> {
     ) -> io::Result<Self> {
         let (inner, parser) = UnixStream::pair()?;
         let handler = BackendReqHandler::from_stream(parser, Arc::clone(device));
-        Ok(Self { stream, inner, handler, mirror })
+        Ok(Self { stream, inner, handler, mirror, request: 0 })
     }
 
     /// Waits for the next message and serves it.
@@ -116,7 +119,11 @@ impl Steps for Line<'_> {
 
     fn see(&mut self) -> Result<Message, Error> {
         match peek_request(&self.stream, true) {
-            Ok(Some(message)) => Ok(message),
+            Ok(Some(message)) => {
+                self.request = message.request();
+                behind("see", self.request);
+                Ok(message)
+            }
             Ok(None) => Err(Error::Disconnected),
             Err(error) if error.kind() == io::ErrorKind::ConnectionReset => {
                 Err(Error::Disconnected)
@@ -128,6 +135,7 @@ impl Steps for Line<'_> {
     fn begin(&mut self) -> u64 {
         let number = self.mirror.next();
         self.mirror.page().set(number, Phase::Handling);
+        behind("begin", self.request);
         number
     }
 
@@ -136,6 +144,7 @@ impl Steps for Line<'_> {
             return (Message::default(), Err(Error::SocketError(error)));
         }
         let handled = self.handler.handle_request();
+        behind("handle", self.request);
         match self.answer_of_parser() {
             Ok(answer) => (answer, handled),
             Err(error) => (Message::default(), handled.and(Err(error))),
@@ -144,18 +153,24 @@ impl Steps for Line<'_> {
 
     fn tell(&mut self, message: &Message, answer: &Message) {
         self.mirror.exchanged(message, answer);
+        behind("tell", self.request);
     }
 
     fn take(&mut self, message: &Message) -> Result<(), Error> {
-        take(&self.stream, message.bytes.len()).map_err(Error::SocketError)
+        take(&self.stream, message.bytes.len()).map_err(Error::SocketError)?;
+        behind("take", self.request);
+        Ok(())
     }
 
     fn answering(&mut self, number: u64) {
         self.mirror.page().set(number, Phase::Answering);
+        behind("answering", self.request);
     }
 
     fn answer(&mut self, answer: &Message) -> Result<(), Error> {
-        send(&self.stream, answer, true).map_err(Error::SocketError)
+        send(&self.stream, answer, true).map_err(Error::SocketError)?;
+        behind("answer", self.request);
+        Ok(())
     }
 
     fn done(&mut self, number: u64) {

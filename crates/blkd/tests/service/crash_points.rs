@@ -4,6 +4,9 @@ use std::collections::HashMap;
 
 use semper_inflight::Point;
 use serde_json::json;
+use vhost::VhostBackend;
+use vhost::vhost_user::VhostUserFrontend;
+use vhost::vhost_user::message::{FrontendReq as Request, VhostUserConfigFlags};
 
 use crate::backend::{Backend, Site};
 use crate::machine::{Ask, Machine, Ticket, Waited};
@@ -173,4 +176,72 @@ fn replay_of_a_replay_with_sync() {
 #[test]
 fn replay_of_a_replay_with_uring() {
     three_deaths("uring");
+}
+
+const STEPS: [&str; 7] = ["see", "begin", "handle", "tell", "take", "answering", "answer"];
+const REQUESTS: [Request; 18] = [
+    Request::GET_FEATURES,
+    Request::SET_FEATURES,
+    Request::SET_OWNER,
+    Request::GET_PROTOCOL_FEATURES,
+    Request::SET_PROTOCOL_FEATURES,
+    Request::GET_QUEUE_NUM,
+    Request::GET_INFLIGHT_FD,
+    Request::SET_INFLIGHT_FD,
+    Request::SET_MEM_TABLE,
+    Request::SET_VRING_NUM,
+    Request::SET_VRING_BASE,
+    Request::SET_VRING_ADDR,
+    Request::SET_VRING_KICK,
+    Request::SET_VRING_CALL,
+    Request::SET_VRING_ENABLE,
+    Request::GET_CONFIG,
+    Request::SET_CONFIG,
+    Request::GET_VRING_BASE,
+];
+
+/// The life of a front end that never connects again: negotiates, works, stops a queue, goes on.
+fn live(machine: &mut Machine, site: &Site, spare: &Backend) -> vhost::Result<()> {
+    machine.connect(&site.socket())?;
+    let flags = VhostUserConfigFlags::WRITABLE;
+    assert_eq!(machine.session().get_config(0, 60, flags, &[0; 60])?.1.len(), 60);
+    machine.session().set_config(32, flags, &[1])?;
+    let write = machine.submit(0, &Ask::write(8, vec![9; 4096]));
+    machine.wait_all(spare);
+    assert_eq!(machine.answer(write).status, 0);
+    assert_eq!(machine.session().get_vring_base(0)?, 1);
+    machine.start(0)?;
+    let read = machine.submit(0, &Ask::read(8, 4096));
+    machine.wait_all(spare);
+    assert_eq!(machine.answer(read).data, [9; 4096]);
+    Ok(())
+}
+
+#[test]
+fn a_front_end_does_not_notice_a_death_in_the_middle_of_any_message() {
+    for (request, step) in REQUESTS.iter().flat_map(|r| STEPS.iter().map(move |s| (*r, *s))) {
+        let site = Site::new(1 << 20);
+        let session = format!("--session-socket={}", site.path("session").display());
+        let place = format!("{}:{step}", request as u32);
+        let mut active = site.start_in(&[&session], &[("SEMPER_DIE_IN", &place)]);
+        active.wait_status("/state", &json!("listening"));
+        let spare = site.start(&[&session, "--spare"]);
+        spare.wait_status("/session", &json!("following"));
+        let mut machine = Machine::new(1, 64);
+        let lived = live(&mut machine, &site, &spare);
+        // What must not be known: whether an answer that was announced has arrived.
+        if step == "answering" && has_answer(request) {
+            assert!(lived.is_err(), "{request:?}: an answer from nobody");
+            continue;
+        }
+        lived.unwrap_or_else(|error| panic!("{request:?} {step}: {error}"));
+        let died = step != "answering" && (step != "answer" || has_answer(request));
+        assert_eq!(active.is_alive(), !died, "{request:?} {step}");
+        assert_eq!(spare.status()["resumed"], json!(died), "{request:?} {step}");
+    }
+}
+
+/// The machine wants a word for each message that it sends once it may.
+fn has_answer(request: Request) -> bool {
+    request != Request::SET_PROTOCOL_FEATURES
 }
