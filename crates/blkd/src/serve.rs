@@ -78,7 +78,8 @@ pub(crate) fn run(args: Args, shared: Shared) -> Result<(), Failure> {
     let offer = Offer { track, page_faults: track && userfault.is_ok() };
     let (threads, engine) = start_threads(&args, &disk, &faults)?;
     let device = Arc::new(Mutex::new(Device::new(Arc::clone(&disk), threads, offer)));
-    let session = Arc::new(session(&args).map_err(system("start the session thread"))?);
+    let session =
+        Arc::new(session(&args, &disk.shared).map_err(system("start the session thread"))?);
     if let Some(listener) = control_listener {
         let session = Arc::clone(&session);
         let device = Arc::clone(&device);
@@ -88,7 +89,9 @@ pub(crate) fn run(args: Args, shared: Shared) -> Result<(), Failure> {
     }
     watch_signals(&disk, &device).map_err(system("start the signal thread"))?;
     if args.spare {
-        mark(&disk.shared.timeline.spare_ready);
+        if !session.is_on() {
+            mark(&disk.shared.timeline.spare_ready);
+        }
         disk.tenure.take(Patience::Unlimited, disk.map.as_deref())?;
         disk.shared.set_phase(Phase::Listening);
     }
@@ -108,9 +111,9 @@ pub(crate) fn run(args: Args, shared: Shared) -> Result<(), Failure> {
 }
 
 /// A spare follows whoever serves, and whoever serves lets itself be followed.
-fn session(args: &Args) -> io::Result<Session> {
+fn session(args: &Args, shared: &Arc<Shared>) -> io::Result<Session> {
     let Some(socket) = args.session_socket.clone() else { return Ok(Session::default()) };
-    let follower = args.spare.then(|| Follower::start(socket.clone())).transpose()?;
+    let follower = args.spare.then(|| Follower::start(socket.clone(), shared)).transpose()?;
     Ok(Session::new(socket, follower))
 }
 

@@ -112,13 +112,16 @@ class BackendCommand(Protocol):
 
 @dataclass(frozen=True)
 class Blkd:
-    """semper-blkd. `extra` arguments and environment are for tests."""
+    """semper-blkd. `extra` arguments, environment and `keeps_connection`, without which QEMU has to
+    connect to each successor, are for tests.
+    """
 
     path: Path | None = None
     extra: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     has_spare: bool = True
     has_control: bool = True
+    keeps_connection: bool = True
 
     def binary(self) -> str:
         """`path`, or what is found first: $SEMPERVIRT_BLKD, beside the interpreter, on the PATH."""
@@ -143,7 +146,7 @@ class Blkd:
         if launch.touched is not None:
             argv.append(f"--map-file={launch.touched}")
         # A read-only disk has no spare that could follow.
-        if launch.session is not None and not options.read_only:
+        if launch.session is not None and self.keeps_connection and not options.read_only:
             argv.append(f"--session-socket={launch.session}")
         if options.poll_us is not None:
             argv.append(f"--poll-us={options.poll_us}")

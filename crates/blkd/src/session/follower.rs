@@ -11,10 +11,14 @@ use rustix::event::{PollFd, PollFlags, poll};
 use super::mirror::{Known, connect};
 use super::packet::{Kind, Packet};
 use super::progress::{Page, Progress};
+use crate::state::{Shared, mark};
 
 /// Between two attempts to reach the process that serves: first, and at most.
 const SOON: Duration = Duration::from_millis(10);
 const LATER: Duration = Duration::from_secs(1);
+/// A spare that has found nobody to follow for so long is as ready as it can be: who serves may be
+/// of a release that knows no sessions.
+const ENOUGH: Duration = Duration::from_secs(2);
 /// How long a process whose image is free may take to close its sockets. Microseconds, if it has
 /// ended; never, if it lives and has given the image away.
 const CLOSING: Duration = Duration::from_millis(200);
@@ -91,19 +95,24 @@ impl Follower {
         state.complete && state.link.is_some()
     }
 
-    /// Follows the process at `path` from a thread of its own.
+    /// Follows the process at `path` from a thread of its own. Everything else is prepared: once
+    /// the spare follows, it is ready.
     ///
     /// # Errors
     /// The system's, when it has no thread left.
-    pub(crate) fn start(path: PathBuf) -> io::Result<Arc<Self>> {
+    pub(crate) fn start(path: PathBuf, shared: &Arc<Shared>) -> io::Result<Arc<Self>> {
+        let shared = Arc::clone(shared);
         let follower = Arc::new(Self::default());
         let ours = Arc::clone(&follower);
         let run = move || {
-            let mut pause = SOON;
+            let (mut pause, begin) = (SOON, Instant::now());
             while !ours.state().over {
                 if let Ok(link) = connect(&path) {
                     pause = SOON;
-                    ours.listen(&Arc::new(link));
+                    ours.listen(&Arc::new(link), &shared);
+                }
+                if begin.elapsed() > ENOUGH && !ours.state().over {
+                    mark(&shared.timeline.spare_ready);
                 }
                 std::thread::sleep(pause);
                 pause = (pause * 2).min(LATER);
@@ -114,7 +123,7 @@ impl Follower {
     }
 
     /// What was known stays known at the end of the link, which may be the end of who served.
-    fn listen(&self, link: &Arc<OwnedFd>) {
+    fn listen(&self, link: &Arc<OwnedFd>, shared: &Shared) {
         let mut state = self.state();
         if state.over {
             return;
@@ -130,6 +139,9 @@ impl Follower {
             let mut state = self.state();
             if state.over || !state.absorb() {
                 return;
+            }
+            if state.complete {
+                mark(&shared.timeline.spare_ready);
             }
         }
     }

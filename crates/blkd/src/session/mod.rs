@@ -40,7 +40,7 @@ use vhost::vhost_user::{BackendReqHandler, Error};
 
 use crate::crash::behind;
 use crate::device::Device;
-use crate::state::{Shared, mark};
+use crate::state::{self, Shared, mark};
 use follower::{Follower, Inheritance};
 use message::{Message, peek, peek_request, send, take};
 use mirror::{Exchange, Known, Mirror};
@@ -193,6 +193,11 @@ impl Session {
         Self { socket: Some(socket), follower, ..Self::default() }
     }
 
+    /// Whether spares follow.
+    pub(crate) fn is_on(&self) -> bool {
+        self.socket.is_some()
+    }
+
     /// Serves from now on; to be called with the image's lock held, if there is to be one.
     ///
     /// # Errors
@@ -233,7 +238,7 @@ impl Session {
 
     /// For people and for the agent.
     pub(crate) fn name(&self) -> &'static str {
-        if self.socket.is_none() {
+        if !self.is_on() {
             return "off";
         }
         match (self.mirror.get(), &self.follower) {
@@ -254,22 +259,22 @@ fn go_on<'a>(
     let connection = inheritance.known.connection.as_ref()?;
     let stream = UnixStream::from(connection.try_clone().ok()?);
     mark(&shared.timeline.accepted);
-    shared.set_phase(crate::state::Phase::Connected);
+    shared.set_phase(state::Phase::Connected);
+    // Before a queue runs: whoever sees an answer to the guest may ask.
+    shared.resumed.store(true, Ordering::Relaxed);
     let line = stream.try_clone().map_err(|error| error.to_string()).and_then(|stream| {
         let line = Line::new(stream, device, mirror).map_err(|error| error.to_string())?;
         catch_up(line, inheritance)
     });
     match line {
-        Ok(line) => {
-            shared.resumed.store(true, Ordering::Relaxed);
-            Some(line)
-        }
+        Ok(line) => Some(line),
         Err(cause) => {
             log::info!("the front end has to connect again because=\"{cause}\"");
             // It may be gone already.
             let _ = stream.shutdown(Shutdown::Both);
+            shared.resumed.store(false, Ordering::Relaxed);
             device.lock().unwrap_or_else(PoisonError::into_inner).disconnect();
-            shared.set_phase(crate::state::Phase::Listening);
+            shared.set_phase(state::Phase::Listening);
             None
         }
     }
