@@ -186,3 +186,26 @@ fn what_a_migration_logs_is_not_continued() {
     machine.connect(&site.socket()).unwrap();
     assert_eq!(machine.ask(&spare, &Ask::write(0, vec![1; 512])).status, 0);
 }
+
+/// What a core file would hold is told by the kernel: "dd" is *do not dump*.
+#[test]
+fn neither_guest_memory_nor_the_image_gets_into_a_core_file() {
+    let site = Site::on_tmpfs(1 << 20);
+    let (mut machine, active, _spare) = served(&site, 1, &["--engine=mmap"]);
+    assert_eq!(machine.ask(&active, &Ask::read(0, 4096)).status, 0);
+    let maps = std::fs::read_to_string(format!("/proc/{}/smaps", active.pid())).unwrap();
+    let (mut name, mut found) = ("", 0);
+    for line in maps.lines() {
+        if let Some(flags) = line.strip_prefix("VmFlags:") {
+            let secret = name.contains("memfd:guest") || name.contains("disk.raw");
+            found += usize::from(secret);
+            let kept_out = flags.split(' ').any(|flag| flag == "dd");
+            assert!(kept_out || !secret, "{name}");
+            // The control: what is dumped by default has no such flag.
+            assert!(!kept_out || !name.contains("[heap]"));
+        } else if line.split(' ').next().is_some_and(|first| first.contains('-')) {
+            name = line;
+        }
+    }
+    assert!(found >= 2, "{found} mappings");
+}
