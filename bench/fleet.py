@@ -207,6 +207,7 @@ async def _boot(client: Client, vm: VmView, attempts: int = BOOT_ATTEMPTS) -> No
         if vm.end is None:
             await client.kill_vm(vm.name)
         await client.forget_vm(vm.name)
+        assert vm.spec is not None
         await _boot(client, await client.run_vm(vm.spec), attempts - 1)
 
 

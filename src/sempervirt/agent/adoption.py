@@ -1,9 +1,13 @@
 """Takes over what an earlier agent left running.
 
 QEMU and the backends stand in sessions of their own and need no agent to go on. A new agent
-finds them by their records (pid, start time and boot, so that a reused pid is not mistaken),
-watches them by pidfd and connects to their sockets again. Disks come first: while a disk has no
-backend, its guest stalls.
+finds them by their records (pid, start time and boot, so that a reused pid is not mistaken) and
+by their arguments, watches them by pidfd and connects to their sockets again. Disks come first:
+while a disk has no backend, its guest stalls.
+
+Records and processes have to say the same. Where they do not, and what lives can be told for
+certain, the VM is taken over, and shown as unknown with the reason (`Vm.doubt`); otherwise it is
+an `UnknownVm`.
 """
 
 from __future__ import annotations
@@ -11,13 +15,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import assert_never
 
-from sempervirt.core.errors import SempervirtError
+from sempervirt.core.errors import SempervirtError, StateConflict, Unavailable
+from sempervirt.core.names import is_name
 from sempervirt.disk.driver import Disk
 from sempervirt.disk.lifecycle import adopt_disk, sweep_disk
-from sempervirt.host.procfs import ProcessId, find_by_argument, identify
+from sempervirt.host.records import RecordDamaged
 from sempervirt.qemu.driver import Machine
 from sempervirt.qemu.files import VmFiles
 from sempervirt.qemu.state import Request
@@ -25,62 +32,151 @@ from sempervirt.renewal.recovery import recover
 from sempervirt.vm import claims
 from sempervirt.vm.config import AgentConfig
 from sempervirt.vm.ledger import Ledger
-from sempervirt.vm.record import VmRecord, read_vm_record
+from sempervirt.vm.processes import NOTHING, Living, living, living_of
+from sempervirt.vm.record import VmRecord, read_vm_record, record_path
 from sempervirt.vm.setup import adopted_setups
+from sempervirt.vm.unknown import UnknownVm
 from sempervirt.vm.vm import Vm
 from sempervirt.vm.work import Arriving, Departing, Restarting, Restoring, Saving, Work
 
 log = logging.getLogger(__name__)
 
+_RECORD = re.compile(r"vm\.json|disk-.*\.json")
 
-Adopted = tuple[dict[str, Vm], dict[str, SempervirtError]]
+
+@dataclass
+class Adopted:
+    """The VMs of this host, by name; each is in one of the two."""
+
+    vms: dict[str, Vm] = field(default_factory=dict)
+    unknown: dict[str, UnknownVm] = field(default_factory=dict)
 
 
 async def adopt_all(config: AgentConfig) -> Adopted:
-    """Every VM on record, running or ended, and why those that are missing could not be adopted.
+    """Every VM that is on record, running or ended, and every one of which a process lives.
 
-    A VM whose record cannot be read is unknown, and not absent: something of it may run.
+    Whatever stands in the records, or in their place: a VM that cannot be taken over is unknown,
+    and not absent.
     """
-    adopted, barred = {}, {}
-    for path in sorted(config.vm_state_dir("web").parent.glob("*/vm.json")):
-        name = path.parent.name
+    seen = await asyncio.to_thread(living, config)
+    adopted = Adopted()
+    for name in sorted({*seen, *await asyncio.to_thread(_on_record, config)}):
+        there = seen.get(name, NOTHING)
+        record = None
         try:
-            record = read_vm_record(path)
-            if record is not None:
-                adopted[name] = await _adopt(config, Ledger(record, path))
+            record = await asyncio.to_thread(_read, config, name)
+            adopted.vms[name] = await _adopt(config, record, there)
         except SempervirtError as error:
-            log.error("adopt record=%s failed: %s", path, error)  # noqa: TRY400
-            barred[name] = error
-    return adopted, barred
+            there = await asyncio.to_thread(living_of, config, name)
+            adopted.unknown[name] = await UnknownVm.take(config, name, error, there, record)
+    return adopted
 
 
-async def _adopt(config: AgentConfig, ledger: Ledger) -> Vm:
-    spec = ledger.record.spec
+def _on_record(config: AgentConfig) -> list[str]:
+    """The names of all VMs of which there is a record, or something in its place."""
+    directory = config.vm_state_dir("x").parent
+    try:
+        entries = [entry.name for entry in directory.iterdir()]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        log.error("adopt records=%s cannot be listed: %s", directory, error.strerror)  # noqa: TRY400
+        return []
+    return [name for name in entries if is_name(name) and _has_record(directory / name)]
+
+
+def _has_record(directory: Path) -> bool:
+    """Whether something in the directory of a VM tells of the VM, or there is no such directory."""
+    try:
+        names = [entry.name for entry in directory.iterdir()]
+    except OSError:
+        return True
+    return any(_RECORD.fullmatch(name) for name in names)
+
+
+def _read(config: AgentConfig, name: str) -> VmRecord:
+    """The record of a VM. Raises RecordDamaged, also when there is none."""
+    path = record_path(config.vm_state_dir(name))
+    record = read_vm_record(path)
+    if record is None:
+        raise RecordDamaged(f"the record of the VM, {path}, is gone")
+    if record.spec.name != name:
+        raise RecordDamaged(
+            f"{path} is the record of another VM, {record.spec.name}",
+            remedy="put each record back into its place",
+        )
+    return record
+
+
+async def _adopt(config: AgentConfig, found: VmRecord, seen: Living) -> Vm:
+    spec = found.spec
+    ledger = Ledger(found, record_path(config.vm_state_dir(spec.name)))
     files = VmFiles(config.vm_run_dir(spec.name))
     release = partial(claims.release, config)
-    if ledger.record.end is not None:
-        return Vm(Machine.remember(spec, files, ledger.record.end), {}, ledger, release)
-    if ledger.record.qemu is None:
-        ledger.started(_find_qemu(files))
+    _require_own(found, seen)
+    if found.end is not None:
+        if seen.qemus:
+            raise StateConflict(f"its record says that it has ended, and there is {seen}")
+        return Vm(Machine.remember(spec, files, found.end), {}, ledger, release)
+    doubts = _find_qemu(ledger, seen)
     await recover(config, ledger)
     record = ledger.record
     disks: dict[str, Disk] = {}
     if record.qemu is not None and record.qemu.is_alive():
+        doubts += _remade(files)
         disks = await _adopt_disks(config, record)
+        doubts += [f"disk {disk.name}: {disk.doubt}" for disk in disks.values() if disk.doubt]
     else:
         await _sweep_disks(config, record)
     held, leaving = _held_for(record.work)
     machine = Machine.adopt(spec, files, record.qemu, config.patience, held, leaving)
     machine.started = record.started
     log.info("adopt vm=%s pid=%s", spec.name, machine.pid)
-    return Vm(machine, disks, ledger, release)
+    vm = Vm(machine, disks, ledger, release)
+    for doubt in doubts:
+        vm.doubt(doubt)
+    return vm
 
 
-def _find_qemu(files: VmFiles) -> ProcessId | None:
-    """A QEMU that was started and not recorded, found by its monitor's socket."""
-    monitor = re.escape(str(files.monitor))
-    pids = find_by_argument(re.compile(rf"socket,id=monitor,path={monitor},.*"))
-    return identify(pids[0]) if pids else None
+def _require_own(record: VmRecord, seen: Living) -> None:
+    """Raises RecordDamaged when the record names a living process that is no QEMU of the VM."""
+    new = record.work.qemu if isinstance(record.work, Restarting) else None
+    for identity in (record.qemu, new):
+        if identity is not None and identity.is_alive() and identity not in seen.qemus:
+            raise RecordDamaged(
+                f"its record names the process {identity.pid} as its QEMU, which is another program"
+            )
+
+
+def _find_qemu(ledger: Ledger, seen: Living) -> list[str]:
+    """Puts the QEMU that lives on record, if the record names none or one that is gone; what is
+    doubtful about that. Raises StateConflict when it cannot be told which one is the VM's.
+    """
+    recorded = ledger.record.qemu
+    if isinstance(ledger.record.work, Restarting):
+        return []  # of which there may be two; its recovery tells them apart
+    others = [one for one in seen.qemus if one != recorded]
+    if not others:
+        return []
+    if len(seen.qemus) > 1:
+        raise StateConflict(f"more than one QEMU of it lives: {seen}")
+    ledger.started(others[0])
+    if recorded is None:  # the agent ended between the start of QEMU and its note of that
+        return []
+    return [f"its record names a QEMU that is gone, pid {recorded.pid}; pid {others[0].pid} lives"]
+
+
+def _remade(files: VmFiles) -> list[str]:
+    """Makes the run directory of a VM that runs, if somebody has removed it; what is missing."""
+    missing = [path for path in (files.directory, files.monitor) if not path.exists()]
+    try:
+        files.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise Unavailable(
+            f"{files.directory} cannot be made: {error.strerror}",
+            remedy="what stands in its place? Remove that, and start semperd again",
+        ) from error
+    return [f"{missing[0]} is gone, so its monitor cannot be reached"] if missing else []
 
 
 async def _adopt_disks(config: AgentConfig, record: VmRecord) -> dict[str, Disk]:

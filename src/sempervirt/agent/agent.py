@@ -41,9 +41,12 @@ from sempervirt.renewal.restore.plan import (
     plan_of,
 )
 from sempervirt.renewal.save.state import Saved
+from sempervirt.vm import claims
 from sempervirt.vm.config import AgentConfig
 from sempervirt.vm.launch import BOOT, Beginning, launch, wait_started
+from sempervirt.vm.processes import living_of
 from sempervirt.vm.setup import prepare_directories
+from sempervirt.vm.unknown import UnknownVm
 from sempervirt.vm.vm import Vm
 from sempervirt.vm.work import Arriving, Restoring
 
@@ -53,15 +56,15 @@ log = logging.getLogger(__name__)
 class Agent:
     """Owns the VMs of one state directory. Made by `Agent.open`.
 
-    `barred` names the VMs of which something may run that this agent cannot take over, and why:
-    they cannot be used, and their names are not free.
+    `unknown` are the VMs of which something may run that this agent cannot take over: they can only
+    be looked at and killed, and their names are not free.
     """
 
     def __init__(self, config: AgentConfig) -> None:
         self.config = config
         self.started = time.time()
         self.vms: dict[str, Vm] = {}
-        self.barred: dict[str, SempervirtError] = {}
+        self.unknown: dict[str, UnknownVm] = {}
         self._starting: set[str] = set()
         self._host = HostProbe(config.qemu, config.state_dir / "cache")
 
@@ -74,9 +77,10 @@ class Agent:
         killed, as `config.keep_vms` says.
         """
         prepare_directories(config)
-        with agent_lock(config.state_dir):
+        with agent_lock(config.state_dir, config.run_dir):
             agent = cls(config)
-            agent.vms, agent.barred = await adoption.adopt_all(config)
+            adopted = await adoption.adopt_all(config)
+            agent.vms, agent.unknown = adopted.vms, adopted.unknown
             try:
                 yield agent
             finally:
@@ -85,12 +89,9 @@ class Agent:
     @property
     def disks(self) -> Mapping[str, Disk]:
         """The disks of the VMs that have not ended and are served by backends, by VM/DISK."""
-        return {
-            disk.name: disk
-            for vm in self.vms.values()
-            if not vm.freed
-            for disk in vm.disks.values()
-        }
+        disks = [disk for vm in self.vms.values() if not vm.freed for disk in vm.disks.values()]
+        disks += [disk for vm in self.unknown.values() for disk in vm.disks.values()]
+        return {disk.name: disk for disk in disks}
 
     @property
     def own_disks(self) -> Mapping[str, tuple[Vm, DiskSpec]]:
@@ -113,7 +114,7 @@ class Agent:
         """
         if name in self.vms:
             return self.vms[name]
-        self._require_unbarred(name)
+        self._require_known(name)
         hint = suggest(name, self.vms) or "list them with: semper vm list"
         raise NotFound(f"there is no VM {name}", remedy=hint)
 
@@ -126,6 +127,8 @@ class Agent:
             vm_name, disk_name = split_disk_name(name)
         except ValueError as error:
             raise InvalidRequest(str(error)) from error
+        if name in self.disks:
+            return self.disks[name]
         vm = self.vm(vm_name)
         names = [disk.name for disk in vm.spec.disks]
         if disk_name not in names:
@@ -187,7 +190,7 @@ class Agent:
 
     async def _remove_copies(self, name: str, images: Mapping[str, Path]) -> None:
         """Removes copies of images, unless a VM may still use them."""
-        if name not in self.vms and name not in self.barred:
+        if name not in self.vms and name not in self.unknown:
             for image in images.values():
                 try:
                     await call_storage(image, partial(image.unlink, missing_ok=True))
@@ -224,10 +227,25 @@ class Agent:
         else:
             cache = self.config.state_dir / "cache"
             program = Program(str(qemu), await features.probe(str(qemu), cache))
-        return await restart_qemu(vm, program)
+        report = await restart_qemu(vm, program)
+        vm.doubts.clear()  # its processes, sockets and record are new
+        return report
+
+    async def kill_vm(self, name: str) -> Vm | UnknownVm:
+        """Ends a VM at once, and settles one that is unknown. Raises NotFound, OutcomeUnknown."""
+        vm = self.unknown.get(name) or self.vm(name)
+        await vm.kill()
+        if isinstance(vm, UnknownVm) and vm.record is not None and vm.record.claim is not None:
+            await claims.release(self.config, vm.record.claim)
+        return vm
 
     async def forget_vm(self, name: str) -> None:
         """Drops a VM that has ended, with its logs. Raises NotFound, StateConflict."""
+        if (unknown := self.unknown.get(name)) is not None and unknown.end is not None:
+            await unknown.detach()
+            del self.unknown[name]
+            await asyncio.to_thread(self._remove_files, name)
+            return
         vm = self.vm(name)
         if not vm.freed:
             raise StateConflict(
@@ -253,36 +271,48 @@ class Agent:
     def _require_free(self, name: str) -> None:
         if name in self._starting:
             raise StateConflict(f"VM {name} is being started")
-        self._require_unbarred(name)
+        self._require_known(name)
         present = self.vms.get(name)
         if present is not None and not present.freed:
+            state, why = present.shown
             remedy = f"end it first: semper vm stop {name}"
             if present.run is Runstate.UNKNOWN:
                 remedy = (
                     f"its QEMU may still run; see what is known: semper vm show {name}; to give "
                     f"the VM up: semper vm kill {name}"
                 )
+            because = f": {why}" if state is Runstate.UNKNOWN and why else ""
             with present.naming_disks():
-                raise StateConflict(f"VM {name} is {present.run.value}", remedy=remedy)
+                raise StateConflict(f"VM {name} is {state.value}{because}", remedy=remedy)
 
-    def _require_unbarred(self, name: str) -> None:
-        if (cause := self.barred.get(name)) is not None:
-            raise StateConflict(
-                f"something of VM {name} may run that this agent cannot take over: {cause.message}",
-                remedy=cause.remedy,
-            ) from cause
+    def _require_known(self, name: str) -> None:
+        vm = self.unknown.get(name)
+        if vm is not None and vm.end is None:
+            raise StateConflict(f"VM {name} is unknown: {vm.why}", remedy=vm.remedy) from vm.cause
+
+    async def _require_absent(self, name: str) -> None:
+        """Raises StateConflict when a process of a VM of that name lives, whoever started it: from
+        then on that VM is there, and unknown.
+        """
+        seen = await asyncio.to_thread(living_of, self.config, name)
+        if seen.all:
+            cause = StateConflict(f"no record tells of it, and there is {seen}")
+            self.unknown[name] = await UnknownVm.take(self.config, name, cause, seen)
+            self._require_known(name)
 
     async def _launch(self, spec: VmSpec, beginning: Beginning = BOOT) -> Vm:
         """Starts a VM. One that was to be restored or received is gone again when `_launch` raises:
         the guest never ran here.
         """
         facts = await self.host()
-        if (ended := self.vms.pop(spec.name, None)) is not None:
+        ended = self.vms.pop(spec.name, None) or self.unknown.pop(spec.name, None)
+        if ended is not None:
             await ended.detach()
+        await self._require_absent(spec.name)
         try:
             vm = await launch(self.config, facts, spec, beginning)
         except RollbackFailed as error:
-            self.barred[spec.name] = error
+            self.unknown[spec.name] = UnknownVm(self.config, spec.name, error, None)
             raise
         self.vms[spec.name] = vm
         async with AsyncExitStack() as undo:
@@ -307,7 +337,8 @@ class Agent:
             log.info("close vms=%d left running", sum(not vm.freed for vm in self.vms.values()))
         else:
             await asyncio.gather(*(self._kill(vm) for vm in self.vms.values()))
-        await asyncio.gather(*(vm.detach() for vm in self.vms.values()))
+        vms: list[Vm | UnknownVm] = [*self.vms.values(), *self.unknown.values()]
+        await asyncio.gather(*(vm.detach() for vm in vms))
 
     async def _kill(self, vm: Vm) -> None:
         try:

@@ -32,7 +32,7 @@ router = APIRouter(prefix="/v1", responses={"default": {"model": ErrorView}}, ta
 @router.post("/migration/side")
 async def migration_side(agent: AgentHere, spec: VmSpec) -> HostSideView:
     """What this host is, has and sees of a VM that may come here. Changes nothing."""
-    present = agent.vms.get(spec.name)
+    present = agent.vms.get(spec.name) or agent.unknown.get(spec.name)
     state = present.run if present else None
     facts = await agent.host()
     side = await side_of(facts, _own_name(agent), spec, vm_state=state, source=False)

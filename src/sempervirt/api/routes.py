@@ -27,7 +27,7 @@ from sempervirt.api.schemas import (
     UpgradeRequest,
     VmView,
 )
-from sempervirt.api.views import agent_view, disk_view, host_view, own_disk_view, vm_view
+from sempervirt.api.views import agent_view, disk_view, host_view, own_disk_view, vm_view, vm_views
 from sempervirt.cluster.cluster import Cluster, check_address
 from sempervirt.cluster.joining import JoinRequest, JoinView
 from sempervirt.core.errors import InvalidRequest, NotAllowed
@@ -91,8 +91,8 @@ async def join(request: Request, body: JoinRequest) -> JoinView:
 
 @router.get("/vms", tags=["vm"])
 async def list_vms(agent: AgentHere) -> list[VmView]:
-    """All VMs, also those that have ended."""
-    return [vm_view(vm) for _, vm in sorted(agent.vms.items())]
+    """All VMs, also those that have ended, and those that are unknown."""
+    return vm_views(agent)
 
 
 @router.post("/vms", tags=["vm"], status_code=status.HTTP_201_CREATED)
@@ -102,9 +102,9 @@ async def run_vm(agent: AgentHere, spec: VmSpec) -> VmView:
 
 
 @router.get("/vms/{name}", tags=["vm"])
-async def get_vm(vm: VmHere) -> VmView:
+async def get_vm(agent: AgentHere, name: str) -> VmView:
     """One VM."""
-    return vm_view(vm)
+    return vm_view(agent.unknown.get(name) or agent.vm(name))
 
 
 @router.delete("/vms/{name}", tags=["vm"], status_code=status.HTTP_204_NO_CONTENT)
@@ -135,10 +135,9 @@ async def stop_vm(vm: VmHere, request: StopRequest) -> VmView:
 
 
 @router.post("/vms/{name}/kill", tags=["vm"])
-async def kill_vm(vm: VmHere) -> VmView:
-    """Ends QEMU at once; answers when the VM's disks are free."""
-    await vm.kill()
-    return vm_view(vm)
+async def kill_vm(agent: AgentHere, name: str) -> VmView:
+    """Ends QEMU at once, and settles a VM that is unknown; answers when its disks are free."""
+    return vm_view(await agent.kill_vm(name))
 
 
 @router.post("/vms/{name}/restart-qemu", tags=["vm"])

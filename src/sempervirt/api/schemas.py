@@ -89,16 +89,19 @@ class WorkView(BaseModel):
 
 
 class VmView(BaseModel):
-    """A VM."""
+    """A VM. Of one whose record cannot be read, less is known: the state is "unknown", `why` says
+    what is wrong with the record, and null stands for what only the record could tell.
+    """
 
     name: str
     state: Runstate
     why: str
+    remedy: str = Field(default="", description="what can be done about an unknown VM")
     pid: int | None
-    accelerator: AcceleratorKind
-    memory: int
-    vcpus: int
-    started: float
+    accelerator: AcceleratorKind | None
+    memory: int | None
+    vcpus: int | None
+    started: float | None
     resets: int
     disks: list[str]
     queues: dict[str, QueuesView] = Field(description="of each device, by QEMU's id")
@@ -108,7 +111,7 @@ class VmView(BaseModel):
     work: WorkView | None = Field(default=None, description="a save or a restore under way")
     migration: MigrationView | None = Field(default=None, description="the last one from this host")
     events: list[EventView]
-    spec: VmSpec
+    spec: VmSpec | None
 
 
 class RestartView(BaseModel):

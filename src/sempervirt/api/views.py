@@ -33,6 +33,7 @@ from sempervirt.migration.source.migration import SourceMigration
 from sempervirt.qemu.command_line import disk_id
 from sempervirt.qemu.facts import HostFacts
 from sempervirt.qemu.spec import DiskSpec
+from sempervirt.vm.unknown import UnknownVm
 from sempervirt.vm.vm import Vm
 
 # How long a backend or an image may take to answer whoever looks at disks.
@@ -67,8 +68,43 @@ def host_view(facts: HostFacts) -> HostView:
     )
 
 
-def vm_view(vm: Vm) -> VmView:
+def vm_view(vm: Vm | UnknownVm) -> VmView:
     """A VM."""
+    return _unknown_view(vm) if isinstance(vm, UnknownVm) else _known_view(vm)
+
+
+def vm_views(agent: Agent) -> list[VmView]:
+    """All VMs of a host, by name."""
+    vms: dict[str, Vm | UnknownVm] = {**agent.vms, **agent.unknown}
+    return [vm_view(vm) for _, vm in sorted(vms.items())]
+
+
+def _unknown_view(vm: UnknownVm) -> VmView:
+    """A VM of which only that is told which was seen, or could be read."""
+    record, end = vm.record, vm.end
+    spec = record.spec if record else None
+    return VmView(
+        name=vm.name,
+        state=vm.run,
+        why=vm.why,
+        remedy=vm.remedy if end is None else "",
+        pid=vm.pid,
+        accelerator=record.accelerator.kind if record else None,
+        memory=spec.memory if spec else None,
+        vcpus=spec.vcpus if spec else None,
+        started=record.started if record else None,
+        resets=0,
+        disks=[disk.name for disk in vm.disks.values()],
+        queues={},
+        channels={},
+        console=vm.files.console,
+        end=EndView(reason=end.reason, exit_code=None, signal=None, log=[]) if end else None,
+        events=_events(vm.journal),
+        spec=spec,
+    )
+
+
+def _known_view(vm: Vm) -> VmView:
     files = vm.machine.files
     state, why = vm.shown
     return VmView(

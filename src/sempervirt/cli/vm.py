@@ -81,10 +81,10 @@ def list_vms(output: OutputOption = Output.TABLE) -> None:
             view.name,
             styled(view.state),
             str(view.pid or "-"),
-            view.accelerator,
-            str(view.vcpus),
-            format_size(view.memory),
-            "-" if view.end else ago(view.started),
+            view.accelerator or "?",
+            str(view.vcpus or "?"),
+            "?" if view.memory is None else format_size(view.memory),
+            "-" if view.end or view.started is None else ago(view.started),
             why(view),
         )
     out.print(table)
@@ -237,20 +237,30 @@ def _migration(view: VmView) -> str | None:
     return sentence(moved) if moved.over else f"{sentence(moved)} ({migrate.about(moved)})"
 
 
+def _recorded(view: VmView) -> list[tuple[str, str]]:
+    """What only the record of a VM can tell."""
+    if view.spec is None or view.started is None:
+        return []
+    boot = view.spec.kernel or view.spec.firmware or "default firmware"
+    return [
+        ("size", f"{view.spec.vcpus} vcpus, {format_size(view.spec.memory)}"),
+        ("boots", str(boot)),
+        ("started", f"{clock(view.started)} ({ago(view.started)} ago), {view.resets} resets"),
+    ]
+
+
 def _print(view: VmView, output: Output) -> None:
     if output is Output.JSON:
         print_json(view)
         return
-    boot = view.spec.kernel or view.spec.firmware or "default firmware"
     rows = [
         ("vm", view.name),
         ("state", view.state.value + (f" ({view.why})" if view.why else "")),
         ("migration", _migration(view)),
+        ("remedy", view.remedy or None),
         ("pid", str(view.pid) if view.pid else None),
         ("accelerator", view.accelerator),
-        ("size", f"{view.vcpus} vcpus, {format_size(view.memory)}"),
-        ("boots", str(boot)),
-        ("started", f"{clock(view.started)} ({ago(view.started)} ago), {view.resets} resets"),
+        *_recorded(view),
         ("disks", ", ".join(view.disks)),
         *((device, queues.summary) for device, queues in view.queues.items()),
         ("console", str(view.console) if view.end is None else None),

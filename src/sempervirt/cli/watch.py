@@ -84,11 +84,12 @@ class Watch:
                 self._told[key] = line
 
     def _render(self, view: VmView, disks: list[DiskView]) -> RenderableType:
+        up = "-" if view.started is None else ago(view.started)
         state = styled(view.state)
         state.append(f"  {view.why}" if view.why else "", style="")
         head = facts(
             [
-                ("vm", f"{view.name}, pid {view.pid}, {view.accelerator}, up {ago(view.started)}"),
+                ("vm", f"{view.name}, pid {view.pid}, {view.accelerator}, up {up}"),
                 ("state", state),
             ]
         )

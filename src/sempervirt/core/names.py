@@ -21,6 +21,11 @@ def check_name(name: str) -> str:
     return name
 
 
+def is_name(name: str) -> bool:
+    """Whether a VM or a disk can be called so."""
+    return _NAME.fullmatch(name) is not None
+
+
 def split_disk_name(name: str) -> tuple[str, str]:
     """("web", "root") of "web/root". Raises ValueError when it has not two parts."""
     vm, slash, disk = name.partition("/")

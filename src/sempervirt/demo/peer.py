@@ -11,7 +11,7 @@ import asyncio
 import random
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
@@ -60,6 +60,10 @@ class StorageDaemon:
             f"num-queues={options.queues},addr.type=fd,addr.str={launch.listen_fd}"
         )
         return [launch.binary, "--blockdev", image, "--export", export]
+
+    def read_argv(self, argv: Sequence[str]) -> Launch:
+        """Nobody adopts it."""
+        raise ValueError(f"{argv[0]} is not read")
 
 
 def with_peer(setup: TrialSetup) -> TrialSetup:

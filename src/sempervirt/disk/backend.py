@@ -4,15 +4,18 @@ disk by another program.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from sempervirt.core.queue_map import Engine, ThreadMap, format_map
+from pydantic import TypeAdapter
+
+from sempervirt.core.queue_map import Engine, ThreadMap, format_map, parse_map
 from sempervirt.host.programs import find_program
 
 PROGRAM = "semper-blkd"
+_ENGINE: TypeAdapter[Engine] = TypeAdapter(Engine)
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,9 @@ class BackendCommand(Protocol):
     def argv(self, launch: Launch) -> list[str]:
         """The command line for one process."""
 
+    def read_argv(self, argv: Sequence[str]) -> Launch:
+        """What a command line of `argv` says. Raises ValueError for another program's."""
+
 
 @dataclass(frozen=True)
 class Blkd:
@@ -164,3 +170,42 @@ class Blkd:
         if launch.wait_for_lock:
             argv.append("--spare")
         return [*argv, *self.extra]
+
+    def read_argv(self, argv: Sequence[str]) -> Launch:
+        """The inverse of `argv`, for a process that no record tells of."""
+        options = dict(option.partition("=")[::2] for option in argv[1:] if option[:2] == "--")
+        try:
+            thread_map = options.get("--thread-map")
+            touched = options.get("--map-file")
+            return Launch(
+                binary=argv[0],
+                options=DiskOptions(
+                    image=Path(options["--blk-file"]),
+                    read_only="--read-only" in options,
+                    queues=int(options["--num-queues"]),
+                    engine=_ENGINE.validate_python(options["--engine"]),
+                    direct="--direct" in options,
+                    block_size=_number(options, "--block-size"),
+                    serial=options.get("--serial", ""),
+                    poll_us=_number(options, "--poll-us"),
+                ),
+                listen_fd=int(options["--fd"]),
+                control=Path(options["--control-socket"]),
+                wait_for_lock="--spare" in options,
+                thread_map=parse_map(thread_map) if thread_map else None,
+                touched=Path(touched) if touched else None,
+                title=_title(options),
+            )
+        except (IndexError, KeyError) as error:
+            raise ValueError(f"these are not the arguments of a backend: {error}") from error
+
+
+def _number(options: Mapping[str, str], name: str) -> int | None:
+    return int(options[name]) if name in options else None
+
+
+def _title(options: Mapping[str, str]) -> ImageTitle | None:
+    if "--epoch-file" not in options:
+        return None
+    record, holder = Path(options["--epoch-file"]), options["--holder"]
+    return ImageTitle(record, holder, _number(options, "--epoch"), options.get("--claim"))

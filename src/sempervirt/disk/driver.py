@@ -64,6 +64,7 @@ from sempervirt.disk.takeover import Restart
 from sempervirt.disk.upgrade import check_binary
 from sempervirt.host.owner import HOST_CLOCK, Clock, Owner, Replies
 from sempervirt.host.records import remove_record
+from sempervirt.host.sockets import discard
 
 # Beyond the deadlines of supervision itself; only a process stuck in the kernel takes longer.
 STOP_DEADLINE_S = 40.0
@@ -75,7 +76,8 @@ class Disk(Owner[State, SupervisionEvent, Effect]):
 
     Beside the state there are handles, and nothing is decided by them: the processes and the
     programs that they were started from (`backends`), the file that they serve (`image`), what
-    happened (`history`), and in `setup` the title by which the next backend is started.
+    happened (`history`), and in `setup` the title by which the next backend is started. `doubt` is
+    why the record that the disk was adopted from could not be believed; "" where it could.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class Disk(Owner[State, SupervisionEvent, Effect]):
         self.image = image
         self.backends = Backends(setup, image, listener, programs, self)
         self._served_bytes: int | None = None
+        self.doubt = ""
         self._replies = Replies()
 
     # What it is like
@@ -324,6 +327,10 @@ class Disk(Owner[State, SupervisionEvent, Effect]):
             return
         await self._active().give_claim(title.epoch, title.claim)
 
+    def retire(self) -> None:
+        """Tells the active process to drain and to end; the spare takes over."""
+        self.backends.send_signal(self.generation, signal.SIGTERM)
+
     async def stop(self) -> None:
         """Ends all backends, the active one after draining.
 
@@ -342,10 +349,10 @@ class Disk(Owner[State, SupervisionEvent, Effect]):
                 remedy="look at its kernel stack in /proc/PID/stack; the storage may hang",
             ) from error
         await self.detach()
-        self.setup.files.socket.unlink(missing_ok=True)
-        self.setup.files.touched.unlink(missing_ok=True)
-        self.setup.files.session.unlink(missing_ok=True)
-        self.setup.files.flush_failed.unlink(missing_ok=True)
+        discard(self.setup.files.socket)
+        discard(self.setup.files.touched)
+        discard(self.setup.files.session)
+        discard(self.setup.files.flush_failed)
         remove_record(self.setup.record)
 
     async def detach(self) -> None:

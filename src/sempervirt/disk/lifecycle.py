@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import socket
 from dataclasses import replace
@@ -9,15 +10,16 @@ from dataclasses import replace
 from sempervirt.core.errors import OutcomeUnknown, SempervirtError, Unavailable
 from sempervirt.disk import running as processes
 from sempervirt.disk.driver import Disk
+from sempervirt.disk.evidence import record_of, testimony
 from sempervirt.disk.held_image import HeldImage
 from sempervirt.disk.program import Programs, path_of
-from sempervirt.disk.record import DiskRecord, RecordedProcess, Role, read_disk_record
+from sempervirt.disk.record import DiskRecord, RecordedProcess, Role
 from sempervirt.disk.running import Running
 from sempervirt.disk.setup import DiskSetup
 from sempervirt.disk.state import Backend, Begin, Exited, Freeze, State, Tick
 from sempervirt.host import process
 from sempervirt.host.records import remove_record
-from sempervirt.host.sockets import borrow_listener, listen_unix
+from sempervirt.host.sockets import borrow_listener, discard, listen_unix
 
 log = logging.getLogger(__name__)
 
@@ -85,10 +87,18 @@ async def adopt_disk(setup: DiskSetup, *, frozen: bool = False) -> Disk:
     The listening socket is taken back from a backend that holds it. Where that is not
     allowed, a new one is bound at the same path: then the old spare, which listens on a
     socket without a path, is killed before that, and the active one is replaced by a process
-    with the new socket, as in an upgrade. Processes that nobody recorded are killed. The image is
-    the one on record, wherever it is now.
+    with the new socket, as in an upgrade. Processes that nobody recorded are killed, unless the
+    record itself is damaged or gone: then what lives is taken over, and `Disk.doubt` says why. The
+    image is the one on record, wherever it is now.
+
+    Raises RecordNewer, and Unavailable when the socket cannot be bound again.
     """
-    record = read_disk_record(setup.record) or DiskRecord(1, setup.command.binary() + "#", 0, ())
+    found, doubt = await record_of(setup.record, setup.files, setup.command)
+    record = found or DiskRecord(1, setup.command.binary() + "#", 0, ())
+    own = set(await asyncio.to_thread(setup.files.find_identities))
+    if not doubt and own and not any(item.identity in own for item in record.processes):
+        doubt = f"{setup.record} names none of the processes that live of it"
+        record = await testimony(setup.files, setup.command) or record
     if setup.title is not None and record.epoch_file is not None:
         setup = replace(setup, title=replace(setup.title, epoch_file=record.epoch_file))
     alive = await _alive(setup, record)
@@ -115,6 +125,7 @@ async def adopt_disk(setup: DiskSetup, *, frozen: bool = False) -> Disk:
         restarts=record.restarts,
     )
     disk = Disk(setup, image, listener or listen_unix(setup.files.socket), programs, state)
+    disk.doubt = doubt
     disk.start()
     disk.watch_image()
     for item, backend in zip(alive, backends, strict=True):
@@ -133,8 +144,13 @@ async def adopt_disk(setup: DiskSetup, *, frozen: bool = False) -> Disk:
 
 
 async def _alive(setup: DiskSetup, record: DiskRecord) -> list[RecordedProcess]:
-    """The recorded processes that still run, the active one first. All others are killed."""
-    alive = [item for item in record.processes if item.identity.is_alive()]
+    """The recorded processes that still run, the active one first. All others are killed.
+
+    A recorded process that is no backend of this disk is none of its processes, whatever it is.
+    """
+    own = set(await asyncio.to_thread(setup.files.find_identities))
+    recorded = (item for item in record.processes if item.identity.is_alive())
+    alive = [item for item in recorded if item.identity in own or not setup.command.has_control]
     alive.sort(key=lambda item: item.role is Role.SPARE)
     for pid in await processes.kill_orphans(setup.files, {item.identity.pid for item in alive}):
         log.warning("adopt disk=%s killed unrecorded backend pid=%d", setup.name, pid)
@@ -153,10 +169,10 @@ def _borrowed(setup: DiskSetup, alive: list[RecordedProcess]) -> socket.socket |
 async def sweep_disk(setup: DiskSetup) -> None:
     """Ends what an earlier agent left running for a disk whose QEMU is gone.
 
-    Raises OutcomeUnknown when a process does not end.
+    Raises OutcomeUnknown when a process does not end, RecordNewer.
     """
-    record = read_disk_record(setup.record)
-    recorded = list(record.processes if record else ())
+    record, _ = await record_of(setup.record, setup.files, setup.command)
+    recorded = await _alive(setup, record) if record else []
     recorded.sort(key=lambda item: item.role is Role.ACTIVE)  # a spare would take over
     for item in recorded:
         adopted = process.adopt(item.identity, lambda _end: None)
@@ -164,8 +180,8 @@ async def sweep_disk(setup: DiskSetup) -> None:
         if adopted is not None and await adopted.end(grace_s) is None:
             raise OutcomeUnknown(f"disk {setup.name}: backend {adopted.pid} does not end")
     await processes.kill_orphans(setup.files, set())
-    setup.files.socket.unlink(missing_ok=True)
-    setup.files.flush_failed.unlink(missing_ok=True)
+    discard(setup.files.socket)
+    discard(setup.files.flush_failed)
     remove_record(setup.record)
 
 
@@ -194,9 +210,19 @@ def _admit(disk: Disk, item: RecordedProcess, token: str, *, active: bool) -> No
 
 
 async def _replace_stale(disk: Disk) -> None:
-    """From an active process with a stale socket to one with the present socket."""
+    """From an active process with a stale socket to one with the present socket.
+
+    One that cannot be asked any more, because its control socket was removed as well, is told to
+    end once the spare is ready: it drains, and lets go of the image.
+    """
     try:
-        await disk.wait_spare_ready(START_DEADLINE_S)
-        await disk.upgrade(disk.binary)
+        if disk.setup.files.control(disk.generation).exists():
+            await disk.wait_spare_ready(START_DEADLINE_S)
+            await disk.upgrade(disk.binary)
+        else:
+            await disk.changes.wait_until(
+                lambda: disk.spare_ready, timeout_s=START_DEADLINE_S, what="a spare"
+            )
+            disk.retire()
     except SempervirtError as error:
         log.error("adopt disk=%s keeps a backend with a stale socket: %s", disk.name, error)  # noqa: TRY400

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
@@ -21,6 +22,8 @@ from sempervirt.host.procfs import ProcessId
 from sempervirt.host.records import RecordDamaged, read_record, write_record
 
 VERSION = 1
+# Clock ticks since boot, the greatest of the numbers, get there after 348 years.
+COUNT_MAX = 1 << 40
 
 
 class Role(Enum):
@@ -72,17 +75,17 @@ def read_disk_record(path: Path) -> DiskRecord | None:
         return None
     try:
         return DiskRecord(
-            next_generation=int(content["next_generation"]),
-            binary=str(content["binary"]),
-            restarts=int(content["restarts"]),
-            processes=tuple(_recorded(item) for item in content["processes"]),
+            next_generation=_count(content["next_generation"], 1),
+            binary=_path(content["binary"]),
+            restarts=_count(content["restarts"]),
+            processes=_processes(content["processes"]),
             binding=_binding(content.get("binding")),
             image=_image(content.get("image")),
-            epoch_file=Path(kept) if (kept := content.get("epoch_file")) else None,
+            epoch_file=Path(_path(kept)) if (kept := content.get("epoch_file")) else None,
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise RecordDamaged(
-            f"{path} is not the record of a disk: {error!r}",
+            f"{path} is not the record of a disk: {error!r:.200}",
             remedy="move the file away and start the VM again",
         ) from error
 
@@ -90,18 +93,47 @@ def read_disk_record(path: Path) -> DiskRecord | None:
 def _binding(item: dict[str, Any] | None) -> Binding | None:
     if item is None:
         return None
-    return Binding(check_map([int(thread) for thread in item["map"]]), str(item["source"]))
+    return Binding(check_map([_count(thread) for thread in item["map"]]), str(item["source"]))
+
+
+def _processes(items: list[dict[str, Any]]) -> tuple[RecordedProcess, ...]:
+    found = tuple(_recorded(item) for item in items)
+    for what in ("role", "generation", "identity"):
+        if len({getattr(item, what) for item in found}) != len(found):
+            raise ValueError(f"two processes have the same {what}")
+    return found
 
 
 def _image(item: dict[str, Any] | None) -> Identity | None:
-    return None if item is None else Identity(**item)
+    if item is None:
+        return None
+    numbers = {key: item[key] for key in ("device", "inode", "birth_ns", "sequence")}
+    for key, value in numbers.items():
+        if type(value) is not int or not 0 <= value < 1 << 64:
+            raise ValueError(f"{key} {value!r:.40} tells of no file")
+    if type(item["block_device"]) is not bool:
+        raise ValueError("a file or a device?")
+    return Identity(item["block_device"], **numbers)
 
 
 def _recorded(item: dict[str, Any]) -> RecordedProcess:
     return RecordedProcess(
         role=Role(item["role"]),
-        generation=int(item["generation"]),
-        binary=str(item["binary"]),
-        listen_fd=int(item["listen_fd"]),
-        identity=ProcessId(int(item["pid"]), int(item["start_ticks"]), str(item["boot_id"])),
+        generation=_count(item["generation"], 1),
+        binary=_path(item["binary"]),
+        listen_fd=_count(item["listen_fd"]),
+        identity=ProcessId(_count(item["pid"]), _count(item["start_ticks"]), str(item["boot_id"])),
     )
+
+
+def _count(value: object, least: int = 0) -> int:
+    if type(value) is not int or not least <= value <= COUNT_MAX:
+        raise ValueError(f"{value!r:.40} is no number from {least} to {COUNT_MAX}")
+    return value
+
+
+def _path(value: object) -> str:
+    if not isinstance(value, str) or not value or "\0" in value:
+        raise ValueError(f"{value!r:.40} names no file")
+    os.fsencode(value)
+    return value

@@ -15,7 +15,7 @@ from sempervirt.disk.client import BackendClient
 from sempervirt.disk.program import Programs
 from sempervirt.host import process
 from sempervirt.host.process import Exit, Process
-from sempervirt.host.procfs import find_by_argument, identify
+from sempervirt.host.procfs import ProcessId, find_processes
 
 LOGS_KEPT = 5
 # Not an option: a backend of a release that does not know it would end.
@@ -81,8 +81,13 @@ class DiskFiles:
 
     def find_processes(self) -> list[int]:
         """Pids of this disk's backends, recorded or not."""
+        return sorted(identity.pid for identity in self.find_identities())
+
+    def find_identities(self) -> list[ProcessId]:
+        """As `find_processes`, with what a later process of such a pid is told apart by."""
         control = re.escape(str(self.directory / f"disk-{self.disk}-"))
-        return find_by_argument(re.compile(rf"--control-socket={control}\d+\.ctl"))
+        pattern = re.compile(rf"--control-socket={control}\d+\.ctl")
+        return [found.identity for found in find_processes(pattern)]
 
 
 @dataclass
@@ -173,10 +178,10 @@ async def kill_orphans(files: DiskFiles, keep: set[int]) -> list[int]:
 
     Returns the pids.
     """
-    orphans = [pid for pid in files.find_processes() if pid not in keep]
-    for pid in orphans:
-        identity = identify(pid)
-        orphan = identity and process.adopt(identity, lambda _end: None)
+    found = await asyncio.to_thread(files.find_identities)
+    orphans = [identity for identity in found if identity.pid not in keep]
+    for identity in orphans:
+        orphan = process.adopt(identity, lambda _end: None)
         if orphan:
             await orphan.end(0)
-    return orphans
+    return [identity.pid for identity in orphans]

@@ -9,6 +9,8 @@ from functools import cache
 from pathlib import Path
 
 PROC = Path("/proc")
+# The kernel's PID_MAX_LIMIT on 64-bit machines.
+PID_MAX = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,10 @@ class ProcessId:
     pid: int
     start_ticks: int
     boot_id: str
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.pid <= PID_MAX or self.start_ticks < 0:
+            raise ValueError(f"{self.pid} with start {self.start_ticks} is no process")
 
     def is_alive(self) -> bool:
         """Whether that very process still runs (a zombie does not)."""
@@ -58,23 +64,60 @@ def identify(pid: int) -> ProcessId | None:
 
 def find_by_argument(pattern: re.Pattern[str]) -> list[int]:
     """Pids of processes with an argument that `pattern` matches whole, recorded by anybody or not.
+    See `find_processes`.
+    """
+    return sorted(found.identity.pid for found in find_processes(pattern))
 
-    Without the helper by which a backend has its memory taken apart at its end: that process shares
-    the backend's arguments, and ends with the backend.
+
+@dataclass(frozen=True)
+class Found:
+    """A living process, its arguments, and the match of the one that was looked for."""
+
+    identity: ProcessId
+    arguments: tuple[str, ...]
+    match: re.Match[str]
+
+
+def find_processes(pattern: re.Pattern[str]) -> list[Found]:
+    """Living processes with an argument that `pattern` matches whole.
+
+    Only those of this user and of this pid namespace: others may write what they like into their
+    arguments, and the agent of a container has paths of its own. Without the helper by which a
+    backend has its memory taken apart at its end: that process shares the backend's arguments, and
+    ends with the backend.
     """
     found = []
     for entry in PROC.iterdir():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
             continue
-        try:
-            arguments = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
-        except OSError:
+        identity = identify(int(entry.name))
+        arguments = arguments_of(int(entry.name))
+        match = next((m for a in arguments if (m := pattern.fullmatch(a))), None)
+        if identity is None or match is None or not _is_ours(entry):
             continue
-        if any(pattern.fullmatch(argument) for argument in arguments):
-            pid = int(entry.name)
-            if command_name(pid) != MEMORY_REAPER:
-                found.append(pid)
-    return sorted(found)
+        if command_name(identity.pid) != MEMORY_REAPER and identity.is_alive():
+            found.append(Found(identity, arguments, match))
+    return found
+
+
+def arguments_of(pid: int) -> tuple[str, ...]:
+    """The arguments of a process, its name first; none when it is gone."""
+    try:
+        content = (PROC / str(pid) / "cmdline").read_bytes()
+    except OSError:
+        return ()
+    return tuple(content.decode(errors="surrogateescape").rstrip("\0").split("\0"))
+
+
+def _is_ours(entry: Path) -> bool:
+    try:
+        if entry.stat().st_uid != os.geteuid():
+            return False
+        return (entry / "ns/pid").readlink() == (PROC / "self/ns/pid").readlink()
+    except FileNotFoundError:
+        return False  # it is gone
+    except OSError:
+        return True  # what cannot be told apart is counted
 
 
 def command_name(pid: int) -> str:

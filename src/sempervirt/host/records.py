@@ -4,18 +4,31 @@
 
 A reader that meets a version it does not know refuses the file and leaves it as it is; zero
 is never written, so an empty or zeroed file cannot pass for a record.
+
+What stands in a record's place may be anything: other bytes, a gigabyte of them, a directory, a
+pipe. `read_file` opens nothing but a regular file, never waits, and reads no more than a limit; all
+that is wrong comes out of `read_record` as RecordDamaged.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import logging
+import math
 import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from sempervirt.core.errors import SempervirtError
+
+log = logging.getLogger(__name__)
+
+# The longest record is that of a VM with a thousand disks: some hundred kilobytes.
+RECORD_MAX_BYTES = 8 << 20
 
 
 class RecordDamaged(SempervirtError):
@@ -29,21 +42,28 @@ class RecordNewer(RecordDamaged):
 def write_record(
     path: Path, version: int, content: Mapping[str, Any], *, durable: bool = False
 ) -> None:
-    """Replaces the record at `path` in one step.
+    """Replaces the record at `path` in one step. Raises OSError; the former record stands then.
 
     Most records describe processes, none of which survives what would lose a file that was not
     flushed to the medium; one that has to outlive the host's boot is `durable`: it is on the medium
     under its name when this returns. The rename keeps a killed writer from leaving half a file.
     """
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    with scratch.open("w") as file:
-        file.write(json.dumps({"version": version, **content}, indent=1) + "\n")
+    text = json.dumps({"version": version, **content}, indent=1) + "\n"
+    scratch.unlink(missing_ok=True)  # of a former process with this pid, killed while it wrote
+    try:
+        with scratch.open("x") as file:
+            file.write(text)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        scratch.replace(path)
         if durable:
-            file.flush()
-            os.fsync(file.fileno())
-    scratch.replace(path)
-    if durable:
-        flush_directory(path.parent)
+            flush_directory(path.parent)
+    except OSError:
+        with contextlib.suppress(OSError):
+            scratch.unlink(missing_ok=True)
+        raise
 
 
 def flush_directory(directory: Path) -> None:
@@ -63,28 +83,79 @@ def make_directory(directory: Path, mode: int) -> None:
         flush_directory(path.parent)
 
 
+def read_file(path: Path, limit_bytes: int = RECORD_MAX_BYTES) -> bytes:
+    """All that the regular file at `path` holds. Raises OSError, also for one that is longer than
+    `limit_bytes` and for anything else than a regular file; never waits for a writer.
+    """
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
+    descriptor = os.open(path, flags)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        content = b""
+        while len(content) <= limit_bytes and (piece := os.read(descriptor, limit_bytes + 1)):
+            content += piece
+    finally:
+        os.close(descriptor)
+    if len(content) > limit_bytes:
+        raise OSError(errno.EFBIG, f"longer than {limit_bytes} bytes", str(path))
+    return content
+
+
 def read_record(path: Path, version: int) -> dict[str, Any] | None:
     """The record at `path`, None when there is none. Raises RecordDamaged."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(read_file(path).decode(), parse_float=_finite, parse_constant=_refuse)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
+        cause = error.strerror if isinstance(error, OSError) else error
         raise RecordDamaged(
-            f"{path} cannot be read: {error}", remedy="move the file away and start again"
+            f"{path} cannot be read: {cause}", remedy="move the file away and start again"
         ) from error
     found = content.get("version") if isinstance(content, dict) else None
-    if found != version:
-        newer = isinstance(found, int) and found > version
+    if type(found) is not int or found != version:
+        newer = type(found) is int and found > version
         raise (RecordNewer if newer else RecordDamaged)(
-            f"{path} has version {found!r}, this program knows {version}",
+            f"{path} has version {found!r:.40}, this program knows {version}",
             remedy="use the release that wrote it, or move the file away",
         )
     assert isinstance(content, dict)
     return content
 
 
-def remove_record(path: Path) -> None:
-    """Removes a record that may be absent."""
-    with contextlib.suppress(FileNotFoundError):
-        path.unlink()
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text:.40} is no number that a record holds")
+    return number
+
+
+def _refuse(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no number that a record holds")
+
+
+def remove_record(path: Path) -> bool:
+    """Removes a record that may be absent. One that cannot be removed is told in the log: what it
+    says is compared with what runs, before anybody believes it. Returns whether it is gone.
+    """
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        log.error("record path=%s not removed: %s", path, error.strerror)  # noqa: TRY400
+        return False
+    return True
+
+
+def move_aside(path: Path) -> Path | None:
+    """Gives what stands in a record's place another name beside it, so that a new record can be
+    written and nothing is lost; None when there is nothing, or it cannot be moved.
+    """
+    for number in range(1, 100):
+        aside = path.with_name(f"{path.name}.damaged-{number}")
+        if not os.path.lexists(aside):
+            try:
+                return path.rename(aside)
+            except OSError:
+                return None
+    return None

@@ -8,6 +8,7 @@ leads to.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from pathlib import Path
@@ -46,6 +47,12 @@ def listen_unix(path: Path, mode: int = 0o600) -> socket.socket:
         listener.close()
         raise Unavailable(f"cannot listen on {path}: {error.strerror}") from error
     return listener
+
+
+def discard(path: Path) -> None:
+    """Removes a file that may be absent; one that cannot be removed is left, and harms nobody."""
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def listen_tcp(address: str) -> socket.socket:

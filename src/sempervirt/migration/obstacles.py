@@ -8,6 +8,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Annotated
+
+from pydantic import BeforeValidator
 
 from sempervirt.core.sizes import format_size
 from sempervirt.qemu.accel import AcceleratorKind
@@ -37,7 +40,8 @@ class HostSide:
     """A host as source or destination of a move.
 
     `images` are by the name of the disk, `missing` are paths and taps, `memory_available` is in
-    bytes; `vm_state` is that of a VM of the same name there, None when there is none.
+    bytes; `vm_state` is that of a VM of the same name there, None when there is none. A host of an
+    earlier release says "" for None.
     """
 
     name: str
@@ -46,7 +50,7 @@ class HostSide:
     cpu_model: str = ""
     cpu_flags: frozenset[str] = frozenset()
     memory_available: int = 0
-    vm_state: Runstate | None = None
+    vm_state: Annotated[Runstate | None, BeforeValidator(lambda said: said or None)] = None
     images: dict[str, ImageSeen] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import logging
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -15,15 +16,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from sempervirt.core.errors import CommandFailed, OutcomeUnknown, StateConflict, Unavailable
 from sempervirt.host import process
 from sempervirt.host.records import RecordDamaged, read_record, write_record
 from sempervirt.qemu.command_line import MAPPING, SANDBOX, Features
 from sempervirt.qemu.qmp import Monitor
 
+log = logging.getLogger(__name__)
+
 DEADLINE_S = 20.0
 RETRY_S = 0.02
 CACHE_VERSION = 3
+_FEATURES = TypeAdapter(Features)
 
 QUESTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "version": ("query-version", {}),
@@ -56,8 +62,10 @@ async def probe(qemu: str, cache_directory: Path) -> Features:
     try:
         content = read_record(cache, CACHE_VERSION)
         if content is not None and content.get("stamp") == stamp:
-            return _from_cache(content["features"])
-    except (RecordDamaged, KeyError, TypeError):
+            features = _FEATURES.validate_python(content["features"])
+            if content["features"].keys() == asdict(features).keys():
+                return features
+    except (RecordDamaged, KeyError, ValidationError):
         pass  # what an earlier release or a crash left is asked for again
     features = await _ask(qemu)
     _keep(cache, stamp, features)
@@ -167,13 +175,8 @@ def _stamp(path: Path) -> str:
 
 def _keep(cache: Path, stamp: str, features: Features) -> None:
     plain = {k: sorted(v) if isinstance(v, frozenset) else v for k, v in asdict(features).items()}
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    write_record(cache, CACHE_VERSION, {"stamp": stamp, "features": plain})
-
-
-def _from_cache(content: dict[str, Any]) -> Features:
-    values: dict[str, Any] = {
-        key: frozenset(value) if isinstance(value, list) else value
-        for key, value in content.items()
-    }
-    return Features(**values)
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        write_record(cache, CACHE_VERSION, {"stamp": stamp, "features": plain})
+    except OSError as error:  # no room, or a file system that is read-only: QEMU is asked again
+        log.warning("cache path=%s not written: %s", cache, error.strerror)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from sempervirt.core.errors import StateConflict, Unavailable
 from sempervirt.host.procfs import ProcessId
+from sempervirt.host.records import remove_record
 from sempervirt.qemu.state import VmState
 from sempervirt.store.registry import Claim
 from sempervirt.vm.record import VmRecord
@@ -48,7 +49,7 @@ class Ledger:
 
     def remove(self) -> None:
         """Removes the record of a VM of which nothing is left."""
-        self._path.unlink(missing_ok=True)
+        remove_record(self._path)
 
     def require_idle(self) -> None:
         """Raises StateConflict, naming the work, when some goes on."""
@@ -116,6 +117,6 @@ class Ledger:
 
     def _unwritten(self, error: OSError) -> Unavailable:
         return Unavailable(
-            f"the record of VM {self.name} cannot be written: {error.strerror}",
+            f"the record of VM {self.name} cannot be written: {self._path}: {error.strerror}",
             remedy=f"make room at {self._path.parent}, or choose another SEMPERVIRT_STATE_DIR",
         )

@@ -31,7 +31,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from sempervirt.core.queue_map import DevicePlan
+from sempervirt.core.queue_map import DevicePlan, check_map
 from sempervirt.host.procfs import ProcessId
 from sempervirt.host.records import RecordDamaged, read_record, write_record
 from sempervirt.qemu.accel import Accelerator
@@ -41,6 +41,13 @@ from sempervirt.store.registry import Claim
 from sempervirt.vm.work import Work
 
 VERSION = 2
+# More QEMUs than that, or a start in the year 5138, is damage.
+NUMBER_MAX = 1 << 31
+STARTED_MAX = 1e11
+_ACCELERATOR = TypeAdapter(Accelerator)
+_QEMU: TypeAdapter[ProcessId | None] = TypeAdapter(ProcessId | None)
+_CLAIM: TypeAdapter[Claim | None] = TypeAdapter(Claim | None)
+_END = TypeAdapter(End)
 _PLANS = TypeAdapter(dict[str, DevicePlan])
 _WORK: TypeAdapter[Work | None] = TypeAdapter(Work | None)
 
@@ -92,28 +99,51 @@ def read_vm_record(path: Path) -> VmRecord | None:
     if content is None:
         return None
     try:
-        end = content["end"]
-        state = None
-        if end is not None:
-            run = Runstate(end.pop("run"))
-            state = VmState(run=run, why=end["reason"], end=End(**end))
+        spec = VmSpec.model_validate(content["spec"])
+        claim = _CLAIM.validate_python(content.get("claim"))
+        number = int(content.get("number", 1))
+        started = float(content["started"])
+        if not 1 <= number <= NUMBER_MAX or not 0 <= started <= STARTED_MAX:
+            raise ValueError(f"QEMU {number} of the VM, started at {started}")
+        if claim is not None and claim.vm != spec.name:
+            raise ValueError(f"the claim of VM {spec.name} is for VM {claim.vm}")
         return VmRecord(
-            spec=VmSpec.model_validate(content["spec"]),
-            accelerator=Accelerator(**content["accelerator"]),
-            started=float(content["started"]),
-            qemu=content["qemu"] and ProcessId(**content["qemu"]),
-            end=state,
-            plans=_PLANS.validate_python(content.get("plans", {})),
-            number=int(content.get("number", 1)),
-            claim=_claim(content.get("claim")),
+            spec=spec,
+            accelerator=_ACCELERATOR.validate_python(content["accelerator"]),
+            started=started,
+            qemu=_QEMU.validate_python(content["qemu"]),
+            end=_end(content["end"]),
+            plans=_plans(content.get("plans", {})),
+            number=number,
+            claim=claim,
             work=_WORK.validate_python(content["work"]),
         )
-    except (KeyError, TypeError, ValueError, ValidationError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise RecordDamaged(
-            f"{path} is not the record of a VM: {error}",
+            f"{path} is not the record of a VM: {_in_one_line(error)}",
             remedy="move the file away and end the VM's processes by hand",
         ) from error
 
 
-def _claim(content: dict[str, Any] | None) -> Claim | None:
-    return None if content is None else Claim(**{**content, "images": tuple(content["images"])})
+def _end(content: dict[str, Any] | None) -> VmState | None:
+    if content is None:
+        return None
+    run = Runstate(content["run"])
+    if not run.is_end:
+        raise ValueError(f"{run.value} is no end")
+    end = _END.validate_python({key: content[key] for key in content if key != "run"})
+    return VmState(run=run, why=end.reason, end=end)
+
+
+def _plans(content: object) -> dict[str, DevicePlan]:
+    plans = _PLANS.validate_python(content)
+    for plan in plans.values():
+        check_map(plan.binding.map)
+    return plans
+
+
+def _in_one_line(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False)[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"[:200]
+    return f"{type(error).__name__}: {error}"[:200]

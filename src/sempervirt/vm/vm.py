@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -99,6 +100,7 @@ class Vm:
         self.ledger = ledger
         self._release = release
         self.progress: Progress | None = None
+        self.doubts: list[str] = []
         self.moving: Worker | None = None
         self._renewal: Renewal | None = None
         self._not_freed: SempervirtError | None = None
@@ -141,7 +143,17 @@ class Vm:
         for worker in (self.moving, self._renewal):
             if worker is not None and not self.run.is_end and (better := worker.shown()):
                 return better
+        if self.doubts and not self.run.is_end:
+            return Runstate.UNKNOWN, "; ".join(self.doubts)
         return self.run, self.state.why
+
+    def doubt(self, what: str) -> None:
+        """What was found of the VM is not what its records say: until another QEMU has taken over,
+        or the next agent finds all as it should be, the VM is shown as unknown.
+        """
+        self.doubts.append(what)
+        self.machine.journal.note(time.time(), "state", what)
+        log.error("vm name=%s %s", self.name, what)
 
     @property
     def ailments(self) -> str:
