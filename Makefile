@@ -6,7 +6,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help demo setup system-packages venv binaries guest debian-guest test lint format wheel \
-	lock fuzz worlds torture restarts saved-states corruption moves migration-kills bench bench-migrate \
+	lock fuzz worlds records torture restarts saved-states corruption moves migration-kills bench bench-migrate \
 	scale fresh clean
 
 help: ## this list
@@ -57,6 +57,9 @@ format: setup ## put Python and Rust into their standard form
 
 worlds: setup ## every order of events and two faults of a move, by stepping the real drivers
 	SEMPERVIRT_WORLD_FAULTS=2 .venv/bin/pytest -q tests/unit/test_migration_worlds.py $(ARGS)
+
+records: setup ## every file that outlives a process, damaged 100,000 times: no VM is lost, none runs twice
+	SEMPERVIRT_MUTATIONS=$${SEMPERVIRT_MUTATIONS:-100000} .venv/bin/pytest -q tests/unit/test_records_damaged.py $(ARGS)
 
 torture: setup guest ## 1,000 kills over engines, queues, loads and file systems; must lose nothing
 	@scripts/torture $(ARGS)

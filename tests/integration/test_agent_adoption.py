@@ -185,6 +185,6 @@ async def test_a_damaged_record_harms_only_its_vm_whose_name_is_not_free(
         await agent.run_vm(firmware_spec())
         other = firmware_spec().model_copy(update={"name": "old"})
         for name in (lambda: agent.run_vm(other), lambda: agent.restart_qemu("old")):
-            with pytest.raises(StateConflict, match=r"something of VM old may run .* version 99"):
+            with pytest.raises(StateConflict, match=r"VM old is unknown: .* version 99"):
                 await name()
     assert damaged.exists()

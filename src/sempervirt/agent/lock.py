@@ -59,7 +59,7 @@ def _lock_file(directory: Path) -> int | None:
         try:
             return os.open(path, flags | more, 0o600)
         except OSError as error:
-            cause = error.strerror
+            cause = error.strerror or str(error)
     log.warning("lock file=%s is not used: %s", path, cause)
     return None
 

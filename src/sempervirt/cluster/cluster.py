@@ -14,6 +14,8 @@ from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 
+from pydantic import TypeAdapter
+
 from sempervirt.core.errors import InvalidRequest, NotAllowed, NotFound, StateConflict
 from sempervirt.core.names import check_name, suggest
 from sempervirt.host.places import Places
@@ -38,6 +40,9 @@ class Settings:
     host: str
     address: str
     store: tuple[str, ...] = ()
+
+
+_SETTINGS = TypeAdapter(Settings)
 
 
 @dataclass(frozen=True)
@@ -188,14 +193,15 @@ def read_settings(config: Places) -> Settings | None:
     if content is None:
         return None
     try:
-        return Settings(
-            cluster=str(content["cluster"]),
-            host=check_name(content["host"]),
-            address=check_address(content["address"]),
-            store=tuple(content["store"]),
-        )
-    except (KeyError, TypeError, ValueError, InvalidRequest) as error:
-        raise RecordDamaged(f"{config.cluster_file} is damaged: {error}") from error
+        settings = _SETTINGS.validate_python(content)
+        check_name(settings.host)
+        check_address(settings.address)
+    except (ValueError, InvalidRequest) as error:
+        raise RecordDamaged(
+            f"{config.cluster_file} is damaged: {str(error)[:200]}",
+            remedy="restore it from a backup, or join the cluster again: semper host join",
+        ) from error
+    return settings
 
 
 def write_settings(config: Places, settings: Settings) -> None:

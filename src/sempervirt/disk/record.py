@@ -74,11 +74,13 @@ def read_disk_record(path: Path) -> DiskRecord | None:
     if content is None:
         return None
     try:
+        processes = _processes(content["processes"])
+        last = max((one.generation for one in processes), default=0)
         return DiskRecord(
-            next_generation=_count(content["next_generation"], 1),
+            next_generation=_count(content["next_generation"], last + 1),
             binary=_path(content["binary"]),
             restarts=_count(content["restarts"]),
-            processes=_processes(content["processes"]),
+            processes=processes,
             binding=_binding(content.get("binding")),
             image=_image(content.get("image")),
             epoch_file=Path(_path(kept)) if (kept := content.get("epoch_file")) else None,

@@ -83,11 +83,13 @@ def make_directory(directory: Path, mode: int) -> None:
         flush_directory(path.parent)
 
 
-def read_file(path: Path, limit_bytes: int = RECORD_MAX_BYTES) -> bytes:
+def read_file(path: Path, limit_bytes: int = RECORD_MAX_BYTES, *, follow: bool = False) -> bytes:
     """All that the regular file at `path` holds. Raises OSError, also for one that is longer than
-    `limit_bytes` and for anything else than a regular file; never waits for a writer.
+    `limit_bytes` and for anything else than a regular file; never waits for a writer. Symbolic
+    links are only followed where users may make them.
     """
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
+    flags |= 0 if follow else os.O_NOFOLLOW
     descriptor = os.open(path, flags)
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):

@@ -41,7 +41,7 @@ from pathlib import Path
 
 from sempervirt.core.errors import StateConflict, Unavailable
 from sempervirt.core.names import NAME_MAX
-from sempervirt.host.records import RecordDamaged, RecordNewer, flush_directory
+from sempervirt.host.records import RecordDamaged, RecordNewer, flush_directory, read_file
 from sempervirt.store.registry import Claim, StaleClaim
 
 SLOT_BYTES = 512
@@ -138,7 +138,7 @@ def record_path(image: Path) -> Path:
 def read_epoch(path: Path) -> EpochRecord | None:
     """The record in the file `path`; None when there is none yet. Raises RecordDamaged."""
     try:
-        content = path.read_bytes()
+        content = read_file(path)
     except FileNotFoundError:
         return None
     except OSError as error:

@@ -18,8 +18,13 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from sempervirt.core.errors import InvalidRequest, StateConflict
-from sempervirt.trust.keyfiles import read_private, write_private, write_public
+from sempervirt.core.errors import InvalidRequest, StateConflict, Unavailable
+from sempervirt.trust.keyfiles import (
+    read_certificate,
+    read_private,
+    write_private,
+    write_public,
+)
 
 KEY_FILE, CERTIFICATE_FILE = "authority.key", "authority.crt"
 AUTHORITY_DAYS = 3650
@@ -99,8 +104,13 @@ class Authority:
                 "the authority of this cluster is not on this host",
                 remedy="use the host on which semper host init was run",
             )
-        pem = (directory / CERTIFICATE_FILE).read_bytes()
-        return cls(key, x509.load_pem_x509_certificate(pem))
+        certificate = read_certificate(directory / CERTIFICATE_FILE)
+        if certificate is None:
+            raise Unavailable(
+                f"the certificate of the authority, {directory / CERTIFICATE_FILE}, is gone",
+                remedy="restore it from a backup",
+            )
+        return cls(key, certificate)
 
     def issue_host(
         self, request: str, host: str, address: str, *, now: datetime | None = None

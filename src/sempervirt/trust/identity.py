@@ -14,12 +14,18 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from sempervirt.core.errors import StateConflict
+from sempervirt.core.errors import StateConflict, Unavailable
 from sempervirt.trust.authority import (
     CERTIFICATE_FILE as AUTHORITY_FILE,
 )
 from sempervirt.trust.authority import HOST_URI, INVITATION_URI, Issued, serial_text
-from sempervirt.trust.keyfiles import read_private, write_private, write_public
+from sempervirt.trust.keyfiles import (
+    RESTORE,
+    read_certificate,
+    read_private,
+    write_private,
+    write_public,
+)
 
 KEY_FILE, CERTIFICATE_FILE = "host.key", "host.crt"
 
@@ -50,11 +56,9 @@ class Identity:
 
     @property
     def certificate(self) -> Issued | None:
-        """This host's own certificate."""
-        path = self.directory / CERTIFICATE_FILE
-        if not path.exists():
-            return None
-        return Issued(x509.load_pem_x509_certificate(path.read_bytes()))
+        """This host's own certificate, None when it has none. Raises Unavailable."""
+        found = read_certificate(self.directory / CERTIFICATE_FILE)
+        return None if found is None else Issued(found)
 
     def server_context(self) -> ssl.SSLContext:
         """For serving: TLS 1.3, and nobody without a certificate of the authority."""
@@ -73,10 +77,20 @@ class Identity:
                 "this host has no certificate",
                 remedy="begin a cluster: semper host init; or join one: semper host join",
             )
+        # OpenSSL opens whatever has the name, and waits for a pipe's writer.
+        authority = read_certificate(self.directory / AUTHORITY_FILE)
+        if authority is None:
+            raise Unavailable(f"{self.directory / AUTHORITY_FILE} is gone", remedy=RESTORE)
         context = ssl.SSLContext(protocol)
         context.minimum_version = ssl.TLSVersion.TLSv1_3
-        context.load_cert_chain(self.directory / CERTIFICATE_FILE, key)
-        context.load_verify_locations(self.directory / AUTHORITY_FILE)
+        try:
+            context.load_cert_chain(self.directory / CERTIFICATE_FILE, key)
+            context.load_verify_locations(cadata=Issued(authority).pem)
+        except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+            raise Unavailable(
+                f"keys and certificates in {self.directory} do not fit together: {error}",
+                remedy=RESTORE,
+            ) from error
         return context
 
 

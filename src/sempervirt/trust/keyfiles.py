@@ -6,11 +6,15 @@ import os
 import stat
 from pathlib import Path
 
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from sempervirt.core.errors import SempervirtError, Unavailable
-from sempervirt.host.records import flush_directory, make_directory
+from sempervirt.host.records import flush_directory, make_directory, read_file
+
+RESTORE = "restore it from a backup, or join the cluster again: semper host join"
 
 
 class KeyExposed(SempervirtError):
@@ -31,7 +35,7 @@ def read_private(path: Path) -> ec.EllipticCurvePrivateKey | None:
     """The key at `path`, None when there is none. Raises KeyExposed, Unavailable."""
     try:
         mode = path.stat().st_mode
-        content = path.read_bytes()
+        content = read_file(path, follow=True)
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -41,10 +45,25 @@ def read_private(path: Path) -> ec.EllipticCurvePrivateKey | None:
             f"the key {path} can be read by others (mode {stat.S_IMODE(mode):04o})",
             remedy="who may have read it? If nobody: chmod 600; otherwise make new certificates",
         )
-    key = serialization.load_pem_private_key(content, None)
+    try:
+        key = serialization.load_pem_private_key(content, None)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise Unavailable(f"{path} holds no key: {error!s:.200}", remedy=RESTORE) from error
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise Unavailable(f"{path} holds a key of another kind")
     return key
+
+
+def read_certificate(path: Path) -> x509.Certificate | None:
+    """The certificate at `path`, None when there is none. Raises Unavailable."""
+    try:
+        return x509.load_pem_x509_certificate(read_file(path, follow=True))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise Unavailable(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise Unavailable(f"{path} holds no certificate: {error!s:.200}", remedy=RESTORE) from error
 
 
 def private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
