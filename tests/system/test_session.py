@@ -1,4 +1,4 @@
-"""A real QEMU that does not connect again, or only after seconds, and backends that die under it."""
+"""A real QEMU that connects again late or never, and backends that die under it."""
 
 from __future__ import annotations
 
