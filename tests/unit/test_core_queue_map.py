@@ -58,6 +58,8 @@ def test_what_is_a_map(numbers: list[int], queues: int | None) -> None:
         ("1,2", "nothing is on thread 0"),
         ("0,2", "nothing is on thread 1"),
         ("0,-1", "without gaps"),
+        # To look through all numbers up to this one would take minutes.
+        ("0,400000000000", "nothing is on thread 1"),
     ],
 )
 def test_what_is_no_map_is_told(text: str, message: str) -> None:

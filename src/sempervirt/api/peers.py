@@ -13,8 +13,8 @@ from collections.abc import Callable
 from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from sempervirt.api.bounds import BoundedProtocol
 from sempervirt.api.failures import to_response
 from sempervirt.core.errors import NotAllowed
 from sempervirt.trust.identity import Peer, Role, peer_of
@@ -43,10 +43,10 @@ class Guarded:
             await self._app({**scope, "peer": self._peer}, receive, send)
 
 
-def guarded_protocol(is_revoked: Callable[[str], bool]) -> type[asyncio.Protocol]:
+def guarded_protocol(is_revoked: Callable[[str], bool]) -> type[BoundedProtocol]:
     """The HTTP protocol of a server whose peers have shown certificates."""
 
-    class GuardedProtocol(H11Protocol):
+    class GuardedProtocol(BoundedProtocol):
         """One connection; TLS has been agreed on when it is made."""
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]

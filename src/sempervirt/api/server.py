@@ -1,57 +1,57 @@
-"""Serves the API on a unix socket, and over mutual TLS, in the event loop of the agent."""
+"""Serves the API on a unix socket, and over mutual TLS.
+
+Connections live in a thread with an event loop of its own: accepting, TLS, HTTP, everything that a
+stranger can ask for. What is to be done with a whole request is done in the agent's loop, which
+supervises disks and VMs and has no place for strangers.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import logging
 import socket
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+import ssl
+import struct
+import threading
+from collections.abc import AsyncIterator, Hashable
+from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
 import uvicorn
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.server import ServerState
 
 from sempervirt.agent.agent import Agent
 from sempervirt.api.app import build_app
+from sempervirt.api.bounds import (
+    HANDSHAKE_S,
+    LOCAL,
+    REMOTE,
+    Admission,
+    BoundedBody,
+    BoundedProtocol,
+    Places,
+)
 from sempervirt.api.peers import guarded_protocol
 from sempervirt.cluster.membership import Membership
 from sempervirt.host.sockets import listen_tcp, listen_unix
 
+log = logging.getLogger(__name__)
+
 # Longer than any request but a stop with a long grace.
-CLOSE_DEADLINE_S = 5
-
-
-class _Server(uvicorn.Server):
-    """Leaves signals to the program around it, and says when it has started."""
-
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
-        self.up = asyncio.Event()
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Starts serving."""
-        await super().startup(sockets)
-        self.up.set()
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Captures nothing."""
-        yield
+CLOSE_DEADLINE_S = 5.0
+# How long to leave alone a socket that cannot be accepted from: no descriptor is free.
+PAUSE_S = 0.1
+_CREDENTIALS = struct.Struct("3i")
 
 
 @asynccontextmanager
 async def serving(agent: Agent, socket_path: Path) -> AsyncIterator[None]:
     """Serves until the block is left. Raises Unavailable when the socket cannot be bound."""
     listener = listen_unix(socket_path)
-    config = uvicorn.Config(
-        build_app(agent),
-        log_config=None,
-        access_log=False,
-        lifespan="off",
-        timeout_graceful_shutdown=CLOSE_DEADLINE_S,
-    )
+    server = _Server(build_app(agent), listener, BoundedProtocol, LOCAL)
     try:
-        async with _running(config, listener):
+        async with server.running():
             yield
     finally:
         _unlink(socket_path)
@@ -67,34 +67,191 @@ async def serving_hosts(agent: Agent, membership: Membership) -> AsyncIterator[N
     context = cluster.identity.server_context()
     listener = listen_tcp(cluster.settings.address)
     await membership.known.wait()
-    config = uvicorn.Config(
-        build_app(agent, cluster),
-        http=guarded_protocol(membership.is_revoked),
-        ws="none",
-        proxy_headers=False,
-        server_header=False,
-        log_config=None,
-        access_log=False,
-        lifespan="off",
-        timeout_graceful_shutdown=CLOSE_DEADLINE_S,
-    )
-    config.load()
-    config.ssl = context
-    async with _running(config, listener):
+    protocol = guarded_protocol(membership.is_revoked)
+    server = _Server(build_app(agent, cluster), listener, protocol, REMOTE, context)
+    async with server.running():
         yield
 
 
-@asynccontextmanager
-async def _running(config: uvicorn.Config, listener: socket.socket) -> AsyncIterator[None]:
-    server = _Server(config)
-    task = asyncio.create_task(server.serve(sockets=[listener]), name="api")
-    try:
-        await server.up.wait()
-        yield
-    finally:
-        server.should_exit = True
-        await task
+class _InAgent:
+    """An application that runs in the agent's loop, for connections that are in another."""
+
+    def __init__(self, app: ASGIApp, loop: asyncio.AbstractEventLoop) -> None:
+        self._app = app
+        self._loop = loop
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Hands the request over, and waits for the end of the answer."""
+        here = asyncio.get_running_loop()
+
+        async def receive_here() -> Message:
+            return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(_call(receive), here))
+
+        async def send_here(message: Message) -> None:
+            await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(_send(send, message), here))
+
+        there = self._app(scope, receive_here, send_here)
+        await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(_run(there), self._loop))
+
+
+async def _call(receive: Receive) -> Message:
+    return await receive()
+
+
+async def _send(send: Send, message: Message) -> None:
+    await send(message)
+
+
+async def _run(application: object) -> None:
+    await application  # type: ignore[misc]
+
+
+class _Server:
+    """One listening socket and its connections, in a thread."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        listener: socket.socket,
+        protocol: type[BoundedProtocol],
+        places: Places,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        self._app = app
+        self._listener = listener
+        self._protocol = protocol
+        self._admission = Admission(places)
+        self._tls = tls
+        self._state = ServerState()
+        self._beginnings: set[asyncio.Task[None]] = set()
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Serves until the block is left; requests that go on then are given some time."""
+        app = BoundedBody(_InAgent(self._app, asyncio.get_running_loop()))
+        self._config = uvicorn.Config(
+            app,
+            ws="none",
+            proxy_headers=False,
+            server_header=False,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+        )
+        self._config.load()
+        up: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        ended = asyncio.get_running_loop().create_future()
+        thread = threading.Thread(
+            target=self._live, args=(asyncio.get_running_loop(), up, ended), name="api", daemon=True
+        )
+        thread.start()
+        await up
+        try:
+            yield
+        finally:
+            self._loop.call_soon_threadsafe(self._leave.set)
+            # Requests that go on are carried out in this loop.
+            await ended
+            thread.join()
+
+    def _live(
+        self,
+        agent: asyncio.AbstractEventLoop,
+        up: asyncio.Future[None],
+        ended: asyncio.Future[None],
+    ) -> None:
+        try:
+            asyncio.run(self._serve(agent, up))
+        except Exception:
+            log.exception("the API is not served any more")
+        finally:
+            self._listener.close()
+            agent.call_soon_threadsafe(_resolve, up)
+            agent.call_soon_threadsafe(_resolve, ended)
+
+    async def _serve(self, agent: asyncio.AbstractEventLoop, up: asyncio.Future[None]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._leave = asyncio.Event()
+        self._listener.setblocking(False)
+        accepting = asyncio.create_task(self._accept())
+        agent.call_soon_threadsafe(_resolve, up)
+        await self._leave.wait()
+        accepting.cancel()
+        self._listener.close()
+        for task in [*self._beginnings]:
+            task.cancel()
+        for connection in [*self._state.connections]:
+            connection.shutdown()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_DEADLINE_S):
+                # uvicorn does not tell of the end of a connection.
+                while self._state.connections or self._state.tasks:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+        for task in [*self._state.tasks]:
+            task.cancel()
+
+    async def _accept(self) -> None:
+        while True:
+            try:
+                client, address = await self._loop.sock_accept(self._listener)
+            except OSError as error:
+                log.warning("no client of the API can be accepted: %s", error)
+                await asyncio.sleep(PAUSE_S)
+                continue
+            peer = _peer(client, address)
+            if not self._admission.enter(peer):
+                log.warning("refuse client of the API from=%s: too many connections", peer)
+                client.close()
+                continue
+            task = asyncio.create_task(self._begin(client, peer))
+            self._beginnings.add(task)
+            task.add_done_callback(self._beginnings.discard)
+
+    async def _begin(self, client: socket.socket, peer: Hashable) -> None:
+        """Agrees on TLS, if that is wanted; the connection keeps its place until its end."""
+        place = ExitStack()
+        place.callback(self._admission.leave, peer)
+        # Whoever comes first gives the place back; then there is nothing left to give.
+        leave = place.close
+
+        def make() -> BoundedProtocol:
+            protocol = self._protocol(self._config, self._state, {})
+            protocol.on_end = leave
+            return protocol
+
+        try:
+            client.setblocking(False)
+            await self._loop.connect_accepted_socket(
+                make,
+                client,
+                ssl=self._tls,
+                ssl_handshake_timeout=HANDSHAKE_S if self._tls else None,
+            )
+        except (OSError, TimeoutError):
+            # TLS was not agreed on.
+            client.close()
+            leave()
+        except asyncio.CancelledError:
+            client.close()
+            leave()
+            raise
+
+
+def _peer(client: socket.socket, address: object) -> Hashable:
+    """Whose places a connection takes: an address, or a user of this host."""
+    if client.family == socket.AF_UNIX:
+        size = _CREDENTIALS.size
+        _, uid, _ = _CREDENTIALS.unpack(
+            client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
+        )
+        return f"user {uid}"
+    return str(address[0]) if isinstance(address, tuple) else ""
 
 
 def _unlink(path: Path) -> None:
     path.unlink(missing_ok=True)
+
+
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)

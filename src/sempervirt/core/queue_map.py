@@ -31,10 +31,12 @@ def check_map(thread_map: Sequence[int], queues: int | None = None) -> ThreadMap
     """
     if not thread_map:
         raise ValueError("a map names a thread for each queue; this one is empty")
-    threads = max(thread_map) + 1
-    missing = sorted(set(range(threads)) - set(thread_map))
-    if min(thread_map) < 0 or missing:
-        gap = f": nothing is on thread {missing[0]}" if missing else ""
+    present = set(thread_map)
+    # Of so many numbers one at least is missing, however large the others are.
+    numbers = range(min(max(thread_map), len(thread_map)) + 1)
+    missing = next((number for number in numbers if number not in present), None)
+    if min(thread_map) < 0 or missing is not None:
+        gap = "" if missing is None else f": nothing is on thread {missing}"
         raise ValueError(f"threads are numbered from 0 without gaps{gap}")
     if queues is not None and len(thread_map) != queues:
         raise ValueError(
