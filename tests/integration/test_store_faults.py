@@ -112,6 +112,14 @@ async def fill(store: SqliteStore) -> None:
         await store.commit([Put(f"k{n}", "x" * 4000)], expect={f"k{n}": 0})
 
 
+async def test_sqlite_does_not_follow_a_link_to_a_file_that_is_not_there(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    (tmp_path / "store").symlink_to(elsewhere)
+    with pytest.raises(Unavailable, match="no regular file"):
+        SqliteStore.open(tmp_path / "store")
+    assert not elsewhere.exists()
+
+
 async def test_sqlite_refuses_a_later_release_and_a_damaged_file(tmp_path: Path) -> None:
     path = tmp_path / "store.db"
     await SqliteStore.open(path).close()

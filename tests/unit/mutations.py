@@ -146,7 +146,7 @@ def _other_file(path: Path, sound: bytes, dice: random.Random) -> None:
         case 4:
             path.symlink_to(path.name)
         case 5:
-            path.symlink_to(dice.choice(("/dev/zero", "/nonexistent", "/proc/self/mem", "/")))
+            path.symlink_to(dice.choice(("/dev/zero", f"{path}.elsewhere", "/proc/self/mem", "/")))
         case 6:
             path.write_bytes(sound)
             os.truncate(path, SPARSE_BYTES)

@@ -11,7 +11,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import os
 import sqlite3
+import stat
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -67,7 +70,7 @@ class SqliteStore:
         Raises Unavailable, and RecordNewer for a file of a later release.
         """
         with _translated(path):
-            path.touch(mode=0o600)
+            _make(path)
             connection = sqlite3.connect(
                 path, timeout=BUSY_S, isolation_level=None, check_same_thread=False
             )
@@ -269,6 +272,22 @@ def _translated(path: Path) -> Iterator[None]:
         yield
     except (sqlite3.Error, OSError) as error:
         raise _translation(path, error) from error
+
+
+def _make(path: Path) -> None:
+    """Makes the file unless it is there. A link is not followed: it may lead anywhere.
+
+    An existing file is not opened: to close it again would end the locks of other connections.
+    """
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        with contextlib.suppress(FileExistsError):  # another process was faster
+            os.close(os.open(path, flags, 0o600))
+        return
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "it is no regular file")
 
 
 def _translation(path: Path, error: sqlite3.Error | OSError) -> SempervirtError:
