@@ -12,17 +12,17 @@
 
 use std::collections::VecDeque;
 use std::io::{ErrorKind, Read, Write};
-use std::net::{Shutdown, TcpListener, TcpStream};
+use std::net::{Shutdown, TcpListener};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
 
-use rustls::ServerConfig;
 use semper_wire::format::{self, Hello, Kind, MAX_RETURN, Role};
 use semper_wire::{Decoded, Decoder, Ready, Start, agree};
 
+use crate::admission::Admission;
 use crate::args::DestinationArgs;
 use crate::channel::{Channel, Inbox, expect};
 use crate::control;
@@ -77,15 +77,20 @@ pub(crate) fn run(args: &DestinationArgs, progress: &Arc<Progress>) -> Result<()
     let address = listener.local_addr().map_err(Failure::system("listen"))?;
     progress.listening(address);
     log::info!("destination listens address={address}");
+    let admission = Admission::start(listener, identity, config)?;
     let (channel, inbox, Guest { decoder, qemu, touched }) = loop {
-        let (socket, from) = listener.accept().map_err(Failure::system("accept"))?;
-        match admit(args, &identity, &config, socket, progress) {
-            Ok(admitted) => break admitted,
-            // A stranger gets nothing, and keeps nobody from coming.
-            Err(error) => log::warn!("refused a source from={from} error=\"{error}\""),
+        let (channel, from) = admission.next()?;
+        let mut inbox = Inbox::new();
+        match greet(args, &channel, &mut inbox, progress) {
+            Ok(guest) => break (channel, inbox, guest),
+            // Of another migration, perhaps: the right source may still come.
+            Err(error) => {
+                log::warn!("refused a source from={from} error=\"{error}\"");
+                channel.close(Some(&error));
+            }
         }
     };
-    drop(listener);
+    drop(admission);
     progress.phase(Phase::Streaming);
     let shared = Arc::new(Shared {
         channel,
@@ -117,27 +122,6 @@ struct Guest {
 }
 
 /// Finds out whether this is the source that was meant.
-fn admit(
-    args: &DestinationArgs,
-    identity: &Identity,
-    config: &Arc<ServerConfig>,
-    socket: TcpStream,
-    progress: &Progress,
-) -> Result<(Channel, Inbox, Guest), Failure> {
-    let channel = Channel::new(socket, Identity::accept(config)?)?;
-    let mut inbox = Inbox::new();
-    let greeted = channel
-        .check(|tls| identity.check_client(tls))
-        .and_then(|()| greet(args, &channel, &mut inbox, progress));
-    match greeted {
-        Ok(guest) => Ok((channel, inbox, guest)),
-        Err(failure) => {
-            channel.close(Some(&failure));
-            Err(failure)
-        }
-    }
-}
-
 fn greet(
     args: &DestinationArgs,
     channel: &Channel,

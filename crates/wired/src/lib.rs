@@ -12,6 +12,7 @@
 //!
 //! The program is [`main`]; a library only so that tests reach its parts.
 
+mod admission;
 mod answers;
 mod args;
 mod carrier;

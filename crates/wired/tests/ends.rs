@@ -275,6 +275,26 @@ fn strangers_are_refused_and_keep_nobody_out() {
     destination.wait_success();
 }
 
+/// Without places of their own the silent ones would be waited for, ten seconds each.
+#[test]
+fn strangers_that_say_nothing_do_not_make_the_source_wait() {
+    let place = Place::new();
+    let _incoming = UnixListener::bind(place.path("destination.qemu")).unwrap();
+    let destination = place.destination("disk");
+    let address = destination.address();
+    let silent: Vec<_> = (0..80).map(|_| std::net::TcpStream::connect(&address).unwrap()).collect();
+    let begin = std::time::Instant::now();
+    let source = place.source(&destination);
+    source.wait_state("ready");
+    assert!(begin.elapsed() < Duration::from_secs(3), "{:?}", begin.elapsed());
+    for mut stranger in silent {
+        stranger.set_read_timeout(Some(DEADLINE)).unwrap();
+        // Each is cut off, though none said anything wrong.
+        let end = stranger.read(&mut [0; 1]).map_err(|error| error.kind());
+        assert!(matches!(end, Ok(0) | Err(std::io::ErrorKind::ConnectionReset)), "{end:?}");
+    }
+}
+
 #[test]
 fn an_end_that_dies_takes_the_other_with_it() {
     for kill_source in [true, false] {
