@@ -31,9 +31,15 @@ BOOT_S = 90.0
 LISTEN_S = 3600.0
 
 
-def spec_of(image: Path, memory: str = "192M") -> VmSpec:
+# Of Debian's package ovmf: a firmware whose variables stand in a file of their own.
+FIRMWARE = Path("/usr/share/OVMF/OVMF_CODE_4M.fd")
+FIRMWARE_VARS = Path("/usr/share/OVMF/OVMF_VARS_4M.fd")
+
+
+def spec_of(image: Path, memory: str = "192M", *, uefi: bool = False) -> VmSpec:
     """The VM: one processor, one disk, one tap."""
     guest = guest_image()
+    firmware = {"firmware": str(FIRMWARE), "firmware_vars": str(FIRMWARE_VARS)} if uefi else {}
     return VmSpec.model_validate(
         {
             "name": VM,
@@ -44,6 +50,7 @@ def spec_of(image: Path, memory: str = "192M") -> VmSpec:
             "disks": [{"name": "root", "image": str(image)}],
             "nics": [{"type": "tap", "tap": TAP}],
             "channels": [{"name": "org.sempervirt.probe"}],
+            **firmware,
         }
     )
 
@@ -61,14 +68,14 @@ class Guest:
 
     @classmethod
     @asynccontextmanager
-    async def booted(cls, world: World, host: Host) -> AsyncIterator[Guest]:
+    async def booted(cls, world: World, host: Host, *, uefi: bool = False) -> AsyncIterator[Guest]:
         """A guest with writers, heartbeat and echo, on a new image, until the block is left."""
         image = world.images / "disk.raw"
         image.unlink(missing_ok=True)
         image.with_name("disk.raw.epoch").unlink(missing_ok=True)
         image.touch()
         os.truncate(image, IMAGE_SIZE)
-        guest = cls(world, spec_of(image))
+        guest = cls(world, spec_of(image, uefi=uefi))
         tasks = [asyncio.create_task(guest._listen(host)) for host in world.hosts]
         try:
             await guest._boot(host)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from lab.guest import FIRMWARE, FIRMWARE_VARS
 from sempervirt.agent import Agent, AgentConfig
 from sempervirt.core.errors import (
     CommandFailed,
@@ -239,3 +240,47 @@ async def test_a_backend_that_does_not_end_keeps_the_name(
     async with Agent.open(config) as agent:  # it has ended, and the next agent clears it up
         await agent.vm("web").wait_ended(10)
         assert (await agent.run_vm(firmware_spec())).run is Runstate.RUNNING
+
+
+def opened_by(pid: int | None) -> set[str]:
+    return {str(entry.readlink()) for entry in Path(f"/proc/{pid}/fd").iterdir()}
+
+
+async def wait_content(file: Path, wanted: Callable[[bytes], bool]) -> None:
+    async with asyncio.timeout(60):
+        while not wanted(file.read_bytes()):  # noqa: ASYNC110, ASYNC240 a small file
+            await asyncio.sleep(0.05)  # poll interval
+
+
+async def test_a_firmware_keeps_its_variables(
+    config: AgentConfig, firmware_spec: Spec, place: Path
+) -> None:
+    """They go along with a restart of QEMU, a saved state, and into the next run: the template,
+    which stays as it is, is the control. When the VM is taken off the list they go.
+    """
+    template, own = FIRMWARE_VARS.read_bytes(), config.state_dir / "firmware/web.fd"
+    file = place / "vars template.fd"
+    file.write_bytes(template)
+    spec = firmware_spec(firmware=str(FIRMWARE), firmware_vars=str(file))
+    async with Agent.open(config) as agent:
+        vm = await agent.run_vm(spec)
+        await wait_content(own, lambda content: content != template)
+        await agent.restart_qemu("web")
+        assert str(own) in opened_by(vm.pid), "the new QEMU writes to the same file"
+        await agent.save_vm("web", place / "web.saved")
+        written = own.read_bytes()
+        assert written != template
+        own.unlink()
+        restored = await agent.restore_vm(place / "web.saved")
+        await wait_content(own, lambda content: content == written)
+        await restored.kill()
+        await agent.remove_vm("web")
+        assert not own.exists()
+        own.write_bytes(written)
+        file.write_bytes(bytes(100))
+        with pytest.raises(InvalidRequest, match=r"have 540672 bytes and their template .* 100\b"):
+            await agent.run_vm(spec)
+        file.unlink()
+        with pytest.raises(InvalidRequest, match=r"vars template\.fd cannot be read"):
+            await agent.run_vm(spec)
+        assert own.read_bytes() == written

@@ -21,9 +21,10 @@ from rich.progress import Progress
 from rich.table import Table
 
 from lab.client import EchoClient
-from lab.guest import VM, Guest
+from lab.guest import FIRMWARE_VARS, VM, Guest
 from lab.network import FAR, GIGABIT, UNLIMITED, Link
 from lab.world import POLL_S, QEMU, Host, World
+from sempervirt.vm.firmware import vars_path
 from tests.migration.judge import faults_of
 
 LINKS = (UNLIMITED, GIGABIT, FAR)
@@ -52,24 +53,38 @@ class Report:
     problems: list[str] = field(default_factory=list)
 
 
-async def there_and_back(link: Link, count: int, done: Callable[[], None]) -> Report:
-    """Moves a guest `count` times, alternately, with verified I/O and a TCP client attached."""
+async def there_and_back(
+    link: Link, count: int, done: Callable[[], None], *, uefi: bool = False
+) -> Report:
+    """Moves a guest `count` times, alternately, with verified I/O and a TCP client attached.
+
+    With `uefi` the variables of the guest's firmware have to come along.
+    """
     report = Report(link)
     async with (
         World.opened(link) as world,
-        Guest.booted(world, world.a) as guest,
+        Guest.booted(world, world.a, uefi=uefi) as guest,
         guest.outside() as client,
     ):
         here, there = world.hosts
         for _ in range(count):
+            variables = _variables(here) if uefi else b""
+            if variables == FIRMWARE_VARS.read_bytes():
+                report.problems.append("the firmware has written no variable: nothing is proven")
             report.moves.append(await _move(guest, client, here, there))
             report.problems += await _problems(guest, client, here, there)
+            if uefi and variables != _variables(there):
+                report.problems.append(f"the firmware's variables did not come to {there}")
             here, there = there, here
             done()
         stats = await guest.judged(here)
         report.writes = stats.writes
         report.problems += faults_of(stats)
     return report
+
+
+def _variables(host: Host) -> bytes:
+    return vars_path(host.config, VM).read_bytes()
 
 
 async def _move(guest: Guest, client: EchoClient, here: Host, there: Host) -> Move:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from sempervirt.core.errors import InvalidRequest, Unavailable
 from sempervirt.core.queue_map import Binding, Choice, DevicePlan, Engine
@@ -187,6 +188,20 @@ def test_more_devices_than_pci_slots_are_refused_with_the_number(disks: int, fit
         return
     with pytest.raises(InvalidRequest, match="27 disks and 2 network cards; 28 fit"):
         command(spec(disks=many))
+
+
+def test_a_firmware_with_variables_is_in_two_flash_memories() -> None:
+    split = spec(firmware="/f/OVMF_CODE.fd", firmware_vars="/f/OVMF_VARS.fd")
+    argv = command(split)
+    code, variables = documents(argv, "-blockdev")
+    assert argv[argv.index("-machine") + 1].endswith(",pflash0=firmware-code,pflash1=firmware-vars")
+    assert (code["file"]["filename"], code["read-only"]) == ("/f/OVMF_CODE.fd", True)
+    assert (variables["file"]["filename"], variables["read-only"]) == ("/run/vm/web/vars.fd", False)
+    assert "-bios" in command(spec(firmware="/f/OVMF.fd"))
+    with pytest.raises(ValidationError, match=r"name that as well.*/f/OVMF_VARS\.fd"):
+        spec(firmware="/f/OVMF_CODE.fd")
+    with pytest.raises(ValidationError, match="firmware_vars needs the code"):
+        spec(firmware_vars="/f/OVMF_VARS.fd")
 
 
 def test_commas_in_paths_are_doubled() -> None:

@@ -43,6 +43,7 @@ from sempervirt.renewal.restore.plan import (
 from sempervirt.renewal.save.state import Saved
 from sempervirt.vm import claims
 from sempervirt.vm.config import AgentConfig
+from sempervirt.vm.firmware import remove_vars
 from sempervirt.vm.launch import BOOT, Beginning, launch, wait_started
 from sempervirt.vm.processes import living_of
 from sempervirt.vm.setup import prepare_directories
@@ -254,6 +255,13 @@ class Agent:
         await vm.detach()
         del self.vms[name]
         await asyncio.to_thread(self._remove_files, name)
+
+    async def remove_vm(self, name: str) -> None:
+        """Drops a VM that has ended, with its logs and the variables of its firmware. Raises
+        NotFound, StateConflict.
+        """
+        await self.forget_vm(name)
+        await asyncio.to_thread(remove_vars, self.config, name)
 
     def _remove_files(self, name: str) -> None:
         shutil.rmtree(self.config.vm_state_dir(name), ignore_errors=True)

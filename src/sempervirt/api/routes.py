@@ -109,8 +109,8 @@ async def get_vm(agent: AgentHere, name: str) -> VmView:
 
 @router.delete("/vms/{name}", tags=["vm"], status_code=status.HTTP_204_NO_CONTENT)
 async def forget_vm(agent: AgentHere, name: str) -> None:
-    """Takes a VM that has ended off the list, and deletes its logs."""
-    await agent.forget_vm(name)
+    """Takes a VM that has ended off the list; deletes its logs and its firmware's variables."""
+    await agent.remove_vm(name)
 
 
 @router.post("/vms/{name}/pause", tags=["vm"])

@@ -163,7 +163,10 @@ app.command("clone", epilog="Example: semper vm clone web.saved web-2 --into /im
 
 @app.command("remove", epilog="Example: semper vm remove web")
 def remove(name: VmName) -> None:
-    """Take a VM that has ended off the list, and delete its logs. Images are not touched."""
+    """Take a VM that has ended off the list, and delete its logs and its firmware's variables.
+
+    Images are not touched.
+    """
     ask_agent(lambda client: client.forget_vm(name))
 
 

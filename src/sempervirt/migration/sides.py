@@ -89,7 +89,8 @@ def _image(disk: DiskSpec, *, give_id: bool) -> ImageSeen:
 
 
 def _missing(spec: VmSpec) -> tuple[str, ...]:
-    files = [path for path in (spec.kernel, spec.initrd, spec.firmware) if path is not None]
+    named = (spec.kernel, spec.initrd, spec.firmware, spec.firmware_vars)
+    files = [path for path in named if path is not None]
     taps = [nic.tap for nic in spec.nics if nic.tap is not None]
     return (
         *(str(path) for path in files if not path.exists()),

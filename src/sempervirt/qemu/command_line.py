@@ -84,7 +84,8 @@ def build(
     argv += ["-no-user-config", "-nodefaults", "-display", "none", "-msg", "timestamp=on"]
     if features.sandbox:
         argv += ["-sandbox", SANDBOX]
-    argv += ["-machine", f"{machine},memory-backend=memory"]
+    flash = ",pflash0=firmware-code,pflash1=firmware-vars" if spec.firmware_vars else ""
+    argv += ["-machine", f"{machine},memory-backend=memory{flash}"]
     argv += ["-accel", "tcg,thread=multi" if accel == "tcg" else accel]
     argv += ["-cpu", spec.cpu or ("host" if accel == "kvm" else "max")]
     argv += ["-smp", str(spec.vcpus), "-m", f"{size_mib}M"]
@@ -97,6 +98,7 @@ def build(
     argv += ["-chardev", f"socket,id=monitor,path={_quote(files.monitor)},server=on,wait=off"]
     argv += ["-mon", "chardev=monitor,mode=control"]
     argv += _console(files)
+    argv += _firmware(spec, files)
     argv += _boot(spec)
     for index, disk in enumerate(spec.disks):
         boot = index if spec.kernel is None else None
@@ -157,8 +159,24 @@ def _console(files: VmFiles) -> list[str]:
     return ["-chardev", chardev, "-serial", "chardev:console"]
 
 
+def _firmware(spec: VmSpec, files: VmFiles) -> list[str]:
+    if spec.firmware is None:
+        return []
+    if spec.firmware_vars is None:
+        return ["-bios", str(spec.firmware)]
+    code = _flash("firmware-code", spec.firmware, read_only=True)
+    return [*code, *_flash("firmware-vars", files.vars, read_only=False)]
+
+
+def _flash(name: str, path: Path, *, read_only: bool) -> list[str]:
+    """What stands in a flash memory of the machine."""
+    file = {"driver": "file", "filename": str(path)}
+    image = {"driver": "raw", "node-name": name, "read-only": read_only, "file": file}
+    return ["-blockdev", json.dumps(image)]
+
+
 def _boot(spec: VmSpec) -> list[str]:
-    argv = ["-bios", str(spec.firmware)] if spec.firmware else []
+    argv = []
     if spec.kernel:
         argv += ["-kernel", str(spec.kernel)]
     if spec.initrd:

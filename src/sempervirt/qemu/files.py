@@ -42,6 +42,11 @@ class VmFiles:
         """What QEMU itself wrote."""
         return (self.logs or self.directory) / "qemu.log"
 
+    @property
+    def vars(self) -> Path:
+        """The way to the variables of the firmware, for every QEMU of the VM."""
+        return (self.logs or self.directory) / "vars.fd"
+
     def channel(self, channel: ChannelSpec) -> Path:
         """The host end of a channel."""
         return self.directory / f"{channel.socket_name}.sock"

@@ -206,7 +206,13 @@ class VmSpec(_Table):
     kernel: Path | None = None
     initrd: Path | None = None
     cmdline: str = ""
-    firmware: Path | None = None
+    firmware: Path | None = Field(
+        default=None, description="a whole firmware, or the code of one with firmware_vars"
+    )
+    firmware_vars: Path | None = Field(
+        default=None,
+        description="template of the firmware's variables; each VM has its own copy",
+    )
     on_crash: Literal["poweroff", "pause"] = Field(
         default="pause", description="when the guest reports a panic"
     )
@@ -221,6 +227,14 @@ class VmSpec(_Table):
             raise ValueError("memory must be a whole number of MiB, at least 1M")
         if self.kernel is None and (self.initrd is not None or self.cmdline):
             raise ValueError("initrd and cmdline need a kernel")
+        if self.firmware_vars is not None and self.firmware is None:
+            raise ValueError("firmware_vars needs the code that it belongs to, as firmware")
+        if self.firmware and "_CODE" in self.firmware.name and self.firmware_vars is None:
+            raise ValueError(
+                f"{self.firmware.name} is the code of a firmware whose variables are in a file of "
+                'their own; name that as well, for example firmware_vars = "'
+                f'{self.firmware.with_name(self.firmware.name.replace("_CODE", "_VARS", 1))}"'
+            )
         for what, names in (
             ("disks", [disk.name for disk in self.disks]),
             ("channels", [channel.socket_name for channel in self.channels]),

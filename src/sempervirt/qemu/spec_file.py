@@ -95,7 +95,7 @@ def _known_keys(path: Sequence[Key]) -> list[str]:
 def _resolve(content: dict[str, Any], directory: Path) -> dict[str, Any]:
     """`content` with its paths made absolute."""
     resolved = dict(content)
-    for key in ("kernel", "initrd", "firmware"):
+    for key in ("kernel", "initrd", "firmware", "firmware_vars"):
         if isinstance(resolved.get(key), str):
             resolved[key] = _absolute(resolved[key], directory)
     if isinstance(resolved.get("disks"), list):

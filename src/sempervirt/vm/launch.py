@@ -23,6 +23,7 @@ from sempervirt.disk.driver import Disk
 from sempervirt.disk.lifecycle import start_disk
 from sempervirt.disk.setup import DiskSetup
 from sempervirt.disk.volume import Volume
+from sempervirt.host.storage_call import call_storage
 from sempervirt.qemu import accel, memory
 from sempervirt.qemu.command_line import Incoming, build, disk_id
 from sempervirt.qemu.driver import Machine
@@ -33,6 +34,7 @@ from sempervirt.qemu.state import Runstate
 from sempervirt.store.registry import Claim
 from sempervirt.vm import claims
 from sempervirt.vm.config import AgentConfig
+from sempervirt.vm.firmware import prepare_vars
 from sempervirt.vm.ledger import Ledger
 from sempervirt.vm.planning import offer_of, plan_devices
 from sempervirt.vm.record import VmRecord, record_path
@@ -84,6 +86,9 @@ async def launch(
     """
     files = VmFiles(config.vm_run_dir(spec.name))
     files.prepare(spec)
+    if spec.firmware_vars is not None:
+        prepare = partial(prepare_vars, config, spec, files)
+        await call_storage(spec.firmware_vars, prepare)
     volumes = await inspect_images(spec, used=beginning.work is not None)
     plans = plan_devices(spec, await offer_of(config, spec, facts.features))
     accelerator = accel.choose(spec.accel, facts.accelerator)
