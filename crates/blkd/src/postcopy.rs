@@ -22,12 +22,15 @@
 //! Specification: QEMU `docs/interop/vhost-user.rst`, "Postcopy".
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Read, Write};
+use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 
 use semper_ring::GuestMemory;
+use vhost::vhost_user::message::FrontendReq;
+
+use crate::session::message::Message;
 
 /// Addresses, in whole pages.
 #[repr(C)]
@@ -201,11 +204,6 @@ impl Userfault {
     }
 }
 
-/// The message that ends a postcopy: request, flags (version 1, an answer is wanted), no payload.
-const END: [u32; 3] = [30, 1 | 1 << 3, 0];
-/// Its answer: request, flags (version 1, an answer), size, and a zero of 64 bits.
-const END_ANSWER: [u32; 5] = [30, 1 | 1 << 2, 8, 0, 0];
-
 /// How often to look whether all memory is there.
 const LOOK_MS: libc::c_int = 250;
 
@@ -216,25 +214,11 @@ pub(crate) fn wait_message(stream: &UnixStream) -> bool {
     unsafe { libc::poll(&mut poll, 1, LOOK_MS) != 0 }
 }
 
-/// Says whether the next message is the end of a postcopy. Takes nothing away.
-pub(crate) fn is_end(stream: &UnixStream) -> bool {
-    let mut header = [0u32; 3];
-    // SAFETY: the kernel writes at most as many bytes as the array has.
-    let got = unsafe {
-        let flags = libc::MSG_PEEK | libc::MSG_WAITALL;
-        libc::recv(stream.as_raw_fd(), header.as_mut_ptr().cast(), size_of_val(&header), flags)
-    };
-    got == size_of_val(&header) as isize && header == END
-}
-
-/// Takes that message and answers it.
-///
-/// # Errors
-/// The connection's.
-pub(crate) fn answer_end(mut stream: &UnixStream) -> io::Result<()> {
-    stream.read_exact(&mut [0; size_of_val(&END)])?;
-    let answer: Vec<u8> = END_ANSWER.iter().flat_map(|word| word.to_ne_bytes()).collect();
-    stream.write_all(&answer)
+/// What a front end is answered that ends a postcopy, where the parser of its messages knows of none.
+pub(crate) fn answer_to_end() -> Message {
+    let mut answer = Message::new(FrontendReq::POSTCOPY_END as u32, &0u64.to_ne_bytes());
+    answer.mark_answer();
+    answer
 }
 
 fn ranges(memory: &GuestMemory) -> impl Iterator<Item = Range> + '_ {

@@ -23,7 +23,7 @@ use crate::control::Control;
 use crate::device::{Device, Offer};
 use crate::failure::{Failure, system};
 use crate::memory_reaper;
-use crate::postcopy::{self, Stage, Userfault};
+use crate::postcopy::{Stage, Userfault};
 use crate::queue::Disk;
 use crate::request::ID_SIZE;
 use crate::session::follower::Follower;
@@ -299,7 +299,7 @@ fn accept_forever(
 /// Until the end of the connection; says whether that was an orderly one.
 fn converse(mut line: Line<'_>, disk: &Disk, device: &Arc<Mutex<Device>>, mirror: &Mirror) -> bool {
     let shared = &disk.shared;
-    let ended = speak(&mut line, disk, device);
+    let ended = speak(&mut line, disk);
     if shared.arrival() == Stage::Listening {
         // What waits for a page waits for ever; and if it were let go, it would find zeros.
         log::error!(
@@ -321,29 +321,15 @@ fn converse(mut line: Line<'_>, disk: &Disk, device: &Arc<Mutex<Device>>, mirror
     false
 }
 
-fn speak(line: &mut Line<'_>, disk: &Disk, device: &Mutex<Device>) -> VhostError {
+fn speak(line: &mut Line<'_>, disk: &Disk) -> VhostError {
     let mut inherited = false;
     loop {
         inherited |= disk.shared.arrival() == Stage::Inherited;
-        let handled = if inherited { serve_inherited(line, device) } else { line.serve() };
+        let handled = if inherited { line.serve_inherited() } else { line.serve() };
         if let Err(error) = handled {
             return error;
         }
     }
-}
-
-/// On a connection that has not begun the postcopy, `vhost` takes the message that ends it for an
-/// error; and that message may never come.
-fn serve_inherited(line: &mut Line<'_>, device: &Mutex<Device>) -> Result<(), VhostError> {
-    let locked = || device.lock().unwrap_or_else(PoisonError::into_inner);
-    if !postcopy::wait_message(line.stream()) {
-        return locked().look_for_end();
-    }
-    if !postcopy::is_end(line.stream()) {
-        return line.serve();
-    }
-    locked().end_postcopy()?;
-    postcopy::answer_end(line.stream()).map_err(VhostError::ReqHandlerError)
 }
 
 fn signal_set() -> libc::sigset_t {

@@ -6,7 +6,8 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::{Shutdown, shutdown};
 
 use super::mirror::{Known, connect};
 use super::packet::{Kind, Packet};
@@ -16,8 +17,10 @@ use crate::state::{Shared, mark};
 /// Between two attempts to reach the process that serves: first, and at most.
 const SOON: Duration = Duration::from_millis(10);
 const LATER: Duration = Duration::from_secs(1);
+/// At most, if that process is there and does not tell everything: it may be of another version.
+const RARELY: Duration = Duration::from_secs(60);
 /// A spare that has found nobody to follow for so long is as ready as it can be: who serves may be
-/// of a release that knows no sessions.
+/// of a release that knows no sessions, or have no descriptor left for it.
 const ENOUGH: Duration = Duration::from_secs(2);
 /// How long a process whose image is free may take to close its sockets. Microseconds, if it has
 /// ended; never, if it lives and has given the image away.
@@ -107,41 +110,44 @@ impl Follower {
         let run = move || {
             let (mut pause, begin) = (SOON, Instant::now());
             while !ours.state().over {
-                if let Ok(link) = connect(&path) {
-                    pause = SOON;
-                    ours.listen(&Arc::new(link), &shared);
-                }
+                let told = connect(&path).map(|link| ours.listen(&Arc::new(link), &shared));
+                pause = match told {
+                    Ok(true) => SOON,
+                    Ok(false) => (pause * 2).min(RARELY),
+                    Err(_) => (pause * 2).min(LATER),
+                };
                 if begin.elapsed() > ENOUGH && !ours.state().over {
                     mark(&shared.timeline.spare_ready);
                 }
                 std::thread::sleep(pause);
-                pause = (pause * 2).min(LATER);
             }
         };
         std::thread::Builder::new().name("session".into()).spawn(run)?;
         Ok(follower)
     }
 
-    /// What was known stays known at the end of the link, which may be the end of who served.
-    fn listen(&self, link: &Arc<OwnedFd>, shared: &Shared) {
+    /// What was known stays known at the end of the link, which may be the end of who served. Says
+    /// whether everything was told.
+    fn listen(&self, link: &Arc<OwnedFd>, shared: &Shared) -> bool {
         let mut state = self.state();
         if state.over {
-            return;
+            return false;
         }
         state.forget();
         state.link = Some(Arc::clone(link));
         drop(state);
+        let enough = Timespec { tv_sec: ENOUGH.as_secs() as i64, tv_nsec: 0 };
+        let mut limit = Some(&enough);
         loop {
             let mut readable = [PollFd::new(link, PollFlags::IN)];
-            if poll(&mut readable, None).is_err() {
-                continue;
-            }
+            let Ok(told) = poll(&mut readable, limit) else { continue };
             let mut state = self.state();
-            if state.over || !state.absorb() {
-                return;
+            if state.over || told > 0 && !state.absorb() {
+                return state.complete;
             }
-            if state.complete {
+            if state.complete || told == 0 {
                 mark(&shared.timeline.spare_ready);
+                limit = None;
             }
         }
     }
@@ -166,10 +172,16 @@ impl Follower {
         }
         let State { known, page, complete, .. } = std::mem::take(&mut *state);
         state.over = true;
-        if !complete {
+        let Some(page) = page.filter(|_| complete) else {
+            // Other spares may have it as well.
+            if let Some(connection) = &known.connection {
+                let _ = shutdown(connection, Shutdown::Both);
+            }
             return None;
-        }
-        let progress = page?.get();
+        };
+        let progress = page.get();
+        // A second spare, which knows what this one knows, must not go on from here after this one.
+        page.end();
         Some(Inheritance { known, progress })
     }
 }

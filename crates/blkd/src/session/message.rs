@@ -9,6 +9,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
@@ -25,6 +26,7 @@ const MAX_BODY: usize = 4096;
 pub(crate) const MAX_FILES: usize = 253;
 /// How long to wait for the rest of a message whose first bytes are there.
 const REST: Duration = Duration::from_millis(1);
+const ANSWER: u32 = 1 << 2;
 const NEED_REPLY: u32 = 1 << 3;
 
 /// Files that belong to a message; each is closed when nobody needs it any more.
@@ -86,8 +88,17 @@ impl Message {
 
     /// Asks for a word even if all goes well.
     pub(crate) fn want_reply(&mut self) {
+        self.flag(NEED_REPLY);
+    }
+
+    /// Makes this the answer to a message of the same kind.
+    pub(crate) fn mark_answer(&mut self) {
+        self.flag(ANSWER);
+    }
+
+    fn flag(&mut self, flag: u32) {
         const FLAGS_AT: usize = 4;
-        let flags = self.word(FLAGS_AT) | NEED_REPLY;
+        let flags = self.word(FLAGS_AT) | flag;
         self.bytes[FLAGS_AT..FLAGS_AT + 4].copy_from_slice(&flags.to_ne_bytes());
     }
 
@@ -106,9 +117,11 @@ impl Message {
 /// Waits for the message if `waits`; otherwise no message is an error of kind `WouldBlock`.
 ///
 /// # Errors
-/// The connection's; `InvalidData` for a message that nobody can have meant.
+/// The connection's; `InvalidData` for a message that nobody can have meant, or of which a part is
+/// all that there will be.
 pub(crate) fn peek(stream: impl AsFd, waits: bool) -> io::Result<Option<Message>> {
     let invalid = |what| io::Error::new(io::ErrorKind::InvalidData, what);
+    let mut ended = false;
     loop {
         let mut header = [0; HEADER];
         let (seen, _) = receive(&stream, &mut header, flags(waits) | RecvFlags::PEEK, None)?;
@@ -134,8 +147,21 @@ pub(crate) fn peek(stream: impl AsFd, waits: bool) -> io::Result<Option<Message>
         if !waits {
             return Err(io::ErrorKind::WouldBlock.into());
         }
+        if ended {
+            return Err(invalid("the connection ended in the middle of a message"));
+        }
         // The kernel says that there is something to read; what is missing has to be waited for.
         std::thread::sleep(REST);
+        ended = has_ended(&stream)?;
+    }
+}
+
+/// Whether nothing more will come than what is there to be read.
+fn has_ended(stream: impl AsFd) -> io::Result<bool> {
+    let mut end = [PollFd::new(&stream, PollFlags::RDHUP)];
+    match poll(&mut end, Some(&Timespec::default())) {
+        Err(Errno::INTR) => Ok(false),
+        looked => Ok(looked? > 0),
     }
 }
 
@@ -286,6 +312,16 @@ mod tests {
         drop(far);
         take(&near, HEADER + 8).unwrap();
         assert!(peek(&near, true).unwrap().is_none());
+    }
+
+    #[test]
+    fn half_a_message_is_not_waited_for_when_the_connection_has_ended() {
+        for length in [1, HEADER, HEADER + 7] {
+            let (near, mut far) = UnixStream::pair().unwrap();
+            far.write_all(&Message::new(1, b"12345678").bytes[..length]).unwrap();
+            drop(far);
+            assert_eq!(peek(&near, true).unwrap_err().kind(), io::ErrorKind::InvalidData);
+        }
     }
 
     #[test]

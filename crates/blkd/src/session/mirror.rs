@@ -115,6 +115,7 @@ impl Mirror {
 
     /// How many spares know everything.
     pub(crate) fn followers(&self) -> usize {
+        self.prune();
         self.state().links.len()
     }
 

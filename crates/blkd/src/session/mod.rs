@@ -35,14 +35,16 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::RecvFlags;
 use vhost::vhost_user::message::{BackendReq, FrontendReq};
 use vhost::vhost_user::{BackendReqHandler, Error};
 
 use crate::crash::behind;
 use crate::device::Device;
+use crate::postcopy;
 use crate::state::{self, Shared, mark};
 use follower::{Follower, Inheritance};
-use message::{Message, peek, peek_request, send, take};
+use message::{Message, peek, peek_request, receive, send, take};
 use mirror::{Exchange, Known, Mirror};
 use progress::Phase;
 use relay::{Steps, give_answer, serve_one};
@@ -60,9 +62,12 @@ pub(crate) struct Line<'a> {
     stream: UnixStream,
     inner: UnixStream,
     handler: BackendReqHandler<Mutex<Device>>,
+    device: Arc<Mutex<Device>>,
     mirror: &'a Mirror,
     /// The number of the request in hand.
     request: u32,
+    /// Another connection has begun the postcopy: this one's parser takes the end for an error.
+    ends_postcopy: bool,
 }
 
 impl<'a> Line<'a> {
@@ -75,7 +80,8 @@ impl<'a> Line<'a> {
     ) -> io::Result<Self> {
         let (inner, parser) = UnixStream::pair()?;
         let handler = BackendReqHandler::from_stream(parser, Arc::clone(device));
-        Ok(Self { stream, inner, handler, mirror, request: 0 })
+        let device = Arc::clone(device);
+        Ok(Self { stream, inner, handler, device, mirror, request: 0, ends_postcopy: false })
     }
 
     /// Waits for the next message and serves it.
@@ -84,6 +90,19 @@ impl<'a> Line<'a> {
     /// Why the connection has to end.
     pub(crate) fn serve(&mut self) -> Result<(), Error> {
         serve_one(self)
+    }
+
+    /// As [`Line::serve`], where a postcopy goes on that this connection has not begun.
+    ///
+    /// # Errors
+    /// Why the connection has to end.
+    pub(crate) fn serve_inherited(&mut self) -> Result<(), Error> {
+        self.ends_postcopy = true;
+        if postcopy::wait_message(&self.stream) {
+            return serve_one(self);
+        }
+        // The end may never be told.
+        self.device.lock().unwrap_or_else(PoisonError::into_inner).look_for_end()
     }
 
     pub(crate) fn stream(&self) -> &UnixStream {
@@ -140,6 +159,13 @@ impl Steps for Line<'_> {
     }
 
     fn handle(&mut self, message: &Message) -> (Message, Result<(), Error>) {
+        if self.ends_postcopy && message.request() == FrontendReq::POSTCOPY_END as u32 {
+            let ended = self.device.lock().unwrap_or_else(PoisonError::into_inner).end_postcopy();
+            return match ended {
+                Ok(()) => (postcopy::answer_to_end(), Ok(())),
+                error => (Message::default(), error),
+            };
+        }
         if let Err(error) = send(&self.inner, message, true) {
             return (Message::default(), Err(Error::SocketError(error)));
         }
@@ -154,6 +180,11 @@ impl Steps for Line<'_> {
     fn tell(&mut self, message: &Message, answer: &Message) {
         self.mirror.exchanged(message, answer);
         behind("tell", self.request);
+    }
+
+    fn taking(&mut self, number: u64) {
+        self.mirror.page().set(number, Phase::Taking);
+        behind("taking", self.request);
     }
 
     fn take(&mut self, message: &Message) -> Result<(), Error> {
@@ -291,9 +322,12 @@ fn catch_up<'a>(mut line: Line<'a>, inheritance: &Inheritance) -> Result<Line<'a
     if verdict == Verdict::Ask && !has_arrived(&line.stream, known) {
         return Err("nobody can tell whether an answer has arrived".to_owned());
     }
-    let Exchange { answer, .. } = known.last.clone().unwrap_or_default();
-    if verdict == Verdict::Answer {
-        // Before the rest: the front end waits for it with all its devices.
+    let Exchange { request, answer } = known.last.clone().unwrap_or_default();
+    // Before the rest: the front end waits for its answer with all its devices.
+    if verdict == Verdict::Take {
+        line.take(&request).map_err(|error| error.to_string())?;
+    }
+    if matches!(verdict, Verdict::Take | Verdict::Answer) {
         give_answer(&mut line, known.sequence, &answer).map_err(|error| error.to_string())?;
     }
     line.repeat(&known.transcript).map_err(|error| format!("what it has said: {error}"))?;
@@ -325,6 +359,10 @@ fn has_arrived(stream: &UnixStream, known: &Known) -> bool {
     }
     let channel = known.transcript.channel().and_then(|message| message.files.first());
     let Some(channel) = channel else { return false };
+    // An answer to an earlier question would be taken for the one to this.
+    if !empty(channel) {
+        return false;
+    }
     let mut question = Message::new(BackendReq::CONFIG_CHANGE_MSG as u32, &[]);
     question.want_reply();
     if send(channel, &question, false).is_err() {
@@ -335,5 +373,19 @@ fn has_arrived(stream: &UnixStream, known: &Known) -> bool {
         PollFd::from_borrowed_fd(channel.as_fd(), PollFlags::IN),
     ];
     let limit = Timespec { tv_sec: 0, tv_nsec: ASK.subsec_nanos().into() };
-    poll(&mut readable, Some(&limit)).is_ok_and(|ready| ready > 0)
+    let arrived = poll(&mut readable, Some(&limit)).is_ok_and(|ready| ready > 0);
+    empty(channel);
+    arrived
+}
+
+/// Reads whatever there is; false if that is the end.
+fn empty(channel: impl AsFd) -> bool {
+    let mut bytes = [0; 256];
+    loop {
+        match receive(&channel, &mut bytes, RecvFlags::DONTWAIT, None) {
+            Ok((0, _)) => return false,
+            Ok(_) => {}
+            Err(error) => return error.kind() == io::ErrorKind::WouldBlock,
+        }
+    }
 }

@@ -34,6 +34,8 @@ enum Mistake {
     NeverAnswers,
     /// The spare does not look whether a message is still there.
     DoesNotLook,
+    /// Nobody can see that a message may be gone.
+    TakingNotShown,
 }
 
 /// Why a run ended.
@@ -58,6 +60,8 @@ struct World {
     page: Progress,
     /// What a spare knows.
     spare: Known,
+    /// From the message of this number on the first process's spare is told nothing.
+    deaf_from: u64,
     /// Steps until the process dies.
     left: usize,
     ended: bool,
@@ -87,6 +91,7 @@ impl World {
             answers: VecDeque::new(),
             page: Progress { sequence: 1, phase: Phase::Idle },
             spare,
+            deaf_from: u64::MAX,
             left: usize::MAX,
             ended: false,
         }
@@ -156,9 +161,16 @@ impl Steps for Process<'_> {
     }
 
     fn tell(&mut self, message: &Message, answer: &Message) {
-        if !self.dead() && self.world.mistake != Mistake::NotTold {
+        let heard = self.number < self.world.deaf_from && self.world.mistake != Mistake::NotTold;
+        if !self.dead() && heard {
             let parts = vec![message.clone(), answer.clone()];
             self.world.spare.follow(Packet::new(Kind::Exchange, self.number, parts));
+        }
+    }
+
+    fn taking(&mut self, number: u64) {
+        if !self.dead() && self.world.mistake != Mistake::TakingNotShown {
+            self.world.page = Progress { sequence: number, phase: Phase::Taking };
         }
     }
 
@@ -206,13 +218,14 @@ fn take_over(process: &mut Process<'_>, reads_first: bool) -> Result<bool, End> 
     let mut verdict = judge(process.world.page, known.sequence, last, waiting);
     match (process.world.mistake, verdict) {
         (Mistake::AnswersTwice, Verdict::Ask) => verdict = Verdict::Answer,
-        (Mistake::NeverAnswers, Verdict::Answer) => verdict = Verdict::GoOn,
+        (Mistake::NeverAnswers, Verdict::Answer | Verdict::Take) => verdict = Verdict::GoOn,
         _ => {}
     }
     process.number = known.sequence;
     match verdict {
         Verdict::GiveUp(cause) => {
-            assert_ne!(process.world.mistake, Mistake::None, "{cause}");
+            let deaf = process.world.deaf_from != u64::MAX;
+            assert!(deaf || process.world.mistake != Mistake::None, "{cause}");
             return Ok(false);
         }
         // An answer that is not read yet has been sent; who waits for none is in its main loop.
@@ -222,7 +235,11 @@ fn take_over(process: &mut Process<'_>, reads_first: bool) -> Result<bool, End> 
                 return Ok(false);
             }
         }
-        Verdict::Answer => {
+        Verdict::Answer | Verdict::Take => {
+            if verdict == Verdict::Take {
+                let request = last.map(|last| last.request.clone()).unwrap_or_default();
+                process.take(&request)?;
+            }
             let answer = last.map(|last| last.answer.clone()).unwrap_or_default();
             give_answer(process, known.sequence, &answer)?;
         }
@@ -244,7 +261,8 @@ fn run(world: &mut World, deaths: &[usize], reads_first: bool) -> bool {
         let mut end = None;
         if !std::mem::take(&mut first) {
             match take_over(&mut process, reads_first) {
-                Ok(true) => {}
+                // Its own spare is told everything.
+                Ok(true) => process.world.deaf_from = u64::MAX,
                 Ok(false) => return false,
                 Err(death) => end = Some(death),
             }
@@ -297,7 +315,7 @@ fn explore(mistake: Mistake) -> (usize, usize) {
     let script = script();
     let mut calm = World::new(&script, Mistake::None);
     assert!(run(&mut calm, &[], false));
-    let longest = 9 * script.len();
+    let longest = 10 * script.len();
     let (mut worlds, mut again) = (0, 0);
     for reads_first in [false, true] {
         for first in 0..longest {
@@ -310,13 +328,43 @@ fn explore(mistake: Mistake) -> (usize, usize) {
                     again += 1;
                     continue;
                 }
-                assert!(world.asked.is_none(), "the front end waits for ever");
-                assert!(world.sent.is_empty() && world.script.is_empty());
-                assert_eq!(bytes(&world.spare), bytes(&calm.spare), "the spare knows otherwise");
+                check(&world, &calm);
             }
         }
     }
     (worlds, again)
+}
+
+fn check(world: &World, calm: &World) {
+    assert!(world.asked.is_none(), "the front end waits for ever");
+    assert!(world.sent.is_empty() && world.script.is_empty());
+    if world.deaf_from == u64::MAX {
+        assert_eq!(bytes(&world.spare), bytes(&calm.spare), "the spare knows otherwise");
+    }
+}
+
+/// As [`explore`], with a spare that was let go in the middle. Gives the number of worlds in which
+/// the front end did not have to connect again.
+fn explore_deaf(mistake: Mistake) -> usize {
+    let script = script();
+    let mut calm = World::new(&script, Mistake::None);
+    assert!(run(&mut calm, &[], false));
+    let messages = 2..2 + script.len() as u64;
+    let worlds = messages.flat_map(|deaf_from| (0..10 * script.len()).map(move |n| (deaf_from, n)));
+    let mut kept = 0;
+    for (deaf_from, death) in worlds {
+        let mut world = World { deaf_from, ..World::new(&script, mistake) };
+        if run(&mut world, &[death], true) {
+            kept += 1;
+            check(&world, &calm);
+        }
+    }
+    kept
+}
+
+#[test]
+fn a_spare_that_was_let_go_misses_no_message() {
+    assert!(explore_deaf(Mistake::None) > 500);
 }
 
 #[test]
@@ -337,10 +385,14 @@ fn mistakes_are_found() {
         Mistake::AnswersTwice,
         Mistake::NeverAnswers,
         Mistake::DoesNotLook,
+        Mistake::TakingNotShown,
     ];
     let (_, normal) = explore(Mistake::None);
     for mistake in mistakes {
-        let explored = std::panic::catch_unwind(|| explore(mistake));
+        let explored = std::panic::catch_unwind(|| {
+            explore_deaf(mistake);
+            explore(mistake)
+        });
         // What is not noticed as an error has to cost many connections.
         let found = explored.is_err() || explored.is_ok_and(|(_, again)| again > 2 * normal);
         assert!(found, "{mistake:?}");

@@ -13,10 +13,12 @@ const SIZE: usize = 4096;
 pub(crate) enum Phase {
     /// Nothing: it is done.
     Idle,
-    /// It was seen; it is carried out, told to the spares, and then taken from the connection.
+    /// It was seen; it is carried out, and told to the spares. It is still in the connection.
     Handling,
     /// The answer goes out, or has just gone.
     Answering,
+    /// The spares were told, as far as they listen; it is being taken from the connection.
+    Taking,
 }
 
 /// Sequence number of a message, and what is done with it.
@@ -31,12 +33,12 @@ impl Progress {
         self.sequence << 2 | self.phase as u64
     }
 
-    /// What nobody writes is taken for the phase that promises least.
     fn unpack(word: u64) -> Self {
         let phase = match word & 3 {
             0 => Phase::Idle,
             1 => Phase::Handling,
-            _ => Phase::Answering,
+            2 => Phase::Answering,
+            _ => Phase::Taking,
         };
         Self { sequence: word >> 2, phase }
     }
@@ -118,6 +120,11 @@ impl Page {
         self.word().store(Progress { sequence, phase }.pack(), Ordering::SeqCst);
     }
 
+    /// From now on whoever goes by this page gives up: the connection has been gone on with.
+    pub(crate) fn end(&self) {
+        self.set(u64::MAX >> 2, Phase::Idle);
+    }
+
     pub(crate) fn get(&self) -> Progress {
         Progress::unpack(self.word().load(Ordering::SeqCst))
     }
@@ -132,10 +139,12 @@ mod tests {
         let page = Page::new().unwrap();
         let theirs = Page::map(page.file()).unwrap();
         assert_eq!(theirs.get(), Progress { sequence: 0, phase: Phase::Idle });
-        for phase in [Phase::Handling, Phase::Answering, Phase::Idle] {
+        for phase in [Phase::Handling, Phase::Taking, Phase::Answering, Phase::Idle] {
             page.set(7, phase);
             assert_eq!(theirs.get(), Progress { sequence: 7, phase });
         }
+        page.end();
+        assert_eq!(theirs.get().sequence, u64::MAX >> 2);
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! One message of the front end, from its first sight to its answer.
 //!
 //! ```text
-//!   see ── begin ── handle ── tell the spares ── take ── answering ── answer ── done
+//!   see ── begin ── handle ── tell the spares ── taking ── take ── answering ── answer ── done
 //! ```
 //!
 //! The process can die between any two of these steps, and a spare goes on ([`super::resume`]).
@@ -24,6 +24,8 @@ pub(crate) trait Steps {
     fn handle(&mut self, message: &Message) -> (Message, Result<(), Self::Error>);
     /// Tells the spares.
     fn tell(&mut self, message: &Message, answer: &Message);
+    /// Shows that the message is no longer in the connection for sure.
+    fn taking(&mut self, number: u64);
     /// Takes the message from the connection.
     fn take(&mut self, message: &Message) -> Result<(), Self::Error>;
     /// Shows that the answer goes out.
@@ -50,6 +52,7 @@ pub(crate) fn serve_one<S: Steps>(steps: &mut S) -> Result<(), S::Error> {
         return handled;
     }
     steps.tell(&message, &answer);
+    steps.taking(number);
     steps.take(&message)?;
     give_answer(steps, number, &answer)
 }

@@ -4,11 +4,15 @@
 //! |---|---|---|---|
 //! | idle | this message, or a connection's begin or end behind it | whatever | go on |
 //! | handling | the message before | the message | go on: it is handled from the start |
-//! | handling | this message | the same message | go on: it is handled once more |
-//! | handling | this message | nothing, or the next | it was taken: give its answer, if there is one |
+//! | handling, taking | this message | the same message | take it, and give its answer |
+//! | … | … and it has no answer | … | go on: it is handled once more, or it is the next |
+//! | handling, taking | this message | nothing, or the next | it was taken: give its answer, if there is one |
 //! | answering | this message | the next | the answer has arrived: go on |
 //! | answering | this message | nothing | unknown: ask the front end |
 //! | anything else | | | the spare was not told everything: give up |
+//!
+//! A message that has an answer is handled by one process only, if the spare knows the answer: a
+//! region of memory that is there already cannot be added once more.
 //!
 //! *Give up* ends the connection; the front end connects again, and nothing is lost. An answer is
 //! never given twice: the front end would take the second one for the answer to its next request.
@@ -31,6 +35,8 @@ pub(crate) enum Verdict {
     GoOn,
     /// Give the known answer first.
     Answer,
+    /// Take the known message, and give its answer.
+    Take,
     /// Find out whether the answer has arrived: if so go on, and otherwise give up.
     Ask,
     GiveUp(&'static str),
@@ -51,7 +57,8 @@ pub(crate) fn judge(
             Waiting::Same | Waiting::Other => Verdict::GoOn,
             Waiting::Nothing => Verdict::GiveUp("a message was taken before the spare knew it"),
         },
-        (Phase::Handling, Some(0)) => match waiting {
+        (Phase::Handling | Phase::Taking, Some(0)) => match waiting {
+            Waiting::Same if answer => Verdict::Take,
             Waiting::Same => Verdict::GoOn,
             Waiting::Nothing | Waiting::Other if answer => Verdict::Answer,
             Waiting::Nothing | Waiting::Other => Verdict::GoOn,

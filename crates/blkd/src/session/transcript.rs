@@ -24,11 +24,13 @@ const QUEUE_ORDER: [Request; 7] = [
     Request::SET_VRING_CALL,
 ];
 /// What of the device counts, before its memory and its queues.
-const DEVICE_ORDER: [Request; 5] = [
+const DEVICE_ORDER: [Request; 6] = [
     Request::SET_PROTOCOL_FEATURES,
     Request::SET_OWNER,
     Request::SET_BACKEND_REQ_FD,
     Request::SET_FEATURES,
+    // The write cache; the in-flight region knows better, once there is one.
+    Request::SET_CONFIG,
     Request::SET_INFLIGHT_FD,
 ];
 /// Bytes of a region in a message: guest address, size, address in the front end, offset in the
@@ -74,6 +76,9 @@ impl Transcript {
     /// Takes down a message that was understood, and its answer.
     pub(crate) fn note(&mut self, message: &Message, answer: &Message) {
         if let Some(at) = place(&DEVICE_ORDER, message) {
+            if is(message, Request::SET_FEATURES) {
+                self.forget(Request::SET_CONFIG);
+            }
             self.device.insert(at, message.clone());
         } else if let Some(at) = place(&QUEUE_ORDER, message) {
             self.queue_of(message).insert(at, message.clone());
@@ -122,8 +127,12 @@ impl Transcript {
 
     fn reset(&mut self) {
         self.queues.clear();
-        let inflight = DEVICE_ORDER.iter().position(|request| *request == Request::SET_INFLIGHT_FD);
-        self.device.remove(&inflight.unwrap_or(usize::MAX));
+        self.forget(Request::SET_INFLIGHT_FD);
+        self.forget(Request::SET_CONFIG);
+    }
+
+    fn forget(&mut self, request: Request) {
+        self.device.retain(|_, message| !is(message, request));
     }
 
     fn note_memory(&mut self, message: &Message) {

@@ -178,8 +178,9 @@ fn replay_of_a_replay_with_uring() {
     three_deaths("uring");
 }
 
-const STEPS: [&str; 7] = ["see", "begin", "handle", "tell", "take", "answering", "answer"];
-const REQUESTS: [Request; 18] = [
+const STEPS: [&str; 8] =
+    ["see", "begin", "handle", "tell", "taking", "take", "answering", "answer"];
+const REQUESTS: [Request; 21] = [
     Request::GET_FEATURES,
     Request::SET_FEATURES,
     Request::SET_OWNER,
@@ -189,6 +190,8 @@ const REQUESTS: [Request; 18] = [
     Request::GET_INFLIGHT_FD,
     Request::SET_INFLIGHT_FD,
     Request::SET_MEM_TABLE,
+    Request::ADD_MEM_REG,
+    Request::REM_MEM_REG,
     Request::SET_VRING_NUM,
     Request::SET_VRING_BASE,
     Request::SET_VRING_ADDR,
@@ -198,6 +201,7 @@ const REQUESTS: [Request; 18] = [
     Request::GET_CONFIG,
     Request::SET_CONFIG,
     Request::GET_VRING_BASE,
+    Request::RESET_DEVICE,
 ];
 
 /// The life of a front end that never connects again: negotiates, works, stops a queue, goes on.
@@ -206,15 +210,21 @@ fn live(machine: &mut Machine, site: &Site, spare: &Backend) -> vhost::Result<()
     let flags = VhostUserConfigFlags::WRITABLE;
     assert_eq!(machine.session().get_config(0, 60, flags, &[0; 60])?.1.len(), 60);
     machine.session().set_config(32, flags, &[1])?;
+    // The next message proves that the answer has arrived.
+    machine.session().get_features()?;
     let write = machine.submit(0, &Ask::write(8, vec![9; 4096]));
     machine.wait_all(spare);
     assert_eq!(machine.answer(write).status, 0);
+    machine.add_memory()?;
+    machine.remove_memory()?;
     assert_eq!(machine.session().get_vring_base(0)?, 1);
     machine.start(0)?;
     let read = machine.submit(0, &Ask::read(8, 4096));
     machine.wait_all(spare);
     assert_eq!(machine.answer(read).data, [9; 4096]);
-    Ok(())
+    machine.session().get_vring_base(0)?;
+    machine.session().reset_device()?;
+    machine.session().get_features().map(drop)
 }
 
 #[test]
@@ -236,6 +246,10 @@ fn a_front_end_does_not_notice_a_death_in_the_middle_of_any_message() {
         }
         lived.unwrap_or_else(|error| panic!("{request:?} {step}: {error}"));
         let died = step != "answering" && (step != "answer" || has_answer(request));
+        if died {
+            // The spare goes on before the last thread of the dead one is gone.
+            active.wait_exit();
+        }
         assert_eq!(active.is_alive(), !died, "{request:?} {step}");
         assert_eq!(spare.status()["resumed"], json!(died), "{request:?} {step}");
     }

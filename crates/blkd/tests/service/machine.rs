@@ -302,6 +302,34 @@ impl Machine {
         Ok(())
     }
 
+    fn more_memory(&self) -> VhostUserMemoryRegionInfo {
+        VhostUserMemoryRegionInfo {
+            guest_phys_addr: GUEST_ADDR + (1 << 40),
+            memory_size: self.len as u64,
+            userspace_addr: USER_ADDR + (1 << 40),
+            mmap_offset: 0,
+            mmap_handle: self.file.as_raw_fd(),
+        }
+    }
+
+    /// Plugs memory in, which nobody uses.
+    ///
+    /// # Errors
+    /// What the connection says.
+    pub fn add_memory(&mut self) -> vhost::Result<()> {
+        let region = self.more_memory();
+        self.session().add_mem_region(&region).map(drop)
+    }
+
+    /// Unplugs it.
+    ///
+    /// # Errors
+    /// As for [`Machine::add_memory`].
+    pub fn remove_memory(&mut self) -> vhost::Result<()> {
+        let region = self.more_memory();
+        self.session().remove_mem_region(&region)
+    }
+
     /// Has the device log the pages that it writes from now on, in QEMU's order; or not any more.
     pub fn set_logging(&mut self, on: bool) {
         let bytes = (GUEST_ADDR + self.len as u64) / 4096 / 8;

@@ -1,12 +1,17 @@
 //! A spare goes on with the front end's connection: the front end of these tests never connects
 //! again.
 
+use std::io::Write;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use serde_json::json;
 use vhost::VhostBackend;
+use vhost::vhost_user::VhostUserFrontend;
 
 use crate::backend::{Backend, ENGINES, Site, wait_until};
 use crate::machine::{Ask, Machine, Waited};
@@ -87,18 +92,23 @@ fn without_a_session_the_connection_ends_with_the_process() {
     assert!(!is_connected(&mut machine));
 }
 
-#[test]
-fn a_message_in_the_middle_of_which_a_process_dies_is_answered_by_the_next() {
-    let site = Site::new(1 << 20);
-    let (mut machine, mut active, spare) = served(&site, 1, &[]);
-    active.fault(json!({"op": "write", "delay_ms": 3000}));
-    let write = machine.submit(0, &Ask::write(8, vec![7; 4096]));
+/// Waits until the region says that something is in flight.
+fn wait_in_flight(machine: &Machine) {
     wait_until("a request in flight", || {
         let region = &machine.inflight().unwrap().1;
         let mut entries = [0; 16 * 129];
         region.read_exact_at(&mut entries, 0).unwrap();
         entries[16..].chunks(16).any(|entry| entry[0] == 1).then_some(())
     });
+}
+
+#[test]
+fn a_message_in_the_middle_of_which_a_process_dies_is_answered_by_the_next() {
+    let site = Site::new(1 << 20);
+    let (mut machine, mut active, spare) = served(&site, 1, &[]);
+    active.fault(json!({"op": "write", "delay_ms": 3000}));
+    let write = machine.submit(0, &Ask::write(8, vec![7; 4096]));
+    wait_in_flight(&machine);
     let base = std::thread::scope(|scope| {
         let front_end = machine.session().clone();
         let asks = scope.spawn(move || front_end.get_vring_base(0));
@@ -185,6 +195,228 @@ fn what_a_migration_logs_is_not_continued() {
     wait_until("the end of the connection", || (!is_connected(&mut machine)).then_some(()));
     machine.connect(&site.socket()).unwrap();
     assert_eq!(machine.ask(&spare, &Ask::write(0, vec![1; 512])).status, 0);
+}
+
+/// A signal to a backend, which is a child.
+fn signal(backend: &Backend, number: i32) {
+    // SAFETY: a signal to a child that was not waited for.
+    unsafe { libc::kill(backend.pid() as i32, number) };
+}
+
+/// Waits until whoever has given an answer knows it: its main thread sleeps, for the next message.
+fn wait_idle(backend: &Backend) {
+    wait_until("a process that is done with a message", || {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", backend.pid())).unwrap();
+        stat.rsplit_once(") ").unwrap().1.starts_with('S').then_some(())
+    });
+}
+
+#[test]
+fn a_migration_that_was_given_up_leaves_no_trace() {
+    let site = Site::new(1 << 20);
+    let (mut machine, mut active, spare) = served(&site, 1, &[]);
+    machine.set_logging(true);
+    assert_eq!(machine.ask(&active, &Ask::write(0, vec![1; 512])).status, 0);
+    machine.set_logging(false);
+    wait_idle(&active);
+    active.kill();
+    assert_eq!(machine.ask(&spare, &Ask::read(0, 512)).data, [1; 512]);
+    assert!(is_connected(&mut machine));
+    assert_eq!(spare.status()["resumed"], json!(true));
+}
+
+#[test]
+fn a_postcopy_that_has_ended_leaves_no_trace() {
+    let site = Site::new(1 << 20);
+    let mut active = start(&site, 1, &[], false);
+    let mut machine = Machine::new(1, 64);
+    machine.listen = true;
+    let write = machine.submit(0, &Ask::write(0, vec![1; 512]));
+    machine.connect(&site.socket()).unwrap();
+    machine.place_all();
+    assert_eq!(machine.wait_all(&active), Waited::Answered);
+    assert_eq!(machine.answer(write).status, 0);
+    let spare = start(&site, 1, &[], true);
+    spare.wait_status("/session", &json!("following"));
+    machine.session().postcopy_end().unwrap();
+    wait_idle(&active);
+    active.kill();
+    assert_eq!(machine.ask(&spare, &Ask::read(0, 512)).data, [1; 512]);
+    assert!(is_connected(&mut machine));
+    assert_eq!(spare.status()["resumed"], json!(true));
+}
+
+#[test]
+fn a_guest_that_has_just_begun_anew_is_served_on() {
+    let site = Site::new(1 << 20);
+    let (mut machine, mut active, spare) = served(&site, 1, &[]);
+    assert_eq!(machine.ask(&active, &Ask::write(0, vec![1; 512])).status, 0);
+    machine.session().get_vring_base(0).unwrap();
+    machine.session().reset_device().unwrap();
+    wait_idle(&active);
+    active.kill();
+    let status = spare.wait_status("/state", &json!("connected"));
+    assert_eq!(status["queues"][0]["enabled"], json!(false));
+    assert!(is_connected(&mut machine));
+    assert_eq!(spare.status()["resumed"], json!(true));
+}
+
+#[test]
+fn memory_comes_and_goes_between_deaths() {
+    let site = Site::new(1 << 20);
+    let (mut machine, mut active, mut spare) = served(&site, 1, &[]);
+    for plugs_in in [true, false, true] {
+        if plugs_in {
+            machine.add_memory().unwrap()
+        } else {
+            machine.remove_memory().unwrap()
+        }
+        wait_idle(&active);
+        active.kill();
+        assert_eq!(machine.ask(&spare, &Ask::write(0, vec![1; 512])).status, 0);
+        assert_eq!(spare.status()["resumed"], json!(true));
+        active = spare;
+        spare = start(&site, 1, &[], true);
+        spare.wait_status("/session", &json!("following"));
+    }
+    assert!(is_connected(&mut machine));
+}
+
+#[test]
+fn a_cache_that_was_switched_off_before_the_first_queue_stays_off() {
+    let site = Site::new(1 << 20);
+    let mut active = start(&site, 1, &[], false);
+    let mut machine = Machine::new(1, 64);
+    machine.track = false;
+    machine.negotiate(&site.socket()).unwrap();
+    let spare = start(&site, 1, &[], true);
+    spare.wait_status("/session", &json!("following"));
+    machine.set_write_cache(false);
+    assert_eq!(active.status()["write_cache"], json!("write-through"));
+    active.kill();
+    let status = spare.wait_status("/resumed", &json!(true));
+    assert_eq!(status["write_cache"], json!("write-through"));
+}
+
+/// What comes from nobody's front end: the disk is there for the next one.
+#[test]
+fn whoever_says_half_a_message_and_leaves_is_let_go() {
+    let site = Site::new(1 << 20);
+    let backend = start(&site, 1, &[], false);
+    for length in [5, 12, 15] {
+        let mut stranger = UnixStream::connect(site.socket()).unwrap();
+        // GET_CONFIG, with a body of 32 bytes.
+        let message: Vec<u8> = [24u32, 1, 32, 0].iter().flat_map(|w| w.to_ne_bytes()).collect();
+        stranger.write_all(&message[..length]).unwrap();
+        backend.wait_status("/state", &json!("connected"));
+        drop(stranger);
+        backend.wait_status("/state", &json!("listening"));
+    }
+    let mut machine = Machine::new(1, 64);
+    machine.connect(&site.socket()).unwrap();
+    assert_eq!(machine.ask(&backend, &Ask::write(0, vec![1; 512])).status, 0);
+}
+
+#[test]
+fn a_spare_that_has_ended_follows_nobody() {
+    let site = Site::new(1 << 20);
+    let (mut machine, active, mut spare) = served(&site, 1, &[]);
+    assert_eq!(active.status()["session"], json!("followed"));
+    spare.kill();
+    assert_eq!(active.status()["session"], json!("alone"));
+    assert!(is_connected(&mut machine));
+}
+
+/// Of two spares one stood still and knows only of the process before the last.
+#[test]
+fn a_spare_that_missed_a_whole_process_does_not_go_on_with_what_it_knows() {
+    let site = Site::new(1 << 20);
+    let (mut machine, mut first, mut second) = served(&site, 1, &[]);
+    let third = start(&site, 1, &[], true);
+    third.wait_status("/session", &json!("following"));
+    signal(&third, libc::SIGSTOP);
+    first.kill();
+    assert_eq!(machine.ask(&second, &Ask::write(0, vec![1; 512])).status, 0);
+    assert_eq!(second.status()["resumed"], json!(true));
+    // The second one hears that the queue stands still.
+    machine.session().get_vring_base(0).unwrap();
+    second.kill();
+    signal(&third, libc::SIGCONT);
+    let status = third.wait_status("/standing", &json!("held"));
+    assert_eq!(status["queues"][0]["enabled"], json!(false));
+    wait_until("the end of the connection", || (!is_connected(&mut machine)).then_some(()));
+    let write = machine.submit(0, &Ask::write(0, vec![2; 512]));
+    machine.connect(&site.socket()).unwrap();
+    assert_eq!(machine.wait_all(&third), Waited::Answered);
+    assert_eq!(machine.answer(write).status, 0);
+}
+
+#[test]
+fn whoever_cannot_be_understood_is_asked_ever_more_rarely() {
+    let site = Site::new(1 << 20);
+    let active = site.start(&[]);
+    active.wait_status("/state", &json!("listening"));
+    let address = SocketAddrUnix::new(site.path("session")).unwrap();
+    let kind = SocketType::SEQPACKET;
+    let listener: OwnedFd =
+        rustix::net::socket_with(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None).unwrap();
+    rustix::net::bind(&listener, &address).unwrap();
+    rustix::net::listen(&listener, 4).unwrap();
+    let spare = start(&site, 1, &[], true);
+    let (mut came, begin) = (0, Instant::now());
+    while begin.elapsed() < Duration::from_secs(2) {
+        let limit = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
+        let mut ready = [PollFd::new(&listener, PollFlags::IN)];
+        if poll(&mut ready, Some(&limit)).unwrap() > 0 {
+            let link = rustix::net::accept(&listener).unwrap();
+            rustix::net::send(&link, b"of another version", rustix::net::SendFlags::NOSIGNAL)
+                .unwrap();
+            came += 1;
+        }
+    }
+    // 10 ms, 20 ms, and so on to a second.
+    assert!((2..=10).contains(&came), "{came} times");
+    assert!(spare.log().lines().count() < 20, "{}", spare.log());
+    // Ready all the same: the front end will connect again.
+    spare.wait_status("/session", &json!("seeking"));
+    wait_until("a ready spare", || spare.status()["timeline_ns"]["spare_ready"].as_u64().map(drop));
+}
+
+#[test]
+fn hundreds_of_queues_go_on() {
+    const QUEUES: usize = 256;
+    let site = Site::on_tmpfs(1 << 20);
+    let (mut machine, mut active, mut spare) = served(&site, QUEUES, &["--threads=4"]);
+    for round in 0..2 {
+        active.kill();
+        for queue in 0..QUEUES {
+            machine.submit(queue, &Ask::write(queue as u64 * 8, vec![round; 4096]));
+        }
+        assert_eq!(machine.wait_all(&spare), Waited::Answered);
+        assert!(is_connected(&mut machine));
+        active = spare;
+        spare = start(&site, QUEUES, &["--threads=4"], true);
+        spare.wait_status("/session", &json!("following"));
+    }
+}
+
+#[test]
+fn an_end_in_order_in_the_middle_of_a_message_is_not_noticed() {
+    let site = Site::new(1 << 20);
+    let (mut machine, mut active, spare) = served(&site, 1, &[]);
+    active.fault(json!({"op": "write", "delay_ms": 500}));
+    let write = machine.submit(0, &Ask::write(8, vec![7; 4096]));
+    wait_in_flight(&machine);
+    let base = std::thread::scope(|scope| {
+        let front_end = machine.session().clone();
+        let asks = scope.spawn(move || front_end.get_vring_base(0));
+        assert!(active.terminate().success());
+        asks.join().unwrap()
+    });
+    assert_eq!(base.unwrap(), 1);
+    machine.reap();
+    assert_eq!(machine.answer(write).status, 0);
+    assert_eq!(spare.status()["resumed"], json!(true));
 }
 
 /// What a core file would hold is told by the kernel: "dd" is *do not dump*.
