@@ -31,7 +31,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench --suite migrate",
         description="A guest moves between two hosts (network namespaces; needs root): stock QEMU, "
-        "QEMU's multifd with zstd, and semper-wired, interleaved.",
+        "QEMU's multifd with zstd, both also steered as semper-wired is, and semper-wired, "
+        "interleaved.",
     )
     add = parser.add_argument
     add("--link", action="append", choices=list(LINKS), dest="links")

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.markdown import number, provenance, ratio_cell
-from bench.migration.figures import GOALS, Judgement, Metric, Results, judgements
+from bench.migration.figures import BEST, GOALS, Judgement, Metric, Results, judgements
 from bench.ratios import spread
 
 COLUMNS: tuple[tuple[str, Metric], ...] = (
@@ -20,10 +20,11 @@ COLUMNS: tuple[tuple[str, Metric], ...] = (
     ("echo silent ms", "echo_ms"),
     ("CPU s", "cpu_s"),
 )
+# To whichever other way was the best in the same round.
 RATIOS: tuple[tuple[str, Metric, str], ...] = (
-    ("bytes × stock", "wire_mb", "stock"),
-    ("bytes × multifd", "wire_mb", "multifd-zstd"),
-    ("blackout × stock", "blackout_ms", "stock"),
+    ("bytes × best", "wire_mb", BEST),
+    ("blackout × best", "blackout_ms", BEST),
+    ("total × best", "total_s", BEST),
 )
 HEADINGS = ("guest", "way", *(heading for heading, _ in COLUMNS), *(name for name, _, _ in RATIOS))
 
@@ -38,7 +39,7 @@ def rows(results: Results, link: str) -> Iterator[list[str]]:
                 cells.append("–" if seen is None else number(seen.median))
             for _, metric, reference in RATIOS:
                 ratios = results.ratios(link, guest, way, metric, reference)
-                cells.append("1" if way == reference else ratio_cell(ratios))
+                cells.append(ratio_cell(ratios))
             yield cells
 
 
@@ -122,10 +123,11 @@ def draw(results: Results, path: Path) -> None:
             for index, way in enumerate(ways):
                 seen = [results.absolute(link, guest, way, metric) for guest in guests]
                 heights = [0.0 if one is None else one.median for one in seen]
+                width = 0.81 / len(ways)
                 places = [
-                    place + (index - (len(ways) - 1) / 2) * 0.27 for place in range(len(seen))
+                    place + (index - (len(ways) - 1) / 2) * width for place in range(len(seen))
                 ]
-                panel.bar(places, heights, width=0.25, label=results.labels[way])
+                panel.bar(places, heights, width=width * 0.93, label=results.labels[way])
             panel.set_xticks(range(len(guests)), guests, fontsize=8)
             panel.set_title(f"{link}: {title}", fontsize=9)
             panel.grid(axis="y", linewidth=0.3)

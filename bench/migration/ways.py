@@ -2,12 +2,19 @@
 
 Everything is the same but how memory travels: the same QEMU, the same limit to the downtime (QEMU's
 300 ms), the same backends that hand the disks over, no limit on bandwidth but the link's own. Only
-semper-wired encrypts; QEMU is steered as the agent does it (sempervirt.migration.source.steering).
+semper-wired encrypts.
+
+A way that is *steered* is driven as the agent does it (sempervirt.migration.source.steering): the
+limit begins at a quarter, and QEMU is told what the link carries. semper-wired tells that itself;
+for QEMU alone it is what the link's interfaces have counted since the move began. The others have
+QEMU's own judgement.
 """
 
 import asyncio
 import itertools
 import json
+import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,13 +36,16 @@ _ports = itertools.count(41000)
 
 @dataclass(frozen=True)
 class Way:
-    """One way. `wired`: QEMU speaks to semper-wired on its own host, and not to the other QEMU."""
+    """One way. `wired`: QEMU speaks to semper-wired on its own host, and not to the other QEMU, and
+    is `steered`.
+    """
 
     name: str
     label: str
     capabilities: tuple[str, ...] = ()
     parameters: tuple[tuple[str, Any], ...] = ()
     wired: bool = False
+    steered: bool = False
 
     async def move(self, here: End, there: End, source: Monitor, target: Monitor) -> dict[str, Any]:
         """Moves the guest; returns when QEMU says that it is done, with what was told of it."""
@@ -49,11 +59,13 @@ class Way:
         await target.execute("migrate-incoming", {"uri": target_uri}, timeout_s=QMP_S)
         if self.wired:
             await lay_wire(here, there)
+        if self.steered:
             await steering.begin(source.execute_within(QMP_S))
         for disk in here.hardware.disks:
             await ask(here.control(disk), "handover", armed=True)
         await source.execute("migrate", {"uri": source_uri}, timeout_s=QMP_S)
-        steers = asyncio.create_task(steer(steering, here, source)) if self.wired else None
+        carried = _told_by_wire(here) if self.wired else _counted_by_link(here)
+        steers = asyncio.create_task(steer(steering, carried, source)) if self.steered else None
         try:
             told = await wait_completed(source, target)
         finally:
@@ -93,17 +105,41 @@ async def wait_completed(source: Monitor, target: Monitor) -> dict[str, Any]:
     return {"qemu": info}
 
 
-async def steer(steering: Steering, here: End, source: Monitor) -> None:
+# What the link carries, in bytes per second; None before that is known.
+Carried = Callable[[], Awaitable[int | None]]
+
+
+def _told_by_wire(here: End) -> Carried:
+    async def told() -> int | None:
+        status = await ask(here.path("wired.control"), "status")
+        seen = status["switchover_bandwidth"]
+        return None if seen is None else int(seen)
+
+    return told
+
+
+def _counted_by_link(here: End) -> Carried:
+    """As semper-wired, which says nothing for the first 100 ms."""
+    began, before = time.monotonic(), here.network.sent()
+
+    async def counted() -> int | None:
+        passed_s = time.monotonic() - began
+        return int((here.network.sent() - before) / passed_s) if passed_s > LOOK_S else None
+
+    return counted
+
+
+async def steer(steering: Steering, carried: Carried, source: Monitor) -> None:
     """What the agent does while a guest moves. Ends with the wire."""
     execute = source.execute_within(QMP_S)
     while True:
         told = await stream.look(execute)
         try:
-            status = await ask(here.path("wired.control"), "status")
+            seen = await carried()
         except (OSError, ValueError):
             return
         if told.status == "active" and told.sample:
-            await steering.steer(execute, told.sample, status["switchover_bandwidth"])
+            await steering.steer(execute, told.sample, seen)
         await asyncio.sleep(LOOK_S)
 
 
@@ -171,12 +207,23 @@ def outcome(end: End) -> dict[str, Any]:
     raise MoveError(f"semper-wired on {end.name} tells nothing: {end.said('wired')}")
 
 
+def _multifd(name: str, label: str, level: int = 1, *, steered: bool = False) -> Way:
+    """QEMU's own way to pack; 1 is the level that QEMU takes by itself."""
+    parameters = (
+        ("multifd-channels", CHANNELS),
+        ("multifd-compression", "zstd"),
+        ("multifd-zstd-level", level),
+    )
+    label = f"multifd, {CHANNELS} channels, zstd{label}"
+    return Way(name, label, ("multifd",), parameters, steered=steered)
+
+
 STOCK = Way("stock", "stock QEMU")
-MULTIFD = Way(
-    "multifd-zstd",
-    f"multifd, {CHANNELS} channels, zstd",
-    capabilities=("multifd",),
-    parameters=(("multifd-channels", CHANNELS), ("multifd-compression", "zstd")),
-)
-WIRED = Way("wired", "semper-wired", wired=True)
-WAYS = {way.name: way for way in (STOCK, MULTIFD, WIRED)}
+STOCK_STEERED = Way("stock-steered", "stock QEMU, steered", steered=True)
+MULTIFD = _multifd("multifd-zstd", "")
+MULTIFD_STEERED = _multifd("multifd-zstd-steered", ", steered", steered=True)
+MULTIFD_3 = _multifd("multifd-zstd-3", " level 3, steered", 3, steered=True)
+MULTIFD_6 = _multifd("multifd-zstd-6", " level 6, steered", 6, steered=True)
+WIRED = Way("wired", "semper-wired", wired=True, steered=True)
+_PEERS = (STOCK, STOCK_STEERED, MULTIFD, MULTIFD_STEERED, MULTIFD_3, MULTIFD_6)
+WAYS = {way.name: way for way in (*_PEERS, WIRED)}
