@@ -85,7 +85,7 @@ fuzz: setup ## hostile rings, regions and messages, guided by coverage
 bench: setup ## side by side with qemu-storage-daemon and QEMU's contrib backend, interleaved
 	@scripts/bench $(ARGS)
 
-bench-migrate: setup guest ## guests that move: stock QEMU, multifd with zstd, semper-wired (root; half an hour)
+bench-migrate: setup guest ## guests that move: QEMU alone, packed, steered, and semper-wired (root; an hour)
 	@scripts/bench-migrate $(ARGS)
 
 scale: setup guest ## what 64 disks with 256 queues hold, and what 20 idle disks use
