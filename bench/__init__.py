@@ -16,5 +16,6 @@ the median of the rounds is reported with its spread.
     sections                    where it stands in docs/reference/measurements
     fleet, processes            many disks in one agent, and what the kernel says of them
     scale, idle                 programs of their own: what those disks hold, and use without I/O
+    cold                        another: the first second after a start and after a take-over
     migration                   another: guests that move, in three ways
 """

@@ -23,6 +23,8 @@ from bench.backends import (
     contrib,
 )
 from bench.cases import BY_NAME
+from bench.cold.program import check as check_cold
+from bench.cold.program import main as cold
 from bench.kept import KeptError
 from bench.migration.program import main as migrate
 from bench.options import parse
@@ -44,6 +46,8 @@ def main() -> int:
         # Nothing of it is like the others: hosts and guests, not backends and loads.
         case ["--suite", "migrate", *rest] | ["--suite=migrate", *rest]:
             return migrate(rest)
+        case ["--suite", "cold", *rest] | ["--suite=cold", *rest]:
+            return cold(rest)
         case _:
             pass
     options = parse()
@@ -65,7 +69,11 @@ def main() -> int:
     for results in measured:
         table.show(results, console)
     failed = any(results.failures for results in measured)
-    return _judge(measured, console) if options.check else int(failed)
+    if not options.check:
+        return int(failed)
+    slower = _judge(measured, console)
+    # Last: it is short, and a suite of its own.
+    return slower or check_cold(options.program, options.load)
 
 
 def _judge(measured: list[Results], console: Console) -> int:

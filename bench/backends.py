@@ -154,7 +154,9 @@ def contrib(program: Path) -> Peer:
 
 
 @contextmanager
-def running(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def running(
+    command: list[str], log: Path, pass_fds: tuple[int, ...] = ()
+) -> Iterator[subprocess.Popen[bytes]]:
     """Run a backend for the duration of the block; stop it with SIGTERM.
 
     Raises BackendError if it cannot be started, has failed, or must be killed. One that ended
@@ -163,7 +165,7 @@ def running(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
     with log.open("wb") as output:
         try:
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, pass_fds=pass_fds
             )
         except OSError as error:
             raise BackendError(f"{shlex.join(command)}: {error.strerror}") from error

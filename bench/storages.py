@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 NAMES = ("tmpfs", "cached", "direct", "null")
+SPARSE_NAMES = ("tmpfs-sparse", "cached-sparse")
+SPARSE_BYTES = 1 << 40
 CHUNK = 16 << 20
 UNLOCK_TIMEOUT_S = 10.0
 
@@ -28,15 +30,17 @@ class Storage:
     file_system: str
     direct: bool = False
     null: bool = False
+    sparse: bool = False
 
     @property
     def label(self) -> str:
         """For people: `ext4 O_DIRECT`."""
         if self.null:
             return "null"
-        if self.name == "tmpfs":
-            return "tmpfs"
-        return f"{self.file_system} {'O_DIRECT' if self.direct else 'cached'}"
+        whole = f", sparse {self.size_bytes >> 40} TiB" if self.sparse else ""
+        if self.file_system == "tmpfs":
+            return f"tmpfs{whole}"
+        return f"{self.file_system} {'O_DIRECT' if self.direct else 'cached'}{whole}"
 
     def settle(self) -> None:
         """Bring the image to rest after a run: what is dirty would be written during the next.
@@ -44,12 +48,12 @@ class Storage:
         Raises StorageError if a lock of the run stays on the image.
         """
         self._wait_unlocked()
-        if self.null or self.name == "tmpfs":
+        if self.null or self.file_system == "tmpfs":
             return
         descriptor = os.open(self.image, os.O_RDONLY)
         try:
             os.fsync(descriptor)
-            if self.direct:
+            if self.direct or self.sparse:
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(descriptor)
@@ -93,13 +97,18 @@ def prepared(
     made: list[Storage] = []
     try:
         for name in names:
-            folder = memory if name in {"tmpfs", "null"} else directory
+            folder = memory if name in {"tmpfs", "tmpfs-sparse", "null"} else directory
             folder.mkdir(parents=True, exist_ok=True)
-            kind = file_system(folder)
-            _demand_room(folder, kind, name, size_bytes)
-            image = folder / f"semper-bench-{os.getpid()}-{name}.img"
+            kind, sparse = file_system(folder), name in SPARSE_NAMES
+            _demand_room(folder, kind, name, 0 if sparse else size_bytes)
             storage = Storage(
-                name, image, size_bytes, kind, direct=name == "direct", null=name == "null"
+                name,
+                folder / f"semper-bench-{os.getpid()}-{name}.img",
+                SPARSE_BYTES if sparse else size_bytes,
+                kind,
+                direct=name == "direct",
+                null=name == "null",
+                sparse=sparse,
             )
             made.append(storage)
             _write(storage)
@@ -110,9 +119,9 @@ def prepared(
 
 
 def _demand_room(folder: Path, kind: str, name: str, size_bytes: int) -> None:
-    if name == "tmpfs" and kind != "tmpfs":
+    if name.startswith("tmpfs") and kind != "tmpfs":
         raise StorageError(f"{folder} is {kind}, not tmpfs; choose another with --memory")
-    if name in {"cached", "direct"} and kind == "tmpfs":
+    if name.startswith(("cached", "direct")) and kind == "tmpfs":
         raise StorageError(f"{folder} is tmpfs, not on a disk; choose another with --directory")
     free = shutil.disk_usage(folder).free
     if free < size_bytes + (64 << 20):
@@ -120,8 +129,14 @@ def _demand_room(folder: Path, kind: str, name: str, size_bytes: int) -> None:
 
 
 def _write(storage: Storage) -> None:
-    """Really write every block, with data that nothing below can compress or share."""
+    """Really write every block, with data that nothing below can compress or share.
+
+    A sparse image is one hole.
+    """
     with storage.image.open("xb", buffering=0) as image:
+        if storage.sparse:
+            image.truncate(storage.size_bytes)
+            return
         block = os.urandom(CHUNK)
         for start in range(0, storage.size_bytes, CHUNK):
             # Rotated by its own place, so that no two chunks are the same.
