@@ -162,7 +162,8 @@ impl Control {
         let refuse = |kind: &str, message: String| Answer::refused(&request.id, kind, message);
         let id = &request.id;
         let Some(map) = &self.disk.map else {
-            let cause = "this backend was started with --no-map; start it without";
+            let cause = "this backend has no map: it was started with --no-map, or the disk is too \
+                         large for one (its log says so)";
             return refuse(INVALID, cause.to_owned());
         };
         let &MapRequest { address, sector, verify, index_bytes, limit, ref runs } = &request.about;

@@ -66,7 +66,7 @@ pub(crate) fn run(args: Args, shared: Shared) -> Result<(), Failure> {
     }
 
     let poll = Duration::from_micros(args.poll_us.into());
-    let map = disk_map(&args, &image)?;
+    let map = disk_map(&args, &image);
     let disk = Arc::new(Disk { image, serial, shared, map, poll, tenure });
     let faults = FaultSwitch::default();
     let track = !args.no_inflight;
@@ -167,14 +167,23 @@ fn inherited(fd: i32) -> Result<UnixListener, Failure> {
     Ok(listener)
 }
 
-fn disk_map(args: &Args, image: &Arc<Image>) -> Result<Option<Arc<DiskMap>>, Failure> {
+fn disk_map(args: &Args, image: &Arc<Image>) -> Option<Arc<DiskMap>> {
     if args.no_map {
-        return Ok(None);
+        return None;
     }
     // The file of a spare is still another's.
     let keeping = if args.spare { Keeping::Shared } else { Keeping::Own };
-    let map = DiskMap::new(image, args.num_queues.into(), args.map_file.as_deref(), keeping);
-    map.map(|map| Some(Arc::new(map))).map_err(system("make the page/block map"))
+    match DiskMap::new(image, args.num_queues.into(), args.map_file.as_deref(), keeping) {
+        Ok(map) => Some(Arc::new(map)),
+        Err(error) => {
+            log::warn!(
+                "the disk has no page/block map, so a move sends all of the guest's memory: it is too \
+                 large for one, or memory is short size_bytes={} error=\"{error}\"",
+                image.capacity()
+            );
+            None
+        }
+    }
 }
 
 fn thread_map(args: &Args) -> Result<ThreadMap, Failure> {

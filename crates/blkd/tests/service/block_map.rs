@@ -2,6 +2,7 @@
 //! `tests/integration/test_block_map.py`.
 
 use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 
 use semper_blockmap::format::Export;
@@ -121,6 +122,31 @@ fn the_next_process_knows_which_blocks_were_used() {
     let export = export(&second);
     assert_eq!(export.blocks.iter().map(|b| b.block).collect::<Vec<_>>(), [3, 77, 200]);
     blocks_are_true(&site, &export);
+}
+
+#[test]
+fn the_map_of_a_large_disk_takes_what_is_touched_and_one_too_large_goes_without() {
+    let tib = 1 << 40;
+    for (size, mapped) in [(16 * tib, true), (4096 * tib * 1024, false)] {
+        let site = Site::on_tmpfs(size);
+        let file = site.path("touched");
+        let backend = site.start(&[&format!("--map-file={}", file.display())]);
+        let mut machine = Machine::new(1, 64);
+        machine.connect(&site.socket()).unwrap();
+        let last = (size - 4096) / 512;
+        for sector in [0, last] {
+            assert_eq!(machine.ask(&backend, &Ask::write(sector, vec![7; 4096])).status, 0);
+            assert_eq!(machine.ask(&backend, &Ask::read(sector, 4096)).data, [7; 4096]);
+        }
+        let allocated = std::fs::metadata(&file).map_or(0, |found| found.blocks() * 512);
+        if mapped {
+            assert_eq!(map(&backend)["touched"], json!(2));
+            assert_eq!(allocated, 3 * 4096, "the header, and a page for each end of the disk");
+        } else {
+            assert!(backend.status()["map"].is_null());
+            assert_eq!(allocated, 0);
+        }
+    }
 }
 
 #[test]
