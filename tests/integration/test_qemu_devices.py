@@ -115,6 +115,7 @@ async def test_queues_are_on_the_threads_that_the_vm_file_names(
         await probe.wait_hello(deadline_s=BOOT_S)
         for device in ("serial:blk", "sda", "serial:one"):
             await loaded(probe, device)
+    assert vm.state.gone == frozenset(), "the guest has unplugged nothing, whatever has an id"
     after = await busy_ns(vm)
     assert all(after[name] > before[name] for name in before), (before, after)
 

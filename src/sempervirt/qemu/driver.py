@@ -22,7 +22,7 @@ from sempervirt.host import process
 from sempervirt.host.owner import HOST_CLOCK, Clock, Owner, Replies
 from sempervirt.host.process import Exit, Process
 from sempervirt.host.procfs import ProcessId
-from sempervirt.qemu.command_line import disk_id, nic_id
+from sempervirt.qemu.command_line import disk_id
 from sempervirt.qemu.decide import QUIT_DEADLINE_S, decide
 from sempervirt.qemu.files import VmFiles
 from sempervirt.qemu.link import Link, Patience
@@ -266,7 +266,6 @@ class Machine(Owner[VmState, VmEvent, VmEffect]):
     def _new_link(self) -> Link:
         told = partial(self._told, self._state.qemu)
         devices = [disk_id(disk) for disk in self.spec.disks]
-        devices += [nic_id(index) for index in range(len(self.spec.nics))]
         return Link(self.files.monitor, self.name, devices, self._patience, told, self._heard)
 
     def _told(self, qemu: int, event: Heard) -> None:
