@@ -95,7 +95,8 @@ pub(crate) struct Args {
     #[arg(long)]
     pub direct: bool,
 
-    /// Logical block size that the guest sees, in bytes; by default what the image wants.
+    /// Logical block size that the guest sees, in bytes; by default the one that the image was
+    /// partitioned with, or else 512, whatever blocks its storage has.
     #[arg(long, value_name = "BYTES")]
     pub block_size: Option<u32>,
 

@@ -102,6 +102,8 @@ struct State {
     files: BTreeMap<u64, Content>,
     flushes: u64,
     failing: u64,
+    /// Cannot make zeros or holes.
+    plain: bool,
 }
 
 impl State {
@@ -180,6 +182,11 @@ impl Lossy {
     /// How often files and the directory were flushed.
     pub fn flushes(&self) -> u64 {
         locked(&self.state).flushes
+    }
+
+    /// From now on it makes neither zeros nor holes.
+    pub fn refuse_fallocate(&self) {
+        locked(&self.state).plain = true;
     }
 
     /// Has the next so many flushes fail with EIO; what they were for is lost, as it is when the
@@ -287,6 +294,7 @@ fn answer(opcode: u32, node: u64, body: &[u8], state: &Mutex<State>) -> Result<V
             file(state, node)?.change(Change::Write { offset, bytes });
             Ok([size as u32, 0].iter().flat_map(|word| word.to_ne_bytes()).collect())
         }
+        FALLOCATE if state.plain => Err(libc::EOPNOTSUPP),
         FALLOCATE => {
             let (offset, len) = (u64_at(body, 8) as usize, u64_at(body, 16) as usize);
             file(state, node)?.change(Change::Zero { offset, len });

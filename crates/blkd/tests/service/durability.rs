@@ -116,6 +116,27 @@ fn in_write_through_mode_everything_survives_a_power_cut() {
     });
 }
 
+/// Zeros are written where nobody makes them, more than one system call takes; holes are left out.
+#[test]
+fn a_file_system_without_holes_gets_its_zeros_written() {
+    for engine in ENGINES {
+        let stage = Stage::new(None);
+        stage.lossy.refuse_fallocate();
+        let (backend, mut machine) = connected(&stage, &[engine]);
+        machine.set_write_cache(false);
+        let mut expected = vec![0x77; SIZE];
+        for (sector, sectors, flags) in [(3, 1, 0), (9, 300, 1), (1024, 1000, 0)] {
+            let ask = Ask::trim(T_WRITE_ZEROES, sector, sectors, flags);
+            assert_eq!(machine.ask(&backend, &ask).status, OK, "{engine}");
+            expected[sector as usize * 512..][..sectors as usize * 512].fill(0);
+        }
+        let discard = Ask::trim(T_DISCARD, 400, 64, 0);
+        assert_eq!(machine.ask(&backend, &discard).status, OK, "{engine}");
+        assert!(stage.left(0, SIZE) == expected, "{engine}");
+        assert_eq!(backend.status()["counters"]["host_errors"], json!(0));
+    }
+}
+
 #[test]
 fn a_flush_covers_what_a_dead_predecessor_wrote() {
     every_way(|stage, options| {
