@@ -66,7 +66,7 @@ enum Step {
 }
 
 /// A request: operation, range, and segments of memory. Reused from request to request, so that
-/// a queue at work allocates nothing.
+/// a queue at work allocates nothing for those that are one system call.
 ///
 /// Most requests are one system call, which the public fields describe. Those that are several (see
 /// [`Io::prepare`]) are described by their present one: engines know nothing of the others.
@@ -86,6 +86,13 @@ pub struct Io {
     durable: bool,
     /// Segments before this one are finished.
     first: usize,
+    /// For those that are more than one plain system call.
+    detour: Option<Box<Detour>>,
+}
+
+/// What most requests do not need.
+#[derive(Debug, Default)]
+struct Detour {
     /// What comes after the present system call, the next one last.
     steps: Vec<Step>,
     bounce: Option<Bounce>,
@@ -115,8 +122,7 @@ impl Default for Io {
             asked: Op::Flush,
             durable: true,
             first: 0,
-            steps: Vec::new(),
-            bounce: None,
+            detour: None,
         }
     }
 }
@@ -144,8 +150,11 @@ impl Io {
         self.asked = op;
         self.durable = matches!(op, Op::Flush | Op::Write { stable: true });
         self.first = 0;
-        self.steps.clear();
-        self.bounce = None;
+        self.detour = None;
+    }
+
+    fn detour(&mut self) -> &mut Detour {
+        self.detour.get_or_insert_default()
     }
 
     /// What the whole request asks for.
@@ -180,7 +189,8 @@ impl Io {
             // Those that there are may be zeros of our own.
             Op::Discard | Op::WriteZeroes { .. } => &[],
             Op::Read | Op::Write { .. } | Op::Flush => {
-                self.bounce.as_ref().map_or(&self.iov, |bounce| &bounce.guest)
+                let bounce = self.detour.as_ref().and_then(|detour| detour.bounce.as_ref());
+                bounce.map_or(&self.iov, |bounce| &bounce.guest)
             }
         }
     }
@@ -234,7 +244,7 @@ impl Io {
             _ => (self.offset, self.len) = (bounce.offset, bounce.len() as u64),
         }
         self.iov.push(bounce.iovec());
-        self.bounce = Some(bounce);
+        self.detour().bounce = Some(bounce);
         true
     }
 
@@ -244,13 +254,15 @@ impl Io {
         let (start, whole) = (bounce.offset, bounce.len());
         let last = start + (whole - block) as u64;
         let end = (self.offset + self.len) % block as u64;
-        self.bounce = Some(bounce);
-        self.steps.push(Step::Store { stable });
+        let first = self.offset != start || (end != 0 && whole == block);
+        let detour = self.detour();
+        detour.bounce = Some(bounce);
+        detour.steps.push(Step::Store { stable });
         if end != 0 && whole > block {
-            self.steps.push(Step::Load { offset: last, at: whole - block });
+            detour.steps.push(Step::Load { offset: last, at: whole - block });
         }
-        if self.offset != start || (end != 0 && whole == block) {
-            self.steps.push(Step::Load { offset: start, at: 0 });
+        if first {
+            detour.steps.push(Step::Load { offset: start, at: 0 });
         }
         // There is one, and it cannot fail: the buffer is there.
         let _ = self.go_on(image);
@@ -265,19 +277,21 @@ impl Io {
         if self.op == Op::Discard && !whole {
             return Prepared::Nothing;
         }
-        if self.durable {
-            self.steps.push(Step::Flush);
+        let (op, durable) = (self.op, self.durable);
+        let steps = &mut self.detour().steps;
+        if durable {
+            steps.push(Step::Flush);
         }
         if whole {
-            if self.op != Op::Discard && last < end {
-                self.steps.push(Step::Zeros { offset: last, len: end - last });
+            if op != Op::Discard && last < end {
+                steps.push(Step::Zeros { offset: last, len: end - last });
             }
-            self.steps.push(Step::Trim { op: self.op, offset: first, len: last - first });
-            if self.op != Op::Discard && start < first {
-                self.steps.push(Step::Zeros { offset: start, len: first - start });
+            steps.push(Step::Trim { op, offset: first, len: last - first });
+            if op != Op::Discard && start < first {
+                steps.push(Step::Zeros { offset: start, len: first - start });
             }
         } else {
-            self.steps.push(Step::Zeros { offset: start, len: end - start });
+            steps.push(Step::Zeros { offset: start, len: end - start });
         }
         match self.go_on(image) {
             Absorbed::Failed(_) => Prepared::TooLarge,
@@ -329,28 +343,29 @@ impl Io {
     }
 
     fn fail(&mut self, errno: i32) -> Absorbed {
-        self.bounce = None;
-        self.steps.clear();
+        self.detour = None;
         Absorbed::Failed(errno)
     }
 
     /// A system call is done: the next one, or the end.
     fn go_on(&mut self, image: &Image) -> Absorbed {
-        if let Some(step) = self.steps.pop() {
+        let Some(detour) = &mut self.detour else { return Absorbed::Finished };
+        if let Some(step) = detour.steps.pop() {
             return self.start(step, image);
         }
-        if let Some(bounce) = self.bounce.take()
+        if let Some(bounce) = detour.bounce.take()
             && self.asked == Op::Read
         {
             bounce.scatter();
         }
+        self.detour = None;
         Absorbed::Finished
     }
 
     fn start(&mut self, step: Step, image: &Image) -> Absorbed {
         self.iov.clear();
         self.first = 0;
-        match (step, &mut self.bounce) {
+        match (step, &mut self.detour.get_or_insert_default().bounce) {
             (Step::Load { offset, at }, Some(bounce)) => {
                 let block = u64::from(image.transfer_alignment());
                 (self.op, self.offset, self.len) = (Op::Read, offset, block);
@@ -383,11 +398,12 @@ impl Io {
             _ => whole.min(MOST_ZEROS),
         };
         if now < len {
-            self.steps.push(Step::Zeros { offset: offset + now, len: len - now });
+            let rest = Step::Zeros { offset: offset + now, len: len - now };
+            self.detour().steps.push(rest);
         }
         (self.op, self.offset, self.len) = (Op::Write { stable: false }, offset, now);
         if whole == 0 {
-            self.bounce = None;
+            self.detour().bounce = None;
             let Some(bounce) = Bounce::new(image, (offset, now), vec![zeros(now)]) else {
                 return self.fail(libc::ENOMEM);
             };
