@@ -22,12 +22,15 @@ from sempervirt.disk.state import (
     Accept,
     Backend,
     Begin,
+    Blame,
     Condition,
     Effect,
     Exited,
     Freeze,
+    GoesOn,
     Kill,
     MapSeen,
+    Noted,
     Phase,
     Policy,
     Progressed,
@@ -36,6 +39,7 @@ from sempervirt.disk.state import (
     RebindEnded,
     Refuse,
     Serving,
+    Stalled,
     Start,
     State,
     StopAsked,
@@ -77,6 +81,7 @@ class World:
     upgrades_asked: int = 0
     upgrades_answered: int = 0
     freezes: int = 0
+    stalls: int = 0
     rebinds_asked: int = 0
     rebinds_answered: int = 0
 
@@ -88,7 +93,8 @@ class World:
         def backend(b: Backend | None) -> object:
             if b is None:
                 return None
-            marks = (b.ready, b.serving_since is not None, b.progressed)
+            stalled = b.stall and b.stall.blame
+            marks = (b.ready, b.serving_since is not None, b.progressed, stalled)
             doomed = b.generation in self.dying
             return (base - b.generation, b.binary, marks, b.generation in self.alive, doomed)
 
@@ -110,6 +116,7 @@ class World:
             frozenset(base - g for g in self.dying),
             self.upgrades_asked - self.upgrades_answered,
             self.freezes,
+            self.stalls,
             s.frozen,
             s.refused,
             s.stopped,
@@ -138,6 +145,13 @@ def after(world: World, event: SupervisionEvent, now: float | None = None) -> Wo
         world = replace(world, upgrades_asked=world.upgrades_asked + 1)
     if isinstance(event, Freeze):
         world = replace(world, freezes=world.freezes + 1)
+    if isinstance(event, Stalled):
+        world = replace(world, stalls=world.stalls + 1)
+        killed = {effect.generation for effect in effects if isinstance(effect, Kill)}
+        assert killed <= {event.generation}
+        assert not killed or event.blame is Blame.BACKEND, "killed for the fault of a medium"
+        active = state.active is not None and state.active.generation == event.generation
+        assert not (killed and active and state.frozen), "it has no successor"
     if isinstance(event, RebindAsked):
         world = replace(world, rebinds_asked=world.rebinds_asked + 1)
     if isinstance(event, Exited):
@@ -187,7 +201,7 @@ def carry_out(world: World, effect: Effect) -> World:
             return replace(world, dying=world.dying | {generation})
         case UpgradeEnded() | Refuse():
             return replace(world, upgrades_answered=world.upgrades_answered + 1)
-        case Accept():
+        case Accept() | Noted():
             return world
         case TookOver(predecessor, successor):
             assert successor is None or (state.active and state.active.generation == successor)
@@ -256,12 +270,30 @@ def choices(world: World) -> list[World]:
     return found
 
 
+def hangs(world: World) -> list[World]:
+    """Every world in which somebody hangs next, or goes on."""
+    if not world.state.served:
+        return []
+    blames = (Blame.BACKEND, Blame.MEDIUM)
+    living = sorted(world.alive - world.dying)
+    found = [after(world, GoesOn(generation)) for generation in living if world.stalls]
+    if world.stalls < 2:
+        found += [
+            after(world, Stalled(generation, blame, "seen"))
+            for generation in living
+            for blame in blames
+        ]
+    return found
+
+
 def settle(world: World, *, healthy: bool) -> World:
     """Lets the world run on by itself; processes become what they should, or all die."""
     for _ in range(400):
         state = world.state
         if world.dying:
             world = after(world, Exited(min(world.dying), "told to"))
+        elif stalled := [b for b in (state.active, state.spare) if b and b.stall]:
+            world = after(world, GoesOn(stalled[0].generation))
         elif (telling := state.telling) is not None:
             there = telling.generation in world.alive
             world = after(world, Told(telling.generation, None if there else GONE))
@@ -302,6 +334,24 @@ def test_every_order_of_events_up_to_depth_twelve() -> None:
                 seen.add(following.key)
                 queue.append((following, depth + 1))
     assert len(seen) > 5000
+
+
+def test_every_order_of_hangs_and_other_events() -> None:
+    first = serving()
+    seen = {first.key}
+    queue = deque([(first, 0)])
+    while queue:
+        world, depth = queue.popleft()
+        rest = settle(world, healthy=True)
+        if not rest.state.stopping:
+            assert condition(rest.state, POLICY) is Condition.GUARDED
+        if depth == 5:
+            continue
+        for following in (*choices(world), *hangs(world)):
+            if following.key not in seen:
+                seen.add(following.key)
+                queue.append((following, depth + 1))
+    assert len(seen) > 2000
 
 
 def serving(**changes: object) -> World:
@@ -465,6 +515,54 @@ def test_a_freeze_that_is_asked_for_is_refused_during_an_upgrade() -> None:
     frozen, effects = decide(serving().state, Freeze(7), 0, POLICY)
     assert frozen.frozen
     assert effects[0] == Accept(7)
+
+
+def test_a_backend_that_hangs_is_killed_and_the_spare_takes_over() -> None:
+    state = serving().state
+    assert state.active
+    assert state.spare
+    hung, next_one = state.active.generation, state.spare.generation
+    state, effects = decide(state, Stalled(hung, Blame.BACKEND, "stopped"), 5, POLICY)
+    assert condition(state, POLICY) is Condition.STALLED
+    assert [effect for effect in effects if isinstance(effect, Kill)] == [Kill(hung)]
+    state, effects = decide(state, Stalled(hung, Blame.BACKEND, "stopped"), 6, POLICY)
+    assert effects == [Kill(hung)], "again, and noted once"
+    state, effects = decide(state, Exited(hung, "killed by SIGKILL"), 6, POLICY)
+    assert state.active
+    assert state.active.generation == next_one
+    reason = "killed by SIGKILL, because it hung: stopped"
+    assert effects == [TookOver(hung, next_one, planned=False, reason=reason)]
+
+
+@pytest.mark.parametrize("blame", [Blame.MEDIUM, Blame.UNCLEAR])
+def test_nothing_is_killed_for_a_medium_that_hangs(blame: Blame) -> None:
+    state = serving().state
+    assert state.active
+    active = state.active.generation
+    state, effects = decide(state, Stalled(active, blame, "in pread"), 5, POLICY)
+    assert effects == [Noted(active, f"{blame.value}: in pread")]
+    expected = Condition.MEDIUM_HANGS if blame is Blame.MEDIUM else Condition.STALLED
+    assert condition(state, POLICY) is expected
+    state, effects = decide(state, Stalled(active, blame, "in pread, still"), 9, POLICY)
+    assert effects == []
+    assert state.active
+    assert state.active.stall
+    assert state.active.stall.since == 5
+    state, effects = decide(state, GoesOn(active), 10, POLICY)
+    assert effects == [Noted(active, "it goes on")]
+    assert condition(state, POLICY) is Condition.GUARDED
+    assert decide(state, GoesOn(active), 11, POLICY) == (state, [])
+
+
+def test_a_spare_that_hangs_guards_nothing_and_is_replaced() -> None:
+    state = serving().state
+    assert state.spare
+    spare = state.spare.generation
+    state, effects = decide(state, Stalled(spare, Blame.BACKEND, "stopped"), 5, POLICY)
+    assert condition(state, POLICY) is Condition.UNGUARDED
+    assert Kill(spare) in effects
+    state, _ = decide(state, Exited(spare, "killed by SIGKILL"), 5, POLICY)
+    assert state.start_due is not None
 
 
 def test_a_loop_of_crashes_backs_off_to_the_ceiling_and_goes_on() -> None:

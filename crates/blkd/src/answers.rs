@@ -77,6 +77,10 @@ pub(crate) struct Queue {
     pub bytes_read: u64,
     pub bytes_written: u64,
     pub in_flight: u64,
+    /// Made available by the driver, and not taken yet.
+    pub waiting: u64,
+    /// Given back, with whatever status.
+    pub completed: u64,
     pub replayed: u64,
     /// Sleeps that ended.
     pub kicks: u64,

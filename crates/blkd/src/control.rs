@@ -36,6 +36,7 @@ use crate::answers::{
 };
 use crate::block_map;
 use crate::device::Device;
+use crate::postcopy::Stage;
 use crate::queue::Disk;
 use crate::session::Session;
 use crate::state::{QueueCounters, Timeline};
@@ -228,7 +229,9 @@ impl Control {
 
     fn status(&self) -> Status {
         let Disk { image, serial, shared, map, poll, tenure } = &*self.disk;
-        let queues: Vec<answers::Queue> = shared.queues.iter().enumerate().map(queue).collect();
+        let whole = shared.arrival() == Stage::Complete;
+        let counters = shared.queues.iter().enumerate();
+        let queues: Vec<_> = counters.map(|(index, each)| queue(index, each, whole)).collect();
         let threads = queues.iter().map(|queue| queue.thread).max().map_or(0, |n| n + 1);
         let replayed = queues.iter().map(|queue| queue.replayed).sum();
         let write_through = shared.write_through.load(Ordering::Relaxed);
@@ -274,7 +277,8 @@ fn get(counter: &AtomicU64) -> u64 {
     counter.load(Ordering::Relaxed)
 }
 
-fn queue((index, queue): (usize, &QueueCounters)) -> answers::Queue {
+/// `whole`: all of the guest's memory is there, so that a look at the rings waits for nothing.
+fn queue(index: usize, queue: &QueueCounters, whole: bool) -> answers::Queue {
     answers::Queue {
         index,
         size: get(&queue.size),
@@ -288,6 +292,8 @@ fn queue((index, queue): (usize, &QueueCounters)) -> answers::Queue {
         bytes_read: get(&queue.bytes_read),
         bytes_written: get(&queue.bytes_written),
         in_flight: get(&queue.in_flight),
+        waiting: if whole { queue.waiting() } else { 0 },
+        completed: get(&queue.completed),
         replayed: get(&queue.replayed),
         kicks: get(&queue.wakeups),
         polls: get(&queue.polls),

@@ -22,6 +22,7 @@ mod control;
 mod crash;
 mod device;
 mod dirty_log;
+mod door;
 mod eventfd;
 mod failure;
 mod flushes;

@@ -95,6 +95,8 @@ impl Queue {
         let counters = &disk.shared.queues[usize::from(setup.index)];
         counters.size.store(size as u64, Ordering::Relaxed);
         counters.running.store(true, Ordering::Relaxed);
+        counters.took(setup.tracked.ring().last_avail());
+        counters.watch(Some(setup.tracked.ring().watch()));
         if !replaying {
             mark(&disk.shared.timeline.replayed);
         }
@@ -158,6 +160,7 @@ impl Queue {
             return false;
         }
         self.publish();
+        self.counters().watch(None);
         self.counters().running.store(false, Ordering::Relaxed);
         if let Some(reply) = self.stopping.take() {
             // The device that asked may be gone with its connection.
@@ -417,6 +420,7 @@ impl Queue {
 
     /// Shows finished requests to the driver, without a notification.
     fn show(&mut self) {
+        add(&self.counters().completed, self.tracked.staged() as u64);
         self.tracked.publish();
         self.log_used();
         mark(&self.disk.shared.timeline.first_completion);
@@ -431,6 +435,7 @@ impl Queue {
             self.show();
         }
         self.counters().in_flight.store(self.outstanding as u64, Ordering::Relaxed);
+        self.counters().took(self.tracked.ring().last_avail());
         if self.tracked.needs_call() {
             self.notify();
         }
@@ -446,6 +451,7 @@ impl Queue {
 
     fn break_off(&mut self, error: &dyn std::fmt::Display) {
         self.broken = true;
+        self.counters().watch(None);
         self.guest_error(error);
         if let Some(err) = &self.err {
             err.signal();

@@ -21,6 +21,7 @@ use crate::args::{Args, EngineKind};
 use crate::block_map::{DiskMap, Keeping};
 use crate::control::Control;
 use crate::device::{Device, Offer};
+use crate::door::Door;
 use crate::failure::{Failure, system};
 use crate::memory_reaper;
 use crate::postcopy::{Stage, Userfault};
@@ -104,10 +105,12 @@ pub(crate) fn run(args: Args, shared: Shared) -> Result<(), Failure> {
         args.read_only,
         args.num_queues
     );
+    let door = Door::new(listener);
     if let Some(line) = session.go_on(&disk.shared, &device, &mirror) {
+        door.shut();
         converse(line, &disk, &device, &mirror);
     }
-    accept_forever(&listener, &disk, &device, &mirror)
+    accept_forever(&door, &disk, &device, &mirror)
 }
 
 /// A spare follows whoever serves, and whoever serves lets itself be followed.
@@ -281,14 +284,14 @@ fn spawn_with<E: Engine + 'static>(
 }
 
 fn accept_forever(
-    listener: &UnixListener,
+    door: &Door,
     disk: &Arc<Disk>,
     device: &Arc<Mutex<Device>>,
     mirror: &Mirror,
 ) -> Result<(), Failure> {
     let mut pause = Duration::ZERO;
     loop {
-        let (stream, _) = listener.accept().map_err(system("accept a front end"))?;
+        let stream = door.accept().map_err(system("accept a front end"))?;
         mark(&disk.shared.timeline.accepted);
         disk.shared.connections.fetch_add(1, Ordering::Relaxed);
         disk.shared.set_phase(Phase::Connected);

@@ -3,10 +3,11 @@
 //! Each counter has one writer (the queue's thread) and any number of readers, so a relaxed load
 //! and store do for an increment.
 
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use semper_ring::AvailWatch;
 use serde::Serialize;
 
 use crate::flushes::{self, Flushes};
@@ -88,11 +89,36 @@ pub(crate) struct QueueCounters {
     pub bytes_read: AtomicU64,
     pub bytes_written: AtomicU64,
     pub in_flight: AtomicU64,
+    /// Requests that were given back, with whatever status.
+    pub completed: AtomicU64,
+    /// The index of the next request to be taken, as of the last turn of the queue's thread.
+    taken: AtomicU16,
+    /// Where the driver says how many there are; none while the queue takes none.
+    driver: Mutex<Option<AvailWatch>>,
     pub replayed: AtomicU64,
     pub wakeups: AtomicU64,
     /// Requests that were found by looking, before the thread slept.
     pub polls: AtomicU64,
     pub calls: AtomicU64,
+}
+
+impl QueueCounters {
+    /// From now on requests of this driver are taken; or of none.
+    pub(crate) fn watch(&self, driver: Option<AvailWatch>) {
+        *self.driver.lock().unwrap_or_else(PoisonError::into_inner) = driver;
+    }
+
+    /// The queue's thread has taken all requests below this index.
+    pub(crate) fn took(&self, index: u16) {
+        self.taken.store(index, Ordering::Relaxed);
+    }
+
+    /// Requests that the driver has made available and the queue's thread has not taken.
+    pub(crate) fn waiting(&self) -> u64 {
+        let driver = self.driver.lock().unwrap_or_else(PoisonError::into_inner);
+        let available = driver.as_ref().map(AvailWatch::index);
+        available.map_or(0, |index| index.wrapping_sub(self.taken.load(Ordering::Relaxed)).into())
+    }
 }
 
 /// Adds to a counter of which this thread is the only writer.

@@ -18,4 +18,4 @@ mod split;
 
 pub use chain::{ChainError, MAX_CHAIN_DESCRIPTORS, Segment};
 pub use memory::{FileId, GuestMemory, MemoryError, RegionSpec};
-pub use split::{RingAddresses, RingError, SplitQueue};
+pub use split::{AvailWatch, RingAddresses, RingError, SplitQueue};

@@ -90,6 +90,30 @@ pub struct SplitQueue {
     notify_always: bool,
 }
 
+/// How far the driver of a queue has come, for another thread than the one that serves it.
+pub struct AvailWatch {
+    _memory: Arc<GuestMemory>,
+    avail: *const AtomicU16,
+}
+
+// SAFETY: the pointer leads into the memory, which this keeps alive, and all that is done with it is
+// an atomic load.
+unsafe impl Send for AvailWatch {}
+
+impl AvailWatch {
+    /// The driver's `avail.idx` (free-running), to be held against [`SplitQueue::last_avail`].
+    pub fn index(&self) -> u16 {
+        // SAFETY: it points to an aligned u16 in memory that is mapped as long as this lives.
+        unsafe { &*self.avail }.load(Ordering::Acquire)
+    }
+}
+
+impl std::fmt::Debug for AvailWatch {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("AvailWatch").finish_non_exhaustive()
+    }
+}
+
 // SAFETY: the raw pointers lead into `memory`, which the queue keeps alive; a queue may move to
 // another thread, and is used by one at a time.
 unsafe impl Send for SplitQueue {}
@@ -210,6 +234,12 @@ impl SplitQueue {
     #[inline]
     pub fn has_available(&self) -> bool {
         self.last_avail != self.atomic(self.avail, 2).load(Ordering::Acquire)
+    }
+
+    /// Lets another thread see how far the driver is.
+    pub fn watch(&self) -> AvailWatch {
+        let avail = std::ptr::from_ref(self.atomic(self.avail, 2));
+        AvailWatch { _memory: Arc::clone(&self.memory), avail }
     }
 
     /// Hands the segments of the chain at `head` to `each`, readable ones first.

@@ -143,7 +143,7 @@ class DiskView(BaseModel):
 
     name: str
     condition: Condition
-    reason: str = Field(description="why the last backend ended")
+    reason: str = Field(description="why the disk waits, or why the last backend ended")
     image: Path
     image_state: ImageState = Field(description="what has become of the image under its VM")
     image_finding: str = Field(description='the cause and a remedy; "" while it is in its place')

@@ -49,6 +49,8 @@ _STYLES: dict[State, str] = {
     Condition.GUARDED: _GOOD,
     Condition.UNGUARDED: _LOOK,
     Condition.RECOVERING: _ON_THE_WAY,
+    Condition.STALLED: _BAD,
+    Condition.MEDIUM_HANGS: _BAD,
     Condition.BACKING_OFF: _LOOK,
     Condition.FAILING: _BAD,
     Condition.FROZEN: _LOOK,

@@ -14,7 +14,7 @@ EventKind = Literal[
     "state", "claim", "migration", "restart", "save", "restore", "agent",
     "device",
     # of a disk; "restart" as well
-    "upgrade", "threads", "io-error", "image",
+    "upgrade", "threads", "io-error", "image", "stall",
 ]  # fmt: skip
 
 

@@ -108,6 +108,8 @@ class Queue(Answer):
     bytes_read: int
     bytes_written: int
     in_flight: int
+    waiting: int | None = None  # made available, and not taken yet
+    completed: int | None = None  # given back, with whatever status
     replayed: int
     kicks: int
     polls: int

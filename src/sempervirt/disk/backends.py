@@ -26,6 +26,7 @@ from sempervirt.disk.setup import DiskSetup
 from sempervirt.disk.state import Exited, Ready, Serving, Start, State, SupervisionEvent
 from sempervirt.host.owner import Work
 from sempervirt.host.process import Exit
+from sempervirt.host.sockets import turn_away
 
 log = logging.getLogger(__name__)
 
@@ -126,6 +127,7 @@ class Backends:
     def admit(self, member: Running, *, active: bool) -> None:
         """Watches a process that was started or adopted."""
         self._members[member.generation] = member
+        member.stall_s = self._setup.policy.stall_s
         if active:
             member.promoted.set()
         if not self._setup.command.has_control:
@@ -140,6 +142,11 @@ class Backends:
         """A spare has become the active one."""
         if (member := self.get(generation)) is not None:
             member.promoted.set()
+
+    def turn_away(self) -> None:
+        """Nobody serves: QEMU is not to be connected before somebody does."""
+        if not self._members:
+            turn_away(self.listener)
 
     def send_signal(self, generation: int, number: signal.Signals) -> None:
         """Signals the process of that generation, if there is one."""

@@ -21,7 +21,7 @@ from sempervirt.disk.answers import (
     VerifyStarted,
 )
 from sempervirt.disk.backend import PROGRAM
-from sempervirt.host.control import ControlSocket
+from sempervirt.host.control import DEADLINE_S, ControlSocket
 
 # Every page of the guest is compared before an export begins: seconds for each GiB.
 MAP_DEADLINE_S = 600.0
@@ -33,9 +33,9 @@ class BackendClient:
     def __init__(self, path: Path) -> None:
         self._socket = ControlSocket(path, PROGRAM)
 
-    async def status(self) -> Status:
+    async def status(self, timeout_s: float = DEADLINE_S) -> Status:
         """What the process is doing, and its counters."""
-        return await self._socket.ask_for(Status, "status")
+        return await self._socket.ask_for(Status, "status", timeout_s=timeout_s)
 
     async def inject_fault(self, rule: dict[str, Any] | None) -> None:
         """For tests: sets the rule by which requests fail (see semper-blkd); None: no faults."""

@@ -28,6 +28,10 @@ help: what is decided here is only what to start next, when, and from which bina
   SWITCHING terminates the active one; the new one takes over and VERIFYING waits until it
   serves. Failure in PREPARING leaves the old one serving throughout; failure in VERIFYING
   ends the new one, and the old binary takes over again. Starts in between use the old binary.
+- Stalled: a process that is silent or completes nothing, though it exists. If that is its own fault
+  it is killed, and the spare takes over as from one that died; if the medium hangs, or nobody can
+  tell, nothing is killed, and the condition says so (`disk.liveness`). An active one of a frozen
+  disk is never killed for it: it has no successor.
 - Which thread works on which queue: see `disk.rebinding`.
 - Frozen, while the VM moves to another host or comes from one: the spare, which would take the
   image as soon as the active one lets go of it, is killed, and whoever ends has no successor.
@@ -43,14 +47,17 @@ from sempervirt.disk.state import (
     Accept,
     Backend,
     Begin,
+    Blame,
     Condition,
     Connected,
     Decision,
     Effect,
     Exited,
     Freeze,
+    GoesOn,
     Kill,
     MapSeen,
+    Noted,
     Phase,
     Policy,
     Progressed,
@@ -59,6 +66,8 @@ from sempervirt.disk.state import (
     Refuse,
     Seen,
     Serving,
+    Stall,
+    Stalled,
     Start,
     State,
     StopAsked,
@@ -111,6 +120,10 @@ def _seen(state: State, event: Seen, now: float, policy: Policy) -> Decision:
             if state.active is not None and state.active.generation == generation:
                 return replace(state, active=replace(state.active, progressed=True)), []
             return state, []
+        case Stalled():
+            return _stalled(state, event, now)
+        case GoesOn(generation):
+            return _goes_on(state, generation)
         case Exited(generation, reason):
             return _exited(state, generation, reason, now, policy)
         case Connected():
@@ -147,9 +160,12 @@ def condition(state: State, policy: Policy) -> Condition:
         if state.frozen:
             return Condition.FROZEN
         return Condition.BACKING_OFF if state.served else Condition.STOPPED
+    if active.stall is not None:
+        hangs = active.stall.blame is Blame.MEDIUM
+        return Condition.MEDIUM_HANGS if hangs else Condition.STALLED
     if active.serving_since is None:
         return Condition.RECOVERING if state.served else Condition.STARTING
-    if state.spare is not None and state.spare.ready:
+    if state.spare is not None and state.spare.ready and state.spare.stall is None:
         return Condition.GUARDED
     return Condition.UNGUARDED
 
@@ -210,6 +226,42 @@ def _serving(state: State, generation: int, now: float) -> Decision:
     return state, []
 
 
+def _with(state: State, changed: Backend) -> State:
+    """The state with `changed` in the place of the process of that generation."""
+    if state.active is not None and state.active.generation == changed.generation:
+        return replace(state, active=changed)
+    return replace(state, spare=changed)
+
+
+def _member(state: State, generation: int) -> Backend | None:
+    members = (backend for backend in (state.active, state.spare) if backend is not None)
+    return next((member for member in members if member.generation == generation), None)
+
+
+def _stalled(state: State, seen: Stalled, now: float) -> Decision:
+    backend = _member(state, seen.generation)
+    if backend is None:
+        return state, []
+    effects: list[Effect] = []
+    known = backend.stall
+    if known is None or known.blame is not seen.blame:
+        effects.append(Noted(seen.generation, f"{seen.blame.value}: {seen.evidence}"))
+    since = now if known is None else known.since
+    state = _with(state, replace(backend, stall=Stall(seen.blame, seen.evidence, since)))
+    is_active = state.active is not None and state.active.generation == seen.generation
+    last = state.frozen and is_active  # nobody would take over
+    if seen.blame is Blame.BACKEND and not state.stopping and not last:
+        effects.append(Kill(seen.generation))
+    return state, effects
+
+
+def _goes_on(state: State, generation: int) -> Decision:
+    backend = _member(state, generation)
+    if backend is None or backend.stall is None:
+        return state, []
+    return _with(state, replace(backend, stall=None)), [Noted(generation, "it goes on")]
+
+
 def _exited(state: State, generation: int, reason: str, now: float, policy: Policy) -> Decision:
     if state.active is not None and state.active.generation == generation:
         return _active_exited(state, state.active, reason, now, policy)
@@ -221,6 +273,8 @@ def _exited(state: State, generation: int, reason: str, now: float, policy: Poli
 def _active_exited(
     state: State, dead: Backend, reason: str, now: float, policy: Policy
 ) -> Decision:
+    if dead.stall is not None and dead.stall.blame is Blame.BACKEND:
+        reason = f"{reason}, because it hung: {dead.stall.evidence}"
     if state.stopping:
         return _stop_further(replace(state, active=None))
     if state.frozen:

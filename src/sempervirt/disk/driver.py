@@ -44,6 +44,7 @@ from sempervirt.disk.state import (
     Freeze,
     Kill,
     MapSeen,
+    Noted,
     RebindAsked,
     RebindEnded,
     Refuse,
@@ -108,7 +109,12 @@ class Disk(Owner[State, SupervisionEvent, Effect]):
 
     @property
     def reason(self) -> str:
-        """Why the last active process ended; "" while none has."""
+        """Why the active process does not get on, or why the last one ended; "" while neither is
+        so.
+        """
+        if self._state.active is not None and (stall := self._state.active.stall) is not None:
+            for_s = self._clock.now() - stall.since
+            return f"{stall.blame.value}, since {for_s:.0f} s: {stall.evidence}"
         return self._state.last_end
 
     @property
@@ -417,10 +423,14 @@ class Disk(Owner[State, SupervisionEvent, Effect]):
                 self.backends.send_signal(generation, signal.SIGKILL)
             case Tell(generation):
                 self.keep(self._tell(effect, self.backends.get(generation)), "threads")
+            case Noted(generation, text):
+                self.history.noted(generation, text)
             case TookOver(_, successor):
                 self.history.took_over(effect, self._pid(successor))
                 if successor is not None:
                     self.backends.promote(successor)
+                else:
+                    self.backends.turn_away()
             case _:
                 self._answer(effect)
 

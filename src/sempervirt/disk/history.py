@@ -51,6 +51,12 @@ class History:
         level = logging.INFO if event.planned else logging.WARNING
         log.log(level, "takeover disk=%s %s", self._name, text)
 
+    def noted(self, generation: int, text: str) -> None:
+        """A process is stalled, or goes on."""
+        text = f"backend {generation}: {text}"
+        self.journal.note(time.time(), "stall", text)
+        log.warning("stall disk=%s %s", self._name, text)
+
     def upgrade_ended(self, text: str, *, failed: bool) -> None:
         """An upgrade is over, or was not successful."""
         self.upgrade_count += not failed

@@ -19,7 +19,7 @@ from sempervirt.disk.setup import DiskSetup
 from sempervirt.disk.state import Backend, Begin, Exited, Freeze, State, Tick
 from sempervirt.host import process
 from sempervirt.host.records import remove_record
-from sempervirt.host.sockets import borrow_listener, discard, listen_unix
+from sempervirt.host.sockets import borrow_listener, discard, listen_unix, turn_away
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +124,10 @@ async def adopt_disk(setup: DiskSetup, *, frozen: bool = False) -> Disk:
         binding=record.binding or setup.binding,
         restarts=record.restarts,
     )
-    disk = Disk(setup, image, listener or listen_unix(setup.files.socket), programs, state)
+    if listener is None:
+        listener = listen_unix(setup.files.socket)
+        turn_away(listener)
+    disk = Disk(setup, image, listener, programs, state)
     disk.doubt = doubt
     disk.start()
     disk.watch_image()

@@ -10,15 +10,27 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
 from sempervirt.core.errors import SempervirtError
-from sempervirt.disk import takeover
+from sempervirt.disk import liveness, takeover
 from sempervirt.disk.answers import Status
+from sempervirt.disk.liveness import Sample, Verdict
 from sempervirt.disk.running import Running
-from sempervirt.disk.state import Progressed, Ready, Serving, SupervisionEvent
+from sempervirt.disk.state import (
+    Blame,
+    GoesOn,
+    Progressed,
+    Ready,
+    Serving,
+    Stalled,
+    SupervisionEvent,
+)
 from sempervirt.host.answers import AnswerNotUnderstood
+from sempervirt.host.thread_states import threads_of
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +40,14 @@ STARTING_S, STARTING_MAX_S = 0.005, 0.1
 PROMOTED_S = 0.02
 STEADY_S, STEADY_MAX_S = 1.0, 10.0
 GROWTH = 1.5
+# A backend answers at once, whatever its requests wait for. And who is in doubt is asked often.
+SILENCE_S, DOUBT_S = 2.0, 0.5
+
+_BLAME = {
+    Verdict.HANGS: Blame.BACKEND,
+    Verdict.MEDIUM_HANGS: Blame.MEDIUM,
+    Verdict.UNCLEAR: Blame.UNCLEAR,
+}
 
 
 class Listener(Protocol):
@@ -50,9 +70,9 @@ async def observe(running: Running, listener: Listener) -> None:
     The listener sees every status of a promoted process. Runs until it is cancelled.
     """
     if not running.promoted.is_set():
-        await _answers_when(running, takeover.is_prepared)
+        await _answers_when(running, takeover.is_prepared, listener, seen=False)
         listener.post(Ready(running.generation))
-        await _wait_promoted(running)
+        await _wait_promoted(running, listener)
         await asyncio.sleep(PROMOTED_S)
     told = False
 
@@ -71,13 +91,14 @@ async def observe(running: Running, listener: Listener) -> None:
     interval_s = STEADY_S
     while True:
         await asyncio.sleep(interval_s)
-        status = await _ask(running, listener)
-        quiet = status is None or _activity(status) == _activity(before)
+        status = await _ask(running, listener, seen=True)
+        quiet = status is not None and _activity(status) == _activity(before)
         interval_s = min(interval_s * GROWTH, STEADY_MAX_S) if quiet else STEADY_S
+        interval_s = _sooner(running, interval_s)
         before = status or before
 
 
-async def _wait_promoted(running: Running) -> None:
+async def _wait_promoted(running: Running, listener: Listener) -> None:
     """Returns when the process is promoted, or has the image already.
 
     Two processes that wait for the lock at the same time get it in an order of the kernel's.
@@ -88,26 +109,37 @@ async def _wait_promoted(running: Running) -> None:
             async with asyncio.timeout(interval_s):
                 await running.promoted.wait()
         except TimeoutError:
-            status = await _ask(running, None)
+            status = await _ask(running, listener)
             if status is not None and takeover.holds_image(status):
                 running.promoted.set()
-            interval_s = min(interval_s * GROWTH, STEADY_MAX_S)
+            interval_s = _sooner(running, min(interval_s * GROWTH, STEADY_MAX_S))
 
 
 async def _answers_when(
     running: Running,
     reached: Callable[[Status], bool],
-    listener: Listener | None = None,
+    listener: Listener,
     ceiling_s: float = STARTING_MAX_S,
+    *,
+    seen: bool = True,
 ) -> Status:
     """Asks until the process has reached something; the status that says so."""
     interval_s = STARTING_S
     while True:
-        status = await _ask(running, listener)
+        status = await _ask(running, listener, seen=seen)
         if status is not None and reached(status):
             return status
-        await asyncio.sleep(interval_s)
+        await asyncio.sleep(_sooner(running, interval_s))
         interval_s = min(interval_s * GROWTH, ceiling_s)
+
+
+def _sooner(running: Running, interval_s: float) -> float:
+    """When to ask again: soon if there is work to be done, or a doubt."""
+    pulse = running.pulse
+    if pulse.troubled:
+        return min(interval_s, DOUBT_S)
+    busy = pulse.last is not None and (pulse.last.pending > 0 or not pulse.last.answered)
+    return min(interval_s, STEADY_S) if busy else interval_s
 
 
 def _activity(status: Status) -> tuple[object, ...]:
@@ -115,18 +147,40 @@ def _activity(status: Status) -> tuple[object, ...]:
     return status.counters, status.queues
 
 
-async def _ask(running: Running, listener: Listener | None) -> Status | None:
-    """The status; None when there is none now."""
+async def _ask(running: Running, listener: Listener, *, seen: bool = False) -> Status | None:
+    """The status; None when there is none now. `seen`: the process is promoted, and the listener
+    gets to see the status.
+    """
+    answered, status = True, None
     try:
-        status = await running.client.status()
+        status = await running.client.status(SILENCE_S)
+        running.complaint = ""
     except AnswerNotUnderstood as error:  # as long as that is so, nobody knows what it does
         if running.complaint != error.message:
             running.complaint = error.message
             log.error("backend pid=%d: %s", running.pid, error)  # noqa: TRY400
-        return None
     except SempervirtError:
-        return None  # it does not listen yet, or has just ended, which its pidfd tells
-    running.complaint = ""
-    if listener is not None:
+        answered = False  # not listening yet, just ended, which its pidfd tells, or it hangs
+    _feel_pulse(running, listener, answered=answered, status=status)
+    if status is not None and seen:
         listener.seen(running.generation, status)
     return status
+
+
+def _feel_pulse(
+    running: Running, listener: Listener, *, answered: bool, status: Status | None
+) -> None:
+    """Takes one more look at whether the process works, and reports what came of it."""
+    sample = Sample(time.monotonic(), answered, status)
+    before = running.pulse
+    if before.needs_threads(sample):
+        sample = replace(sample, threads=threads_of(running.pid))
+    was, _ = liveness.judge(before, running.stall_s)
+    running.pulse = liveness.observe(before, sample)
+    verdict, evidence = liveness.judge(running.pulse, running.stall_s)
+    if verdict is Verdict.HANGS and was is not verdict:
+        return  # seen twice before anything is killed: a medium may have come back in between
+    if verdict is not Verdict.WORKS:
+        listener.post(Stalled(running.generation, _BLAME[verdict], evidence))
+    elif was is not Verdict.WORKS:
+        listener.post(GoesOn(running.generation))

@@ -12,7 +12,9 @@ from pathlib import Path
 from sempervirt.core.errors import ImageLocked, InvalidRequest, SempervirtError, Unavailable
 from sempervirt.disk.backend import BackendCommand, Launch
 from sempervirt.disk.client import BackendClient
+from sempervirt.disk.liveness import Pulse
 from sempervirt.disk.program import Programs
+from sempervirt.disk.state import STALL_S
 from sempervirt.host import process
 from sempervirt.host.process import Exit, Process
 from sempervirt.host.procfs import ProcessId, find_processes
@@ -94,7 +96,8 @@ class DiskFiles:
 class Running:
     """A process that was started and has not been seen to end.
 
-    `complaint` is why the process's last answer could not be understood, if that is so.
+    `complaint` is why the process's last answer could not be understood, if that is so; `pulse`
+    what is known of whether it works, which is in doubt after `stall_s`.
     """
 
     generation: int
@@ -106,6 +109,8 @@ class Running:
     promoted: asyncio.Event = field(default_factory=asyncio.Event)
     observing: asyncio.Task[None] | None = None
     complaint: str = ""
+    stall_s: float = STALL_S
+    pulse: Pulse = field(default_factory=Pulse)
 
     @property
     def pid(self) -> int:

@@ -20,6 +20,11 @@ RESTARTS = Backoff(free=8, first_s=0.05, ceiling_s=5.0)
 SPARES = Backoff(free=1, first_s=0.5, ceiling_s=10.0)
 
 
+# Ten times the longest request that a disk which works has taken here, and a sixth of the 30 s
+# after which Linux gives up on a SCSI command. To be wrong costs a take-over.
+STALL_S = 5.0
+
+
 @dataclass(frozen=True)
 class Policy:
     """How patient supervision is. All times in seconds.
@@ -27,7 +32,8 @@ class Policy:
     A spare starts `spare_after_s` after a take-over; who serves for `steady_s` is no crash loop. An
     upgrade has `prepare_s`, `drain_s` and `verify_s` for its phases. Queues have to be on other
     threads within `rebind_s`, longer than a take-over with its replay; meanwhile a backend that did
-    not do it is asked again after `retell_s`.
+    not do it is asked again after `retell_s`. Who is silent, or completes nothing, for `stall_s`
+    hangs.
     """
 
     spare: bool = True
@@ -38,19 +44,40 @@ class Policy:
     verify_s: float = 15.0
     rebind_s: float = 15.0
     retell_s: float = 0.05
+    stall_s: float = STALL_S
     active_backoff: Backoff = RESTARTS
     spare_backoff: Backoff = SPARES
 
 
+class Blame(Enum):
+    """Why a backend does not get on: see `disk.liveness`."""
+
+    BACKEND = "the backend hangs"
+    MEDIUM = "the medium hangs"
+    UNCLEAR = "backend or medium, which cannot be told"
+
+
+@dataclass(frozen=True)
+class Stall:
+    """A backend is silent or completes nothing, with the evidence, as seen since `since`."""
+
+    blame: Blame
+    evidence: str
+    since: float
+
+
 @dataclass(frozen=True)
 class Backend:
-    """One process. `ready`: prepared; `serving_since`: holds the image and serves."""
+    """One process. `ready`: prepared; `serving_since`: holds the image and serves; `stall`: it does
+    neither get on nor end.
+    """
 
     generation: int
     binary: str
     ready: bool = False
     serving_since: float | None = None
     progressed: bool = False
+    stall: Stall | None = None
 
 
 class Condition(Enum):
@@ -60,6 +87,8 @@ class Condition(Enum):
     GUARDED = "guarded"  # a spare is ready to take over
     UNGUARDED = "unguarded"  # served, and no spare is ready yet
     RECOVERING = "recovering"  # a backend is taking over
+    STALLED = "stalled"  # the backend hangs, and is killed for it unless its disk is frozen
+    MEDIUM_HANGS = "medium-hangs"  # what the image lies on does not answer: nothing is killed
     BACKING_OFF = "backing-off"  # backends ended again and again; the next one waits
     FAILING = "failing"  # … so often that the wait does not grow any more
     FROZEN = "frozen"
@@ -70,7 +99,9 @@ class Condition(Enum):
 
 
 # A guest's requests wait, for longer than a take-over takes.
-NOT_SERVED = frozenset({Condition.BACKING_OFF, Condition.FAILING})
+NOT_SERVED = frozenset(
+    {Condition.BACKING_OFF, Condition.FAILING, Condition.STALLED, Condition.MEDIUM_HANGS}
+)
 
 
 class Phase(Enum):
@@ -178,6 +209,22 @@ class Progressed:
 
 
 @dataclass(frozen=True)
+class Stalled:
+    """A process is silent, or completes nothing; told again as long as that is so."""
+
+    generation: int
+    blame: Blame
+    evidence: str
+
+
+@dataclass(frozen=True)
+class GoesOn:
+    """A process that was stalled works again."""
+
+    generation: int
+
+
+@dataclass(frozen=True)
 class Exited:
     """A process ended."""
 
@@ -250,7 +297,7 @@ class Tick:
 # What was asked for, and time.
 Asked = Begin | UpgradeAsked | RebindAsked | Freeze | Thaw | StopAsked | Tick
 # What was seen of the processes.
-Seen = Ready | Serving | Progressed | Exited | Connected | MapSeen | Told
+Seen = Ready | Serving | Progressed | Stalled | GoesOn | Exited | Connected | MapSeen | Told
 SupervisionEvent = Asked | Seen
 
 # Effects
@@ -285,6 +332,14 @@ class Kill:
     """SIGKILL."""
 
     generation: int
+
+
+@dataclass(frozen=True)
+class Noted:
+    """For the journal: a process is stalled, or goes on."""
+
+    generation: int
+    text: str
 
 
 @dataclass(frozen=True)
@@ -330,5 +385,16 @@ class Refuse:
     reason: str
 
 
-Effect = Start | Tell | Terminate | Kill | TookOver | UpgradeEnded | RebindEnded | Accept | Refuse
+Effect = (
+    Start
+    | Tell
+    | Terminate
+    | Kill
+    | Noted
+    | TookOver
+    | UpgradeEnded
+    | RebindEnded
+    | Accept
+    | Refuse
+)
 Decision = tuple[State, list[Effect]]

@@ -9,8 +9,11 @@ leads to.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+import select
 import socket
+import time
 from pathlib import Path
 
 from sempervirt.core.errors import InvalidRequest, Unavailable
@@ -18,6 +21,11 @@ from sempervirt.host import descriptors
 
 # struct sockaddr_un holds 108 bytes, the last one a NUL.
 PATH_MAX_BYTES = 107
+# How the addresses of connections begin that stand for nobody, as in crates/blkd/src/door.rs.
+PLUG = "\0semper-plug-"
+TRIES = 8
+
+log = logging.getLogger(__name__)
 
 
 def check_socket_path(path: Path) -> Path:
@@ -53,6 +61,35 @@ def discard(path: Path) -> None:
     """Removes a file that may be absent; one that cannot be removed is left, and harms nobody."""
     with contextlib.suppress(OSError):
         path.unlink()
+
+
+def turn_away(listener: socket.socket) -> None:
+    """From now on whoever connects waits outside; whoever came in to nobody is sent away.
+
+    For a disk that has no backend: QEMU must not be connected, for it would wait in the handshake
+    with its main loop. crates/blkd/src/door.rs has the whole of it. Nobody else may accept.
+    """
+    listener.listen(0)
+    for _ in range(TRIES):
+        if _plug(listener):
+            return
+        if not select.select([listener], [], [], 0)[0]:
+            continue
+        listener.accept()[0].close()
+
+
+def _plug(listener: socket.socket) -> bool:
+    """Takes the room in the backlog; False when somebody has it."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as plug:
+        plug.setblocking(False)
+        try:
+            plug.bind(f"{PLUG}{os.getpid()}-{time.monotonic_ns()}")
+            plug.connect(listener.getsockname())
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            log.warning("the socket %s stays open: %s", listener.getsockname(), error)
+    return True
 
 
 def listen_tcp(address: str) -> socket.socket:
