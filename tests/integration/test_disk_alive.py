@@ -33,11 +33,11 @@ from sempervirt.qemu.spec import DiskSpec, VmSpec
 from sempervirt.qemu.state import Runstate
 from tests.hanging_medium import HangingMedium, hanging_medium
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(300)
 Spec = Callable[..., VmSpec]
 
 MIB = 1 << 20
-READY_S, BOOT_S = 15.0, 60.0
+READY_S, BOOT_S = 30.0, 120.0
 PAUSE = 100  # requests between two events
 # Longer than anything that is not held up takes on a busy machine.
 PROMPT_S = 2.5

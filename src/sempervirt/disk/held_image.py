@@ -78,13 +78,13 @@ class HeldImage:
         if self.file is None:
             return None
         # A copy, so that the number cannot be another file's before a slow call ends.
-        copy = ImageFile(os.dup(self.file.descriptor))
+        copy = os.dup(self.file.descriptor)
 
         def look() -> Sight:
             try:
-                return copy.look(self.path)
+                return ImageFile(copy).look(self.path)
             finally:
-                copy.close()
+                os.close(copy)
 
         try:
             return await call_storage(self.path, look)
