@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -22,11 +23,12 @@ from sempervirt.core.errors import StateConflict, Unavailable
 from sempervirt.disk.backend import Blkd
 from sempervirt.disk.backends import Backends
 from sempervirt.disk.driver import Disk
+from sempervirt.disk.image import descriptors_of
 from sempervirt.disk.liveness import DATA_THREAD
 from sempervirt.disk.state import NOT_SERVED, Condition
 from sempervirt.guest import ProbeClient
 from sempervirt.guest.reports import Stats
-from sempervirt.host import storage_call
+from sempervirt.host import descriptors, storage_call
 from sempervirt.host.storage_call import HANGING_MAX, call_storage
 from sempervirt.host.thread_states import threads_of
 from sempervirt.qemu.spec import DiskSpec, VmSpec
@@ -419,3 +421,40 @@ async def test_control_a_front_end_that_is_let_in_to_nobody_stops_its_vm(
         assert "kill" not in str(caught.value)
         gone.end()
         await vm.wait_state(Runstate.RUNNING, timeout_s=FOUND_S)
+
+
+async def test_a_vm_that_would_eat_up_the_reserve_of_descriptors_is_refused(
+    agent: Agent, firmware_spec: Spec
+) -> None:
+    await agent.run_vm(firmware_spec(name="first"))
+    disk = agent.disks["first/root"]
+    await disk.wait_spare_ready(READY_S)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(descriptors_of(os.getpid()))
+    other = disk_of(disk, "other.raw")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + descriptors.RESERVE, limits[1]))
+    try:
+        with pytest.raises(Unavailable, match="takes 22 file descriptors") as caught:
+            await agent.run_vm(firmware_spec(disks=[other]))
+        assert "LimitNOFILE" in caught.value.remedy
+        assert set(agent.vms) == {"first"}
+        # What runs is supervised from the reserve.
+        for count in range(1, 4):
+            os.kill(active(disk), signal.SIGKILL)
+            await disk.changes.wait_until(
+                lambda: disk.restart_count == count,  # noqa: B023
+                timeout_s=READY_S,
+                what="the take-over",
+            )
+            await disk.wait_spare_ready(READY_S)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    await agent.run_vm(firmware_spec(disks=[other]))
+
+
+def disk_of(beside: Disk, name: str) -> dict[str, str]:
+    """A disk with an image of its own."""
+    image = beside.setup.options.image.with_name(name)
+    image.touch()
+    os.truncate(image, MIB)
+    return {"name": "root", "image": str(image)}

@@ -24,6 +24,7 @@ from sempervirt.core.errors import (
 )
 from sempervirt.core.names import split_disk_name, suggest
 from sempervirt.disk.driver import Disk
+from sempervirt.host import descriptors
 from sempervirt.host.storage_call import call_storage
 from sempervirt.qemu import accel, features, saved
 from sempervirt.qemu.facts import HostFacts, HostProbe
@@ -52,6 +53,10 @@ from sempervirt.vm.vm import Vm
 from sempervirt.vm.work import Arriving, Restoring
 
 log = logging.getLogger(__name__)
+
+# At most, of the agent: the monitor, a pidfd, the memory while QEMU starts; of each disk the image,
+# its socket, two pidfds, two programs, and what a start takes for a moment.
+VM_DESCRIPTORS, DISK_DESCRIPTORS = 10, 12
 
 
 class Agent:
@@ -312,6 +317,8 @@ class Agent:
         """Starts a VM. One that was to be restored or received is gone again when `_launch` raises:
         the guest never ran here.
         """
+        wanted = VM_DESCRIPTORS + DISK_DESCRIPTORS * len(spec.disks)
+        descriptors.require(wanted, f"VM {spec.name}")
         facts = await self.host()
         ended = self.vms.pop(spec.name, None) or self.unknown.pop(spec.name, None)
         if ended is not None:

@@ -25,7 +25,7 @@ from sempervirt.cluster.membership import Membership, persist
 from sempervirt.core.errors import SempervirtError, kind_of
 from sempervirt.daemon.logs import log_to_stderr
 from sempervirt.daemon.notify import notify
-from sempervirt.host import background
+from sempervirt.host import background, descriptors
 from sempervirt.vm.config import AgentConfig
 
 log = logging.getLogger(__name__)
@@ -40,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = replace(config, state_dir=options.state_dir.absolute())
     if options.run_dir:
         config = replace(config, run_dir=options.run_dir.absolute())
+    descriptors.raise_limit()
     try:
         asyncio.run(_serve(config))
     except SempervirtError as error:
