@@ -311,7 +311,8 @@ FAILS_S = 8.0
 
 WRAPPER = """#!/bin/sh
 case "$*" in
-*data.raw*) if [ -e {gone} ]; then echo "semper-blkd: error: {gone} is there" >&2; exit 4; fi ;;
+*--serial=data*)
+    if [ -e {gone} ]; then echo "semper-blkd: error: {gone} is there" >&2; exit 4; fi ;;
 esac
 exec {program} "$@"
 """
