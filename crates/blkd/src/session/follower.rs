@@ -10,6 +10,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{Shutdown, shutdown};
 
 use super::mirror::{Known, connect};
+use super::outbox::Outbox;
 use super::packet::{Kind, Packet};
 use super::progress::{Page, Progress};
 use crate::state::{Shared, mark};
@@ -32,6 +33,7 @@ struct State {
     link: Option<Arc<OwnedFd>>,
     known: Known,
     page: Option<Page>,
+    outbox: Option<Outbox>,
     /// Everything that was there before the link has been told.
     complete: bool,
     /// The spare serves by now.
@@ -42,6 +44,7 @@ struct State {
 pub(crate) struct Inheritance {
     pub known: Known,
     pub progress: Progress,
+    pub outbox: Outbox,
 }
 
 /// Follows whoever serves, until the spare serves itself.
@@ -72,8 +75,9 @@ impl State {
     fn follow(&mut self, mut packet: Packet) {
         match packet.kind {
             Kind::Begin => {
-                let file = packet.parts.pop().and_then(|mut part| part.files.pop());
-                self.page = file.and_then(|file| Page::map(file).ok());
+                let mut files = packet.parts.pop().unwrap_or_default().files.into_iter();
+                self.page = files.next().and_then(|file| Page::map(file).ok());
+                self.outbox = Outbox::of(files.collect());
                 self.complete = false;
             }
             Kind::Complete => self.complete = true,
@@ -170,9 +174,9 @@ impl Follower {
             }
             std::thread::sleep(Duration::from_micros(50));
         }
-        let State { known, page, complete, .. } = std::mem::take(&mut *state);
+        let State { known, page, outbox, complete, .. } = std::mem::take(&mut *state);
         state.over = true;
-        let Some(page) = page.filter(|_| complete) else {
+        let Some((page, outbox)) = page.zip(outbox).filter(|_| complete) else {
             // Other spares may have it as well.
             if let Some(connection) = &known.connection {
                 let _ = shutdown(connection, Shutdown::Both);
@@ -182,6 +186,6 @@ impl Follower {
         let progress = page.get();
         // A second spare, which knows what this one knows, must not go on from here after this one.
         page.end();
-        Some(Inheritance { known, progress })
+        Some(Inheritance { known, progress, outbox })
     }
 }

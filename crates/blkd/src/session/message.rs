@@ -27,7 +27,6 @@ pub(crate) const MAX_FILES: usize = 253;
 /// How long to wait for the rest of a message whose first bytes are there.
 const REST: Duration = Duration::from_millis(1);
 const ANSWER: u32 = 1 << 2;
-const NEED_REPLY: u32 = 1 << 3;
 
 /// Files that belong to a message; each is closed when nobody needs it any more.
 pub(crate) type Files = Vec<Arc<OwnedFd>>;
@@ -86,19 +85,10 @@ impl Message {
         is_one_of(&others) || is_one_of(&eventfds) && self.body_word(0) & NO_FILE == 0
     }
 
-    /// Asks for a word even if all goes well.
-    pub(crate) fn want_reply(&mut self) {
-        self.flag(NEED_REPLY);
-    }
-
     /// Makes this the answer to a message of the same kind.
     pub(crate) fn mark_answer(&mut self) {
-        self.flag(ANSWER);
-    }
-
-    fn flag(&mut self, flag: u32) {
         const FLAGS_AT: usize = 4;
-        let flags = self.word(FLAGS_AT) | flag;
+        let flags = self.word(FLAGS_AT) | ANSWER;
         self.bytes[FLAGS_AT..FLAGS_AT + 4].copy_from_slice(&flags.to_ne_bytes());
     }
 

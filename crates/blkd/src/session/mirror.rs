@@ -11,6 +11,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use super::message::Message;
+use super::outbox::Outbox;
 use super::packet::{Kind, Packet, pack};
 use super::progress::{Page, Phase};
 use super::transcript::Transcript;
@@ -65,10 +66,12 @@ impl Known {
         }
     }
 
-    /// Everything, for whoever knows nothing. `page` shows how far the next message is.
-    fn packets(&self, page: &Page) -> Vec<Packet> {
+    /// Everything, for whoever knows nothing. `page` shows how far the next message is, `outbox`
+    /// whether its answer has gone.
+    fn packets(&self, page: &Page, outbox: &Outbox) -> Vec<Packet> {
         let sequence = self.sequence;
-        let mut packets = vec![Packet::with_files(Kind::Begin, sequence, vec![page.file()])];
+        let files = std::iter::once(page.file()).chain(outbox.files()).collect();
+        let mut packets = vec![Packet::with_files(Kind::Begin, sequence, files)];
         if let Some(connection) = &self.connection {
             let files = vec![Arc::clone(connection)];
             packets.push(Packet::with_files(Kind::Connected, sequence, files));
@@ -92,6 +95,7 @@ struct State {
 pub(crate) struct Mirror {
     state: Mutex<State>,
     page: Page,
+    outbox: Outbox,
 }
 
 impl Mirror {
@@ -102,7 +106,8 @@ impl Mirror {
     pub(crate) fn new(known: Known) -> io::Result<Self> {
         let page = Page::new()?;
         page.set(known.sequence, Phase::Idle);
-        Ok(Self { state: Mutex::new(State { known, links: Vec::new() }), page })
+        let state = Mutex::new(State { known, links: Vec::new() });
+        Ok(Self { state, page, outbox: Outbox::new()? })
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -111,6 +116,10 @@ impl Mirror {
 
     pub(crate) fn page(&self) -> &Page {
         &self.page
+    }
+
+    pub(crate) fn outbox(&self) -> &Outbox {
+        &self.outbox
     }
 
     /// How many spares know everything.
@@ -163,7 +172,7 @@ impl Mirror {
 
     fn admit(&self, link: OwnedFd) -> io::Result<()> {
         let mut state = self.state();
-        for packet in state.known.packets(&self.page) {
+        for packet in state.known.packets(&self.page, &self.outbox) {
             packet.send(&link)?;
         }
         state.links.push(link);

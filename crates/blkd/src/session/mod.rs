@@ -19,6 +19,7 @@ pub(crate) mod message;
 pub(crate) mod mirror;
 #[cfg(test)]
 mod model;
+pub(crate) mod outbox;
 pub(crate) mod packet;
 pub(crate) mod progress;
 pub(crate) mod relay;
@@ -27,16 +28,13 @@ pub(crate) mod transcript;
 
 use std::io;
 use std::net::Shutdown;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::net::RecvFlags;
-use vhost::vhost_user::message::{BackendReq, FrontendReq};
+use vhost::vhost_user::message::FrontendReq;
 use vhost::vhost_user::{BackendReqHandler, Error};
 
 use crate::crash::behind;
@@ -44,15 +42,13 @@ use crate::device::Device;
 use crate::postcopy;
 use crate::state::{self, Shared, mark};
 use follower::{Follower, Inheritance};
-use message::{Message, peek, peek_request, receive, send, take};
-use mirror::{Exchange, Known, Mirror};
+use message::{Message, peek, peek_request, send, take};
+use mirror::{Exchange, Mirror};
+use outbox::Outbox;
 use progress::Phase;
 use relay::{Steps, give_answer, serve_one};
 use resume::{Verdict, Waiting, judge};
 use transcript::Transcript;
-
-/// How long a front end that is in its main loop may take to answer. Measured: 7 to 73 µs.
-const ASK: Duration = Duration::from_millis(100);
 
 /// A front end's connection, and the device at its other end.
 ///
@@ -193,13 +189,25 @@ impl Steps for Line<'_> {
         Ok(())
     }
 
-    fn answering(&mut self, number: u64) {
-        self.mirror.page().set(number, Phase::Answering);
+    fn answering(&mut self, number: u64, answer: &Message) -> Result<(), Error> {
+        let mut phase = Phase::Sending;
+        if Outbox::takes(answer) {
+            self.mirror.outbox().put(answer).map_err(Error::SocketError)?;
+            behind("put", self.request);
+            phase = Phase::Answering;
+        }
+        self.mirror.page().set(number, phase);
         behind("answering", self.request);
+        Ok(())
     }
 
     fn answer(&mut self, answer: &Message) -> Result<(), Error> {
-        send(&self.stream, answer, true).map_err(Error::SocketError)?;
+        let sent = if Outbox::takes(answer) {
+            self.mirror.outbox().send(&self.stream)
+        } else {
+            send(&self.stream, answer, true)
+        };
+        sent.map_err(Error::SocketError)?;
         behind("answer", self.request);
         Ok(())
     }
@@ -312,18 +320,22 @@ fn go_on<'a>(
 }
 
 fn catch_up<'a>(mut line: Line<'a>, inheritance: &Inheritance) -> Result<Line<'a>, String> {
-    let Inheritance { known, progress } = inheritance;
+    let Inheritance { known, progress, outbox } = inheritance;
     known.transcript.can_be_continued()?;
     let waiting = waiting(&line.stream, known.last.as_ref()).map_err(|error| error.to_string())?;
-    let verdict = judge(*progress, known.sequence, known.last.as_ref(), waiting);
+    let unsent = outbox.is_empty().map_or(true, |empty| !empty);
+    let verdict = judge(*progress, known.sequence, known.last.as_ref(), waiting, unsent);
     if let Verdict::GiveUp(cause) = verdict {
         return Err(cause.to_owned());
     }
-    if verdict == Verdict::Ask && !has_arrived(&line.stream, known) {
+    if verdict == Verdict::Doubt && !has_unread(&line.stream) {
         return Err("nobody can tell whether an answer has arrived".to_owned());
     }
     let Exchange { request, answer } = known.last.clone().unwrap_or_default();
     // Before the rest: the front end waits for its answer with all its devices.
+    if verdict == Verdict::Send {
+        outbox.send(&line.stream).map_err(|error| error.to_string())?;
+    }
     if verdict == Verdict::Take {
         line.take(&request).map_err(|error| error.to_string())?;
     }
@@ -348,44 +360,10 @@ fn waiting(stream: &UnixStream, last: Option<&Exchange>) -> io::Result<Waiting> 
     }
 }
 
-/// Whether the front end has the last answer. It has if it did not read it yet, or sends its next
-/// request, or answers on the other channel: to do that, it must be back in its main loop.
-fn has_arrived(stream: &UnixStream, known: &Known) -> bool {
+/// Whether the front end has not read everything that it was sent.
+fn has_unread(stream: &UnixStream) -> bool {
     let mut unread: libc::c_int = 0;
     // SAFETY: the kernel writes one int.
     let asked = unsafe { libc::ioctl(stream.as_raw_fd(), libc::TIOCOUTQ, &raw mut unread) };
-    if asked == 0 && unread > 0 {
-        return true;
-    }
-    let channel = known.transcript.channel().and_then(|message| message.files.first());
-    let Some(channel) = channel else { return false };
-    // An answer to an earlier question would be taken for the one to this.
-    if !empty(channel) {
-        return false;
-    }
-    let mut question = Message::new(BackendReq::CONFIG_CHANGE_MSG as u32, &[]);
-    question.want_reply();
-    if send(channel, &question, false).is_err() {
-        return false;
-    }
-    let mut readable = [
-        PollFd::new(stream, PollFlags::IN),
-        PollFd::from_borrowed_fd(channel.as_fd(), PollFlags::IN),
-    ];
-    let limit = Timespec { tv_sec: 0, tv_nsec: ASK.subsec_nanos().into() };
-    let arrived = poll(&mut readable, Some(&limit)).is_ok_and(|ready| ready > 0);
-    empty(channel);
-    arrived
-}
-
-/// Reads whatever there is; false if that is the end.
-fn empty(channel: impl AsFd) -> bool {
-    let mut bytes = [0; 256];
-    loop {
-        match receive(&channel, &mut bytes, RecvFlags::DONTWAIT, None) {
-            Ok((0, _)) => return false,
-            Ok(_) => {}
-            Err(error) => return error.kind() == io::ErrorKind::WouldBlock,
-        }
-    }
+    asked == 0 && unread > 0
 }

@@ -11,7 +11,7 @@
 //!
 //! | kind | parts | files | meaning |
 //! |---|---|---|---|
-//! | begin | 1, empty | the progress page | forget everything; what follows holds from `sequence` on |
+//! | begin | 1, empty | the progress page, the outbox's two ends | forget everything; what follows holds from `sequence` on |
 //! | connected | 1, empty | the connection | a front end is there, and has said nothing |
 //! | disconnected | – | – | it is gone |
 //! | said | any number | theirs | messages of the transcript |

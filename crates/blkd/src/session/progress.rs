@@ -7,6 +7,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 const SIZE: usize = 4096;
+/// Of a phase, below the sequence number.
+const BITS: u32 = 3;
 
 /// What a process does with a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -15,10 +17,12 @@ pub(crate) enum Phase {
     Idle,
     /// It was seen; it is carried out, and told to the spares. It is still in the connection.
     Handling,
-    /// The answer goes out, or has just gone.
+    /// The answer goes out, or has just gone: the outbox says which.
     Answering,
     /// The spares were told, as far as they listen; it is being taken from the connection.
     Taking,
+    /// An answer with files goes out, or has just gone, and nothing says which.
+    Sending,
 }
 
 /// Sequence number of a message, and what is done with it.
@@ -30,17 +34,19 @@ pub(crate) struct Progress {
 
 impl Progress {
     fn pack(self) -> u64 {
-        self.sequence << 2 | self.phase as u64
+        self.sequence << BITS | self.phase as u64
     }
 
     fn unpack(word: u64) -> Self {
-        let phase = match word & 3 {
+        let phase = match word & ((1 << BITS) - 1) {
             0 => Phase::Idle,
             1 => Phase::Handling,
             2 => Phase::Answering,
-            _ => Phase::Taking,
+            3 => Phase::Taking,
+            // What nobody writes is taken for the phase that promises least.
+            _ => Phase::Sending,
         };
-        Self { sequence: word >> 2, phase }
+        Self { sequence: word >> BITS, phase }
     }
 }
 
@@ -122,7 +128,7 @@ impl Page {
 
     /// From now on whoever goes by this page gives up: the connection has been gone on with.
     pub(crate) fn end(&self) {
-        self.set(u64::MAX >> 2, Phase::Idle);
+        self.set(u64::MAX >> BITS, Phase::Idle);
     }
 
     pub(crate) fn get(&self) -> Progress {
@@ -139,12 +145,12 @@ mod tests {
         let page = Page::new().unwrap();
         let theirs = Page::map(page.file()).unwrap();
         assert_eq!(theirs.get(), Progress { sequence: 0, phase: Phase::Idle });
-        for phase in [Phase::Handling, Phase::Taking, Phase::Answering, Phase::Idle] {
+        for phase in [Phase::Handling, Phase::Taking, Phase::Answering, Phase::Sending] {
             page.set(7, phase);
             assert_eq!(theirs.get(), Progress { sequence: 7, phase });
         }
         page.end();
-        assert_eq!(theirs.get().sequence, u64::MAX >> 2);
+        assert_eq!(theirs.get().sequence, u64::MAX >> BITS);
     }
 
     #[test]

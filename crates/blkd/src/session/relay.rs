@@ -28,8 +28,8 @@ pub(crate) trait Steps {
     fn taking(&mut self, number: u64);
     /// Takes the message from the connection.
     fn take(&mut self, message: &Message) -> Result<(), Self::Error>;
-    /// Shows that the answer goes out.
-    fn answering(&mut self, number: u64);
+    /// Puts the answer into the outbox, unless it has files, and shows that it goes out.
+    fn answering(&mut self, number: u64, answer: &Message) -> Result<(), Self::Error>;
     /// Sends it.
     fn answer(&mut self, answer: &Message) -> Result<(), Self::Error>;
     /// Shows that nothing is in hand.
@@ -45,8 +45,10 @@ pub(crate) fn serve_one<S: Steps>(steps: &mut S) -> Result<(), S::Error> {
     let number = steps.begin();
     let (answer, handled) = steps.handle(&message);
     if handled.is_err() {
-        // The message stays: a spare that goes on now comes to the same end.
+        // The message stays: a spare that goes on now comes to the same end, or ends at once what
+        // was refused.
         if !answer.is_empty() {
+            steps.answering(number, &answer)?;
             steps.answer(&answer)?;
         }
         return handled;
@@ -67,7 +69,7 @@ pub(crate) fn give_answer<S: Steps>(
     answer: &Message,
 ) -> Result<(), S::Error> {
     if !answer.is_empty() {
-        steps.answering(number);
+        steps.answering(number, answer)?;
         steps.answer(answer)?;
     }
     steps.done(number);

@@ -7,8 +7,10 @@
 //! | handling, taking | this message | the same message | take it, and give its answer |
 //! | … | … and it has no answer | … | go on: it is handled once more, or it is the next |
 //! | handling, taking | this message | nothing, or the next | it was taken: give its answer, if there is one |
-//! | answering | this message | the next | the answer has arrived: go on |
-//! | answering | this message | nothing | unknown: ask the front end |
+//! | answering | this message, and the answer is in the outbox | whatever | send it from there |
+//! | answering | this message, and the outbox is empty | whatever | the answer was sent: go on |
+//! | sending | this message | the next | the answer has arrived: go on |
+//! | sending | this message | nothing | unknown: go on if the front end has something unread |
 //! | anything else | | | the spare was not told everything: give up |
 //!
 //! A message that has an answer is handled by one process only, if the spare knows the answer: a
@@ -37,17 +39,21 @@ pub(crate) enum Verdict {
     Answer,
     /// Take the known message, and give its answer.
     Take,
-    /// Find out whether the answer has arrived: if so go on, and otherwise give up.
-    Ask,
+    /// Send what is in the outbox.
+    Send,
+    /// Go on if the front end has not read everything, which is the answer then; otherwise give up.
+    Doubt,
     GiveUp(&'static str),
 }
 
-/// `known` is the number of the last message that the spare knows, `last` that message.
+/// `known` is the number of the last message that the spare knows, `last` that message; `unsent`:
+/// there is something in the outbox.
 pub(crate) fn judge(
     progress: Progress,
     known: u64,
     last: Option<&Exchange>,
     waiting: Waiting,
+    unsent: bool,
 ) -> Verdict {
     let answer = last.is_some_and(|exchange| !exchange.answer.is_empty());
     match (progress.phase, progress.sequence.checked_sub(known)) {
@@ -63,9 +69,11 @@ pub(crate) fn judge(
             Waiting::Nothing | Waiting::Other if answer => Verdict::Answer,
             Waiting::Nothing | Waiting::Other => Verdict::GoOn,
         },
-        (Phase::Answering, Some(0)) => match waiting {
+        (Phase::Answering, Some(0)) if unsent => Verdict::Send,
+        (Phase::Answering, Some(0)) => Verdict::GoOn,
+        (Phase::Sending, Some(0)) => match waiting {
             Waiting::Same | Waiting::Other => Verdict::GoOn,
-            Waiting::Nothing => Verdict::Ask,
+            Waiting::Nothing => Verdict::Doubt,
         },
         _ => Verdict::GiveUp("the spare was not told everything"),
     }

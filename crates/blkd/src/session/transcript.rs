@@ -182,11 +182,6 @@ impl Transcript {
         said.map_or(0, |m| u64::from(m.body_word(0)) | u64::from(m.body_word(1)) << 32)
     }
 
-    /// The channel on which the device speaks first, if the front end gave one.
-    pub(crate) fn channel(&self) -> Option<&Message> {
-        self.device.values().find(|message| is(message, Request::SET_BACKEND_REQ_FD))
-    }
-
     /// Whether another process may go on where this one stood, on the same connection.
     ///
     /// # Errors
