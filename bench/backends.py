@@ -73,6 +73,7 @@ def blkd_variants(program: tuple[str, ...]) -> list[Blkd]:
         Blkd("tracking", program, options=("--no-map",)),
         Blkd("map", program, options=("--no-inflight",)),
         Blkd("tracking+map", program),
+        *(Blkd(f"look-{us}", program, options=(f"--poll-us={us}",)) for us in (0, 50, 1000)),
     ]
 
 

@@ -41,7 +41,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         choices=list(SUITES),
         dest="suites",
         help="peers: semper-blkd beside other backends; cost: semper-blkd beside itself without "
-        "in-flight tracking and without the page/block map; default: both, or peers alone with "
+        "in-flight tracking and without the page/block map; look: what its --poll-us buys with "
+        "O_DIRECT; default: all, or peers alone with "
         "--quick, --check or a choice of storages, cases or backends",
     )
     what.add_argument("--storage", action="append", choices=storages.NAMES, dest="storages")

@@ -41,6 +41,7 @@ class Section:
 
 BENCH = Section("bench", "python -m bench")
 COST = Section("cost", "python -m bench")
+LOOK = Section("look", "python -m bench")
 COLD = Section("cold", "python -m bench --suite cold")
 MIGRATE = Section("migrate", "python -m bench --suite migrate")
 IDLE = Section("idle", "python -m bench.idle")

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from bench.backends import CONTRIB
 from bench.cases import FULL
-from bench.sections import BENCH, COST, Section
+from bench.sections import BENCH, COST, LOOK, Section
 from bench.verdicts import COST_GOALS, PEER_GOALS, Goal
 
 
@@ -52,4 +52,16 @@ COSTS = Suite(
     rounds=3,
 )
 
-SUITES = {suite.name: suite for suite in (PEERS, COSTS)}
+LOOKS = Suite(
+    "look",
+    "what looking for requests before a sleep (--poll-us) buys with O_DIRECT",
+    subject="look-50",
+    reference="look-0",
+    backends=("look-0", "look-50", "look-1000"),
+    storages=("direct",),
+    cases=("4k-read-d1", "4k-write-d1", "4k-read-d32", "4k-write-d32"),
+    goals=(),
+    section=LOOK,
+)
+
+SUITES = {suite.name: suite for suite in (PEERS, COSTS, LOOKS)}
