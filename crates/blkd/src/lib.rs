@@ -20,6 +20,7 @@ mod config;
 mod contention;
 mod control;
 mod crash;
+mod descriptors;
 mod device;
 mod dirty_log;
 mod door;

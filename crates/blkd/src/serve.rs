@@ -20,6 +20,7 @@ use vhost::vhost_user::Error as VhostError;
 use crate::args::{Args, EngineKind};
 use crate::block_map::{DiskMap, Keeping};
 use crate::control::Control;
+use crate::descriptors;
 use crate::device::{Device, Offer};
 use crate::door::Door;
 use crate::failure::{Failure, system};
@@ -39,6 +40,9 @@ use crate::worker::Worker;
 /// Serves the disk until a signal ends the process.
 pub(crate) fn run(args: Args, shared: Shared) -> Result<(), Failure> {
     block_signals();
+    if let Err(error) = descriptors::allow_all() {
+        log::warn!("hundreds of queues may be too many error=\"{error}\"");
+    }
     if let Err(error) = memory_reaper::engage() {
         log::warn!("memory will be taken apart before the image is free error=\"{error}\"");
     }

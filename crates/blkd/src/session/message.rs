@@ -128,7 +128,7 @@ pub(crate) fn peek(stream: impl AsFd, waits: bool) -> io::Result<Option<Message>
             let look = flags(waits) | RecvFlags::PEEK;
             let (seen, cut) = receive(&stream, &mut bytes, look, Some(&mut files))?;
             if cut {
-                return Err(invalid("a message has too many files"));
+                return Err(invalid("a message has too many files, or no descriptor is left"));
             }
             if seen == bytes.len() {
                 return Ok(Some(Message { bytes, files }));

@@ -44,6 +44,8 @@ pub struct Site {
     dir: TempDir,
     /// The image.
     pub image: PathBuf,
+    /// How many descriptors a backend may open unless it asks for more.
+    pub descriptors: Option<u64>,
     listener: UnixListener,
 }
 
@@ -74,7 +76,7 @@ impl Site {
     /// As [`Site::new`], on an image that exists.
     pub fn on(dir: TempDir, image: PathBuf) -> Self {
         let listener = UnixListener::bind(dir.path().join("vhost.sock")).unwrap();
-        Self { dir, image, listener }
+        Self { dir, image, descriptors: None, listener }
     }
 
     /// A path in the disk's directory.
@@ -106,10 +108,17 @@ impl Site {
             .envs(environment.iter().copied())
             .stdin(Stdio::null())
             .stderr(File::create(&log).unwrap());
-        // SAFETY: fcntl is async-signal-safe and touches no memory.
+        let descriptors = self.descriptors;
+        // SAFETY: the system calls are async-signal-safe and touch one local variable.
         unsafe {
             command.pre_exec(move || {
                 libc::fcntl(fd, libc::F_SETFD, 0);
+                if let Some(most) = descriptors {
+                    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+                    libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit);
+                    limit.rlim_cur = most;
+                    libc::setrlimit(libc::RLIMIT_NOFILE, &limit);
+                }
                 Ok(())
             });
         }
