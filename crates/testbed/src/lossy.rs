@@ -102,6 +102,8 @@ struct State {
     files: BTreeMap<u64, Content>,
     flushes: u64,
     failing: u64,
+    /// Takes no data from the page cache.
+    broken: bool,
     /// Cannot make zeros or holes.
     plain: bool,
 }
@@ -182,6 +184,11 @@ impl Lossy {
     /// How often files and the directory were flushed.
     pub fn flushes(&self) -> u64 {
         locked(&self.state).flushes
+    }
+
+    /// Has every write fail with EIO, or none: the kernel learns of it when it writes pages back.
+    pub fn fail_writes(&self, on: bool) {
+        locked(&self.state).broken = on;
     }
 
     /// From now on it makes neither zeros nor holes.
@@ -288,6 +295,7 @@ fn answer(opcode: u32, node: u64, body: &[u8], state: &Mutex<State>) -> Result<V
             let start = offset.min(content.len());
             Ok(content[start..(start + size).min(content.len())].to_vec())
         }
+        WRITE if state.broken => Err(libc::EIO),
         WRITE => {
             let (offset, size) = (u64_at(body, 8) as usize, u32_at(body, 16) as usize);
             let bytes = body[40..40 + size].to_vec();

@@ -116,6 +116,30 @@ fn in_write_through_mode_everything_survives_a_power_cut() {
     });
 }
 
+/// The kernel's own word of pages that it could not write back: to each open file once.
+#[test]
+fn pages_that_could_not_be_written_back_fail_every_flush() {
+    for engine in ENGINES {
+        let stage = Stage::new(None);
+        // The control: what any other program hears.
+        let other = std::fs::File::options().write(true).open(&stage.site.image).unwrap();
+        let (mut active, mut machine) = connected(&stage, &[engine]);
+        assert_eq!(machine.ask(&active, &Ask::write(64, vec![5; 8192])).status, OK, "{engine}");
+        stage.lossy.fail_writes(true);
+        assert_eq!(machine.ask(&active, &Ask::flush()).status, IOERR, "{engine}");
+        stage.lossy.fail_writes(false);
+        assert_eq!(other.sync_data().unwrap_err().raw_os_error(), Some(libc::EIO), "{engine}");
+        other.sync_data().unwrap();
+        assert!(stage.left(64, 8192) == [0x77; 8192], "{engine}: nothing was lost");
+        assert_eq!(machine.ask(&active, &Ask::flush()).status, IOERR, "{engine}");
+        active.kill();
+        machine.disconnect();
+        let next = stage.site.start(&[engine]);
+        machine.connect(&stage.site.socket()).unwrap();
+        assert_eq!(machine.ask(&next, &Ask::flush()).status, IOERR, "{engine}");
+    }
+}
+
 /// Zeros are written where nobody makes them, more than one system call takes; holes are left out.
 #[test]
 fn a_file_system_without_holes_gets_its_zeros_written() {
