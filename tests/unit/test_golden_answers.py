@@ -32,6 +32,7 @@ MODELS: dict[str, type[Answer]] = {
     "blkd-map-verified": blkd.BlockMap,
     "blkd-map-verify": blkd.VerifyStarted,
     "blkd-map-verifying": blkd.BlockMap,
+    "blkd-resize": blkd.Resized,
     "blkd-status-active": blkd.Status,
     "blkd-status-incoming": blkd.Status,
     "blkd-status-spare": blkd.Status,

@@ -123,6 +123,15 @@ pub(crate) struct HandOver {
     pub owns_image: bool,
 }
 
+/// `resize`.
+#[derive(Debug, Serialize)]
+pub(crate) struct Resized {
+    /// Of the disk from now on.
+    pub size_bytes: u64,
+    /// The front end was told; otherwise it reads the size when it connects.
+    pub told: bool,
+}
+
 /// `threads`.
 #[derive(Debug, Serialize)]
 pub(crate) struct Threads<'a> {

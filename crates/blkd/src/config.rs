@@ -29,6 +29,8 @@ pub(crate) const MAX_TRIM_SECTORS: u32 = (1 << 30) / SECTOR_SIZE as u32;
 
 /// Offset of the write-cache byte, the only one that a driver may write.
 pub(crate) const OFFSET_WCE: u32 = 32;
+/// Bytes of the capacity, which comes first.
+pub(crate) const CAPACITY_BYTES: usize = 8;
 /// Bytes of the configuration space that we fill.
 pub(crate) const SIZE: usize = 60;
 

@@ -18,6 +18,8 @@
 //!                                           take back what was given away; in between queues wait
 //!   {"id":9,"cmd":"claim","epoch":7,"claim":"32 digits"} -> {"id":9,"ok":{"claim":{…}}}
 //!                                           what --await-claim waits for; starts queues that wait
+//!   {"id":10,"cmd":"resize","size_bytes":N} -> {"id":10,"ok":{"size_bytes":N,"told":true}}
+//!                                           makes the image larger, serves it, tells the front end
 //!   anything else                        -> {"id":…,"error":{"kind":"invalid","message":"…"}}
 //! ```
 
@@ -32,12 +34,14 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::answers::{
-    self, Claimed, Counters, HandOver, MapBlocks, MapExport, Nothing, Status, VerifyStarted,
+    self, Claimed, Counters, HandOver, MapBlocks, MapExport, Nothing, Resized, Status,
+    VerifyStarted,
 };
 use crate::block_map;
 use crate::device::Device;
 use crate::postcopy::Stage;
 use crate::queue::Disk;
+use crate::resize::NotResized;
 use crate::session::Session;
 use crate::state::{QueueCounters, Timeline};
 use crate::threads::ThreadMap;
@@ -72,6 +76,8 @@ struct Request {
     claim: Option<String>,
     #[serde(default)]
     map: Option<Vec<u16>>,
+    #[serde(default)]
+    size_bytes: Option<u64>,
     #[serde(flatten)]
     about: MapRequest,
 }
@@ -146,6 +152,18 @@ impl Control {
                 self.claim(request.epoch, request.claim.as_deref())?;
                 Answer::ok(id, Claimed { claim: self.disk.tenure.claim() })
             }
+            "resize" => {
+                let size_bytes = request
+                    .size_bytes
+                    .ok_or((INVALID, "say how many bytes: \"size_bytes\"".to_owned()))?;
+                let mut device = self.device.lock().unwrap_or_else(PoisonError::into_inner);
+                let told = device.resize(size_bytes).map_err(|error| match error {
+                    NotResized::NotHeld | NotResized::Served(_) => ("busy", error.to_string()),
+                    NotResized::ReadOnly | NotResized::Grow(_) => (INVALID, error.to_string()),
+                })?;
+                drop(device);
+                Answer::ok(id, Resized { size_bytes: self.disk.image.capacity(), told })
+            }
             "threads" => {
                 let map = self.rebind(request.map)?;
                 Answer::ok(id, answers::Threads { map: map.as_slice() })
@@ -153,7 +171,7 @@ impl Control {
             other => {
                 let known = "\"status\", \"fault\", \"threads\", \"map\", \"map-verify\", \
                              \"map-find\", \"map-export\", \"map-blocks\", \"map-touch\", \
-                             \"handover\" and \"claim\"";
+                             \"handover\", \"claim\" and \"resize\"";
                 return Err((INVALID, format!("unknown command {other:?}; known are {known}")));
             }
         })

@@ -24,6 +24,7 @@ use vhost::vhost_user::message::{
 };
 use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
 
+use crate::channel::Channel;
 use crate::config;
 use crate::crash::CrashHook;
 use crate::dirty_log::{DirtyBitmap, DirtyLog};
@@ -32,6 +33,7 @@ use crate::failure::Failure;
 use crate::inflight_map::{self, InflightMap, Shape};
 use crate::postcopy::{Arrival, Userfault};
 use crate::queue::{Disk, QueueSetup};
+use crate::resize;
 use crate::state::Phase;
 use crate::tenure::{Patience, Standing};
 use crate::threads::{ThreadMap, Threads};
@@ -81,6 +83,9 @@ pub(crate) struct Device {
     dirty: Option<Arc<DirtyBitmap>>,
     arrival: Arrival,
     vrings: Vec<Vring>,
+    channel: Option<Channel>,
+    /// The capacity that this front end has read or been told to read, in bytes.
+    capacity_told: Option<u64>,
 }
 
 fn failed(error: impl std::fmt::Display) -> Error {
@@ -104,7 +109,36 @@ impl Device {
             dirty: None,
             arrival: Arrival::Complete,
             vrings,
+            channel: None,
+            capacity_told: None,
         }
+    }
+
+    pub(crate) fn disk(&self) -> Arc<Disk> {
+        Arc::clone(&self.disk)
+    }
+
+    /// The way to speak first, if the front end has given one.
+    pub(crate) fn channel(&self) -> Option<&Channel> {
+        self.channel.as_ref()
+    }
+
+    pub(crate) fn set_channel(&mut self, channel: Channel) {
+        self.channel = Some(channel);
+    }
+
+    pub(crate) fn capacity_told(&mut self) -> &mut Option<u64> {
+        &mut self.capacity_told
+    }
+
+    /// Does something while no queue runs; those that did go on afterwards.
+    pub(crate) fn at_rest<T>(&mut self, act: impl FnOnce() -> T) -> T {
+        let running: Vec<usize> =
+            (0..self.vrings.len()).filter(|&index| self.vrings[index].running).collect();
+        self.stop_all();
+        let done = act();
+        running.into_iter().for_each(|index| self.start_or_end(index));
+        done
     }
 
     /// The front end is gone: finishes what is in flight, and forgets it.
@@ -192,6 +226,8 @@ impl Device {
 
     fn forget(&mut self) {
         self.features = 0;
+        self.channel = None;
+        self.capacity_told = None;
         self.memory = Arc::new(GuestMemory::empty());
         if let Some(map) = &self.disk.map {
             map.detach();
@@ -284,6 +320,8 @@ impl Device {
         self.vrings[index].running = true;
         self.disk.shared.set_phase(Phase::Running);
         self.worker(index).order(Order::Start(Box::new(setup)));
+        // A front end that goes on with another process does not ask for the size again.
+        self.tell_capacity();
         Ok(())
     }
 
@@ -589,6 +627,7 @@ impl VhostUserBackendReqHandlerMut for Device {
             | VhostUserProtocolFeatures::CONFIG
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
             | VhostUserProtocolFeatures::LOG_SHMFD
+            | VhostUserProtocolFeatures::BACKEND_REQ
             | VhostUserProtocolFeatures::RESET_DEVICE;
         if self.offer.track {
             features |= VhostUserProtocolFeatures::INFLIGHT_SHMFD;
@@ -623,6 +662,9 @@ impl VhostUserBackendReqHandlerMut for Device {
         size: u32,
         _flags: VhostUserConfigFlags,
     ) -> Result<Vec<u8>> {
+        if resize::covers_capacity(offset, size) {
+            self.capacity_told = Some(self.disk.image.capacity());
+        }
         let write_back = !self.disk.shared.write_through.load(Ordering::Relaxed);
         let mut space = vec![0; 256];
         space[..config::SIZE].copy_from_slice(&config::space(

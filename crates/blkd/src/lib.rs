@@ -16,6 +16,7 @@
 mod answers;
 mod args;
 mod block_map;
+mod channel;
 mod config;
 mod contention;
 mod control;
@@ -36,6 +37,7 @@ mod poll;
 mod postcopy;
 mod queue;
 mod request;
+mod resize;
 mod serve;
 mod session;
 mod state;
@@ -71,5 +73,7 @@ pub fn main() -> ExitCode {
     if let Some(file) = &args.flush_file {
         shared.flushes.keep_in(file.clone());
     }
-    PROGRAM.end(serve::run(args, shared))
+    let ended = serve::run(args, shared);
+    semper_control::remove_sockets();
+    PROGRAM.end(ended)
 }

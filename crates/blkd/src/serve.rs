@@ -372,6 +372,7 @@ fn watch_signals(disk: &Arc<Disk>, device: &Arc<Mutex<Device>>) -> io::Result<()
         // SAFETY: both live across the call; the signals are blocked in all threads.
         unsafe { libc::sigwait(&signal_set(), &mut signal) };
         if disk.shared.phase() == Phase::Spare {
+            semper_control::remove_sockets();
             std::process::exit(0);
         }
         log::info!("ending signal={signal}");
@@ -380,6 +381,7 @@ fn watch_signals(disk: &Arc<Disk>, device: &Arc<Mutex<Device>>) -> io::Result<()
         let mut device = device.lock().unwrap_or_else(PoisonError::into_inner);
         device.stop_all();
         disk.tenure.end();
+        semper_control::remove_sockets();
         log::info!("ended; everything in flight was finished");
         std::process::exit(0);
     };

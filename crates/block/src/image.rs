@@ -94,6 +94,58 @@ pub enum ImageError {
     },
 }
 
+/// Why an image did not become larger. Each message names the cause and the remedy.
+#[derive(Debug, thiserror::Error)]
+pub enum GrowError {
+    /// Something would be cut off.
+    #[error(
+        "image {path} has {present} bytes, and would be cut off at {size}: a disk is never made \
+         smaller under its guest; name at least its present size"
+    )]
+    Smaller {
+        /// The image.
+        path: PathBuf,
+        /// What was asked for.
+        size: u64,
+        /// What it has.
+        present: u64,
+    },
+    /// Disks are made of sectors.
+    #[error("{size} bytes are no whole sectors of 512; name {}", .size.next_multiple_of(SECTOR_SIZE))]
+    Sectors {
+        /// What was asked for.
+        size: u64,
+    },
+    /// Its blocks would not fit.
+    #[error(transparent)]
+    Unsuitable(ImageError),
+    /// Block devices cannot be made larger here.
+    #[error(
+        "{path} is a block device of {present} bytes; make that one larger first (lvextend, for \
+         example), then ask for {size} again"
+    )]
+    Device {
+        /// The device.
+        path: PathBuf,
+        /// What was asked for.
+        size: u64,
+        /// What it has.
+        present: u64,
+    },
+    /// What the system said.
+    #[error(
+        "image {path} cannot be made {size} bytes large: {source}; see what its file system allows"
+    )]
+    Io {
+        /// The image.
+        path: PathBuf,
+        /// What was asked for.
+        size: u64,
+        /// What the system said.
+        source: io::Error,
+    },
+}
+
 /// Whose blocks an image has to be made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Unit {
@@ -265,6 +317,33 @@ impl Image {
         self.check_size(size)?;
         self.file_size.store(size, Ordering::Relaxed);
         Ok(())
+    }
+
+    /// Makes the image larger, unless it has that size already; the size that is served stays until
+    /// [`Image::refresh_size`]. A block device has to be made larger by whoever it belongs to.
+    /// Nothing is ever made smaller.
+    ///
+    /// # Errors
+    /// [`GrowError`]; nothing has changed then.
+    pub fn grow(&self, size: u64) -> Result<(), GrowError> {
+        let failed = |source| GrowError::Io { path: self.path.clone(), size, source };
+        let present = size_of(&self.file).map_err(failed)?;
+        let served = self.capacity();
+        if size < present.max(served) {
+            let (path, present) = (self.path.clone(), present.max(served));
+            return Err(GrowError::Smaller { path, size, present });
+        }
+        if size % SECTOR_SIZE != 0 {
+            return Err(GrowError::Sectors { size });
+        }
+        self.check_size(size).map_err(GrowError::Unsuitable)?;
+        if size == present {
+            return Ok(());
+        }
+        if !self.file.metadata().map_err(failed)?.is_file() {
+            return Err(GrowError::Device { path: self.path.clone(), size, present });
+        }
+        self.file.set_len(size).map_err(failed)
     }
 
     /// Looks whether the image's name still leads to it. A block device is known by its number,

@@ -27,7 +27,7 @@ mod uring;
 
 pub use engine::{Engine, Submission};
 pub use fault::{FaultEngine, FaultRule, FaultSwitch};
-pub use image::{Image, ImageError, Name, OpenOptions, Unit};
+pub use image::{GrowError, Image, ImageError, Name, OpenOptions, Unit};
 pub use io::{Absorbed, Io, Op, Prepared};
 pub use lock::{Holder, LockError};
 #[cfg(target_arch = "x86_64")]

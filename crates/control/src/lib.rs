@@ -13,10 +13,10 @@ pub mod golden;
 
 use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
@@ -52,11 +52,46 @@ pub enum BindError {
     },
 }
 
+/// A path that leads to a socket of this process, and the number of the socket's own file.
+struct Made {
+    path: PathBuf,
+    file: (u64, u64),
+}
+
+static MADE: Mutex<Vec<Made>> = Mutex::new(Vec::new());
+
+fn made() -> MutexGuard<'static, Vec<Made>> {
+    MADE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn number(path: &Path) -> io::Result<(u64, u64)> {
+    fs::symlink_metadata(path).map(|file| (file.dev(), file.ino()))
+}
+
+/// Removes the paths of all sockets that [`bind`] has made, at an orderly end. What another has put
+/// there since stays.
+pub fn remove_sockets() {
+    for Made { path, file } in made().drain(..) {
+        if number(&path).is_ok_and(|now| now == file) {
+            // Somebody else may have removed it.
+            let _ = fs::remove_file(&path);
+        }
+    }
+}
+
 /// Listens on a unix socket. One that a dead process has left behind is replaced; nothing else is.
+/// At an orderly end [`remove_sockets`] takes it away.
 ///
 /// # Errors
 /// [`BindError`].
 pub fn bind(path: &Path) -> Result<UnixListener, BindError> {
+    let listener = listen(path)?;
+    let file = number(path).map_err(|source| BindError::Io { path: path.to_owned(), source })?;
+    made().push(Made { path: path.to_owned(), file });
+    Ok(listener)
+}
+
+fn listen(path: &Path) -> Result<UnixListener, BindError> {
     let failed = |source| BindError::Io { path: path.to_owned(), source };
     match UnixListener::bind(path) {
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => {

@@ -69,8 +69,10 @@ pub fn trial_main() -> ExitCode {
 
 fn run(args: &Args) -> ExitCode {
     let progress = Arc::new(Progress::new(args.command.name()));
-    PROGRAM.end(match &args.command {
+    let ended = match &args.command {
         Command::Source(source) => source::run(source, &progress),
         Command::Destination(destination) => destination::run(destination, &progress),
-    })
+    };
+    semper_control::remove_sockets();
+    PROGRAM.end(ended)
 }

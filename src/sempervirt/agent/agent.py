@@ -23,6 +23,7 @@ from sempervirt.core.errors import (
     Unavailable,
 )
 from sempervirt.core.names import split_disk_name, suggest
+from sempervirt.disk.answers import Resized
 from sempervirt.disk.driver import Disk
 from sempervirt.host import descriptors
 from sempervirt.host.storage_call import call_storage
@@ -244,6 +245,18 @@ class Agent:
         if isinstance(vm, UnknownVm) and vm.record is not None and vm.record.claim is not None:
             await claims.release(self.config, vm.record.claim)
         return vm
+
+    async def resize_disk(self, name: str, size_bytes: int) -> Resized:
+        """Makes a disk larger while its guest runs. Raises as `disk`; StateConflict while work goes
+        on with the VM, InvalidRequest for a size that will not do, Unavailable, OutcomeUnknown.
+        """
+        disk = self.disk(name)
+        if disk.setup.options.read_only:
+            raise InvalidRequest(f"disk {name} is read-only, and its image is never changed")
+        if not disk.setup.command.has_control:
+            raise InvalidRequest(f"the backend of disk {name} cannot be told to resize it")
+        self.vm(name.partition("/")[0]).ledger.require_idle()
+        return await disk.resize(size_bytes)
 
     async def forget_vm(self, name: str) -> None:
         """Drops a VM that has ended, with its logs. Raises NotFound, StateConflict."""

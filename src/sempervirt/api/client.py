@@ -19,6 +19,8 @@ from sempervirt.api.schemas import (
     MigrateRequest,
     ObstacleView,
     QemuRestartView,
+    ResizedView,
+    ResizeRequest,
     ResolvedView,
     ResolveRequest,
     RestartQemuRequest,
@@ -193,6 +195,13 @@ class Client:
     async def disk(self, name: str) -> DiskView:
         """One disk, VM/DISK."""
         return DiskView.model_validate(await self._connection.call("GET", _disk_path(name)))
+
+    async def resize_disk(self, name: str, size_bytes: int) -> ResizedView:
+        """Makes a disk larger."""
+        body = ResizeRequest(size_bytes=size_bytes).model_dump()
+        path = f"{_disk_path(name)}/resize"
+        answer = await self._connection.call("POST", path, body=body, timeout_s=WORK_TIMEOUT_S)
+        return ResizedView.model_validate(answer)
 
     async def upgrade_disk(self, name: str, binary: Path | None) -> DiskView:
         """Serves a disk from another binary."""

@@ -18,6 +18,8 @@ from sempervirt.api.schemas import (
     LogView,
     MapView,
     QemuRestartView,
+    ResizedView,
+    ResizeRequest,
     RestartQemuRequest,
     RestoreRequest,
     SavedView,
@@ -220,6 +222,13 @@ async def upgrade_disk(agent: AgentHere, vm: str, disk: str, request: UpgradeReq
     found = agent.disk(f"{vm}/{disk}")
     await found.upgrade(str(request.binary) if request.binary else None)
     return _unless_ejected(agent, await disk_view(found))
+
+
+@router.post("/disks/{vm}/{disk}/resize", tags=["disk"])
+async def resize_disk(agent: AgentHere, vm: str, disk: str, request: ResizeRequest) -> ResizedView:
+    """Makes a disk larger while its guest runs; answers when all of it is served."""
+    done = await agent.resize_disk(f"{vm}/{disk}", request.size_bytes)
+    return ResizedView(disk=f"{vm}/{disk}", size_bytes=done.size_bytes, told=done.told)
 
 
 @router.post("/disks/{vm}/{disk}/threads", tags=["disk"])

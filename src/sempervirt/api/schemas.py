@@ -296,6 +296,22 @@ class UpgradeRequest(BaseModel):
     binary: Path | None = None
 
 
+class ResizeRequest(BaseModel):
+    """The size that a disk is to have, not less than it has."""
+
+    size_bytes: int = Field(gt=0, lt=1 << 63)
+
+
+class ResizedView(BaseModel):
+    """A disk that is larger now. `told`: QEMU has told the guest; otherwise QEMU reads the size
+    when it connects to the disk the next time.
+    """
+
+    disk: str
+    size_bytes: int
+    told: bool
+
+
 class ThreadsRequest(BaseModel):
     """Either a map, or how many queues each thread is to have."""
 

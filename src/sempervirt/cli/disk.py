@@ -24,7 +24,8 @@ from sempervirt.cli.output import (
     styled,
 )
 from sempervirt.cli.session import ask_agent
-from sempervirt.core.sizes import format_size
+from sempervirt.core.errors import InvalidRequest
+from sempervirt.core.sizes import format_size, parse_size
 from sempervirt.disk.image import ImageState
 from sempervirt.disk.state import Condition
 
@@ -106,6 +107,30 @@ def upgrade(
         print_json(view)
         return
     out.print(f"{name} is served by {view.binary}, pid {view.active_pid}")
+
+
+@app.command("resize", epilog="Example: semper disk resize web/root 64G")
+def resize(
+    name: DiskName,
+    size: Annotated[str, typer.Argument(help="The new size: bytes, or with K, M, G, T or P.")],
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Make a disk larger while its guest runs; the guest is told.
+
+    The image grows (as a sparse file, it takes no space at once), then all of it is served. A disk
+    is never made smaller. A block device has to be made larger first, by lvextend for example. What
+    the guest makes of the new space, a larger partition and file system, is up to the guest.
+    """
+    try:
+        size_bytes = parse_size(size)
+    except ValueError as error:
+        raise InvalidRequest(str(error)) from error
+    view = ask_agent(lambda client: client.resize_disk(name, size_bytes))
+    if output is Output.JSON:
+        print_json(view)
+        return
+    told = "" if view.told else "; QEMU reads that when it connects to the disk the next time"
+    out.print(f"{name} has {format_size(view.size_bytes)} now{told}")
 
 
 def _note(view: DiskView) -> str:

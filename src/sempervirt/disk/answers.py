@@ -239,6 +239,13 @@ class Threads(Answer):
     map: tuple[int, ...]
 
 
+class Resized(Answer):
+    """`resize`: the disk's size from now on; whether QEMU was told, or reads it later."""
+
+    size_bytes: int
+    told: bool
+
+
 class Claimed(Answer):
     """`claim`."""
 

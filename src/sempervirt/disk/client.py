@@ -16,6 +16,7 @@ from sempervirt.disk.answers import (
     BlockMap,
     Claimed,
     Nothing,
+    Resized,
     Status,
     Threads,
     VerifyStarted,
@@ -44,6 +45,10 @@ class BackendClient:
     async def move_queues(self, thread_map: ThreadMap) -> None:
         """Has queue i worked on by thread `thread_map[i]`; no request is lost."""
         await self._socket.ask_for(Threads, "threads", map=list(thread_map))
+
+    async def resize(self, size_bytes: int) -> Resized:
+        """Makes the image larger, serves all of it, and has QEMU read the new size."""
+        return await self._socket.ask_for(Resized, "resize", size_bytes=size_bytes)
 
     async def arm_release(self, *, armed: bool) -> bool:
         """Has the process let the image go as soon as no queue runs, or take the image back.

@@ -24,7 +24,7 @@ from sempervirt.core.events import Journal
 from sempervirt.core.failure import Failure
 from sempervirt.core.queue_map import Binding, DevicePlan, check_map
 from sempervirt.disk import takeover
-from sempervirt.disk.answers import BlockMap, LastError, Status
+from sempervirt.disk.answers import BlockMap, LastError, Resized, Status
 from sempervirt.disk.backend import ImageTitle
 from sempervirt.disk.backends import Backends
 from sempervirt.disk.client import BackendClient
@@ -283,6 +283,16 @@ class Disk(Owner[State, SupervisionEvent, Effect]):
         ticket, ended = self._replies.open()
         self.post(RebindAsked(binding, ticket))
         await ended
+
+    async def resize(self, size_bytes: int) -> Resized:
+        """Makes the image larger while the guest runs. Raises InvalidRequest for a size that would
+        cut something off, Unavailable, OutcomeUnknown.
+        """
+        done = await self._active().resize(size_bytes)
+        self._served_bytes = done.size_bytes
+        self.history.resized(done)
+        await self.look_at_image()
+        return done
 
     async def freeze(self) -> None:
         """Ends the spare; from now on nothing is started, and nobody waits for the image.

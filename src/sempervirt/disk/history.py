@@ -11,7 +11,7 @@ from collections import deque
 
 from sempervirt.core.events import Journal
 from sempervirt.core.queue_map import Binding, format_map
-from sempervirt.disk.answers import LastError, Status
+from sempervirt.disk.answers import LastError, Resized, Status
 from sempervirt.disk.image import Finding, ImageState
 from sempervirt.disk.state import TookOver
 from sempervirt.disk.takeover import Restart, milestones
@@ -75,6 +75,13 @@ class History:
         text = "the image is in its place" if sound else str(finding)
         self.journal.note(time.time(), "image", text)
         log.log(logging.INFO if sound else logging.WARNING, "image disk=%s %s", self._name, text)
+
+    def resized(self, done: Resized) -> None:
+        """The disk is larger, and QEMU has been told or will read it."""
+        told = "the guest is told" if done.told else "QEMU reads it when it connects again"
+        text = f"resized to {done.size_bytes} bytes; {told}"
+        self.journal.note(time.time(), "image", text)
+        log.info("image disk=%s %s", self._name, text)
 
     def seen(self, generation: int, status: Status) -> None:
         """The active process, of that generation, told its status."""

@@ -37,6 +37,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use vhost::vhost_user::message::FrontendReq;
 use vhost::vhost_user::{BackendReqHandler, Error};
 
+use crate::channel::Channel;
 use crate::crash::behind;
 use crate::device::Device;
 use crate::postcopy;
@@ -155,6 +156,9 @@ impl Steps for Line<'_> {
     }
 
     fn handle(&mut self, message: &Message) -> (Message, Result<(), Error>) {
+        if let Some(channel) = Channel::of(message) {
+            self.device.lock().unwrap_or_else(PoisonError::into_inner).set_channel(channel);
+        }
         if self.ends_postcopy && message.request() == FrontendReq::POSTCOPY_END as u32 {
             let ended = self.device.lock().unwrap_or_else(PoisonError::into_inner).end_postcopy();
             return match ended {

@@ -80,6 +80,7 @@ fn each_other_answer_is_complete() {
     ask(&backend, "blkd-fault", request("fault", "rule", rule));
     ask(&backend, "blkd-threads", request("threads", "map", json!([0, 1])));
     ask(&backend, "blkd-handover", request("handover", "armed", json!(false)));
+    ask(&backend, "blkd-resize", request("resize", "size_bytes", json!(2 << 20)));
     ask(&backend, "blkd-refused", request("dance", "with", json!("me")));
 
     ask(&backend, "blkd-map", request("map", "id", json!(1)));

@@ -23,6 +23,7 @@ mod postcopy;
 mod program;
 mod recovery;
 mod requests;
+mod resize;
 mod session;
 mod sudden_death;
 mod tenure;

@@ -43,6 +43,53 @@ fn wrong_usage_is_refused() {
 }
 
 #[test]
+fn sockets_that_it_made_are_gone_after_an_orderly_end() {
+    let site = Site::new(4096);
+    let socket = site.path("front");
+    let control = site.path("control");
+    let arguments = [
+        format!("--socket-path={}", socket.display()),
+        format!("--control-socket={}", control.display()),
+        blk_file(&site.image),
+    ];
+    let start = || {
+        let child = crate::backend::program().args(&arguments).spawn().unwrap();
+        crate::backend::wait_until("both sockets", || {
+            std::os::unix::net::UnixStream::connect(&socket).ok()?;
+            std::os::unix::net::UnixStream::connect(&control).ok()
+        });
+        child
+    };
+    let end = |mut child: std::process::Child, signal: i32| {
+        // SAFETY: no memory is passed; the child has not been waited for.
+        unsafe { libc::kill(child.id() as i32, signal) };
+        child.wait().unwrap().code()
+    };
+    assert_eq!(end(start(), libc::SIGTERM), Some(0));
+    assert!(!socket.exists() && !control.exists());
+    // The control: nobody can do so who is killed. What is left is replaced.
+    assert_eq!(end(start(), libc::SIGKILL), None);
+    assert!(socket.exists() && control.exists());
+    let child = start();
+    // What another program has put there is left alone.
+    std::fs::remove_file(&control).unwrap();
+    let other = std::os::unix::net::UnixListener::bind(&control).unwrap();
+    assert_eq!(end(child, libc::SIGINT), Some(0));
+    assert!(!socket.exists() && control.exists());
+    drop(other);
+    // A spare that is told to end, and one that cannot begin.
+    let holder = site.start(&[]);
+    holder.wait_status("/standing", &serde_json::json!("held"));
+    std::fs::remove_file(&control).unwrap();
+    let (code, _, said) = run(&arguments.each_ref().map(String::as_str));
+    assert_eq!((code, socket.exists(), control.exists()), (3, false, false), "{said}");
+    let spare = crate::backend::program().args(&arguments).arg("--spare").spawn().unwrap();
+    crate::backend::wait_until("the spare", || control.exists().then_some(()));
+    assert_eq!(end(spare, libc::SIGTERM), Some(0));
+    assert!(!socket.exists() && !control.exists());
+}
+
+#[test]
 fn an_image_that_cannot_be_used_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let path = |name: &str| dir.path().join(name);
