@@ -207,12 +207,20 @@ fn locked_by_other(file: &File, byte: i64) -> io::Result<bool> {
 }
 
 /// Looks through /proc for the process whose open file has a lock on this image. The kernel does
-/// not say who holds an open-file-description lock, but shows each in its holder's fdinfo.
+/// not say who holds an open-file-description lock, but shows each in its holder's fdinfo:
+///
+/// ```text
+///   lock:   1: OFDLCK  ADVISORY  WRITE -1 08:01:1234 100 100
+/// ```
+///
+/// Files that cannot be this image by the number of their inode are not looked at: somebody's may
+/// be on a medium that has stopped answering, which would hold up whoever looks.
 fn find_holder(file: &File) -> Option<Holder> {
     let image = file.metadata().ok()?;
     let same = |path: PathBuf| {
         fs::metadata(path).is_ok_and(|m| (m.dev(), m.ino()) == (image.dev(), image.ino()))
     };
+    let number = format!(":{} ", image.ino());
     let own = std::process::id();
     for process in fs::read_dir("/proc").ok()?.flatten() {
         let Some(pid) = process.file_name().to_str().and_then(|name| name.parse::<u32>().ok())
@@ -222,11 +230,12 @@ fn find_holder(file: &File) -> Option<Holder> {
         let Ok(infos) = fs::read_dir(process.path().join("fdinfo")) else { continue };
         for info in infos.flatten() {
             let locked = || {
-                fs::read_to_string(info.path())
-                    .is_ok_and(|text| text.lines().any(|line| line.starts_with("lock:")))
+                fs::read_to_string(info.path()).is_ok_and(|text| {
+                    text.lines().any(|l| l.starts_with("lock:") && l.contains(&number))
+                })
             };
             let descriptor = process.path().join("fd").join(info.file_name());
-            if pid != own && same(descriptor) && locked() {
+            if pid != own && locked() && same(descriptor) {
                 let comm = fs::read_to_string(process.path().join("comm")).unwrap_or_default();
                 return Some(Holder { pid, program: comm.trim().to_owned() });
             }

@@ -68,7 +68,7 @@ fn number(path: &Path) -> io::Result<(u64, u64)> {
     fs::symlink_metadata(path).map(|file| (file.dev(), file.ino()))
 }
 
-/// Removes the paths of all sockets that [`bind`] has made, at an orderly end. What another has put
+/// Removes the paths of all sockets that [`bind`] has made or [`remember`] was told of, at an orderly end. What another has put
 /// there since stays.
 pub fn remove_sockets() {
     for Made { path, file } in made().drain(..) {
@@ -86,9 +86,18 @@ pub fn remove_sockets() {
 /// [`BindError`].
 pub fn bind(path: &Path) -> Result<UnixListener, BindError> {
     let listener = listen(path)?;
-    let file = number(path).map_err(|source| BindError::Io { path: path.to_owned(), source })?;
-    made().push(Made { path: path.to_owned(), file });
+    remember(path).map_err(|source| BindError::Io { path: path.to_owned(), source })?;
     Ok(listener)
+}
+
+/// Has [`remove_sockets`] take away what this process has just made at `path`.
+///
+/// # Errors
+/// The system's: nothing is there.
+pub fn remember(path: &Path) -> io::Result<()> {
+    let file = number(path)?;
+    made().push(Made { path: path.to_owned(), file });
+    Ok(())
 }
 
 fn listen(path: &Path) -> Result<UnixListener, BindError> {

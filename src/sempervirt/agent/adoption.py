@@ -37,7 +37,7 @@ from sempervirt.vm.record import VmRecord, read_vm_record, record_path
 from sempervirt.vm.setup import adopted_setups
 from sempervirt.vm.unknown import UnknownVm
 from sempervirt.vm.vm import Vm
-from sempervirt.vm.work import Arriving, Departing, Restarting, Restoring, Saving, Work
+from sempervirt.vm.work import Arriving, Departing, Rescuing, Restarting, Restoring, Saving, Work
 
 log = logging.getLogger(__name__)
 
@@ -195,7 +195,7 @@ def _held_for(work: Work | None) -> tuple[Request | None, str]:
             return Request.DEPART, work.farewell
         case Arriving():
             return Request.ARRIVE, ""
-        case Restarting() | Saving() | Restoring() | None:
+        case Restarting() | Saving() | Restoring() | Rescuing() | None:
             return None, ""
         case _:
             assert_never(work)

@@ -32,6 +32,7 @@ from sempervirt.qemu.facts import HostFacts, HostProbe
 from sempervirt.qemu.spec import DiskSpec, VmSpec
 from sempervirt.qemu.state import Runstate
 from sempervirt.renewal.operations import RestartReport, restart_qemu, restore_into, save_vm
+from sempervirt.renewal.rescue import Rescued, rescue_disk
 from sempervirt.renewal.restart.adapters import Program
 from sempervirt.renewal.restore.adapters import Unpacking
 from sempervirt.renewal.restore.plan import (
@@ -257,6 +258,11 @@ class Agent:
             raise InvalidRequest(f"the backend of disk {name} cannot be told to resize it")
         self.vm(name.partition("/")[0]).ledger.require_idle()
         return await disk.resize(size_bytes)
+
+    async def rescue_disk(self, name: str, target: Path) -> Rescued:
+        """Copies the image of a running disk to `target`. Raises as `disk` and `rescue_disk`."""
+        disk = self.disk(name)
+        return await rescue_disk(self.vm(name.partition("/")[0]), disk, target)
 
     async def forget_vm(self, name: str) -> None:
         """Drops a VM that has ended, with its logs. Raises NotFound, StateConflict."""

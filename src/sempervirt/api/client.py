@@ -19,6 +19,8 @@ from sempervirt.api.schemas import (
     MigrateRequest,
     ObstacleView,
     QemuRestartView,
+    RescuedView,
+    RescueRequest,
     ResizedView,
     ResizeRequest,
     ResolvedView,
@@ -195,6 +197,13 @@ class Client:
     async def disk(self, name: str) -> DiskView:
         """One disk, VM/DISK."""
         return DiskView.model_validate(await self._connection.call("GET", _disk_path(name)))
+
+    async def rescue_disk(self, name: str, target: Path) -> RescuedView:
+        """Copies the image of a running disk."""
+        body = RescueRequest(to=target).model_dump(mode="json")
+        path = f"{_disk_path(name)}/rescue"
+        answer = await self._connection.call("POST", path, body=body, timeout_s=SAVE_TIMEOUT_S)
+        return RescuedView.model_validate(answer)
 
     async def resize_disk(self, name: str, size_bytes: int) -> ResizedView:
         """Makes a disk larger."""

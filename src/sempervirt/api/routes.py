@@ -18,6 +18,8 @@ from sempervirt.api.schemas import (
     LogView,
     MapView,
     QemuRestartView,
+    RescuedView,
+    RescueRequest,
     ResizedView,
     ResizeRequest,
     RestartQemuRequest,
@@ -229,6 +231,17 @@ async def resize_disk(agent: AgentHere, vm: str, disk: str, request: ResizeReque
     """Makes a disk larger while its guest runs; answers when all of it is served."""
     done = await agent.resize_disk(f"{vm}/{disk}", request.size_bytes)
     return ResizedView(disk=f"{vm}/{disk}", size_bytes=done.size_bytes, told=done.told)
+
+
+@router.post("/disks/{vm}/{disk}/rescue", tags=["disk"])
+async def rescue_disk(agent: AgentHere, vm: str, disk: str, request: RescueRequest) -> RescuedView:
+    """Copies the image of a running disk while the guest stands still; answers when the copy is
+    durable.
+    """
+    done = await agent.rescue_disk(f"{vm}/{disk}", request.to)
+    return RescuedView(
+        disk=f"{vm}/{disk}", path=request.to, paused_ms=done.paused_ms, **asdict(done.made)
+    )
 
 
 @router.post("/disks/{vm}/{disk}/threads", tags=["disk"])

@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field, model_validator
 from sempervirt.core.events import EventKind
 from sempervirt.core.queue_map import DeviceType, Engine
 from sempervirt.disk.image import ImageState
+from sempervirt.disk.rescue import How
 from sempervirt.disk.state import Condition
 from sempervirt.migration.messages import MigrationView, MovePolicy
 from sempervirt.qemu.accel import AcceleratorKind
@@ -310,6 +311,23 @@ class ResizedView(BaseModel):
     disk: str
     size_bytes: int
     told: bool
+
+
+class RescueRequest(BaseModel):
+    """Where the image, or a copy of it, is to be, on the agent's host."""
+
+    to: Path
+
+
+class RescuedView(BaseModel):
+    """An image that is at `path`. `paused_ms`: how long the guest stood still; null: it did not."""
+
+    disk: str
+    path: Path
+    how: How
+    size_bytes: int
+    copied_bytes: int
+    paused_ms: float | None
 
 
 class ThreadsRequest(BaseModel):

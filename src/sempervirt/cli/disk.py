@@ -23,10 +23,12 @@ from sempervirt.cli.output import (
     print_json,
     styled,
 )
+from sempervirt.cli.saved import with_bar
 from sempervirt.cli.session import ask_agent
 from sempervirt.core.errors import InvalidRequest
 from sempervirt.core.sizes import format_size, parse_size
 from sempervirt.disk.image import ImageState
+from sempervirt.disk.rescue import How
 from sempervirt.disk.state import Condition
 
 app = typer.Typer(
@@ -131,6 +133,35 @@ def resize(
         return
     told = "" if view.told else "; QEMU reads that when it connects to the disk the next time"
     out.print(f"{name} has {format_size(view.size_bytes)} now{told}")
+
+
+@app.command("rescue", epilog="Example: semper disk rescue web/root --to /srv/copy.raw")
+def rescue(
+    name: DiskName,
+    to: Annotated[Path, typer.Option(help="Where the copy is to be; nothing is overwritten.")],
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Copy the image of a running disk, also one that was removed or replaced under its VM.
+
+    The guest stands still while the image is copied, so that the copy is of one moment: for
+    milliseconds where the file system can share blocks (btrfs, XFS), otherwise for as long as the
+    copy takes. It then runs on with its own image: to lose nothing of an image that was removed,
+    pause the VM, rescue the disk, and kill the VM.
+
+    An image that was only renamed is put back to its path without a copy, if --to names that path.
+    """
+    path = to.absolute()
+    vm = name.partition("/")[0]
+    view = with_bar(f"copying {name}", vm, lambda client: client.rescue_disk(name, path))
+    if output is Output.JSON:
+        print_json(view)
+        return
+    still = "" if view.paused_ms is None else f"; the guest stood still {view.paused_ms:.0f} ms"
+    if view.how is How.LINKED:
+        out.print(f"the image of {name} is at {view.path} again")
+    else:
+        size = format_size(view.size_bytes)
+        out.print(f"{name} is {view.how.value} to {view.path}, {size}{still}", soft_wrap=True)
 
 
 def _note(view: DiskView) -> str:

@@ -44,7 +44,7 @@ def save(
     nobody has written to the disks. If saving fails, the VM goes on.
     """
     path = file.absolute()
-    view = _work(f"saving {name}", name, lambda client: client.save_vm(name, path))
+    view = with_bar(f"saving {name}", name, lambda client: client.save_vm(name, path))
     if output is Output.JSON:
         print_json(view)
         return
@@ -67,7 +67,7 @@ def restore(
     """
     images = dict(_image(text) for text in image or [])
     request = RestoreRequest(file=file.absolute(), name=name, images=images, taps=_taps(tap))
-    view = _work(f"restoring {file.name}", name, lambda client: client.restore_vm(request))
+    view = with_bar(f"restoring {file.name}", name, lambda client: client.restore_vm(request))
     _show(view, output)
 
 
@@ -104,7 +104,7 @@ def clone(
         new_macs=not keep_macs,
         copy_disks_to=(into or file.parent).absolute(),
     )
-    view = _work(f"cloning {file.name}", name, lambda client: client.restore_vm(request))
+    view = with_bar(f"cloning {file.name}", name, lambda client: client.restore_vm(request))
     _show(view, output)
 
 
@@ -125,7 +125,7 @@ def _taps(texts: list[str] | None) -> dict[str, str]:
     return taps
 
 
-def _work(text: str, name: str | None, request: Callable[[Client], Awaitable[Answer]]) -> Answer:
+def with_bar(text: str, name: str | None, request: Callable[[Client], Awaitable[Answer]]) -> Answer:
     """What came of `request`; a bar shows the work on the VM `name`, if the name is known."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
 

@@ -76,6 +76,11 @@ class History:
         self.journal.note(time.time(), "image", text)
         log.log(logging.INFO if sound else logging.WARNING, "image disk=%s %s", self._name, text)
 
+    def rescued(self, text: str, level: int) -> None:
+        """The image was copied, or was not."""
+        self.journal.note(time.time(), "image", text)
+        log.log(level, "image disk=%s %s", self._name, text)
+
     def resized(self, done: Resized) -> None:
         """The disk is larger, and QEMU has been told or will read it."""
         told = "the guest is told" if done.told else "QEMU reads it when it connects again"

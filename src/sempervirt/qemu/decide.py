@@ -68,6 +68,7 @@ _BUSY = {
     Request.RESTART: "a restart of QEMU",
     Request.SAVE: "a save",
     Request.RESTORE: "its restoration",
+    Request.RESCUE: "a copy of one of its disks",
     Request.DEPART: "its migration to another host",
     Request.ARRIVE: "its migration to this host",
 }

@@ -37,6 +37,7 @@ class Request(Enum):
     RESTART = "restart QEMU of"
     SAVE = "save"
     RESTORE = "restore"
+    RESCUE = "rescue a disk of"
     DEPART = "migrate"
     ARRIVE = "receive"
     SWITCH = "switch"

@@ -35,7 +35,7 @@ from sempervirt.renewal.save import ports as save_ports
 from sempervirt.renewal.save.driver import SaveDriver
 from sempervirt.vm.config import AgentConfig
 from sempervirt.vm.ledger import Ledger
-from sempervirt.vm.work import Arriving, Departing, Restarting, Restoring, Saving
+from sempervirt.vm.work import Arriving, Departing, Rescuing, Restarting, Restoring, Saving
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +72,9 @@ async def recover(config: AgentConfig, ledger: Ledger) -> None:
             guest = LeftQemu(ledger, files)
             restore, effects = restores.recover(name, work)
             driver = RestoreDriver(name, restore, restore_ports.Ports(guest, ledger))
+        case Rescuing():
+            await _run_on(LeftQemu(ledger, files), ledger, resume=work.resume)
+            return
         case Departing() | Arriving():
             return  # `migration` goes on with these
         case _:
@@ -80,6 +83,18 @@ async def recover(config: AgentConfig, ledger: Ledger) -> None:
         await _recovered(driver, effects)
     finally:
         await guest.close()
+
+
+async def _run_on(guest: LeftQemu, ledger: Ledger, *, resume: bool) -> None:
+    """Lets a guest run on that was paused for a moment."""
+    try:
+        if resume and not guest.ended():
+            await guest.cont()
+    except SempervirtError as error:
+        log.error("adopt vm=%s stays paused: %s", ledger.name, error)  # noqa: TRY400
+    finally:
+        await guest.close()
+    ledger.end_work()
 
 
 async def _recovered(driver: AnyDriver, effects: list[Any]) -> None:

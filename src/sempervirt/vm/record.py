@@ -10,6 +10,7 @@
               "qemu": {"pid": 4712, …} | null}
            | {"kind": "saving", "resume": true, "saved": false}
            | {"kind": "restoring", "loaded": false, "resume": false}
+           | {"kind": "rescuing", "disk": "root", "resume": true}
            | {"kind": "departing", "id": "…", "destination": "b", "address": "10.0.0.2:7443",
               "phase": "precopy", "mode": "precopy", "running": true}
            | {"kind": "arriving", "id": "…", "source": "a", "phase": "promised", "running": true,

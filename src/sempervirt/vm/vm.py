@@ -68,6 +68,7 @@ class LongWork(StrEnum):
 
     SAVING = "saving"
     RESTORING = "restoring"
+    RESCUING = "rescuing"
 
 
 @dataclass(frozen=True)

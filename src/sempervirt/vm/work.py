@@ -1,6 +1,6 @@
 """The work on a whole VM that takes many steps: at most one at a time, and always on record.
 
-    none ── begin ──► Restarting, Saving, Restoring, Departing, Arriving ── end ──► none
+    none ── begin ──► Restarting, Saving, Restoring, Rescuing, Departing, Arriving ── end ──► none
                           ▲        │
                           └────────┘ advance; each of the three is on record when it returns
 
@@ -10,6 +10,7 @@ An agent that begins anew reads the record, and what kind of work it was says ho
 - `Saving`: the guest was paused for a save, and goes on; once `saved`, QEMU is ended.
 - `Restoring`: the memory is not there and never will be: QEMU is ended; once `loaded`, the guest
   goes on.
+- `Rescuing`: the guest was paused for a copy of a disk, and goes on.
 - `Departing`, `Arriving`: the machines of the migration go on from the phase.
 """
 
@@ -64,6 +65,15 @@ class Restoring:
 
 
 @dataclass(frozen=True)
+class Rescuing:
+    """The guest is paused for a copy of its disk `disk`. `resume`: it ran, and runs on."""
+
+    disk: str
+    resume: bool
+    kind: Literal["rescuing"] = "rescuing"
+
+
+@dataclass(frozen=True)
 class Departing:
     """A migration away, in `phase`. `address` is that of the destination's
     agent, "HOST:PORT"; `running`: the guest was not paused.
@@ -99,7 +109,7 @@ class Arriving:
 
 
 Work = Annotated[
-    Restarting | Saving | Restoring | Departing | Arriving, Field(discriminator="kind")
+    Restarting | Saving | Restoring | Rescuing | Departing | Arriving, Field(discriminator="kind")
 ]
 
 
@@ -112,6 +122,8 @@ def in_words(work: Work) -> str:
             return "a save"
         case Restoring():
             return "its restoration"
+        case Rescuing():
+            return f"a copy of its disk {work.disk}"
         case Departing():
             return f"its migration to {work.destination}"
         case Arriving():

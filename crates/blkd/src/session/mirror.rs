@@ -194,6 +194,7 @@ impl Mirror {
     /// The system's; the disk can be served, and a spare will take over by a new connection.
     pub(crate) fn listen(self: &Arc<Self>, path: &Path) -> io::Result<()> {
         let listener = bind(path)?;
+        semper_control::remember(path)?;
         let mirror = Arc::clone(self);
         let serve = move || {
             loop {
