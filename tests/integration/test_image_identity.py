@@ -156,7 +156,7 @@ async def test_control_backends_that_open_the_path_serve_another_file(
         async with guest_of(vm) as guest:
             await guest.disk.wait_spare_ready(READY_S)
             (place / "new.raw").rename(disk_image)
-            await guest.disk.upgrade()
+            kill(guest.disk)
             assert await guest.reads() == {OTHERS}
 
 

@@ -80,7 +80,6 @@ fn each_other_answer_is_complete() {
     ask(&backend, "blkd-fault", request("fault", "rule", rule));
     ask(&backend, "blkd-threads", request("threads", "map", json!([0, 1])));
     ask(&backend, "blkd-handover", request("handover", "armed", json!(false)));
-    ask(&backend, "blkd-resize", request("resize", "size_bytes", json!(2 << 20)));
     ask(&backend, "blkd-refused", request("dance", "with", json!("me")));
 
     ask(&backend, "blkd-map", request("map", "id", json!(1)));
@@ -99,6 +98,8 @@ fn each_other_answer_is_complete() {
         map["running"].is_null().then_some(())
     });
     ask(&backend, "blkd-map-verified", request("map", "id", json!(1)));
+    assert_eq!(machine.config()[..8], 2048u64.to_le_bytes());
+    ask(&backend, "blkd-resize", request("resize", "size_bytes", json!(2 << 20)));
 }
 
 #[test]
