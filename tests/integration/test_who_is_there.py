@@ -7,9 +7,13 @@ import os
 import re
 import shutil
 import signal
+import socket
+import struct
 import subprocess
+import time
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,8 +22,12 @@ from sempervirt.agent import AgentConfig
 from sempervirt.api.client import Client
 from sempervirt.api.schemas import DiskView, VmView
 from sempervirt.core.errors import StateConflict
+from sempervirt.disk.backend import PROGRAM
+from sempervirt.disk.running import PEER_FILE_VARIABLE
 from sempervirt.disk.state import Condition
-from sempervirt.host.procfs import find_by_argument
+from sempervirt.host.peers import write_peers
+from sempervirt.host.procfs import ProcessId, find_by_argument, identify, start_ticks
+from sempervirt.host.programs import find_program
 from sempervirt.qemu.spec import VmSpec
 from sempervirt.qemu.state import Runstate
 
@@ -204,6 +212,71 @@ async def test_a_qemu_that_nobody_knows_of_stands_in_the_way(
             stranger.kill()
             stranger.wait()
         assert (await client.run_vm(firmware_spec())).state is Runstate.RUNNING
+        await client.kill_vm("web")
+
+
+# VHOST_USER_GET_FEATURES of version 1, without content.
+GET_FEATURES = struct.pack("=III", 1, 1, 0)
+
+
+def is_served(path: Path) -> bool:
+    """Whether a backend answers this process."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(DEADLINE_S)
+        connection.connect(str(path))
+        try:
+            connection.sendall(GET_FEATURES)
+            return len(connection.recv(100)) == 20
+        except ConnectionError:
+            return False
+
+
+def test_a_backend_serves_the_process_that_is_noted(place: Path, disk_image: Path) -> None:
+    path, peers = place / "s", place / "qemu.peers"
+    me = identify(os.getpid())
+    assert me is not None
+    write_peers(peers, [replace(me, start_ticks=me.start_ticks + 1)])
+    argv = [find_program(PROGRAM), f"--socket-path={path}", f"--blk-file={disk_image}"]
+    with (place / "log").open("wb") as log:
+        backend = subprocess.Popen(
+            argv, stderr=log, env={**os.environ, PEER_FILE_VARIABLE: str(peers)}
+        )
+    try:
+        deadline = time.monotonic() + DEADLINE_S
+        while not path.exists():
+            assert time.monotonic() < deadline
+            time.sleep(POLL_S)  # poll interval
+        assert not is_served(path)
+        said = (place / "log").read_text()
+        assert f"pid {os.getpid()} (" in said
+        assert "is not the QEMU of this VM" in said
+        write_peers(peers, [ProcessId(1, 1, ""), me])
+        assert is_served(path)
+        peers.unlink()  # what it said last counts
+        assert is_served(path)
+    finally:
+        backend.kill()
+        backend.wait()
+
+
+async def test_qemu_is_noted_and_connects_again(
+    config: AgentConfig, firmware_spec: Spec, semperd: Semperd
+) -> None:
+    """Both backends are killed at once, so QEMU has to connect anew, to a third one."""
+    async with Client.connect(config.socket) as client, semperd():
+        view = await client.run_vm(firmware_spec())
+        assert view.pid is not None
+        noted = (config.vm_run_dir("web") / "qemu.peers").read_text()
+        assert noted == f"{view.pid} {start_ticks(view.pid)}\n"
+        disk = await guarded(client)
+        assert disk.active_pid is not None
+        assert disk.spare_pid is not None
+        for pid in (disk.spare_pid, disk.active_pid):
+            os.kill(pid, signal.SIGKILL)
+        now = await guarded(client, but=disk.active_pid)
+        assert now.backend is not None
+        assert now.backend["state"] == "running"
+        assert now.backend["counters"]["protocol_errors"] == 0
         await client.kill_vm("web")
 
 

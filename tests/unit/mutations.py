@@ -102,12 +102,17 @@ def _tree(path: Path, sound: bytes, dice: random.Random) -> None:
                 with contextlib.suppress(KeyError, IndexError, TypeError):
                     holder[key] = json.loads(json.dumps(other[its_key]))
             case 2 if isinstance(holder, dict):
-                holder[dice.choice(("a", "", "work", "end", "qemu", "name"))] = dice.choice(_VALUES)
+                holder[dice.choice(("a", "", "work", "end", "qemu", "name"))] = _value(dice)
             case _:
-                holder[key] = dice.choice(_VALUES)
+                holder[key] = _value(dice)
         if not list(_places(content)):
             break
     path.write_bytes(json.dumps(content).encode(errors="surrogatepass"))
+
+
+def _value(dice: random.Random) -> Any:
+    """A value of its own, since the next change may be inside it."""
+    return json.loads(json.dumps(dice.choice(_VALUES)))
 
 
 def _places(tree: Any) -> list[tuple[Any, Any]]:

@@ -59,7 +59,7 @@ def test_a_program_is_held_once(tmp_path: Path) -> None:
 
 def test_a_program_that_is_not_there(tmp_path: Path) -> None:
     programs = Programs()
-    with pytest.raises(Unavailable, match="cannot start"):
+    with pytest.raises(Unavailable, match="cannot open the program"):
         programs.hold(str(tmp_path / "absent"))
     token = programs.hold_if_there(str(tmp_path / "absent"))
     assert programs.executable(token) == (str(tmp_path / "absent"), ())

@@ -355,4 +355,6 @@ async def test_a_file_of_the_host(world: World, monkeypatch: pytest.MonkeyPatch,
             pass
         except Exception as error:
             raise AssertionError(what) from error
+        # A link in the file's place is not followed, to write elsewhere.
+        assert not Path(f"{path}.elsewhere").exists(), what
         await asyncio.sleep(0)

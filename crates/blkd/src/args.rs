@@ -155,6 +155,11 @@ pub(crate) struct Args {
     #[arg(long, value_name = "PATH", env = "SEMPER_BLKD_FLUSH_FILE", hide_env_values = true)]
     pub flush_file: Option<PathBuf>,
 
+    /// Serve only a front end that is one of the processes noted in this file, "PID START_TICKS" in
+    /// each line. (Also as a variable, which earlier releases ignore.)
+    #[arg(long, value_name = "PATH", env = "SEMPER_BLKD_PEER_FILE", hide_env_values = true)]
+    pub peer_file: Option<PathBuf>,
+
     /// Do not track requests in flight. They are lost when this process dies: only for
     /// demonstrating just that.
     #[arg(long)]

@@ -33,6 +33,7 @@ pub mod hostile;
 mod inflight_map;
 mod memory_reaper;
 mod overlap;
+mod peers;
 mod poll;
 mod postcopy;
 mod queue;

@@ -25,6 +25,7 @@ use crate::device::{Device, Offer};
 use crate::door::Door;
 use crate::failure::{Failure, system};
 use crate::memory_reaper;
+use crate::peers::Peers;
 use crate::postcopy::{Stage, Userfault};
 use crate::queue::Disk;
 use crate::request::ID_SIZE;
@@ -114,7 +115,7 @@ pub(crate) fn run(args: Args, shared: Shared) -> Result<(), Failure> {
         door.shut();
         converse(line, &disk, &device, &mirror);
     }
-    accept_forever(&door, &disk, &device, &mirror)
+    accept_forever(&door, Peers::new(args.peer_file), &disk, &device, &mirror)
 }
 
 /// A spare follows whoever serves, and whoever serves lets itself be followed.
@@ -289,6 +290,7 @@ fn spawn_with<E: Engine + 'static>(
 
 fn accept_forever(
     door: &Door,
+    mut peers: Peers,
     disk: &Arc<Disk>,
     device: &Arc<Mutex<Device>>,
     mirror: &Mirror,
@@ -296,6 +298,10 @@ fn accept_forever(
     let mut pause = Duration::ZERO;
     loop {
         let stream = door.accept().map_err(system("accept a front end"))?;
+        if let Err(stranger) = peers.admit(&stream) {
+            disk.shared.report_protocol_error(&stranger);
+            continue;
+        }
         mark(&disk.shared.timeline.accepted);
         disk.shared.connections.fetch_add(1, Ordering::Relaxed);
         disk.shared.set_phase(Phase::Connected);

@@ -110,8 +110,8 @@ def _read(config: AgentConfig, name: str) -> VmRecord:
 
 async def _adopt(config: AgentConfig, found: VmRecord, seen: Living) -> Vm:
     spec = found.spec
-    ledger = Ledger(found, record_path(config.vm_state_dir(spec.name)))
     files = VmFiles(config.vm_run_dir(spec.name))
+    ledger = Ledger(found, record_path(config.vm_state_dir(spec.name)), files.peers)
     release = partial(claims.release, config)
     _require_own(found, seen)
     if found.end is not None:
@@ -124,6 +124,7 @@ async def _adopt(config: AgentConfig, found: VmRecord, seen: Living) -> Vm:
     disks: dict[str, Disk] = {}
     if record.qemu is not None and record.qemu.is_alive():
         doubts += _remade(files)
+        ledger.note_peers()
         disks = await _adopt_disks(config, record)
         doubts += [f"disk {disk.name}: {disk.doubt}" for disk in disks.values() if disk.doubt]
     else:

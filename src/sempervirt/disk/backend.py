@@ -62,7 +62,8 @@ class Launch:
     thread of each queue, if it is not left to the program; `touched` a file in which it notes
     which blocks were used; `session` the socket at which spares learn what QEMU has said. Without a
     `title` it serves what nobody has claimed. `image_fd` is an inherited descriptor of the image,
-    which the path may not lead to any more.
+    which the path may not lead to any more. `peers` is the file (`host.peers`) that says which
+    processes it may serve; without one it serves whoever connects.
     """
 
     binary: str
@@ -75,6 +76,7 @@ class Launch:
     session: Path | None = None
     title: ImageTitle | None = None
     image_fd: int | None = None
+    peers: Path | None = None
 
     @property
     def image(self) -> str:

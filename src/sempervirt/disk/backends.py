@@ -106,6 +106,7 @@ class Backends:
             thread_map=binding.map if binding else None,
             touched=setup.files.touched,
             session=setup.files.session,
+            peers=setup.peers,
             title=setup.title,
             image_fd=image.descriptor,
         )

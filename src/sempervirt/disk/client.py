@@ -29,10 +29,12 @@ MAP_DEADLINE_S = 600.0
 
 
 class BackendClient:
-    """Of the process that listens on `path`; each question has a connection of its own."""
+    """Of the process that listens on `path`, which has to be `pid`; each question has a connection
+    of its own.
+    """
 
-    def __init__(self, path: Path) -> None:
-        self._socket = ControlSocket(path, PROGRAM)
+    def __init__(self, path: Path, pid: int | None = None) -> None:
+        self._socket = ControlSocket(path, PROGRAM, pid)
 
     async def status(self, timeout_s: float = DEADLINE_S) -> Status:
         """What the process is doing, and its counters."""

@@ -127,7 +127,7 @@ def _witnesses(files: DiskFiles, command: BackendCommand) -> list[_Witness]:
 
 async def _asked(files: DiskFiles, one: _Witness) -> _Witness:
     try:
-        status = await BackendClient(files.control(one.generation)).status()
+        status = await BackendClient(files.control(one.generation), one.identity.pid).status()
     except SempervirtError as error:
         log.warning("adopt disk=%s pid=%d %s", files.disk, one.identity.pid, error)
         return one

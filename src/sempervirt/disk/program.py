@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Iterable
 
 from sempervirt.core.errors import Unavailable
+from sempervirt.host.programs import why_not_started
 
 
 def path_of(token: str) -> str:
@@ -46,10 +47,8 @@ class Programs:
         try:
             descriptor = os.open(opened_from or found, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            raise Unavailable(
-                f"cannot start {path}: {error.strerror}",
-                remedy="check that the program is installed",
-            ) from error
+            text = f"cannot open the program {opened_from or found}: {error.strerror}"
+            raise Unavailable(text, remedy=why_not_started(error)) from error
         token = f"{found}#{_inode(os.fstat(descriptor))}"
         if token in self._held:
             os.close(descriptor)

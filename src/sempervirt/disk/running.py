@@ -22,6 +22,7 @@ from sempervirt.host.procfs import ProcessId, find_processes
 LOGS_KEPT = 5
 # Not an option: a backend of a release that does not know it would end.
 FLUSH_FILE_VARIABLE = "SEMPER_BLKD_FLUSH_FILE"
+PEER_FILE_VARIABLE = "SEMPER_BLKD_PEER_FILE"
 _ERROR_LINE = re.compile(r"\S+: error: (?P<cause>.*?)(?:; (?P<remedy>[^;]*))?")
 # Exit codes of semper-blkd.
 _LOCKED, _UNUSABLE = 3, 4
@@ -120,7 +121,7 @@ class Running:
     @property
     def client(self) -> BackendClient:
         """What can be asked of the process."""
-        return BackendClient(self.control)
+        return BackendClient(self.control, self.pid)
 
     def detach(self) -> None:
         """Stops watching the process, which runs on."""
@@ -154,7 +155,11 @@ def start(
         on_exit=on_exit,
         executable=executable,
         pass_fds=(*launch.inherited, *descriptors),
-        environment={**command.environment, FLUSH_FILE_VARIABLE: str(files.flush_failed)},
+        environment={
+            **command.environment,
+            FLUSH_FILE_VARIABLE: str(files.flush_failed),
+            **({PEER_FILE_VARIABLE: str(launch.peers)} if launch.peers else {}),
+        },
     )
     return Running(generation, token, started, launch.control, log, launch.listen_fd)
 

@@ -18,7 +18,8 @@ class DiskSetup:
 
     `volume` is None for an adopted disk whose image cannot be looked at any more. `plan` is how
     its queues are served at first; None leaves that to the program. `title` is by what right this
-    host writes the image; None where nobody claims it.
+    host writes the image; None where nobody claims it. `peers` is the file that says which QEMU is
+    served; None: whoever connects.
     """
 
     name: str
@@ -30,6 +31,7 @@ class DiskSetup:
     record: Path
     plan: DevicePlan | None = None
     title: ImageTitle | None = None
+    peers: Path | None = None
 
     @property
     def short_name(self) -> str:

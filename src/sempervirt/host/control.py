@@ -20,6 +20,7 @@ from typing import Any
 
 from sempervirt.core.errors import InvalidRequest, OutcomeUnknown, SempervirtError, Unavailable
 from sempervirt.host.answers import Answer, AnswerT, read_answer
+from sempervirt.host.peers import require_peer
 
 LINE_MAX_BYTES = 4 << 20
 DEADLINE_S = 5.0
@@ -34,10 +35,13 @@ class Bytes(Answer):
 
 @dataclass(frozen=True)
 class ControlSocket:
-    """Where one process of `program`, for instance "semper-blkd", answers questions."""
+    """Where one process of `program`, for instance "semper-blkd", answers questions. With `pid` it
+    has to be that process.
+    """
 
     path: Path
     program: str
+    pid: int | None = None
 
     async def ask(
         self, command: str, *, timeout_s: float = DEADLINE_S, **arguments: Any
@@ -45,7 +49,8 @@ class ControlSocket:
         """Asks one question on a connection of its own.
 
         Raises Unavailable when nobody listens, InvalidRequest or Unavailable as the program says,
-        OutcomeUnknown when the program was asked and gave no answer that has a meaning.
+        OutcomeUnknown when another process listens, or the program was asked and gave no answer
+        that has a meaning.
         """
         async with self._asked(command, timeout_s, arguments) as (answer, _):
             return answer
@@ -95,6 +100,8 @@ class ControlSocket:
             raise Unavailable(f"{self.program} does not listen on {self.path}: {error}") from error
         request = {"id": 1, "cmd": command, **arguments}
         try:
+            if self.pid is not None:
+                require_peer(writer.get_extra_info("socket"), self.pid, self.path)
             try:
                 async with asyncio.timeout(timeout_s):
                     writer.write(json.dumps(request).encode() + b"\n")

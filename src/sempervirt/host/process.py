@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import shlex
 import signal
@@ -23,6 +24,7 @@ from pathlib import Path
 
 from sempervirt.core.errors import CommandFailed
 from sempervirt.host.procfs import ProcessId, identify, start_ticks
+from sempervirt.host.programs import why_not_started
 
 TAIL_LINES = 20
 _TAIL_BYTES = 16 << 10
@@ -145,12 +147,16 @@ def spawn(
     tells the output of this process from that of earlier ones (see `said`).
 
     `executable` is the file to execute, if not argv[0]. Raises CommandFailed when the program
-    cannot be started.
+    cannot be started, or the log cannot be opened.
     """
+    with contextlib.suppress(OSError):  # no room: then the process says nothing either
+        note_in_log(log, f"{Path(argv[0]).name} started")
     try:
-        with contextlib.suppress(OSError):  # no room: then the process says nothing either
-            note_in_log(log, f"{Path(argv[0]).name} started")
-        with log.open("ab") as output:
+        opened = log.open("ab")
+    except OSError as error:
+        raise _log_not_opened(argv, log, error) from error
+    try:
+        with opened as output:
             child = subprocess.Popen(
                 argv,
                 executable=executable,
@@ -257,7 +263,19 @@ def _cannot_start(argv: Sequence[str], error: OSError) -> CommandFailed:
         shlex.join(argv),
         127,
         [f"cannot start {argv[0]}: {error.strerror}"],
-        remedy="check that the program is installed",
+        remedy=why_not_started(error),
+    )
+
+
+def _log_not_opened(argv: Sequence[str], log: Path, error: OSError) -> CommandFailed:
+    gone = error.errno == errno.ENOENT
+    return CommandFailed(
+        shlex.join(argv),
+        127,
+        [f"{argv[0]} was not started: its log {log} cannot be opened: {error.strerror}"],
+        remedy=f"{log.parent} was removed: end the VM and start it again"
+        if gone
+        else f"check {log.parent} and the room in it",
     )
 
 

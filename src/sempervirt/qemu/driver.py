@@ -266,7 +266,15 @@ class Machine(Owner[VmState, VmEvent, VmEffect]):
     def _new_link(self) -> Link:
         told = partial(self._told, self._state.qemu)
         devices = [disk_id(disk) for disk in self.spec.disks]
-        return Link(self.files.monitor, self.name, devices, self._patience, told, self._heard)
+        return Link(
+            self.files.monitor,
+            self.name,
+            devices,
+            self._patience,
+            told,
+            self._heard,
+            lambda: self.pid,
+        )
 
     def _told(self, qemu: int, event: Heard) -> None:
         self.post(replace(event, qemu=qemu))

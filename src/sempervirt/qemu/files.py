@@ -47,6 +47,11 @@ class VmFiles:
         """The way to the variables of the firmware, for every QEMU of the VM."""
         return (self.logs or self.directory) / "vars.fd"
 
+    @property
+    def peers(self) -> Path:
+        """Which processes the VM's backends serve (`host.peers`)."""
+        return self.directory / "qemu.peers"
+
     def channel(self, channel: ChannelSpec) -> Path:
         """The host end of a channel."""
         return self.directory / f"{channel.socket_name}.sock"

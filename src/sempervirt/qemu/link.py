@@ -30,7 +30,8 @@ class Patience:
 
 class Link:
     """The way to one QEMU. `run` is the task; `report` gets what is learned of QEMU's runstate,
-    `heard` every event of the monitor. `devices` are the ids of devices that QEMU was started with.
+    `heard` every event of the monitor. `devices` are the ids of devices that QEMU was started with,
+    `pid` tells the process that has to be at the other end.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Link:
         patience: Patience,
         report: Callable[[Heard], None],
         heard: OnEvent,
+        pid: Callable[[], int | None],
     ) -> None:
         self._path = path
         self._name = name
@@ -48,6 +50,7 @@ class Link:
         self._patience = patience
         self._report = report
         self._heard = heard
+        self._pid = pid
         self._monitor: Monitor | None = None
         self._changes = Changes()
 
@@ -90,7 +93,8 @@ class Link:
         interval_s = RETRY_S
         while True:
             try:
-                return await Monitor.connect(self._path, self._name, self._patience.connect_s)
+                connect_s = self._patience.connect_s
+                return await Monitor.connect(self._path, self._name, connect_s, self._pid())
             except Unavailable as error:  # not listening (yet)
                 if now() >= deadline:
                     self._report(Silent(error.message))

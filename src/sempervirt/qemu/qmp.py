@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import socket
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 from qemu.qmp import ExecuteError, QMPClient, QMPError, Runstate
 
 from sempervirt.core.errors import OutcomeUnknown, StateConflict, Unavailable
+from sempervirt.host.peers import require_peer
 
 # Each failure that the library logs is also raised, and is told there in our words.
 logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
@@ -36,20 +38,24 @@ class Monitor:
         self._client = client
 
     @classmethod
-    async def connect(cls, path: Path, name: str, timeout_s: float) -> Monitor:
-        """Connects and negotiates.
+    async def connect(
+        cls, path: Path, name: str, timeout_s: float, pid: int | None = None
+    ) -> Monitor:
+        """Connects and negotiates. With `pid` it has to be that process which listens.
 
         Raises Unavailable when nobody listens, OutcomeUnknown when somebody does and says
-        nothing: the process is there, but hangs or talks to another client.
+        nothing (the process is there, but hangs or talks to another client), or is another process.
         """
         client = QMPClient(name)
         try:
             async with asyncio.timeout(timeout_s):
-                await client.connect(str(path))
+                await client.connect(await _connected(path, pid))
         except TimeoutError as error:
             raise OutcomeUnknown(f"the monitor of {name} does not greet") from error
         except (QMPError, OSError, EOFError) as error:
-            raise Unavailable(f"the monitor of {name} cannot be reached: {error}") from error
+            raise Unavailable(
+                f"the monitor of {name}, {path}, cannot be reached: {error}"
+            ) from error
         return cls(client)
 
     async def execute(
@@ -127,3 +133,15 @@ class Monitor:
         if self._client.runstate is not Runstate.IDLE:
             with contextlib.suppress(Exception):
                 await self._client.disconnect()
+
+
+async def _connected(path: Path, pid: int | None) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        await asyncio.get_running_loop().sock_connect(connection, str(path))
+        if pid is not None:
+            require_peer(connection, pid, path)
+    except BaseException:
+        connection.close()
+        raise
+    return connection

@@ -123,7 +123,8 @@ class Successor:
         deadline = time.monotonic() + START_DEADLINE_S
         while True:
             try:
-                self._monitor = await Monitor.connect(self._path, self.name, COMMAND_S)
+                pid = self._process.pid if self._process else None
+                self._monitor = await Monitor.connect(self._path, self.name, COMMAND_S, pid)
             except OutcomeUnknown as error:
                 raise Unavailable(error.message) from error
             except Unavailable:

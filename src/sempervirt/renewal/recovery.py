@@ -163,10 +163,13 @@ class LeftQemu:
             await self._monitor.close()
             self._monitor = None
 
-    async def _connected(self, path: Path | None = None) -> Monitor:
+    async def _connected(self) -> Monitor:
+        return await self._connected_to(self._files.monitor, self._identity)
+
+    async def _connected_to(self, path: Path, qemu: ProcessId | None) -> Monitor:
         if self._monitor is None:
-            path = path or self._files.monitor
-            self._monitor = await Monitor.connect(path, self._name, MONITOR_S)
+            pid = qemu.pid if qemu else None
+            self._monitor = await Monitor.connect(path, self._name, MONITOR_S, pid)
         return self._monitor
 
 
@@ -217,12 +220,13 @@ class TwoQemus(LeftQemu):
 
     async def cont_new(self) -> None:
         """Lets the guest run in the new QEMU."""
-        await (await self._connected(self._new_monitor)).execute("cont", timeout_s=MONITOR_S)
+        monitor = await self._connected_to(self._new_monitor, self._new)
+        await monitor.execute("cont", timeout_s=MONITOR_S)
 
     async def move_in(self) -> None:
         """Puts the sockets into their places, and lets go of the monitor."""
         try:
-            monitor = await self._connected(self._new_monitor)
+            monitor = await self._connected_to(self._new_monitor, self._new)
             await device_state.reset(monitor.execute_within(MONITOR_S))
         except SempervirtError as error:
             log.info("adopt vm=%s %s", self._name, error)

@@ -163,7 +163,10 @@ class SqliteStore:
 
     def _read(self, prefix: str) -> Snapshot:
         with self._transaction("DEFERRED"):
-            (revision,) = self._connection.execute("SELECT revision FROM revision").fetchone()
+            row = self._connection.execute("SELECT revision FROM revision").fetchone()
+            if row is None or type(row[0]) is not int:
+                raise _damaged(self._path, "it has no revision")
+            (revision,) = row
             return Snapshot(revision, self._entries(prefix))
 
     def _entries(self, prefix: str) -> dict[str, Entry]:
@@ -173,7 +176,12 @@ class SqliteStore:
             "ORDER BY key",
             {"length": len(prefix), "prefix": prefix, **_now()},
         )
-        return {key: Entry(value, revision) for key, value, revision in rows}
+        entries = {}
+        for key, value, revision in rows:
+            if not (isinstance(key, str) and isinstance(value, str) and isinstance(revision, int)):
+                raise _damaged(self._path, f"its entry {key!r:.40} is none")
+            entries[key] = Entry(value, revision)
+        return entries
 
     def _commit(self, writes: Sequence[Write], expect: Mapping[str, int]) -> int:
         with self._transaction():
@@ -272,6 +280,13 @@ def _translated(path: Path) -> Iterator[None]:
         yield
     except (sqlite3.Error, OSError) as error:
         raise _translation(path, error) from error
+    except UnicodeDecodeError as error:  # of a name that the damaged file itself tells
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, why: object) -> RecordDamaged:
+    remedy = "move it away and restore it from a backup"
+    return RecordDamaged(f"{path} is damaged: {why}", remedy=remedy)
 
 
 def _make(path: Path) -> None:
@@ -299,9 +314,7 @@ def _translation(path: Path, error: sqlite3.Error | OSError) -> SempervirtError:
         message = f"another process has kept {path} locked for {BUSY_S:g} s"
         return Unavailable(message, remedy="end it, or try again")
     if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
-        return RecordDamaged(
-            f"{path} is damaged: {error}", remedy="move it away and restore it from a backup"
-        )
+        return _damaged(path, error)
     return Unavailable(
         f"cannot use {path}: {error}", remedy="check the directory, its permissions and its medium"
     )

@@ -93,7 +93,7 @@ async def launch(
     plans = plan_devices(spec, await offer_of(config, spec, facts.features))
     accelerator = accel.choose(spec.accel, facts.accelerator)
     record = VmRecord(spec, accelerator, time.time(), plans=plans, work=beginning.work)
-    ledger = Ledger(record, record_path(config.vm_state_dir(spec.name)))
+    ledger = Ledger(record, record_path(config.vm_state_dir(spec.name)), files.peers)
     undo = _Undo(config, ledger)
     with memory.created(spec.memory) as memory_fd:
         ledger.create()

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from sempervirt.core.errors import StateConflict, Unavailable
+from sempervirt.host.peers import write_peers
 from sempervirt.host.procfs import ProcessId
 from sempervirt.host.records import remove_record
 from sempervirt.qemu.state import VmState
@@ -23,11 +24,14 @@ log = logging.getLogger(__name__)
 
 
 class Ledger:
-    """Of a VM whose `record` stands at `path`, or will."""
+    """Of a VM whose `record` stands at `path`, or will. The QEMUs on record are noted for the VM's
+    backends as well, in the file `peers`: they serve no other process.
+    """
 
-    def __init__(self, record: VmRecord, path: Path) -> None:
+    def __init__(self, record: VmRecord, path: Path, peers: Path | None = None) -> None:
         self._record = record
         self._path = path
+        self._peers = peers
 
     @property
     def record(self) -> VmRecord:
@@ -45,7 +49,21 @@ class Ledger:
             self._path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise self._unwritten(error) from error
+        try:
+            self._write_peers(self._record)
+        except OSError as error:
+            raise Unavailable(
+                f"{self._peers} cannot be written: {error.strerror}",
+                remedy="make room there, or choose another SEMPERVIRT_RUN_DIR",
+            ) from error
         self._require(self._record)
+
+    def note_peers(self) -> None:
+        """Lets the backends serve the QEMUs on record; no others. What fails is in the log."""
+        try:
+            self._write_peers(self._record)
+        except OSError as error:
+            log.error("peers vm=%s not written: %s", self.name, error)  # noqa: TRY400
 
     def remove(self) -> None:
         """Removes the record of a VM of which nothing is left."""
@@ -104,16 +122,25 @@ class Ledger:
             record.write(self._path)
         except OSError as error:
             raise self._unwritten(error) from error
-        self._record = record
+        self._replace(record)
 
     def _note(self, record: VmRecord) -> bool:
-        self._record = record
+        self._replace(record)
         try:
             record.write(self._path)
         except OSError as error:
             log.error("record vm=%s not written: %s", self.name, error)  # noqa: TRY400
             return False
         return True
+
+    def _replace(self, record: VmRecord) -> None:
+        before, self._record = self._record, record
+        if record.qemus != before.qemus:
+            self.note_peers()
+
+    def _write_peers(self, record: VmRecord) -> None:
+        if self._peers is not None:
+            write_peers(self._peers, record.qemus)
 
     def _unwritten(self, error: OSError) -> Unavailable:
         return Unavailable(

@@ -39,7 +39,7 @@ from sempervirt.qemu.accel import Accelerator
 from sempervirt.qemu.spec import VmSpec
 from sempervirt.qemu.state import End, Runstate, VmState
 from sempervirt.store.registry import Claim
-from sempervirt.vm.work import Work
+from sempervirt.vm.work import Restarting, Work
 
 VERSION = 2
 # More QEMUs than that, or a start in the year 5138, is damage.
@@ -66,6 +66,12 @@ class VmRecord:
     number: int = 1
     claim: Claim | None = None
     work: Work | None = None
+
+    @property
+    def qemus(self) -> tuple[ProcessId, ...]:
+        """The VM's QEMU, and the one that is to take over."""
+        new = self.work.qemu if isinstance(self.work, Restarting) else None
+        return tuple(dict.fromkeys(one for one in (self.qemu, new) if one is not None))
 
     def write(self, path: Path) -> None:
         """Replaces the record at `path`."""

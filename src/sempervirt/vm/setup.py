@@ -14,10 +14,12 @@ from sempervirt.disk.backend import DiskOptions, ImageTitle
 from sempervirt.disk.running import DiskFiles
 from sempervirt.disk.setup import DiskSetup
 from sempervirt.disk.volume import Volume, inspect, require_raw
-from sempervirt.host.records import make_directory
+from sempervirt.host.directories import make_private
+from sempervirt.host.places import RUN_VARIABLE, STATE_VARIABLE
 from sempervirt.host.sockets import check_socket_path
 from sempervirt.host.storage_call import DEADLINE_S, call_storage
 from sempervirt.qemu.command_line import disk_id
+from sempervirt.qemu.files import VmFiles
 from sempervirt.qemu.spec import DiskSpec, VmSpec
 from sempervirt.vm.claims import awaited_title, title_of
 from sempervirt.vm.config import AgentConfig
@@ -30,15 +32,11 @@ ADOPTION_DEADLINE_S = 1.0
 
 
 def prepare_directories(config: AgentConfig) -> None:
-    """Makes the state and run directories, for the owner only. Raises Unavailable."""
-    for directory in (config.state_dir, config.run_dir):
-        try:
-            make_directory(directory, 0o700)
-        except OSError as error:
-            raise Unavailable(
-                f"cannot make {directory}: {error.strerror}",
-                remedy="choose others by SEMPERVIRT_STATE_DIR and SEMPERVIRT_RUN_DIR",
-            ) from error
+    """Makes the state and run directories, for the owner only, or checks those that are there.
+    Raises Unavailable.
+    """
+    make_private(config.state_dir, STATE_VARIABLE, linked=True)
+    make_private(config.run_dir, RUN_VARIABLE, linked=False)
 
 
 async def inspect_images(spec: VmSpec, *, used: bool) -> dict[str, Volume]:
@@ -101,6 +99,7 @@ def disk_setup(
         files=files,
         record=config.vm_state_dir(spec.name) / f"disk-{disk.name}.json",
         title=title,
+        peers=VmFiles(config.vm_run_dir(spec.name)).peers,
     )
 
 

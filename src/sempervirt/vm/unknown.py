@@ -14,6 +14,7 @@ of it goes on being looked after.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Mapping
@@ -28,6 +29,7 @@ from sempervirt.disk.lifecycle import adopt_disk
 from sempervirt.disk.running import DiskFiles
 from sempervirt.disk.setup import DiskSetup
 from sempervirt.host import background, process
+from sempervirt.host.peers import write_peers
 from sempervirt.host.process import Exit, Process
 from sempervirt.host.procfs import ProcessId, arguments_of
 from sempervirt.host.records import move_aside
@@ -82,6 +84,9 @@ class UnknownVm:
             watched = process.adopt(identity, vm._qemu_ended)
             if watched is not None:
                 vm._qemus.append(watched)
+        if len(vm._qemus) == 1:  # of several nobody can tell which one the disks belong to
+            with contextlib.suppress(OSError):
+                write_peers(vm.files.peers, seen.qemus)
         if vm._qemus:
             await vm._adopt_disks(seen.backends)
         return vm
@@ -171,6 +176,7 @@ class UnknownVm:
             files=files,
             record=self._state_dir / f"disk-{name}.json",
             title=launch.title,
+            peers=self.files.peers,
         )
 
     @property
