@@ -356,5 +356,5 @@ async def test_a_file_of_the_host(world: World, monkeypatch: pytest.MonkeyPatch,
         except Exception as error:
             raise AssertionError(what) from error
         # A link in the file's place is not followed, to write elsewhere.
-        assert not Path(f"{path}.elsewhere").exists(), what
+        assert not path.with_name(f"{path.name}.elsewhere").exists(), what
         await asyncio.sleep(0)
