@@ -427,9 +427,14 @@ impl Device {
         if let Some(map) = &self.disk.map {
             map.attach(&self.memory);
         }
-        if let Arrival::Listening { known, .. } = &mut self.arrival {
-            *known = false;
-            return Ok(());
+        match &mut self.arrival {
+            Arrival::Listening { known, .. } => {
+                *known = false;
+                return Ok(());
+            }
+            // All of it came before the guest runs, and nobody says that no postcopy follows.
+            Arrival::Advised(_) => self.set_arrival(Arrival::Complete),
+            Arrival::Complete | Arrival::Inherited => {}
         }
         running.into_iter().try_for_each(|index| self.try_start(index))
     }

@@ -2,10 +2,13 @@
 //!
 //! ```text
 //!   complete ──ADVISE──► advised ──LISTEN──► listening ──END──► complete
-//!                                                │ this process or its front end's connection dies
-//!                                                ▼
-//!                                            inherited ──END──► complete
+//!                           │                    │ this process or its front end's connection dies
+//!              memory comes ▼                    ▼
+//!                        complete            inherited ──END──► complete
 //! ```
+//!
+//! *advised*: there may be a postcopy. A front end that then gives its memory without *LISTEN* has all
+//! of it already, and never says that there was no postcopy.
 //!
 //! *listening*: whoever touches a page that is missing, be it a thread or the kernel on its behalf,
 //! sleeps (userfaultfd(2)) until the front end, which reads our faults, has placed the page and

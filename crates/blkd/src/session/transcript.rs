@@ -60,8 +60,18 @@ pub(crate) struct Transcript {
     regions: Vec<Region>,
     /// By queue, then by place in [`QUEUE_ORDER`].
     queues: BTreeMap<u32, BTreeMap<usize, Message>>,
-    /// A postcopy was announced and has not ended.
-    postcopy: bool,
+    postcopy: Postcopy,
+}
+
+/// How far the guest's memory has come.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Postcopy {
+    /// It is there.
+    #[default]
+    None,
+    /// There may be a postcopy, unless there is memory first.
+    Advised,
+    Listening,
 }
 
 fn is(message: &Message, request: Request) -> bool {
@@ -89,9 +99,11 @@ impl Transcript {
         } else if is(message, Request::RESET_OWNER) {
             *self = Self::default();
         } else if is(message, Request::POSTCOPY_ADVISE) {
-            self.postcopy = true;
+            self.postcopy = Postcopy::Advised;
+        } else if is(message, Request::POSTCOPY_LISTEN) {
+            self.postcopy = Postcopy::Listening;
         } else if is(message, Request::POSTCOPY_END) {
-            self.postcopy = false;
+            self.postcopy = Postcopy::None;
         } else {
             self.note_memory(message);
         }
@@ -144,6 +156,10 @@ impl Transcript {
             files: vec![Clone::clone(file)],
         };
         let said = regions.iter().zip(&message.files).map(region);
+        let comes = is(message, Request::SET_MEM_TABLE) || is(message, Request::ADD_MEM_REG);
+        if comes && self.postcopy == Postcopy::Advised {
+            self.postcopy = Postcopy::None;
+        }
         if is(message, Request::SET_MEM_TABLE) {
             // Without regions it is the word that ends a change in a postcopy.
             if !regions.is_empty() {
@@ -163,8 +179,10 @@ impl Transcript {
     /// What to say to a process that has heard nothing, in this order.
     pub(crate) fn messages(&self) -> Vec<Message> {
         let mut said = Vec::new();
-        if self.postcopy {
-            said.push(Message::new(Request::POSTCOPY_ADVISE as u32, &[]));
+        match self.postcopy {
+            Postcopy::None => {}
+            Postcopy::Advised => said.push(Message::new(Request::POSTCOPY_ADVISE as u32, &[])),
+            Postcopy::Listening => said.push(Message::new(Request::POSTCOPY_LISTEN as u32, &[])),
         }
         said.extend(self.device.values().cloned());
         if !self.regions.is_empty() {
@@ -187,7 +205,7 @@ impl Transcript {
     /// # Errors
     /// Why not.
     pub(crate) fn can_be_continued(&self) -> Result<(), &'static str> {
-        if self.postcopy {
+        if self.postcopy != Postcopy::None {
             // The front end reads the page faults of the process that has died, and no others.
             return Err("the guest's memory is still arriving");
         }
@@ -316,6 +334,12 @@ mod tests {
         assert!(logged.can_be_continued().unwrap_err().contains("logged"));
         let mut arriving = running();
         say(&mut arriving, Request::POSTCOPY_ADVISE, &[], vec![]);
+        assert!(arriving.can_be_continued().unwrap_err().contains("arriving"));
+        let mut needless = arriving.clone();
+        say(&mut needless, Request::ADD_MEM_REG, &[vec![0, 0], region(128)].concat(), file());
+        assert_eq!(needless.can_be_continued(), Ok(()));
+        say(&mut arriving, Request::POSTCOPY_LISTEN, &[], vec![]);
+        say(&mut arriving, Request::ADD_MEM_REG, &[vec![0, 0], region(128)].concat(), file());
         assert!(arriving.can_be_continued().unwrap_err().contains("arriving"));
         say(&mut arriving, Request::POSTCOPY_END, &[], vec![]);
         assert_eq!(arriving.can_be_continued(), Ok(()));

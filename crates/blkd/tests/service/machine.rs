@@ -138,6 +138,8 @@ pub struct Machine {
     pub track: bool,
     /// Whether the next connection is the receiving end of a postcopy.
     pub listen: bool,
+    /// Whether the next connection is told that there may be a postcopy, which then is none.
+    pub advise: bool,
     /// Into how many pieces data buffers are cut.
     pub pieces: usize,
     /// What SET_VRING_BASE gives instead of the used index.
@@ -204,6 +206,7 @@ impl Machine {
             features: u64::MAX,
             track: true,
             listen: false,
+            advise: false,
             pieces: 1,
             base: None,
             region_entries: None,
@@ -271,7 +274,8 @@ impl Machine {
         session.set_owner()?;
         let unlogged = if self.dirty.is_some() { 0 } else { F_LOG_ALL };
         session.set_features(offered & self.features & !unlogged)?;
-        let faults = self.listen.then(|| session.postcopy_advise()).transpose()?;
+        let advise = self.listen || self.advise;
+        let faults = advise.then(|| session.postcopy_advise()).transpose()?.filter(|_| self.listen);
         if self.listen {
             session.postcopy_listen()?;
         }

@@ -261,6 +261,23 @@ fn a_postcopy_that_has_ended_leaves_no_trace() {
     assert_eq!(spare.status()["resumed"], json!(true));
 }
 
+/// All memory came before the guest ran: nobody says that there will be no postcopy.
+#[test]
+fn a_postcopy_that_was_not_needed_leaves_no_trace() {
+    let site = Site::new(1 << 20);
+    let mut active = start(&site, 1, &[], false);
+    let mut machine = Machine::new(1, 64);
+    machine.advise = true;
+    machine.connect(&site.socket()).unwrap();
+    assert_eq!(active.status()["memory"], json!("complete"));
+    let spare = start(&site, 1, &[], true);
+    spare.wait_status("/session", &json!("following"));
+    active.kill();
+    assert_eq!(machine.ask(&spare, &Ask::write(0, vec![1; 512])).status, 0);
+    assert!(is_connected(&mut machine));
+    assert_eq!(spare.status()["resumed"], json!(true));
+}
+
 #[test]
 fn a_guest_that_has_just_begun_anew_is_served_on() {
     let site = Site::new(1 << 20);
