@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import stat
 import tempfile
 from collections.abc import AsyncIterator, Iterator
@@ -13,6 +14,7 @@ import pytest
 
 import sempervirt
 from sempervirt.agent import Agent, AgentConfig
+from sempervirt.api import server
 from sempervirt.api.app import openapi_text
 from sempervirt.api.client import Client
 from sempervirt.api.server import serving
@@ -26,6 +28,7 @@ from sempervirt.core.errors import (
 )
 from sempervirt.qemu.spec import VmSpec
 
+DEADLINE_S = 20.0
 DOCUMENT = Path(__file__).parents[2] / "docs" / "reference" / "openapi.json"
 
 
@@ -58,6 +61,23 @@ async def test_the_agent_tells_about_itself(client: Client, config: AgentConfig)
     assert stat.S_IMODE(config.socket.lstat().st_mode) == 0o600
     assert await client.vms() == []
     assert await client.disks() == []
+
+
+async def test_a_socket_that_was_removed_is_made_again(
+    client: Client, config: AgentConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The first look of the fixture's server may come as late as the usual one.
+    monkeypatch.setattr(server, "LOOK_S", 0.01)
+    assert await client.vms() == []
+    shutil.rmtree(config.run_dir)
+    async with asyncio.timeout(DEADLINE_S), Client.connect(config.socket) as other:
+        while True:
+            try:
+                assert (await other.agent()).run_dir == config.run_dir
+            except AgentUnavailable:
+                await asyncio.sleep(0.05)  # poll interval
+            else:
+                break
 
 
 async def test_names_that_are_not_there(client: Client) -> None:

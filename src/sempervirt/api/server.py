@@ -14,7 +14,7 @@ import ssl
 import struct
 import threading
 from collections.abc import AsyncIterator, Hashable
-from contextlib import ExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
 import uvicorn
@@ -34,6 +34,8 @@ from sempervirt.api.bounds import (
 )
 from sempervirt.api.peers import guarded_protocol
 from sempervirt.cluster.membership import Membership
+from sempervirt.core.errors import SempervirtError
+from sempervirt.host import background
 from sempervirt.host.sockets import listen_tcp, listen_unix
 
 log = logging.getLogger(__name__)
@@ -42,19 +44,49 @@ log = logging.getLogger(__name__)
 CLOSE_DEADLINE_S = 5.0
 # How long to leave alone a socket that cannot be accepted from: no descriptor is free.
 PAUSE_S = 0.1
+# How soon it is seen that somebody has removed the socket.
+LOOK_S = 2.0
 _CREDENTIALS = struct.Struct("3i")
 
 
 @asynccontextmanager
 async def serving(agent: Agent, socket_path: Path) -> AsyncIterator[None]:
-    """Serves until the block is left. Raises Unavailable when the socket cannot be bound."""
-    listener = listen_unix(socket_path)
-    server = _Server(build_app(agent), listener, BoundedProtocol, LOCAL)
-    try:
-        async with server.running():
+    """Serves until the block is left, also when somebody removes the socket: it is made again.
+
+    Raises Unavailable when the socket cannot be bound.
+    """
+    async with AsyncExitStack() as served:
+        await _serve(agent, socket_path, served)
+        keeping = background.start(_keep(agent, socket_path, served), "api socket")
+        try:
             yield
-    finally:
-        _unlink(socket_path)
+        finally:
+            keeping.cancel()
+            await asyncio.wait([keeping])
+            _unlink(socket_path)
+
+
+async def _serve(agent: Agent, path: Path, served: AsyncExitStack) -> None:
+    listener = listen_unix(path)
+    server = _Server(build_app(agent), listener, BoundedProtocol, LOCAL)
+    await served.enter_async_context(server.running())
+
+
+async def _keep(agent: Agent, path: Path, served: AsyncExitStack) -> None:
+    """Makes the socket again whenever it is gone, as after a cleaner of temporary files. Who is
+    connected already goes on.
+    """
+    while True:
+        await asyncio.sleep(LOOK_S)
+        if await asyncio.to_thread(path.is_socket):
+            continue
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            await _serve(agent, path, served)
+        except (OSError, SempervirtError) as error:
+            log.error("serve socket=%s is gone, and is not made again: %s", path, error)  # noqa: TRY400
+        else:
+            log.warning("serve socket=%s was removed, and was made again", path)
 
 
 @asynccontextmanager
