@@ -178,8 +178,9 @@ def _feel_pulse(
     was, _ = liveness.judge(before, running.stall_s)
     running.pulse = liveness.observe(before, sample)
     verdict, evidence = liveness.judge(running.pulse, running.stall_s)
-    if verdict is Verdict.HANGS and was is not verdict:
-        return  # seen twice before anything is killed: a medium may have come back in between
+    stopped = any(thread.stopped for thread in sample.threads)
+    if verdict is Verdict.HANGS and was is not verdict and not stopped:
+        return  # seen twice before it is killed: a medium may just have come back
     if verdict is not Verdict.WORKS:
         listener.post(Stalled(running.generation, _BLAME[verdict], evidence))
     elif was is not Verdict.WORKS:
