@@ -75,7 +75,7 @@ impl Known {
         if let Some(connection) = &self.connection {
             let files = vec![Arc::clone(connection)];
             packets.push(Packet::with_files(Kind::Connected, sequence, files));
-            packets.extend(pack(sequence, self.transcript.messages()));
+            packets.extend(pack(sequence, self.transcript.everything()));
         }
         if let Some(Exchange { request, answer }) = self.last.clone() {
             packets.push(Packet::new(Kind::Last, sequence, vec![request, answer]));

@@ -307,6 +307,10 @@ fn go_on<'a>(
     shared.resumed.store(true, Ordering::Relaxed);
     let line = stream.try_clone().map_err(|error| error.to_string()).and_then(|stream| {
         let line = Line::new(stream, device, mirror).map_err(|error| error.to_string())?;
+        // The front end is told of a change, and of nothing else: QEMU before 8.0 asks back at once,
+        // also while it waits for another answer.
+        *device.lock().unwrap_or_else(PoisonError::into_inner).capacity_told() =
+            inheritance.known.transcript.capacity();
         catch_up(line, inheritance)
     });
     match line {

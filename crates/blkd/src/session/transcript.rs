@@ -61,6 +61,8 @@ pub(crate) struct Transcript {
     /// By queue, then by place in [`QUEUE_ORDER`].
     queues: BTreeMap<u32, BTreeMap<usize, Message>>,
     postcopy: Postcopy,
+    /// The configuration space as the front end has read it, in the form of its answer.
+    config: Option<Message>,
 }
 
 /// How far the guest's memory has come.
@@ -80,6 +82,13 @@ fn is(message: &Message, request: Request) -> bool {
 
 fn place(order: &[Request], message: &Message) -> Option<usize> {
     order.iter().position(|request| is(message, *request))
+}
+
+/// The capacity in a part of the configuration space (offset, size, flags, then bytes), if that part
+/// begins with it: a number of sectors.
+fn capacity_of(config: &Message) -> Option<u64> {
+    let bytes: [u8; 8] = config.body().get(12..20)?.try_into().ok()?;
+    (config.body_word(0) == 0).then(|| u64::from_le_bytes(bytes).saturating_mul(512))
 }
 
 impl Transcript {
@@ -104,6 +113,12 @@ impl Transcript {
             self.postcopy = Postcopy::Listening;
         } else if is(message, Request::POSTCOPY_END) {
             self.postcopy = Postcopy::None;
+        } else if is(message, Request::GET_CONFIG) {
+            // Said again, the message has the answer's body.
+            let read = if answer.is_empty() { message } else { answer };
+            if capacity_of(read).is_some() {
+                self.config = Some(Message::new(Request::GET_CONFIG as u32, read.body()));
+            }
         } else {
             self.note_memory(message);
         }
@@ -193,6 +208,16 @@ impl Transcript {
         }
         said.extend(self.queues.values().flat_map(|queue| queue.values().cloned()));
         said
+    }
+
+    /// All that another process has to know: what to say, and what was read.
+    pub(crate) fn everything(&self) -> Vec<Message> {
+        self.messages().into_iter().chain(self.config.clone()).collect()
+    }
+
+    /// Bytes that the front end takes the disk for, if it has looked.
+    pub(crate) fn capacity(&self) -> Option<u64> {
+        self.config.as_ref().and_then(capacity_of)
     }
 
     fn features(&self) -> u64 {
@@ -321,6 +346,25 @@ mod tests {
         say(&mut said, Request::RESET_DEVICE, &[], vec![]);
         let left = [Request::SET_FEATURES as u32, Request::SET_MEM_TABLE as u32];
         assert_eq!(requests(&said), left);
+    }
+
+    #[test]
+    fn the_capacity_that_was_read_is_known_to_who_hears_of_it_later() {
+        let mut said = running();
+        let words_of = |sectors| [vec![0, 60, 0, sectors, 0], vec![0; 13]].concat();
+        let ask = Message::new(Request::GET_CONFIG as u32, &words(&words_of(0)));
+        let answer = Message::new(Request::GET_CONFIG as u32, &words(&words_of(2048)));
+        said.note(&ask, &answer);
+        // The write cache's byte alone.
+        let part = Message::new(Request::GET_CONFIG as u32, &words(&[32, 1, 0, 1, 0, 0]));
+        said.note(&part, &part);
+        let mut again = Transcript::default();
+        for message in said.everything() {
+            again.note(&message, &Message::default());
+        }
+        assert_eq!(again.capacity(), Some(1 << 20));
+        // It is nothing to say again: the next process would take it for its own answer.
+        assert_eq!(requests(&again), requests(&running()));
     }
 
     #[test]

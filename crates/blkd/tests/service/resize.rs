@@ -129,3 +129,29 @@ fn nothing_is_cut_off_and_each_refusal_says_why() {
     let refused = resize(&spare, 32 * MIB);
     assert_eq!(refused["error"]["kind"], json!("busy"), "{refused}");
 }
+
+/// What a take-over tells: a change that the front end does not know of, and nothing else.
+#[test]
+fn a_front_end_that_notices_no_take_over_is_told_of_a_size_that_it_does_not_know() {
+    for grows in [false, true] {
+        let site = Site::new(4 * MIB);
+        let session = format!("--session-socket={}", site.path("session").display());
+        let mut first = site.start(&[&session]);
+        first.wait_status("/state", &json!("listening"));
+        let mut machine = Machine::new(1, 64);
+        machine.negotiate(&site.socket()).unwrap();
+        assert_eq!(machine.config().len(), 60);
+        let mut from_device = channel(&mut machine);
+        machine.start(0).unwrap();
+        let spare = site.start(&[&session, "--spare"]);
+        spare.wait_status("/session", &json!("following"));
+        if grows {
+            let image = std::fs::File::options().write(true).open(&site.image).unwrap();
+            image.set_len(8 * MIB).unwrap();
+        }
+        first.kill();
+        assert_eq!(machine.ask(&spare, &Ask::read(0, 512)).status, 0);
+        assert_eq!(spare.status()["resumed"], json!(true));
+        assert_eq!(told(&mut from_device), grows);
+    }
+}
