@@ -158,6 +158,27 @@ async def test_sound_records_raise_no_doubt(
             await client.kill_vm("web")
 
 
+async def test_what_is_removed_under_a_living_agent(
+    config: AgentConfig, firmware_spec: Spec, semperd: Semperd
+) -> None:
+    async with Client.connect(config.socket) as client, semperd():
+        before = await client.run_vm(firmware_spec())
+        record = config.vm_state_dir("web") / "vm.json"
+        text = record.read_bytes()
+        record.unlink()
+        no_run_directory(config)
+        async with asyncio.timeout(DEADLINE_S):
+            while True:
+                view = await client.vm("web")
+                if view.state is Runstate.UNKNOWN:
+                    break
+                await asyncio.sleep(POLL_S)  # poll interval
+        assert "qmp.sock is gone" in view.why
+        assert view.pid == before.pid
+        assert record.read_bytes() == text
+        await client.kill_vm("web")
+
+
 async def test_an_unknown_vm_whose_guest_powers_off(
     config: AgentConfig, firmware_spec: Spec, semperd: Semperd
 ) -> None:

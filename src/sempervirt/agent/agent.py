@@ -25,7 +25,7 @@ from sempervirt.core.errors import (
 from sempervirt.core.names import split_disk_name, suggest
 from sempervirt.disk.answers import Resized
 from sempervirt.disk.driver import Disk
-from sempervirt.host import descriptors
+from sempervirt.host import background, descriptors
 from sempervirt.host.storage_call import call_storage
 from sempervirt.qemu import accel, features, saved
 from sempervirt.qemu.facts import HostFacts, HostProbe
@@ -51,6 +51,7 @@ from sempervirt.vm.launch import BOOT, Beginning, launch, wait_started
 from sempervirt.vm.processes import living_of
 from sempervirt.vm.setup import prepare_directories
 from sempervirt.vm.unknown import UnknownVm
+from sempervirt.vm.upkeep import keep
 from sempervirt.vm.vm import Vm
 from sempervirt.vm.work import Arriving, Restoring
 
@@ -89,9 +90,11 @@ class Agent:
             agent = cls(config)
             adopted = await adoption.adopt_all(config)
             agent.vms, agent.unknown = adopted.vms, adopted.unknown
+            upkeep = background.start(keep(agent.vms.values), "upkeep")
             try:
                 yield agent
             finally:
+                upkeep.cancel()
                 await agent._close()
 
     @property

@@ -58,6 +58,15 @@ class Ledger:
             ) from error
         self._require(self._record)
 
+    @property
+    def path(self) -> Path:
+        """Where the record stands."""
+        return self._path
+
+    def rewrite(self) -> bool:
+        """Writes the record again, which somebody has removed; whether that was done."""
+        return self._note(self._record)
+
     def note_peers(self) -> None:
         """Lets the backends serve the QEMUs on record; no others. What fails is in the log."""
         try:
