@@ -19,7 +19,7 @@ from sempervirt.disk import lifecycle
 from sempervirt.disk.backend import Blkd, DiskOptions
 from sempervirt.disk.driver import Disk
 from sempervirt.disk.lifecycle import adopt_disk, start_disk, sweep_disk
-from sempervirt.disk.record import DiskRecord
+from sempervirt.disk.record import Role, read_disk_record
 from sempervirt.disk.running import DiskFiles
 from sempervirt.disk.setup import DiskSetup
 from sempervirt.disk.state import Condition, Policy
@@ -358,12 +358,15 @@ async def test_an_unrecorded_backend_is_killed_at_adoption(
     active, spare = disk.active_pid, disk.spare_pid
     assert active is not None
     assert spare is not None
-    DiskRecord(9, setup.command.binary(), restarts=0, processes=()).write(setup.record)
+    written = read_disk_record(setup.record)
+    assert written is not None
+    known = tuple(item for item in written.processes if item.role is Role.ACTIVE)
+    replace(written, next_generation=9, processes=known).write(setup.record)
     disk = await started.adopt(setup)
-    assert start_ticks(active) is None
     assert start_ticks(spare) is None
+    assert disk.active_pid == active
     await disk.wait_spare_ready(READY_S)
-    assert disk.generation >= 9
+    assert disk.spare_pid != spare
 
 
 async def test_sweep_ends_everything(started: Started, setup: DiskSetup) -> None:

@@ -74,6 +74,7 @@ fn a_running_disk_grows_and_the_front_end_is_told() {
 fn a_successor_serves_the_new_size_and_tells_a_front_end_that_does_not_ask() {
     let site = Site::new(8 * MIB);
     let mut first = site.start(&[]);
+    first.wait_status("/standing", &json!("held"));
     let second = site.start(&["--spare"]);
     second.wait_status("/standing", &json!("waiting"));
     let mut machine = Machine::new(1, 64);
