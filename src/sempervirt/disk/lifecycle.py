@@ -184,6 +184,7 @@ async def sweep_disk(setup: DiskSetup) -> None:
             raise OutcomeUnknown(f"disk {setup.name}: backend {adopted.pid} does not end")
     await processes.kill_orphans(setup.files, set())
     discard(setup.files.socket)
+    discard(setup.files.session)
     discard(setup.files.flush_failed)
     remove_record(setup.record)
 
