@@ -108,6 +108,7 @@ def read_record(path: Path, version: int) -> dict[str, Any] | None:
     """The record at `path`, None when there is none. Raises RecordDamaged."""
     try:
         content = json.loads(read_file(path).decode(), parse_float=_finite, parse_constant=_refuse)
+        json.dumps(content, ensure_ascii=False).encode()  # half of a pair (\\ud800) is no text
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
