@@ -293,7 +293,7 @@ async def test_an_image_that_vanished_before_the_start_is_refused(
 
 
 async def test_a_missing_program_is_refused(setup: DiskSetup, place: Path) -> None:
-    with pytest.raises(Unavailable, match="cannot start"):
+    with pytest.raises(Unavailable, match="cannot open the program"):
         await start_disk(replace(setup, command=Blkd(place / "absent")))
 
 

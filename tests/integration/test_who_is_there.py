@@ -243,8 +243,10 @@ GET_FEATURES = struct.pack("=III", 1, 1, 0)
 def is_served(path: Path) -> bool:
     """Whether a backend answers this process."""
     with socket.socket(socket.AF_UNIX) as connection:
-        connection.settimeout(DEADLINE_S)
+        # As QEMU does: waits, while the backend lets nobody in.
+        connection.setblocking(True)
         connection.connect(str(path))
+        connection.settimeout(DEADLINE_S)
         try:
             connection.sendall(GET_FEATURES)
             return len(connection.recv(100)) == 20
@@ -294,7 +296,14 @@ async def test_qemu_is_noted_and_connects_again(
         assert disk.spare_pid is not None
         for pid in (disk.spare_pid, disk.active_pid):
             os.kill(pid, signal.SIGKILL)
-        now = await guarded(client, but=disk.active_pid)
+        now = await wait_for(
+            client,
+            lambda view: (
+                view.condition is Condition.GUARDED
+                and view.active_pid not in {disk.active_pid, disk.spare_pid}
+                and view.backend is not None
+            ),
+        )
         assert now.backend is not None
         assert now.backend["state"] == "running"
         assert now.backend["counters"]["protocol_errors"] == 0

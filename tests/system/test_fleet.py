@@ -18,8 +18,9 @@ SHAPE = fleet.Shape(vms=4, disks=16, queues=4)
 IDLE_S = 5.0
 # Far above what was measured, far below a mapping or a stack that nobody meant.
 OWN_MAX_KIB = 3 << 10
-# Beside those that serve queues: the main thread, the control socket, the front end's messages.
-OTHER_THREADS = 3
+# Beside those that serve queues: the main thread, which speaks with the front end, the control
+# socket, signals, the session with the spares, and the search beside the mapped engine.
+OTHER_THREADS = 5
 
 
 @dataclass(frozen=True)
