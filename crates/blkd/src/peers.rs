@@ -14,7 +14,8 @@
 //! file is gone, what it said last counts.
 
 use std::fmt;
-use std::os::fd::AsRawFd;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -40,7 +41,7 @@ pub(crate) enum Stranger {
     OtherNamespace,
     Other { pid: i32, name: String },
     Unnoted { pid: i32 },
-    Untold(std::io::ErrorKind),
+    Untold(io::ErrorKind),
 }
 
 impl fmt::Display for Stranger {
@@ -107,24 +108,33 @@ impl Peers {
     }
 }
 
-/// The process that called connect(2).
-fn connected(stream: &UnixStream) -> Result<i32, Stranger> {
+/// Who called connect(2): process, user and group. The pid is 0 for a process of another namespace,
+/// for which the type of the crate `rustix` has no value.
+///
+/// # Errors
+/// The system's: this is no connected unix socket.
+pub(crate) fn credentials(connection: impl AsFd) -> io::Result<libc::ucred> {
     let mut peer = libc::ucred { pid: 0, uid: 0, gid: 0 };
     let mut len = size_of::<libc::ucred>() as libc::socklen_t;
     // SAFETY: the kernel writes at most `len` bytes, the size of `peer`.
     let status = unsafe {
         libc::getsockopt(
-            stream.as_raw_fd(),
+            connection.as_fd().as_raw_fd(),
             libc::SOL_SOCKET,
             libc::SO_PEERCRED,
             (&raw mut peer).cast(),
             &mut len,
         )
     };
-    match (status, peer.pid) {
-        (0, 0) => Err(Stranger::OtherNamespace),
-        (0, pid) => Ok(pid),
-        _ => Err(Stranger::Untold(std::io::Error::last_os_error().kind())),
+    if status == 0 { Ok(peer) } else { Err(io::Error::last_os_error()) }
+}
+
+/// The process that called connect(2).
+fn connected(stream: &UnixStream) -> Result<i32, Stranger> {
+    match credentials(stream) {
+        Ok(peer) if peer.pid == 0 => Err(Stranger::OtherNamespace),
+        Ok(peer) => Ok(peer.pid),
+        Err(error) => Err(Stranger::Untold(error.kind())),
     }
 }
 

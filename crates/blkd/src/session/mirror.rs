@@ -15,6 +15,7 @@ use super::outbox::Outbox;
 use super::packet::{Kind, Packet, pack};
 use super::progress::{Page, Phase};
 use super::transcript::Transcript;
+use crate::peers::credentials;
 
 /// How long to leave alone a socket that cannot be accepted from.
 const PAUSE: Duration = Duration::from_millis(100);
@@ -219,13 +220,13 @@ impl Mirror {
 
 /// Whoever follows has the guest's memory: it must be of our own user.
 fn check_peer(link: &OwnedFd) -> io::Result<()> {
-    let peer = rustix::net::sockopt::socket_peercred(link)?;
+    let peer = credentials(link)?;
     // SAFETY: the call takes nothing and cannot fail.
     let own = unsafe { libc::geteuid() };
-    if peer.uid.as_raw() == own {
+    if peer.uid == own {
         return Ok(());
     }
-    Err(io::Error::new(io::ErrorKind::PermissionDenied, format!("user {}", peer.uid.as_raw())))
+    Err(io::Error::new(io::ErrorKind::PermissionDenied, format!("user {}", peer.uid)))
 }
 
 /// This process has the image, so a socket that is there belongs to one that has ended.

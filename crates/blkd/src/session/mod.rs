@@ -333,22 +333,23 @@ fn catch_up<'a>(mut line: Line<'a>, inheritance: &Inheritance) -> Result<Line<'a
     let waiting = waiting(&line.stream, known.last.as_ref()).map_err(|error| error.to_string())?;
     let unsent = outbox.is_empty().map_or(true, |empty| !empty);
     let verdict = judge(*progress, known.sequence, known.last.as_ref(), waiting, unsent);
-    if let Verdict::GiveUp(cause) = verdict {
-        return Err(cause.to_owned());
-    }
-    if verdict == Verdict::Doubt && !has_unread(&line.stream) {
-        return Err("nobody can tell whether an answer has arrived".to_owned());
-    }
     let Exchange { request, answer } = known.last.clone().unwrap_or_default();
     // Before the rest: the front end waits for its answer with all its devices.
-    if verdict == Verdict::Send {
-        outbox.send(&line.stream).map_err(|error| error.to_string())?;
-    }
-    if verdict == Verdict::Take {
-        line.take(&request).map_err(|error| error.to_string())?;
-    }
-    if matches!(verdict, Verdict::Take | Verdict::Answer) {
-        give_answer(&mut line, known.sequence, &answer).map_err(|error| error.to_string())?;
+    match verdict {
+        Verdict::GoOn => {}
+        Verdict::GiveUp(cause) => return Err(cause.to_owned()),
+        Verdict::Doubt if has_unread(&line.stream) => {}
+        Verdict::Doubt => {
+            return Err("nobody can tell whether an answer has arrived".to_owned());
+        }
+        Verdict::Send => outbox.send(&line.stream).map_err(|error| error.to_string())?,
+        Verdict::Take => line
+            .take(&request)
+            .and_then(|()| give_answer(&mut line, known.sequence, &answer))
+            .map_err(|error| error.to_string())?,
+        Verdict::Answer => {
+            give_answer(&mut line, known.sequence, &answer).map_err(|error| error.to_string())?;
+        }
     }
     line.repeat(&known.transcript).map_err(|error| format!("what it has said: {error}"))?;
     log::info!("goes on with the front end messages={} verdict={verdict:?}", known.sequence);

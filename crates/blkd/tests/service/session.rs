@@ -27,9 +27,14 @@ fn served(site: &Site, queues: usize, options: &[&str]) -> (Machine, Backend, Ba
     active.wait_status("/state", &json!("listening"));
     let mut machine = Machine::new(queues, 128);
     machine.connect(&site.socket()).unwrap();
+    (machine, active, follow(site, queues, options))
+}
+
+/// A spare that knows what the front end has said.
+fn follow(site: &Site, queues: usize, options: &[&str]) -> Backend {
     let spare = start(site, queues, options, true);
     spare.wait_status("/session", &json!("following"));
-    (machine, active, spare)
+    spare
 }
 
 fn start(site: &Site, queues: usize, options: &[&str], spare: bool) -> Backend {
@@ -72,8 +77,7 @@ fn requests_survive_many_deaths_on_one_connection() {
             assert_eq!(status["resumed"], json!(true));
             assert_eq!(status["counters"]["connections"], json!(0));
             active = spare;
-            spare = start(&site, 2, &[engine], true);
-            spare.wait_status("/session", &json!("following"));
+            spare = follow(&site, 2, &[engine]);
         }
     }
 }
@@ -213,8 +217,7 @@ fn a_death_right_behind_an_answer_is_not_noticed() {
         assert!(is_connected(&mut machine));
         assert_eq!(spare.status()["resumed"], json!(true));
         active = spare;
-        spare = start(&site, 1, &[], true);
-        spare.wait_status("/session", &json!("following"));
+        spare = follow(&site, 1, &[]);
     }
 }
 
@@ -252,8 +255,7 @@ fn a_postcopy_that_has_ended_leaves_no_trace() {
     machine.place_all();
     assert_eq!(machine.wait_all(&active), Waited::Answered);
     assert_eq!(machine.answer(write).status, 0);
-    let spare = start(&site, 1, &[], true);
-    spare.wait_status("/session", &json!("following"));
+    let spare = follow(&site, 1, &[]);
     machine.session().postcopy_end().unwrap();
     active.kill();
     assert_eq!(machine.ask(&spare, &Ask::read(0, 512)).data, [1; 512]);
@@ -270,8 +272,7 @@ fn a_postcopy_that_was_not_needed_leaves_no_trace() {
     machine.advise = true;
     machine.connect(&site.socket()).unwrap();
     assert_eq!(active.status()["memory"], json!("complete"));
-    let spare = start(&site, 1, &[], true);
-    spare.wait_status("/session", &json!("following"));
+    let spare = follow(&site, 1, &[]);
     active.kill();
     assert_eq!(machine.ask(&spare, &Ask::write(0, vec![1; 512])).status, 0);
     assert!(is_connected(&mut machine));
@@ -306,8 +307,7 @@ fn memory_comes_and_goes_between_deaths() {
         assert_eq!(machine.ask(&spare, &Ask::write(0, vec![1; 512])).status, 0);
         assert_eq!(spare.status()["resumed"], json!(true));
         active = spare;
-        spare = start(&site, 1, &[], true);
-        spare.wait_status("/session", &json!("following"));
+        spare = follow(&site, 1, &[]);
     }
     assert!(is_connected(&mut machine));
 }
@@ -319,8 +319,7 @@ fn a_cache_that_was_switched_off_before_the_first_queue_stays_off() {
     let mut machine = Machine::new(1, 64);
     machine.track = false;
     machine.negotiate(&site.socket()).unwrap();
-    let spare = start(&site, 1, &[], true);
-    spare.wait_status("/session", &json!("following"));
+    let spare = follow(&site, 1, &[]);
     machine.set_write_cache(false);
     assert_eq!(active.status()["write_cache"], json!("write-through"));
     active.kill();
@@ -432,8 +431,7 @@ fn hundreds_of_queues_go_on() {
         assert_eq!(machine.wait_all(&spare), Waited::Answered);
         assert!(is_connected(&mut machine));
         active = spare;
-        spare = start(&site, QUEUES, &["--threads=4"], true);
-        spare.wait_status("/session", &json!("following"));
+        spare = follow(&site, QUEUES, &["--threads=4"]);
     }
 }
 
