@@ -116,10 +116,11 @@ class BoundedBody:
         """Reads the body, and refuses one that is too large before it is read."""
         if scope["type"] != "http":
             return
-        body = b"" if _announced(scope) > BODY_MAX else await _read(receive)
+        large = _announced(scope) > BODY_MAX
+        body = b"" if large else await _read(receive)
         if body is None:
             return  # nobody waits for an answer
-        if _announced(scope) > BODY_MAX or len(body) > BODY_MAX:
+        if large or len(body) > BODY_MAX:
             await to_response(_too_large())(scope, receive, _closing(send))
             return
         whole: Message | None = {"type": "http.request", "body": body, "more_body": False}

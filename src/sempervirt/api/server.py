@@ -11,11 +11,11 @@ import asyncio
 import logging
 import socket
 import ssl
-import struct
 import threading
-from collections.abc import AsyncIterator, Hashable
+from collections.abc import AsyncIterator, Awaitable, Hashable
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -36,6 +36,7 @@ from sempervirt.api.peers import guarded_protocol
 from sempervirt.cluster.membership import Membership
 from sempervirt.core.errors import SempervirtError
 from sempervirt.host import background
+from sempervirt.host.peers import peer_uid
 from sempervirt.host.sockets import listen_tcp, listen_unix
 
 log = logging.getLogger(__name__)
@@ -46,7 +47,8 @@ CLOSE_DEADLINE_S = 5.0
 PAUSE_S = 0.1
 # How soon it is seen that somebody has removed the socket.
 LOOK_S = 2.0
-_CREDENTIALS = struct.Struct("3i")
+
+Result = TypeVar("Result")
 
 
 @asynccontextmanager
@@ -117,25 +119,21 @@ class _InAgent:
         here = asyncio.get_running_loop()
 
         async def receive_here() -> Message:
-            return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(_call(receive), here))
+            return await _elsewhere(receive(), here)
 
         async def send_here(message: Message) -> None:
-            await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(_send(send, message), here))
+            await _elsewhere(send(message), here)
 
-        there = self._app(scope, receive_here, send_here)
-        await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(_run(there), self._loop))
-
-
-async def _call(receive: Receive) -> Message:
-    return await receive()
+        await _elsewhere(self._app(scope, receive_here, send_here), self._loop)
 
 
-async def _send(send: Send, message: Message) -> None:
-    await send(message)
+async def _elsewhere(work: Awaitable[Result], loop: asyncio.AbstractEventLoop) -> Result:
+    """Has `work` done in the loop of another thread, and waits for it."""
 
+    async def do() -> Result:
+        return await work
 
-async def _run(application: object) -> None:
-    await application  # type: ignore[misc]
+    return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(do(), loop))
 
 
 class _Server:
@@ -251,7 +249,9 @@ class _Server:
             protocol.on_end = leave
             return protocol
 
-        try:
+        with suppress(OSError), ExitStack() as failed:  # TLS was not agreed on
+            failed.callback(client.close)
+            failed.callback(leave)
             client.setblocking(False)
             await self._loop.connect_accepted_socket(
                 make,
@@ -259,24 +259,13 @@ class _Server:
                 ssl=self._tls,
                 ssl_handshake_timeout=HANDSHAKE_S if self._tls else None,
             )
-        except (OSError, TimeoutError):
-            # TLS was not agreed on.
-            client.close()
-            leave()
-        except asyncio.CancelledError:
-            client.close()
-            leave()
-            raise
+            failed.pop_all()
 
 
 def _peer(client: socket.socket, address: object) -> Hashable:
     """Whose places a connection takes: an address, or a user of this host."""
     if client.family == socket.AF_UNIX:
-        size = _CREDENTIALS.size
-        _, uid, _ = _CREDENTIALS.unpack(
-            client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
-        )
-        return f"user {uid}"
+        return f"user {peer_uid(client)}"
     return str(address[0]) if isinstance(address, tuple) else ""
 
 

@@ -8,7 +8,6 @@ Replaced as a whole, so a reader finds all of it or what was there before.
 
 from __future__ import annotations
 
-import os
 import socket
 import struct
 from collections.abc import Iterable
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from sempervirt.core.errors import OutcomeUnknown
 from sempervirt.host.procfs import ProcessId, command_name
+from sempervirt.host.records import replace_text
 
 # struct ucred: pid, uid, gid.
 _UCRED = struct.Struct("=iII")
@@ -23,20 +23,26 @@ _UCRED = struct.Struct("=iII")
 
 def write_peers(path: Path, processes: Iterable[ProcessId]) -> None:
     """From now on these processes are served, and no others. Raises OSError."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.unlink(missing_ok=True)
-    text = "".join(f"{one.pid} {one.start_ticks}\n" for one in processes)
-    with scratch.open("x") as file:
-        file.write(text)
-    scratch.replace(path)
+    replace_text(path, "".join(f"{one.pid} {one.start_ticks}\n" for one in processes))
 
 
 def peer_pid(connection: socket.socket) -> int:
     """The process at the other end: who listens, or who has connected. 0 in another namespace."""
-    pid, *_ = _UCRED.unpack(
-        connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-    )
-    return int(pid)
+    pid, _, _ = _credentials(connection)
+    return pid
+
+
+def peer_uid(connection: socket.socket) -> int:
+    """The user of the process at the other end."""
+    _, uid, _ = _credentials(connection)
+    return uid
+
+
+def _credentials(connection: socket.socket) -> tuple[int, int, int]:
+    """Pid, uid and gid."""
+    told = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    pid, uid, gid = _UCRED.unpack(told)
+    return pid, uid, gid
 
 
 def require_peer(connection: socket.socket, expected: int, path: Path) -> None:

@@ -48,8 +48,13 @@ def write_record(
     flushed to the medium; one that has to outlive the host's boot is `durable`: it is on the medium
     under its name when this returns. The rename keeps a killed writer from leaving half a file.
     """
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
     text = json.dumps({"version": version, **content}, indent=1) + "\n"
+    replace_text(path, text, durable=durable)
+
+
+def replace_text(path: Path, text: str, *, durable: bool = False) -> None:
+    """Replaces the file at `path`, as `write_record` does with a record. Raises OSError."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
     scratch.unlink(missing_ok=True)  # of a former process with this pid, killed while it wrote
     try:
         with scratch.open("x") as file:
