@@ -27,13 +27,13 @@ from sempervirt.disk.image import descriptors_of
 from sempervirt.disk.liveness import DATA_THREAD
 from sempervirt.disk.state import NOT_SERVED, Condition
 from sempervirt.guest import ProbeClient
-from sempervirt.guest.reports import Stats
 from sempervirt.host import descriptors, storage_call
 from sempervirt.host.storage_call import HANGING_MAX, call_storage
 from sempervirt.host.thread_states import threads_of
 from sempervirt.qemu.spec import DiskSpec, VmSpec
 from sempervirt.qemu.state import Runstate
 from tests.hanging_medium import HangingMedium, hanging_medium
+from tests.unharmed import assert_unharmed
 
 pytestmark = pytest.mark.timeout(300)
 Spec = Callable[..., VmSpec]
@@ -125,15 +125,6 @@ async def completed(client: ProbeClient, more: int, device: str = "serial:loaded
     """Waits until the writers of a disk have completed `more` requests."""
     before = (await client.stats(device=device)).completions
     await client.wait_stats(lambda stats: stats.completions >= before + more, device=device)
-
-
-def assert_unharmed(stats: Stats) -> None:
-    assert stats.io_error_count == 0, stats
-    assert stats.hung == 0, stats
-    assert stats.wrong.total == 0, stats
-    assert stats.verified_final is not None
-    assert stats.verified_final.complete, stats
-    assert stats.verified_final.wrong == 0, stats
 
 
 def active(disk: Disk) -> int:

@@ -13,9 +13,9 @@ import pytest
 from sempervirt.agent import Agent, Vm
 from sempervirt.disk.driver import Disk
 from sempervirt.guest import ProbeClient
-from sempervirt.guest.reports import Stats
 from sempervirt.qemu.spec import VmSpec
 from sempervirt.qemu.state import Runstate
+from tests.unharmed import assert_unharmed
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(120)]
 Spec = Callable[..., VmSpec]
@@ -52,15 +52,6 @@ async def kill_active(disk: Disk) -> None:
     await disk.changes.wait_until(
         lambda: disk.restart_count > count, timeout_s=READY_S, what="the take-over"
     )
-
-
-def assert_unharmed(stats: Stats) -> None:
-    assert stats.io_error_count == 0, stats
-    assert stats.hung == 0, stats
-    assert stats.wrong.total == 0, stats
-    assert stats.verified_final is not None
-    assert stats.verified_final.complete, stats
-    assert stats.verified_final.wrong == 0, stats
 
 
 @pytest.mark.parametrize(
