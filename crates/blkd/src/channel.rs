@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use vhost::vhost_user::message::{BackendReq, FrontendReq};
 
-use crate::session::message::{Message, send};
+use crate::message::{Message, send};
 
 /// The device's end.
 #[derive(Debug)]

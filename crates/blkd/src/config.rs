@@ -30,7 +30,7 @@ pub(crate) const MAX_TRIM_SECTORS: u32 = (1 << 30) / SECTOR_SIZE as u32;
 /// Offset of the write-cache byte, the only one that a driver may write.
 pub(crate) const OFFSET_WCE: u32 = 32;
 /// Bytes of the capacity, which comes first.
-pub(crate) const CAPACITY_BYTES: usize = 8;
+const CAPACITY_BYTES: usize = 8;
 /// Bytes of the configuration space that we fill.
 pub(crate) const SIZE: usize = 60;
 
@@ -71,4 +71,9 @@ pub(crate) fn space(image: &Image, num_queues: u16, write_back: bool) -> [u8; SI
         put(56, &[1]);
     }
     space
+}
+
+/// Whether a read of the configuration space shows the whole capacity.
+pub(crate) fn covers_capacity(offset: u32, size: u32) -> bool {
+    offset == 0 && size as usize >= CAPACITY_BYTES
 }

@@ -33,7 +33,6 @@ use crate::failure::Failure;
 use crate::inflight_map::{self, InflightMap, Shape};
 use crate::postcopy::{Arrival, Userfault};
 use crate::queue::{Disk, QueueSetup};
-use crate::resize;
 use crate::state::Phase;
 use crate::tenure::{Patience, Standing};
 use crate::threads::{ThreadMap, Threads};
@@ -667,7 +666,7 @@ impl VhostUserBackendReqHandlerMut for Device {
         size: u32,
         _flags: VhostUserConfigFlags,
     ) -> Result<Vec<u8>> {
-        if resize::covers_capacity(offset, size) {
+        if config::covers_capacity(offset, size) {
             self.capacity_told = Some(self.disk.image.capacity());
         }
         let write_back = !self.disk.shared.write_through.load(Ordering::Relaxed);

@@ -32,6 +32,7 @@ mod flushes;
 pub mod hostile;
 mod inflight_map;
 mod memory_reaper;
+mod message;
 mod overlap;
 mod peers;
 mod poll;

@@ -33,7 +33,7 @@ use std::os::unix::net::UnixStream;
 use semper_ring::GuestMemory;
 use vhost::vhost_user::message::FrontendReq;
 
-use crate::session::message::Message;
+use crate::message::Message;
 
 /// Addresses, in whole pages.
 #[repr(C)]

@@ -3,7 +3,6 @@
 
 use semper_block::GrowError;
 
-use crate::config;
 use crate::device::Device;
 
 /// Why a disk keeps its size.
@@ -68,9 +67,4 @@ impl Device {
             }
         }
     }
-}
-
-/// Whether a read of the configuration space shows the whole capacity.
-pub(crate) fn covers_capacity(offset: u32, size: u32) -> bool {
-    offset == 0 && size as usize >= config::CAPACITY_BYTES
 }

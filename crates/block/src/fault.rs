@@ -7,7 +7,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use crate::engine::{Engine, Submission};
-use crate::io::{Io, Op};
+use crate::io::Io;
+use crate::op::Op;
 
 /// What to do to which requests.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

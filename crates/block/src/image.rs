@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::SECTOR_SIZE;
-use crate::io::Op;
+use crate::op::Op;
 use crate::partial::PartialWrites;
 
 /// How to open an image.

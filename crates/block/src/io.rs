@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::image::Image;
+use crate::op::Op;
 
 /// Bytes of all buffers together that stand in for unaligned ones. A guest may have a queue full of
 /// unaligned requests, and each may name the same memory a thousand times.
@@ -10,34 +11,6 @@ const BOUNCE_BUDGET: u64 = 256 << 20;
 
 /// How much of the budget is in use.
 static BOUNCED: AtomicU64 = AtomicU64::new(0);
-
-/// What to do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Op {
-    /// Disk to memory.
-    Read,
-    /// Memory to disk; with `stable`, done only when it would survive a power cut.
-    Write {
-        /// The cache is write-through.
-        stable: bool,
-    },
-    /// Everything that was done before is on stable storage.
-    Flush,
-    /// The range's content is of no interest any more.
-    Discard,
-    /// The range reads as zeros.
-    WriteZeroes {
-        /// The space may be given back.
-        unmap: bool,
-    },
-}
-
-impl Op {
-    /// Whether it changes what the disk holds.
-    pub(crate) fn writes(self) -> bool {
-        matches!(self, Self::Write { .. } | Self::Discard | Self::WriteZeroes { .. })
-    }
-}
 
 /// Whether a request can be submitted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

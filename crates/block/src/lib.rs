@@ -16,6 +16,7 @@ mod lock;
 mod mapped;
 mod nowait;
 mod null;
+mod op;
 mod partial;
 #[cfg(target_arch = "x86_64")]
 mod present;
@@ -28,12 +29,13 @@ mod uring;
 pub use engine::{Engine, Submission};
 pub use fault::{FaultEngine, FaultRule, FaultSwitch};
 pub use image::{GrowError, Image, ImageError, Name, OpenOptions, Unit};
-pub use io::{Absorbed, Io, Op, Prepared};
+pub use io::{Absorbed, Io, Prepared};
 pub use lock::{Holder, LockError};
 #[cfg(target_arch = "x86_64")]
 pub use mapped::{MappedEngine, Mapping};
 pub use nowait::NowaitEngine;
 pub use null::NullEngine;
+pub use op::Op;
 pub use sync::SyncEngine;
 pub use uring::UringEngine;
 

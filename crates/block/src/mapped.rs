@@ -23,7 +23,8 @@ use std::sync::Arc;
 use crate::copy::{copy, prepare};
 use crate::engine::{Engine, Submission};
 use crate::image::Image;
-use crate::io::{Io, Op};
+use crate::io::Io;
+use crate::op::Op;
 use crate::present::{PAGE_SHIFT, Present};
 use crate::search::{Range, Search};
 

@@ -9,7 +9,8 @@ use std::io;
 use std::os::fd::RawFd;
 
 use crate::engine::{Engine, Submission};
-use crate::io::{Io, Op};
+use crate::io::Io;
+use crate::op::Op;
 use crate::uring::UringEngine;
 
 /// preadv2 and pwritev2 with RWF_NOWAIT, and [`UringEngine`] behind them.

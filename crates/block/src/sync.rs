@@ -7,7 +7,8 @@ use std::io;
 use std::os::fd::RawFd;
 
 use crate::engine::{Engine, Submission};
-use crate::io::{Io, Op};
+use crate::io::Io;
+use crate::op::Op;
 use crate::sleeper::Sleeper;
 
 /// preadv, pwritev, fdatasync, fallocate.

@@ -16,7 +16,8 @@ use io_uring::types::Fd;
 use io_uring::{IoUring, opcode, squeue};
 
 use crate::engine::{Engine, Submission};
-use crate::io::{Io, Op};
+use crate::io::Io;
+use crate::op::Op;
 use crate::sync::fallocate_mode;
 
 const ENTRIES: u32 = 256;

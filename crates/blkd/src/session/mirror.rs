@@ -10,11 +10,11 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
-use super::message::Message;
 use super::outbox::Outbox;
 use super::packet::{Kind, Packet, pack};
 use super::progress::{Page, Phase};
 use super::transcript::Transcript;
+use crate::message::Message;
 use crate::peers::credentials;
 
 /// How long to leave alone a socket that cannot be accepted from.

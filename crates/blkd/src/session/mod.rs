@@ -15,7 +15,6 @@
 //! The image's descriptor is never passed on: a duplicate would share the lock.
 
 pub(crate) mod follower;
-pub(crate) mod message;
 pub(crate) mod mirror;
 #[cfg(test)]
 mod model;
@@ -40,10 +39,10 @@ use vhost::vhost_user::{BackendReqHandler, Error};
 use crate::channel::Channel;
 use crate::crash::behind;
 use crate::device::Device;
+use crate::message::{Message, peek, peek_request, send, take};
 use crate::postcopy;
 use crate::state::{self, Shared, mark};
 use follower::{Follower, Inheritance};
-use message::{Message, peek, peek_request, send, take};
 use mirror::{Exchange, Mirror};
 use outbox::Outbox;
 use progress::Phase;

@@ -11,12 +11,12 @@ use std::collections::VecDeque;
 
 use vhost::vhost_user::message::FrontendReq as Request;
 
-use super::message::Message;
 use super::mirror::Known;
 use super::packet::{Kind, Packet};
 use super::progress::{Phase, Progress};
 use super::relay::{Steps, give_answer, serve_one};
 use super::resume::{Verdict, Waiting, judge};
+use crate::message::Message;
 
 /// What the processes of a world get wrong, to show that this would be found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

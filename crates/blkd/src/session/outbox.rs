@@ -14,7 +14,7 @@ use std::sync::Arc;
 use rustix::io::Errno;
 use rustix::pipe::{PipeFlags, SpliceFlags, pipe_with, splice};
 
-use super::message::{Files, Message};
+use crate::message::{Files, Message};
 
 /// What a pipe takes as a whole or not at all (PIPE_BUF).
 const MOST: usize = 4096;
@@ -87,8 +87,8 @@ impl Outbox {
 mod tests {
     use std::os::unix::net::UnixStream;
 
-    use super::super::message::{peek, take};
     use super::*;
+    use crate::message::{peek, take};
 
     #[test]
     fn an_answer_is_in_one_place_or_the_other() {

@@ -24,7 +24,7 @@ use std::os::fd::AsFd;
 
 use rustix::net::RecvFlags;
 
-use super::message::{self, Files, MAX_FILES, Message};
+use crate::message::{self, Files, MAX_FILES, Message};
 
 const MAGIC: u32 = u32::from_le_bytes(*b"SMSP");
 /// Changes whenever an older process could misunderstand a packet.

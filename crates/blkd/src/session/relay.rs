@@ -9,7 +9,7 @@
 //! it is answered: whoever comes finds each message in one of the two places, or in both. To
 //! handle a message a second time does no harm.
 
-use super::message::Message;
+use crate::message::Message;
 
 /// What happens to a message. Each step is one system call, or none, as far as others can see.
 pub(crate) trait Steps {

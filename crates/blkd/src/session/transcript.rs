@@ -8,8 +8,8 @@ use std::collections::BTreeMap;
 
 use vhost::vhost_user::message::FrontendReq as Request;
 
-use super::message::{Files, Message};
 use crate::config;
+use crate::message::{Files, Message};
 
 /// What of a queue counts, in the order in which it is said again: the kick starts the queue, and
 /// the call comes after it, for a queue signals a call that is new to it whatever the driver wants.
