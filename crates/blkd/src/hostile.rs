@@ -18,7 +18,7 @@ use crate::device::{Device, Offer};
 use crate::queue::Disk;
 use crate::request::{ID_SIZE, Parsed, Rules, Slot, parse};
 use crate::session::Line;
-use crate::session::mirror::{Known, Mirror};
+use crate::session::mirror::Mirror;
 use crate::state::Shared;
 use crate::tenure::{Standing, Tenure};
 use crate::threads::{Spawn, ThreadMap, Threads};
@@ -158,7 +158,7 @@ impl Server {
     /// Speaks vhost-user on `stream` until the other end breaks the connection or the rules; gives
     /// the number of messages handled. The device then finishes everything and is as new.
     pub fn serve(&self, stream: UnixStream) -> u64 {
-        let mirror = Mirror::new(Known::default()).expect("a page");
+        let mirror = Mirror::new().expect("a page");
         let mut line = Line::new(stream, &self.device, &mirror).expect("a pair of sockets");
         let mut handled = 0;
         while line.serve().is_ok() {

@@ -46,6 +46,7 @@ mod state;
 mod tenure;
 mod threads;
 mod title;
+mod urgency;
 mod worker;
 
 use std::process::ExitCode;

@@ -15,6 +15,10 @@
 use std::io;
 
 const STACK: usize = 64 << 10;
+/// From the end of the process to the end of its memory: a take-over is over by then.
+const PAUSE: libc::timespec = libc::timespec { tv_sec: 0, tv_nsec: 50_000_000 };
+/// The lowest of priorities (nice).
+const LOWEST: libc::c_int = 19;
 
 /// Starts it. Call once, from the main thread, before the image is opened.
 ///
@@ -74,6 +78,10 @@ extern "C" fn wait_for_the_end(end: *mut libc::c_void) -> libc::c_int {
         let mut poll = libc::pollfd { fd: end, events: libc::POLLIN, revents: 0 };
         // Readable when the last thread of the other process is gone, and its files with it.
         while libc::poll(&mut poll, 1, -1) < 1 {}
+        // The kernel takes memory apart without a pause: whoever the next backend is, let it get
+        // going first, and then whoever has something to do.
+        libc::setpriority(libc::PRIO_PROCESS, 0, LOWEST);
+        libc::nanosleep(&PAUSE, std::ptr::null_mut());
         // Not exit(): its handlers belong to the other process.
         libc::_exit(0)
     }

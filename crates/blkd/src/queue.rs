@@ -441,6 +441,11 @@ impl Queue {
         }
     }
 
+    /// Whether the driver was given something back, and nothing of an earlier process is left.
+    pub(crate) fn has_served(&self) -> bool {
+        !self.replaying && self.counters().completed.load(Ordering::Relaxed) > 0
+    }
+
     /// Wakes the driver whatever it wants.
     pub(crate) fn notify(&self) {
         if let Some(call) = &self.call {

@@ -36,6 +36,7 @@ use crate::state::{Phase, Shared, mark};
 use crate::tenure::{Patience, Standing, Tenure};
 use crate::threads::{Spawn, ThreadMap, Threads};
 use crate::title::Title;
+use crate::urgency::Urgency;
 use crate::worker::Worker;
 
 /// Serves the disk until a signal ends the process.
@@ -94,14 +95,20 @@ pub(crate) fn run(args: Args, shared: Shared) -> Result<(), Failure> {
             .map_err(system("start the control thread"))?;
     }
     watch_signals(&disk, &device).map_err(system("start the signal thread"))?;
+    let mirror = Mirror::new().map_err(system("make the session"))?;
+    let mut urgency = Urgency::default();
     if args.spare {
         if !session.is_on() {
             mark(&disk.shared.timeline.spare_ready);
         }
+        urgency = Urgency::raise();
         disk.tenure.take(Patience::Unlimited, disk.map.as_deref())?;
         disk.shared.set_phase(Phase::Listening);
     }
-    let mirror = session.serve().map_err(system("make the session"))?;
+    let mirror = session.serve(mirror);
+    let line = session.go_on(&disk.shared, &device, &mirror);
+    // Whatever is not needed for it comes behind what a guest waits for.
+    urgency.lower();
     log::info!(
         "serving image={} size_bytes={} engine={engine} direct={} read_only={} queues={}",
         disk.image.path().display(),
@@ -111,7 +118,8 @@ pub(crate) fn run(args: Args, shared: Shared) -> Result<(), Failure> {
         args.num_queues
     );
     let door = Door::new(listener);
-    if let Some(line) = session.go_on(&disk.shared, &device, &mirror) {
+    session.listen(&mirror);
+    if let Some(line) = line {
         door.shut();
         converse(line, &disk, &device, &mirror);
     }

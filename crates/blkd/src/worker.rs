@@ -19,6 +19,8 @@ use crate::overlap::Overlaps;
 use crate::poll::{PREEMPTED, Poller};
 use crate::queue::{Disk, Queue, QueueSetup};
 use crate::state::{add, mark, now_ns};
+use crate::tenure::Standing;
+use crate::urgency::Urgency;
 
 /// How long to look for requests after a sleep for the medium, in ns: long enough for a driver that
 /// looks as well. One that has to be woken is better left to sleep: where each request brings a sleep
@@ -115,11 +117,15 @@ struct Thread<E> {
     ended: bool,
     /// The last turn started requests that the engine may not have handed to the kernel.
     unflushed: bool,
+    /// In a spare, until its guest has been served once.
+    urgency: Urgency,
 }
 
 impl<E: Engine> Thread<E> {
     fn new(engine: E, disk: Arc<Disk>, mailbox: Arc<Mailbox>) -> Self {
         let poller = Poller::new(disk.poll);
+        let spare = disk.tenure.standing() == Standing::Waiting;
+        let urgency = if spare { Urgency::raise() } else { Urgency::default() };
         Self {
             engine,
             disk,
@@ -132,6 +138,7 @@ impl<E: Engine> Thread<E> {
             finished: Vec::new(),
             ended: false,
             unflushed: false,
+            urgency,
         }
     }
 
@@ -167,6 +174,9 @@ impl<E: Engine> Thread<E> {
         self.unflushed = busy;
         busy |= self.collect();
         self.publish();
+        if self.urgency.is_raised() && self.queues.iter().any(Queue::has_served) {
+            self.urgency.lower();
+        }
         if busy || self.is_over() || self.look() {
             return Ok(());
         }

@@ -100,15 +100,21 @@ pub(crate) struct Mirror {
 }
 
 impl Mirror {
-    /// Goes on from what is known.
+    /// Of a front end that has not come yet.
     ///
     /// # Errors
     /// The system's, when it has no memory or descriptor left.
-    pub(crate) fn new(known: Known) -> io::Result<Self> {
+    pub(crate) fn new() -> io::Result<Self> {
         let page = Page::new()?;
-        page.set(known.sequence, Phase::Idle);
-        let state = Mutex::new(State { known, links: Vec::new() });
+        page.set(0, Phase::Idle);
+        let state = Mutex::new(State { known: Known::default(), links: Vec::new() });
         Ok(Self { state, page, outbox: Outbox::new()? })
+    }
+
+    /// Goes on from what is known. Nobody is told yet.
+    pub(super) fn go_on_from(&self, known: Known) {
+        self.page.set(known.sequence, Phase::Idle);
+        self.state().known = known;
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

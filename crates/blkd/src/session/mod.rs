@@ -240,20 +240,19 @@ impl Session {
         self.socket.is_some()
     }
 
-    /// Serves from now on; to be called with the image's lock held, if there is to be one.
-    ///
-    /// # Errors
-    /// The system's, when it has no memory or descriptor left.
-    pub(crate) fn serve(&self) -> io::Result<Arc<Mirror>> {
+    /// Serves from now on, with a mirror that nobody was told of; to be called with the image's
+    /// lock held, if there is to be one.
+    pub(crate) fn serve(&self, mirror: Mirror) -> Arc<Mirror> {
         let inheritance = self.follower.as_ref().and_then(|follower| follower.inherit());
-        let known = inheritance.as_ref().map(|it| it.known.clone()).unwrap_or_default();
-        let mirror = Arc::new(Mirror::new(known)?);
+        if let Some(it) = &inheritance {
+            mirror.go_on_from(it.known.clone());
+        }
         *self.inheritance.lock().unwrap_or_else(PoisonError::into_inner) = inheritance;
-        Ok(Arc::clone(self.mirror.get_or_init(|| mirror)))
+        Arc::clone(self.mirror.get_or_init(|| Arc::new(mirror)))
     }
 
     /// Lets spares follow.
-    fn listen(&self, mirror: &Arc<Mirror>) {
+    pub(crate) fn listen(&self, mirror: &Arc<Mirror>) {
         if let Some(socket) = &self.socket
             && let Err(error) = mirror.listen(socket)
         {
@@ -274,7 +273,6 @@ impl Session {
         if line.is_none() {
             mirror.disconnected();
         }
-        self.listen(mirror);
         line
     }
 

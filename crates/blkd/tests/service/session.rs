@@ -476,3 +476,51 @@ fn neither_guest_memory_nor_the_image_gets_into_a_core_file() {
     }
     assert!(found >= 2, "{found} mappings");
 }
+
+/// The scheduling policy of each thread, by its name.
+fn policies(backend: &Backend) -> Vec<(String, i32)> {
+    let threads = std::fs::read_dir(format!("/proc/{}/task", backend.pid())).unwrap();
+    let each = threads.filter_map(|thread| {
+        // A thread may end meanwhile.
+        let stat = std::fs::read_to_string(thread.ok()?.path().join("stat")).ok()?;
+        let (name, rest) = stat.split_once('(').unwrap().1.rsplit_once(')').unwrap();
+        // The 41st field; the rest begins with the third.
+        let policy = rest.split_whitespace().nth(38).unwrap().parse().unwrap();
+        Some((name.to_owned(), policy))
+    });
+    each.collect()
+}
+
+#[test]
+fn a_spare_hurries_until_its_guest_is_served_and_no_longer() {
+    let site = Site::new(1 << 20);
+    let (mut machine, mut active, spare) = served(&site, 2, &["--threads=2"]);
+    // SAFETY: no memory is passed but a valid structure.
+    let may = unsafe {
+        let param = libc::sched_param { sched_priority: 1 };
+        let own = std::thread::spawn(move || libc::sched_setscheduler(0, libc::SCHED_FIFO, &param));
+        own.join().unwrap() == 0
+    };
+    let urgent = |backend: &Backend| -> Vec<String> {
+        let urgent = policies(backend).into_iter().filter(|thread| thread.1 == libc::SCHED_FIFO);
+        let mut names: Vec<String> = urgent.map(|thread| thread.0).collect();
+        names.sort();
+        names
+    };
+    assert_eq!(urgent(&active), [""; 0]);
+    if !may {
+        assert!(spare.log().contains("wait its turn"), "{}", spare.log());
+        return;
+    }
+    wait_until("a spare in a hurry", || {
+        (urgent(&spare) == ["queues-0", "queues-1", "semper-blkd"]).then_some(())
+    });
+    active.kill();
+    assert_eq!(machine.ask(&spare, &Ask::write(8, vec![7; 4096])).status, 0);
+    // The other thread has had nothing to do yet.
+    wait_until("one thread in a hurry", || (urgent(&spare) == ["queues-1"]).then_some(()));
+    let read = machine.submit(1, &Ask::read(8, 4096));
+    assert_eq!(machine.wait_all(&spare), Waited::Answered);
+    assert_eq!(machine.answer(read).data, [7; 4096]);
+    wait_until("nobody in a hurry", || urgent(&spare).is_empty().then_some(()));
+}
