@@ -119,8 +119,14 @@ async def wait_running(client: Client, name: str = "web") -> None:
             await asyncio.sleep(POLL_S)  # poll interval
 
 
+def readable_by_others(config: AgentConfig) -> list[Path]:
+    """What an agent has made and other users may open, whatever protects the folders above it."""
+    made = [path for top in (config.state_dir, config.run_dir) for path in top.rglob("*")]
+    return [path for path in made if not path.is_symlink() and path.lstat().st_mode & 0o077]
+
+
 async def test_a_vm_and_its_disk_with_an_agent(
-    semper: Semper, semperd: Semperd, vm_file: Path
+    semper: Semper, semperd: Semperd, config: AgentConfig, vm_file: Path
 ) -> None:
     async with semperd():
         ran = await semper("vm", "run", str(vm_file), "--detach")
@@ -129,6 +135,7 @@ async def test_a_vm_and_its_disk_with_an_agent(
 
         listed = (await semper("vm", "list", "--output", "json")).document
         assert [(vm["name"], vm["state"]) for vm in listed] == [("web", "running")]
+        assert readable_by_others(config) == []
         assert "web" in (await semper("vm", "list")).out
         assert "web/root" in (await semper("vm", "show", "web")).out
 

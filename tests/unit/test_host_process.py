@@ -184,3 +184,12 @@ def test_logs_are_bounded(tmp_path: Path) -> None:
     assert (tmp_path / "log.1").read_bytes().endswith(b"xend\n")
     assert process.tail_of(tmp_path / "absent") == []
     process.bound_log(tmp_path / "absent", 1)
+
+
+def test_a_log_is_bounded_where_there_is_no_room_for_a_copy(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_bytes(b"x" * 150)
+    (tmp_path / "log.1").mkdir()  # nothing can take its place
+    with pytest.raises(OSError, match="directory"):
+        process.bound_log(log, 100)
+    assert log.stat().st_size == 0

@@ -27,6 +27,7 @@ from sempervirt.cli.output import err, out, print_json_line
 from sempervirt.cli.watch import Watch
 from sempervirt.core.errors import AgentUnavailable, StateConflict
 from sempervirt.daemon.logs import log_to_stderr
+from sempervirt.host.records import PRIVATE
 from sempervirt.qemu.spec import VmSpec
 from sempervirt.qemu.state import Runstate
 from sempervirt.vm.config import AgentConfig
@@ -71,6 +72,7 @@ async def _agent_answers(client: Client) -> bool:
 @asynccontextmanager
 async def _embedded_agent(config: AgentConfig) -> AsyncIterator[Agent]:
     log_to_stderr("error")
+    os.umask(PRIVATE)
     async with Agent.open(config) as agent:
         await resume_all(agent)
         async with serving(agent, config.socket):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Sequence
@@ -25,7 +26,7 @@ from sempervirt.cluster.membership import Membership, persist
 from sempervirt.core.errors import SempervirtError, kind_of
 from sempervirt.daemon.logs import log_to_stderr
 from sempervirt.daemon.notify import notify
-from sempervirt.host import background, descriptors
+from sempervirt.host import background, descriptors, records
 from sempervirt.vm.config import AgentConfig
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.run_dir:
         config = replace(config, run_dir=options.run_dir.absolute())
     descriptors.raise_limit()
+    os.umask(records.PRIVATE)  # logs and sockets of what is started, too
     try:
         asyncio.run(_serve(config))
     except SempervirtError as error:

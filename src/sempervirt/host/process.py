@@ -25,6 +25,7 @@ from pathlib import Path
 from sempervirt.core.errors import CommandFailed
 from sempervirt.host.procfs import ProcessId, identify, start_ticks
 from sempervirt.host.programs import why_not_started
+from sempervirt.host.records import replace_bytes
 
 TAIL_LINES = 20
 _TAIL_BYTES = 16 << 10
@@ -315,14 +316,19 @@ def _read_tail(path: Path) -> list[str]:
 def bound_log(path: Path, limit_bytes: int) -> None:
     """Keeps a log that others append to (O_APPEND) below twice the limit, by copy and truncate.
 
-    The previous content goes to `path` + ".1". Lines written between copying and truncating
-    are lost: a few microseconds, once in `limit_bytes`.
+    The last `limit_bytes` go to `path` + ".1". Lines written between copying and truncating are
+    lost: a few microseconds, once in `limit_bytes`. Where there is no room for the copy, all are:
+    the file that takes the room is likely this one. Raises OSError: there is no copy.
     """
     try:
-        if path.stat().st_size <= limit_bytes:
-            return
-        kept = path.read_bytes()[-limit_bytes:]
-        path.with_name(path.name + ".1").write_bytes(kept)
-        os.truncate(path, 0)
+        with path.open("r+b") as file:
+            size = file.seek(0, os.SEEK_END)
+            if size <= limit_bytes:
+                return
+            file.seek(size - limit_bytes)
+            try:
+                replace_bytes(path.with_name(path.name + ".1"), file.read(limit_bytes))
+            finally:
+                file.truncate(0)
     except FileNotFoundError:
         return

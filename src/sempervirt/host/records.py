@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 # The longest record is that of a VM with a thousand disks: some hundred kilobytes.
 RECORD_MAX_BYTES = 8 << 20
+# For umask: what an agent makes is its own user's.
+PRIVATE = 0o077
 
 
 class RecordDamaged(SempervirtError):
@@ -54,11 +56,19 @@ def write_record(
 
 def replace_text(path: Path, text: str, *, durable: bool = False) -> None:
     """Replaces the file at `path`, as `write_record` does with a record. Raises OSError."""
+    replace_bytes(path, text.encode(), durable=durable)
+
+
+def replace_bytes(path: Path, content: bytes, *, durable: bool = False) -> None:
+    """Replaces the file at `path`, as `write_record` does with a record. Only its owner may read
+    it: records hold command lines of guests' kernels, logs what guests say. Raises OSError.
+    """
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     scratch.unlink(missing_ok=True)  # of a former process with this pid, killed while it wrote
     try:
-        with scratch.open("x") as file:
-            file.write(text)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        with os.fdopen(os.open(scratch, flags, 0o600), "wb") as file:
+            file.write(content)
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
