@@ -72,6 +72,7 @@ def stalls(verdict: Verdict) -> Table:
     for step in STEPS:
         row(STEP_NAMES[step], verdict.steps[step])
     row("the guest's next completion (the stall)", verdict.stall, "bold")
+    row("nine tenths of the throughput are back", verdict.back)
     return table
 
 

@@ -16,6 +16,9 @@ from enum import Enum
 from sempervirt.disk.answers import Timeline
 
 STEPS = ("lock_acquired", "accepted", "started", "replayed", "first_completion")
+# Throughput is back when so many bins in a row have this share of it: one of 10 ms varies too much.
+WINDOW = 5
+BACK = 0.9
 # How far the clocks of guest and host may be apart after a comparison over virtio-serial.
 CLOCK_SLACK_NS = 500_000
 
@@ -31,8 +34,8 @@ class Cause(Enum):
 
 @dataclass(frozen=True)
 class Stall:
-    """One take-over. `ms` from the kill to the guest's next completion; None if unknown. `kept`:
-    QEMU's connection went on.
+    """One take-over. `ms` from the kill to the guest's next completion, `back_ms` until nine tenths
+    of the throughput before are back; None if unknown. `kept`: QEMU's connection went on.
     """
 
     at_ns: int
@@ -41,6 +44,7 @@ class Stall:
     replayed: int
     cause: Cause
     kept: bool = False
+    back_ms: float | None = None
 
 
 def stall_ms(kill_ns: int, first_completion_ns: int, gaps_ns: Iterable[tuple[int, int]]) -> float:
@@ -53,6 +57,25 @@ def stall_ms(kill_ns: int, first_completion_ns: int, gaps_ns: Iterable[tuple[int
         if end >= first_completion_ns - CLOCK_SLACK_NS and start <= first_completion_ns:
             return (end - kill_ns) / 1e6
     return (first_completion_ns - kill_ns) / 1e6
+
+
+def back_ms(kill_ns: int, bins: Sequence[tuple[int, int]], bin_ns: int) -> float | None:
+    """Milliseconds from the kill until the guest gets nine tenths of what it got before.
+
+    `bins` are the completions in each `bin_ns` (its start on the host's clock, how many), without a
+    gap. Looked for is the first `WINDOW` bins behind the kill that together have nine tenths of the
+    mean before; None where there are none, or too few bins before the kill to tell. Zero when the
+    first ones have: then the kill is not seen at this resolution.
+    """
+    before = [count for start, count in bins if start + bin_ns <= kill_ns]
+    after = [(start, count) for start, count in bins if start >= kill_ns - bin_ns]
+    if len(before) < WINDOW:
+        return None
+    enough = BACK * WINDOW * sum(before) / len(before)
+    for first in range(len(after) - WINDOW + 1):
+        if sum(count for _, count in after[first : first + WINDOW]) >= enough:
+            return max(0.0, (after[first][0] - kill_ns) / 1e6)
+    return None
 
 
 def steps_ms(kill_ns: int, timeline_ns: Timeline) -> dict[str, float]:

@@ -17,7 +17,8 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -25,7 +26,7 @@ from typing import Self
 from sempervirt.agent import Agent, AgentConfig
 from sempervirt.core.errors import OutcomeUnknown, SempervirtError, Unavailable
 from sempervirt.core.queue_map import Binding, ThreadMap
-from sempervirt.demo.stall import Cause, Stall, stall_ms, steps_ms
+from sempervirt.demo.stall import Cause, Stall, back_ms, stall_ms, steps_ms
 from sempervirt.demo.verdict import Verdict
 from sempervirt.disk.answers import Status
 from sempervirt.disk.backend import BackendCommand, Blkd
@@ -47,6 +48,8 @@ BOOT_ATTEMPTS = 3
 EMULATOR_SIGNALS = (signal.SIGABRT, signal.SIGSEGV)
 # After a take-over: for the guest to notice, and for the next spare to be ready.
 SETTLE_DEADLINE_S = 20.0
+# Of the load before a kill, to compare what comes after it with: no more than the shortest pause.
+BEFORE_NS = 150 * 10**6
 
 
 @dataclass(frozen=True)
@@ -291,9 +294,17 @@ class Trial:
         await end()
         await self.wait_successor(before)
         stall = await self._measure(cause, kill_ns)
-        self.verdict.stalls.append(stall)
         await self.wait_guarded()
+        if stall.ms is not None:
+            stall = replace(stall, back_ms=await self._throughput_back(kill_ns))
+        self.verdict.stalls.append(stall)
         return stall
+
+    async def _throughput_back(self, kill_ns: int) -> float | None:
+        since = max(0, self._clock.to_guest(kill_ns - BEFORE_NS))
+        done = await self.probe.timeline(since_ns=since)
+        starts = (self._clock.to_host(done.start_ns + n * done.bin_ns) for n in count())
+        return back_ms(kill_ns, list(zip(starts, done.counts, strict=False)), done.bin_ns)
 
     async def _measure(self, cause: Cause, kill_ns: int) -> Stall:
         if not self.disk.setup.command.has_control:

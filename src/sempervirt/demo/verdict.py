@@ -57,6 +57,14 @@ class Verdict:
         return Spread.of(known)
 
     @property
+    def back(self) -> Spread:
+        """Milliseconds from a kill until nine tenths of the throughput were back; of those that
+        were seen.
+        """
+        kills = [s.back_ms for s in self.stalls if s.cause is Cause.KILL]
+        return Spread.of([ms for ms in kills if ms is not None])
+
+    @property
     def steps(self) -> dict[str, Spread]:
         """Milliseconds from a kill to each step of the take-over."""
         return step_spreads([s for s in self.stalls if s.cause is Cause.KILL])
@@ -122,5 +130,6 @@ class Verdict:
         plain["kept"] = self.kept
         plain["kills_in_flight"] = self.kills_in_flight
         plain["stall_ms"] = asdict(self.stall)
+        plain["back_ms"] = asdict(self.back)
         plain["steps_ms"] = {step: asdict(spread) for step, spread in self.steps.items()}
         return plain
