@@ -19,6 +19,7 @@ from rich.table import Table
 
 from sempervirt.core.errors import SempervirtError
 from sempervirt.demo import report
+from sempervirt.demo.stall import Cause
 from sempervirt.demo.verdict import Verdict
 from sempervirt.guest.errors import ProbeGone, ProbeSilent
 from tests.torture import campaigns, pictures
@@ -77,6 +78,19 @@ def run_rebinding(total: int, seed: int) -> list[tuple[str, Verdict]]:
     return rows
 
 
+def run_hangs(total: int, seed: int) -> list[tuple[str, Verdict]]:
+    """`total` backends that hang, over all engines and storages."""
+    rows = []
+    chosen = engines_and_storages()
+    share = -(-total // len(chosen))
+    with progress("hangs", share * len(chosen)) as done:
+        for index, (engine, storage) in enumerate(chosen):
+            setup = Cell(engine, (0, 1, 0, 1), "heavy", storage).setup(seed + index)
+            trial = campaigns.hangs(setup, share, seed + index, done)
+            rows.append((f"hangs {engine} {storage}", judged(trial)))
+    return rows
+
+
 def run_events(scale: float, seed: int) -> list[tuple[str, Verdict]]:
     """The life of a VM: 100 pauses, 100 upgrades, 20 resets, 20 reboots, times `scale`."""
     full = {"pauses": 100, "reboots": 20, "resets": 20, "upgrades": 100}
@@ -119,6 +133,7 @@ def table(rows: list[tuple[str, Verdict]]) -> Table:
     drawn.add_column("trial")
     for name in (
         "kills",
+        "hangs",
         "events",
         "rebound",
         "replayed",
@@ -133,9 +148,10 @@ def table(rows: list[tuple[str, Verdict]]) -> Table:
     ):
         drawn.add_column(name, justify="right")
     for name, verdict in rows:
-        stall = verdict.stall
+        stall = verdict.stall_of(Cause.HANG) if verdict.hangs else verdict.stall
         cells_ = [
             verdict.kills,
+            verdict.hangs,
             verdict.pauses + verdict.reboots + verdict.resets + verdict.upgrades,
             verdict.rebindings,
             verdict.replayed,
@@ -159,6 +175,7 @@ def main() -> int:
     parser.add_argument(
         "--rebinding", type=int, default=160, help="further SIGKILLs while queues change threads"
     )
+    parser.add_argument("--hangs", type=int, default=100, help="backends that are stopped")
     parser.add_argument(
         "--events",
         type=float,
@@ -185,6 +202,8 @@ def main() -> int:
         proven += run_kills(options.kills, options.seed)
     if options.rebinding:
         proven += run_rebinding(options.rebinding, options.seed)
+    if options.hangs:
+        proven += run_hangs(options.hangs, options.seed)
     if options.events:
         proven += run_events(options.events, options.seed)
     if options.points_binary:

@@ -18,6 +18,7 @@ from sempervirt.demo.stall import Cause
 from sempervirt.demo.trial import Trial, TrialSetup, running
 from sempervirt.demo.verdict import Verdict
 from sempervirt.disk.backend import Blkd
+from sempervirt.disk.state import STALL_S
 from sempervirt.guest.errors import ProbeGone, ProbeSilent
 from sempervirt.guest.reports import Stats
 
@@ -26,6 +27,9 @@ Step = Callable[[], None]
 BURST = 0.2
 # Seconds between two rebindings: at most.
 REBIND_MAX_S = 0.05
+# From a backend's hang to the guest's next completion: the time without one that is too long, the
+# question that finds it, and the next one, on a machine that may be busy.
+HANG_BOUND_MS = 1000 * (STALL_S + 5.0)
 # A request of a control that has not come back for so much longer is lost.
 LATE_S = 15.0
 
@@ -103,6 +107,20 @@ async def _kill_twice(trial: Trial, chance: random.Random) -> None:
     # The stall of the pair is not that of one kill, so it is not counted among them.
     stall = await trial.kill_backend()
     trial.verdict.stalls[-1] = replace(stall, cause=Cause.DOUBLE_KILL)
+
+
+async def hangs(setup: TrialSetup, count: int, seed: int, done: Step) -> Verdict:
+    """`count` backends that stop at random instants and are there all the same."""
+    chance = random.Random(seed)
+    async with running(setup) as trial:
+        for _ in range(count):
+            await asyncio.sleep(chance.uniform(0.0, 0.3))
+            stall = await trial.hang_backend()
+            if stall.ms is None or stall.ms > HANG_BOUND_MS:
+                trial.verdict.problems.append(f"a backend that hung stalled for {stall.ms} ms")
+            done()
+        await trial.stop_load()
+        return trial.verdict
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ class Cause(Enum):
     DOUBLE_KILL = "double kill"
     UPGRADE = "upgrade"
     TERMINATE = "terminate"
+    HANG = "hang"
 
 
 @dataclass(frozen=True)

@@ -252,6 +252,18 @@ class Trial:
         self.verdict.kills += 1
         return stall
 
+    async def hang_backend(self) -> Stall:
+        """SIGSTOP to the backend that serves, which nobody undoes; returns when its successor is
+        guarded.
+        """
+
+        async def stop() -> None:
+            self._signal_active(signal.SIGSTOP)
+
+        stall = await self._take_over(Cause.HANG, stop)
+        self.verdict.hangs += 1
+        return stall
+
     async def upgrade(self, binary: str | None = None) -> Stall:
         """Replaces the backend, as `semper disk upgrade` does."""
 

@@ -17,6 +17,7 @@ class Verdict:
     """Counts over one trial. `clean` is the whole point."""
 
     kills: int = 0
+    hangs: int = 0
     upgrades: int = 0
     pauses: int = 0
     reboots: int = 0
@@ -53,8 +54,11 @@ class Verdict:
     @property
     def stall(self) -> Spread:
         """Of the kills whose stall is known, in milliseconds."""
-        known = [s.ms for s in self.stalls if s.cause is Cause.KILL and s.ms is not None]
-        return Spread.of(known)
+        return self.stall_of(Cause.KILL)
+
+    def stall_of(self, cause: Cause) -> Spread:
+        """Of the take-overs for this reason whose stall is known, in milliseconds."""
+        return Spread.of([s.ms for s in self.stalls if s.cause is cause and s.ms is not None])
 
     @property
     def back(self) -> Spread:
@@ -113,7 +117,7 @@ class Verdict:
 
     def merge(self, other: Verdict) -> None:
         """Adds another trial's counts."""
-        for name in ("kills", "upgrades", "pauses", "reboots", "resets", "rebindings"):
+        for name in ("kills", "hangs", "upgrades", "pauses", "reboots", "resets", "rebindings"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for name in ("writes", "reads", "verified", "guest_errors", "hung", "wrong", "unverified"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
@@ -130,6 +134,7 @@ class Verdict:
         plain["kept"] = self.kept
         plain["kills_in_flight"] = self.kills_in_flight
         plain["stall_ms"] = asdict(self.stall)
+        plain["hang_ms"] = asdict(self.stall_of(Cause.HANG))
         plain["back_ms"] = asdict(self.back)
         plain["steps_ms"] = {step: asdict(spread) for step, spread in self.steps.items()}
         return plain
