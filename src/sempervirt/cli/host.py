@@ -13,6 +13,7 @@ import typer
 from sempervirt.api.client import Client
 from sempervirt.api.schemas import HostView
 from sempervirt.api.views import host_view
+from sempervirt.cli import audit
 from sempervirt.cli.members import MemberState, MemberView
 from sempervirt.cli.output import (
     Output,
@@ -59,6 +60,15 @@ def show(output: OutputOption = Output.TABLE) -> None:
             ]
         )
     )
+
+
+@app.command("audit", epilog="Example: semper host audit")
+def audit_host(output: OutputOption = Output.TABLE) -> None:
+    """Show what each process of a VM could do on this host, if somebody took it over.
+
+    Works with or without an agent, for VMs of the user who asks.
+    """
+    audit.show(AgentConfig.default(), output)
 
 
 async def _host() -> HostView:
