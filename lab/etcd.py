@@ -95,6 +95,10 @@ class Etcd:
             self._process.wait()
             self._process = None
 
+    def forget(self) -> None:
+        """Loses its data, while it is not running."""
+        shutil.rmtree(self._place / "data", ignore_errors=True)
+
     def remove(self) -> None:
         """Ends it for good."""
         self.kill()

@@ -20,11 +20,13 @@ from sempervirt.agent import AgentConfig
 from sempervirt.api.client import Client
 from sempervirt.cluster.cluster import Cluster, begin_cluster
 from sempervirt.cluster.joining import join_cluster
+from sempervirt.guest import location as guest
 from sempervirt.host.procfs import command_name
 from sempervirt.store.etcd import EtcdStore
 from sempervirt.store.records import Ownership
 from sempervirt.store.registry import Registry
 from sempervirt.trust.invitation import Invitation
+from sempervirt.vm.config import IMAGE_ROOTS
 from sempervirt.vm.setup import prepare_directories
 
 Result = TypeVar("Result")
@@ -33,6 +35,8 @@ PORT = 7443
 POLL_S = 0.05
 SERVES = "serve hosts"
 QEMU = "qemu-system-x86"
+# Where the kernels and the images of the test guests are.
+GUESTS = Path(__file__).parents[1] / ".cache"
 
 
 class Host:
@@ -41,6 +45,7 @@ class Host:
     def __init__(self, network: Network, name: str, place: Path) -> None:
         self.network = network
         self.name = name
+        self.place = place
         self.config = AgentConfig(place / name / "s", place / name / "r")
         self.namespace = network.host(name)
         self.address = f"{network.address(name)}:{PORT}"
@@ -56,6 +61,9 @@ class Host:
         own = {
             "SEMPERVIRT_STATE_DIR": str(self.config.state_dir),
             "SEMPERVIRT_RUN_DIR": str(self.config.run_dir),
+            "SEMPERVIRT_IMAGE_ROOTS": ":".join(
+                map(str, (self.place, GUESTS, *guest.places(), *IMAGE_ROOTS))
+            ),
             "COLUMNS": "160",
         }
         return {**os.environ, **own}

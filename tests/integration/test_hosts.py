@@ -23,7 +23,7 @@ from cryptography import x509
 from lab.etcd import Etcd
 from sempervirt.agent.agent import Agent
 from sempervirt.api.client import Client
-from sempervirt.api.server import serving_hosts
+from sempervirt.api.server import serving, serving_hosts
 from sempervirt.cluster.cluster import Cluster, begin_cluster, read_settings
 from sempervirt.cluster.joining import ask_to_join, join_cluster
 from sempervirt.cluster.membership import Membership
@@ -42,7 +42,7 @@ from sempervirt.qemu.spec import VmSpec
 from sempervirt.store import epoch
 from sempervirt.store.etcd import EtcdStore
 from sempervirt.trust.authority import Authority, Issued
-from sempervirt.trust.identity import Identity, Peer, Role
+from sempervirt.trust.identity import Holder, Identity, Peer
 from sempervirt.trust.invitation import PREFIX, Invitation, parse_invitation
 from sempervirt.trust.keyfiles import KeyExposed
 from sempervirt.vm.config import AgentConfig
@@ -88,6 +88,7 @@ async def served(config: AgentConfig) -> AsyncIterator[Served]:
         Agent.open(config) as agent,
         Cluster.opened(config) as cluster,
         Membership.kept(cluster, lease_s=5) as membership,
+        serving(agent, config.socket),
         serving_hosts(agent, membership),
     ):
         yield Served(config, agent, cluster, membership)
@@ -98,7 +99,7 @@ Place = Callable[[str], AgentConfig]
 
 @pytest.fixture
 def host_config(place: Path) -> Place:
-    return lambda name: AgentConfig(place / name / "s", place / name / "r")
+    return lambda name: AgentConfig(place / name / "s", place / name / "r", image_roots=(place,))
 
 
 @pytest.fixture
@@ -153,7 +154,7 @@ async def test_a_host_joins_by_its_token_and_is_known_by_its_certificate(
         async with Client.connect_host(
             second.address, "b", Identity(first.config.trust_dir).client_context()
         ) as client:
-            assert await client.vms() == []
+            assert (await client.agent()).pid == os.getpid()
     await wait_presence(first, "b", there=False)
 
 
@@ -227,7 +228,7 @@ async def test_an_expired_token_is_refused_here_and_there(
 async def admitted(first: Served, invitation: Invitation, config: AgentConfig) -> BaseException:
     """What `admit` itself says, behind TLS."""
     issued = Issued(invitation.certificate)
-    peer = Peer(Role.INVITATION, invitation.host, issued.serial, issued.fingerprint)
+    peer = Peer(Holder.INVITATION, invitation.host, issued.serial, issued.fingerprint)
     try:
         await first.cluster.admit(peer, Identity(config.trust_dir).request("b"), "127.0.0.1:1")
     except NotAllowed as error:
@@ -252,7 +253,7 @@ async def test_a_member_cannot_join_in_anothers_name(first: Served, host_config:
     config = await joined(first, host_config("b"))
     identity = Identity(config.trust_dir)
     async with Connection.to_host(first.address, "a", identity.client_context()) as connection:
-        with pytest.raises(NotAllowed, match="only an invitation"):
+        with pytest.raises(NotAllowed, match="join is for: invitation"):
             await ask_to_join(connection, identity.request("a"), "127.0.0.1:1")
 
 
@@ -464,8 +465,7 @@ async def test_what_would_stop_a_migration_is_all_listed(
     """Two agents on one machine: their storage is shared, and the VM's own network is not."""
     spec = firmware_spec(nics=[{"type": "user"}])
     await first.agent.run_vm(spec)
-    tls = first.cluster.identity.client_context()
-    async with Client.connect_host(first.address, "a", tls) as client:
+    async with Client.connect(first.config.socket) as client:
         with pytest.raises(NotFound, match="there is no host b"):
             await client.migration_obstacles("web", "b")
         with pytest.raises(StateConflict, match="a is this host"):

@@ -15,6 +15,7 @@ from sempervirt.cluster import peer
 from sempervirt.cluster.cluster import Cluster, Member
 from sempervirt.core.errors import (
     InvalidRequest,
+    NotAllowed,
     NotFound,
     SempervirtError,
     StateConflict,
@@ -31,7 +32,7 @@ from sempervirt.migration.source.migration import SourceMigration
 from sempervirt.migration.source.state import Resolved
 from sempervirt.qemu.state import Runstate
 from sempervirt.store import epoch
-from sempervirt.store.records import Custody
+from sempervirt.store.records import Custody, Ownership
 from sempervirt.store.registry import Claim, Registry
 from sempervirt.vm.claims import claim_of
 from sempervirt.vm.vm import Vm
@@ -123,10 +124,11 @@ async def receive(agent: Agent, request: ArrivalRequest, source: str) -> Destina
     """
     if request.source != source:
         raise InvalidRequest(f"{source} cannot send a VM in the name of {request.source}")
-    await _check_images(request)
     async with AsyncExitStack() as kept:
         cluster = await kept.enter_async_context(Cluster.opened(agent.config))
         settings = cluster.settings
+        await _require_sent(cluster, request)
+        await _check_images(request)
         images = tuple(request.images.values())
         work = Arriving(request.id, source, request.running, request.epoch, images)
         vm = await agent.receive_vm(request.spec, request.machine, settings.host, work)
@@ -144,6 +146,37 @@ async def receive(agent: Agent, request: ArrivalRequest, source: str) -> Destina
             undo.pop_all()
         migration.begin(kept.pop_all())
         return migration
+
+
+async def require_owned(agent: Agent, vm: str, host: str) -> None:
+    """Raises NotAllowed unless the store says that the VM is of that host, Unavailable."""
+    async with Cluster.opened(agent.config) as cluster:
+        await _find_owned(cluster, vm, host)
+
+
+async def _find_owned(cluster: Cluster, vm: str, host: str) -> Ownership:
+    try:
+        owned = await Registry(cluster.store).find(vm)
+    except NotFound:
+        owned = None
+    if owned is None or owned.owner != host or owned.custody is Custody.FREE:
+        raise NotAllowed(f"the store does not say that VM {vm} is of {host}")
+    return owned
+
+
+async def _require_sent(cluster: Cluster, request: ArrivalRequest) -> None:
+    """Raises NotAllowed unless the store says that the VM moves here, with just these images."""
+    vm, here = request.spec.name, cluster.settings.host
+    owned = await _find_owned(cluster, vm, request.source)
+    if owned.custody is not Custody.MOVING or owned.destination != here:
+        raise NotAllowed(f"the store does not say that VM {vm} moves to {here}")
+    if owned.epoch != request.epoch or sorted(owned.images) != sorted(request.images.values()):
+        raise NotAllowed(f"the store has other images of VM {vm}, or another epoch")
+    unnamed = {disk.name for disk in request.spec.disks if not disk.read_only} - {*request.images}
+    for name in sorted(unnamed):
+        image = request.spec.disk(name).image
+        if not await call_storage(image, image.is_block_device):
+            raise NotAllowed(f"the store knows nothing of disk {name} of VM {vm}")
 
 
 async def _check_images(request: ArrivalRequest) -> None:

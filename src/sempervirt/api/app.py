@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 import sys
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 
 import sempervirt
 from sempervirt.agent.agent import Agent
 from sempervirt.api import failures, migration
+from sempervirt.api.rights import require_complete, require_right
 from sempervirt.api.routes import router
 from sempervirt.cluster.cluster import Cluster
 
@@ -27,16 +28,21 @@ def build_app(agent: Agent | None = None, cluster: Cluster | None = None) -> Fas
         version=sempervirt.__version__,
         description=(
             "Virtual machines of one host and their disks. Served on a unix socket that only "
-            "its owner may open, and to the hosts of its cluster over mutual TLS."
+            "its owner may open, and over mutual TLS to the hosts of its cluster and to operators, "
+            "each within the rights of a role."
         ),
         docs_url=None,
         redoc_url=None,
+        openapi_url=None,
+        dependencies=[Depends(require_right)],
         generate_unique_id_function=lambda route: route.name,
     )
     app.state.agent = agent
     app.state.cluster = cluster
-    app.include_router(router)
-    app.include_router(migration.router)
+    routers = (router, migration.router)
+    require_complete(routers)
+    for included in routers:
+        app.include_router(included)
     failures.install(app)
     return app
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Query, Request, status
+from fastapi import APIRouter, Depends, Query, status
 
 from sempervirt.agent import moves
 from sempervirt.agent.agent import Agent
+from sempervirt.api.rights import CallerHere
 from sempervirt.api.routes import AgentHere, VmHere
 from sempervirt.api.schemas import (
     HostSideView,
@@ -23,15 +24,27 @@ from sempervirt.host.http import ErrorView
 from sempervirt.migration.messages import ArrivalAnswer, ArrivalRequest, MigrationView, RunRequest
 from sempervirt.migration.sides import find_destination, side_of
 from sempervirt.qemu.spec import VmSpec
-from sempervirt.trust.identity import Peer
 from sempervirt.vm.phases import Arrival
 
 router = APIRouter(prefix="/v1", responses={"default": {"model": ErrorView}}, tags=["migration"])
 
 
+def _host(caller: CallerHere) -> str:
+    if caller.peer is None:
+        raise NotAllowed("only another host of the cluster sends a VM here")
+    return caller.peer.name
+
+
+HostThere = Annotated[str, Depends(_host)]
+
+
 @router.post("/migration/side")
-async def migration_side(agent: AgentHere, spec: VmSpec) -> HostSideView:
+async def migration_side(
+    agent: AgentHere, caller: CallerHere, source: HostThere, spec: VmSpec
+) -> HostSideView:
     """What this host is, has and sees of a VM that may come here. Changes nothing."""
+    await caller.require_spec(agent.config, spec)
+    await moves.require_owned(agent, spec.name, source)
     present = agent.vms.get(spec.name) or agent.unknown.get(spec.name)
     state = present.run if present else None
     facts = await agent.host()
@@ -94,21 +107,12 @@ async def resolve_vm(agent: AgentHere, name: str, body: ResolveRequest) -> Resol
 # What hosts say to each other; nobody else is heard.
 
 
-def _host(request: Request) -> str:
-    peer = request.scope.get("peer")
-    if not isinstance(peer, Peer):
-        raise NotAllowed("only another host of the cluster sends a VM here")
-    return peer.host
-
-
-HostThere = Annotated[str, Depends(_host)]
-
-
 @router.post("/arrivals", status_code=status.HTTP_201_CREATED)
 async def prepare_arrival(
-    agent: AgentHere, source: HostThere, body: ArrivalRequest
+    agent: AgentHere, caller: CallerHere, source: HostThere, body: ArrivalRequest
 ) -> ArrivalAnswer:
     """Prepares for a VM that comes from the host that asks; answers when all is ready."""
+    await caller.require_spec(agent.config, body.spec)
     return (await moves.receive(agent, body, source)).answer()
 
 

@@ -1,49 +1,94 @@
-"""Which peer may ask what over TCP. The unix socket belongs to one user, who may ask everything.
+"""Who has connected: over the unix socket a user of this host, over TCP who shows a certificate.
 
-host          everything
-invitation    POST /v1/join
-revoked, or anything else that TLS let through: the connection is cut without a word
+Every request of a connection carries a `Caller`; what a caller may do is decided by `rights`. One
+who is revoked, or whose certificate says nothing that is known, is cut without a word.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import socket
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, assert_never
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sempervirt.api.bounds import BoundedProtocol
 from sempervirt.api.failures import to_response
+from sempervirt.api.reach import Caller
 from sempervirt.core.errors import NotAllowed
-from sempervirt.trust.identity import Peer, Role, peer_of
+from sempervirt.core.roles import Role
+from sempervirt.host.peers import peer_uid
+from sempervirt.trust.identity import Holder, Peer, peer_of
 
 log = logging.getLogger(__name__)
 
-JOIN = "/v1/join"
+
+class Standing(Protocol):
+    """What is known of those who hold certificates: `cluster.membership.Membership`."""
+
+    def is_revoked(self, serial: str) -> bool:
+        """Whether a certificate counts no more."""
+        ...
+
+    def operator_role(self, name: str, serial: str) -> Role | None:
+        """The role of an operator with that certificate, None for one who has none."""
+        ...
 
 
-class Guarded:
-    """An application as one peer sees it."""
+def caller_for(peer: Peer, standing: Standing) -> Caller | None:
+    """The holder of a certificate as it stands now; None for a stranger."""
+    if standing.is_revoked(peer.serial):
+        return None
+    match peer.holder:
+        case Holder.HOST:
+            role: Role | None = Role.HOST
+        case Holder.INVITATION:
+            role = Role.INVITATION
+        case Holder.OPERATOR:
+            role = standing.operator_role(peer.name, peer.serial)
+        case _:
+            assert_never(peer.holder)
+    return Caller(f"{peer.holder.value} {peer.name}", role, peer) if role is not None else None
 
-    def __init__(self, app: ASGIApp, peer: Peer, is_revoked: Callable[[str], bool]) -> None:
+
+class Introduced:
+    """An application as one caller sees it. `caller` gives None once the caller is a stranger."""
+
+    def __init__(self, app: ASGIApp, caller: Callable[[], Caller | None]) -> None:
         self._app = app
-        self._peer = peer
-        self._is_revoked = is_revoked
+        self._caller = caller
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serves what the peer may ask; a connection may outlive the right to use it."""
-        if self._is_revoked(self._peer.serial):
-            await to_response(NotAllowed("this certificate was revoked"))(scope, receive, send)
-        elif self._peer.role is Role.INVITATION and scope["path"] != JOIN:
-            refusal = NotAllowed("an invitation is good for joining, and for nothing else")
+        """Serves one request; a connection may outlive the right to use it."""
+        caller = self._caller()
+        if caller is None:
+            refusal = NotAllowed("this certificate was revoked")
             await to_response(refusal)(scope, receive, send)
-        else:
-            await self._app({**scope, "peer": self._peer}, receive, send)
+            return
+        await self._app({**scope, "caller": caller}, receive, send)
 
 
-def guarded_protocol(is_revoked: Callable[[str], bool]) -> type[BoundedProtocol]:
+class LocalProtocol(BoundedProtocol):
+    """HTTP of one connection over the unix socket: root, and the user whose agent this is."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Looks at the user before a byte of the connection is read."""
+        super().connection_made(transport)
+        raw: Any = transport.get_extra_info("socket")
+        with socket.socket(fileno=os.dup(raw.fileno())) as connection:
+            uid = peer_uid(connection)
+        if uid not in (0, os.geteuid()):
+            log.warning("refuse user=%d at the socket", uid)
+            transport.abort()
+            return
+        local = Caller(f"user {uid}", Role.ADMIN)
+        self.app = Introduced(self.app, lambda: local)
+
+
+def guarded_protocol(standing: Standing) -> type[BoundedProtocol]:
     """The HTTP protocol of a server whose peers have shown certificates."""
 
     class GuardedProtocol(BoundedProtocol):
@@ -54,10 +99,10 @@ def guarded_protocol(is_revoked: Callable[[str], bool]) -> type[BoundedProtocol]
             super().connection_made(transport)
             connection: Any = transport.get_extra_info("ssl_object")
             peer = peer_of(connection) if connection is not None else None
-            if peer is None or is_revoked(peer.serial):
-                log.warning("refuse peer=%s from=%s", peer and peer.host, self.client)
+            if peer is None or caller_for(peer, standing) is None:
+                log.warning("refuse peer=%s from=%s", peer and peer.name, self.client)
                 transport.abort()
                 return
-            self.app = Guarded(self.app, peer, is_revoked)
+            self.app = Introduced(self.app, lambda: caller_for(peer, standing))
 
     return GuardedProtocol

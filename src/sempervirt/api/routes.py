@@ -11,6 +11,8 @@ from fastapi import APIRouter, Depends, Query, Request, status
 from fastapi.responses import StreamingResponse
 
 from sempervirt.agent.agent import Agent
+from sempervirt.api.reach import Caller
+from sempervirt.api.rights import CallerHere
 from sempervirt.api.schemas import (
     AgentView,
     DiskView,
@@ -41,9 +43,9 @@ from sempervirt.disk.running import DiskFiles
 from sempervirt.disk.state import Condition
 from sempervirt.host import process
 from sempervirt.host.http import ErrorView
+from sempervirt.qemu import saved
 from sempervirt.qemu.spec import VmSpec
-from sempervirt.renewal.restore.plan import Changes
-from sempervirt.trust.identity import Peer
+from sempervirt.renewal.restore.plan import Changes, plan_of
 from sempervirt.vm.vm import Vm
 
 EJECTED = (
@@ -83,14 +85,19 @@ async def get_host(agent: AgentHere) -> HostView:
 
 
 @router.post("/join", tags=["host"])
-async def join(request: Request, body: JoinRequest) -> JoinView:
+async def join(request: Request, caller: CallerHere, body: JoinRequest) -> JoinView:
     """Issues the certificate of a host. Only for the holder of an invitation, over TLS."""
-    cluster, peer = request.app.state.cluster, request.scope.get("peer")
-    if not isinstance(cluster, Cluster) or not isinstance(peer, Peer):
+    cluster = request.app.state.cluster
+    if not isinstance(cluster, Cluster) or caller.peer is None:
         raise NotAllowed("hosts join over TLS, with an invitation")
-    issued = await cluster.admit(peer, body.request, check_address(body.address))
+    issued = await cluster.admit(caller.peer, body.request, check_address(body.address))
     settings = cluster.settings
-    return JoinView(certificate=issued.pem, cluster=settings.cluster, store=list(settings.store))
+    return JoinView(
+        certificate=issued.pem,
+        cluster=settings.cluster,
+        store=list(settings.store),
+        doors=cluster.doors,
+    )
 
 
 @router.get("/vms", tags=["vm"])
@@ -100,8 +107,9 @@ async def list_vms(agent: AgentHere) -> list[VmView]:
 
 
 @router.post("/vms", tags=["vm"], status_code=status.HTTP_201_CREATED)
-async def run_vm(agent: AgentHere, spec: VmSpec) -> VmView:
+async def run_vm(agent: AgentHere, caller: CallerHere, spec: VmSpec) -> VmView:
     """Starts a VM; answers when QEMU runs it."""
+    await caller.require_spec(agent.config, spec)
     return vm_view(await agent.run_vm(spec))
 
 
@@ -145,15 +153,21 @@ async def kill_vm(agent: AgentHere, name: str) -> VmView:
 
 
 @router.post("/vms/{name}/restart-qemu", tags=["vm"])
-async def restart_qemu(agent: AgentHere, name: str, request: RestartQemuRequest) -> QemuRestartView:
+async def restart_qemu(
+    agent: AgentHere, caller: CallerHere, name: str, request: RestartQemuRequest
+) -> QemuRestartView:
     """Moves a running VM to a new QEMU process; answers when that one runs the guest."""
+    caller.require_installed(request.qemu)
     done = await agent.restart_qemu(name, request.qemu)
     return QemuRestartView(vm=name, **asdict(done))
 
 
 @router.post("/vms/{name}/save", tags=["vm"])
-async def save_vm(agent: AgentHere, name: str, request: SaveRequest) -> SavedView:
+async def save_vm(
+    agent: AgentHere, caller: CallerHere, name: str, request: SaveRequest
+) -> SavedView:
     """Saves a VM to a file and ends the VM; answers when the file is durable."""
+    await caller.require_new_saved(agent.config, request.file)
     done = await agent.save_vm(name, request.file)
     figures = done.figures.model_dump()
     size = figures.pop("file")
@@ -161,14 +175,31 @@ async def save_vm(agent: AgentHere, name: str, request: SaveRequest) -> SavedVie
 
 
 @router.post("/vms/restore", tags=["vm"], status_code=status.HTTP_201_CREATED)
-async def restore_vm(agent: AgentHere, request: RestoreRequest) -> VmView:
+async def restore_vm(agent: AgentHere, caller: CallerHere, request: RestoreRequest) -> VmView:
     """Makes a VM from a saved state; answers when it runs on, or is paused as it was."""
     changes = Changes(request.name, request.images, request.taps, request.new_macs)
+    if not caller.local:
+        await _require_restorable(agent, caller, request, changes)
     if request.copy_disks_to is not None:
         vm = await agent.clone_vm(request.file, request.copy_disks_to, changes)
     else:
         vm = await agent.restore_vm(request.file, changes)
     return vm_view(vm)
+
+
+async def _require_restorable(
+    agent: Agent, caller: Caller, request: RestoreRequest, changes: Changes
+) -> None:
+    """Raises NotAllowed unless all that is read and written is what the caller may name: also what
+    the saved state itself names, which whoever can write to its directory has chosen.
+    """
+    config = agent.config
+    await caller.require_saved(config, request.file)
+    shown = await saved.show(request.file)
+    await caller.require_images(config, shown.images.values())
+    await caller.require_spec(config, plan_of(shown, changes).spec)
+    if request.copy_disks_to is not None:
+        await caller.require_images(config, [request.copy_disks_to])
 
 
 @router.get("/vms/{name}/logs", tags=["vm"])
@@ -219,8 +250,11 @@ def _unless_ejected(agent: Agent, view: DiskView) -> DiskView:
 
 
 @router.post("/disks/{vm}/{disk}/upgrade", tags=["disk"])
-async def upgrade_disk(agent: AgentHere, vm: str, disk: str, request: UpgradeRequest) -> DiskView:
+async def upgrade_disk(
+    agent: AgentHere, caller: CallerHere, vm: str, disk: str, request: UpgradeRequest
+) -> DiskView:
     """Serves a disk from another binary; answers when that one serves."""
+    caller.require_installed(request.binary)
     found = agent.disk(f"{vm}/{disk}")
     await found.upgrade(str(request.binary) if request.binary else None)
     return _unless_ejected(agent, await disk_view(found))
@@ -234,10 +268,13 @@ async def resize_disk(agent: AgentHere, vm: str, disk: str, request: ResizeReque
 
 
 @router.post("/disks/{vm}/{disk}/rescue", tags=["disk"])
-async def rescue_disk(agent: AgentHere, vm: str, disk: str, request: RescueRequest) -> RescuedView:
+async def rescue_disk(
+    agent: AgentHere, caller: CallerHere, vm: str, disk: str, request: RescueRequest
+) -> RescuedView:
     """Copies the image of a running disk while the guest stands still; answers when the copy is
     durable.
     """
+    await caller.require_new_image(agent.config, request.to)
     done = await agent.rescue_disk(f"{vm}/{disk}", request.to)
     return RescuedView(
         disk=f"{vm}/{disk}", path=request.to, paused_ms=done.paused_ms, **asdict(done.made)

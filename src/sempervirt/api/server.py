@@ -32,7 +32,7 @@ from sempervirt.api.bounds import (
     BoundedProtocol,
     Places,
 )
-from sempervirt.api.peers import guarded_protocol
+from sempervirt.api.peers import LocalProtocol, guarded_protocol
 from sempervirt.cluster.membership import Membership
 from sempervirt.core.errors import SempervirtError
 from sempervirt.host import background
@@ -70,7 +70,7 @@ async def serving(agent: Agent, socket_path: Path) -> AsyncIterator[None]:
 
 async def _serve(agent: Agent, path: Path, served: AsyncExitStack) -> None:
     listener = listen_unix(path)
-    server = _Server(build_app(agent), listener, BoundedProtocol, LOCAL)
+    server = _Server(build_app(agent), listener, LocalProtocol, LOCAL)
     await served.enter_async_context(server.running())
 
 
@@ -98,10 +98,10 @@ async def serving_hosts(agent: Agent, membership: Membership) -> AsyncIterator[N
     Waits until revocations are known. Raises Unavailable when the address cannot be bound.
     """
     cluster = membership.cluster
-    context = cluster.identity.server_context()
+    context = cluster.server_context()
     listener = listen_tcp(cluster.settings.address)
     await membership.known.wait()
-    protocol = guarded_protocol(membership.is_revoked)
+    protocol = guarded_protocol(membership)
     server = _Server(build_app(agent, cluster), listener, protocol, REMOTE, context)
     async with server.running():
         yield

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
+from pathlib import Path
 
 from sempervirt.cli.members import MemberState, MemberView
+from sempervirt.cli.session import here
+from sempervirt.cluster import operators as operators_of_cluster
 from sempervirt.cluster.cluster import Cluster, Member, begin_cluster
 from sempervirt.cluster.joining import join_cluster
+from sempervirt.core.errors import SempervirtError, StateConflict, Unavailable
+from sempervirt.core.roles import Role
+from sempervirt.store.records import Operator
 from sempervirt.trust.invitation import Invitation, parse_invitation
 from sempervirt.vm.config import AgentConfig
 from sempervirt.vm.setup import prepare_directories
@@ -16,27 +23,60 @@ __all__ = ["begin_cluster", "invite", "join_cluster", "members", "parse_invitati
 
 def prepared() -> AgentConfig:
     """This user's configuration; its directories are there."""
-    config = AgentConfig.default()
+    config = here()
     prepare_directories(config)
     return config
 
 
 async def invite(name: str, valid: timedelta) -> Invitation:
     """See `Cluster.invite`."""
-    async with Cluster.opened(AgentConfig.default()) as cluster:
+    async with Cluster.opened(here()) as cluster:
         return await cluster.invite(name, valid)
 
 
 async def members() -> list[MemberView]:
     """See `Cluster.members`."""
-    async with Cluster.opened(AgentConfig.default()) as cluster:
+    async with Cluster.opened(here()) as cluster:
         return [_member_view(member) for member in await cluster.members()]
 
 
 async def revoke(name: str, reason: str) -> None:
     """See `Cluster.revoke`."""
-    async with Cluster.opened(AgentConfig.default()) as cluster:
+    async with Cluster.opened(here()) as cluster:
         await cluster.revoke(name, reason)
+
+
+async def add_operator(name: str, role: str, valid: timedelta, to: Path) -> None:
+    """See `cluster.operators.add_operator`; writes the key to `to`, which must not be there.
+
+    Raises StateConflict, Unavailable for a file that cannot be written.
+    """
+    try:
+        descriptor = os.open(to, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except FileExistsError as error:
+        raise StateConflict(f"{to} exists", remedy="choose another file") from error
+    except OSError as error:
+        raise Unavailable(f"cannot write {to}: {error.strerror}") from error
+    with os.fdopen(descriptor, "w") as file:
+        try:
+            async with Cluster.opened(here()) as cluster:
+                made = await operators_of_cluster.add_operator(cluster, name, Role(role), valid)
+        except SempervirtError:
+            to.unlink(missing_ok=True)  # noqa: ASYNC240 - a local file
+            raise
+        file.write(made.text())
+
+
+async def operators() -> list[Operator]:
+    """See `cluster.operators.operators`."""
+    async with Cluster.opened(here()) as cluster:
+        return await operators_of_cluster.operators(cluster)
+
+
+async def revoke_operator(name: str, reason: str) -> None:
+    """See `cluster.operators.revoke_operator`."""
+    async with Cluster.opened(here()) as cluster:
+        await operators_of_cluster.revoke_operator(cluster, name, reason)
 
 
 def _member_view(member: Member) -> MemberView:

@@ -17,6 +17,7 @@ import stat
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 
 from sempervirt.agent.agent import Agent
 from sempervirt.agent.moves import resume_all
@@ -24,6 +25,7 @@ from sempervirt.api.client import Client
 from sempervirt.api.schemas import VmView
 from sempervirt.api.server import serving
 from sempervirt.cli.output import err, out, print_json_line
+from sempervirt.cli.session import here
 from sempervirt.cli.watch import Watch
 from sempervirt.core.errors import AgentUnavailable, StateConflict
 from sempervirt.daemon.logs import log_to_stderr
@@ -35,7 +37,7 @@ from sempervirt.vm.config import AgentConfig
 
 async def run(spec: VmSpec, *, detach: bool, grace_s: float, json: bool) -> int:
     """Starts the VM and follows the VM to its end; gives the exit code of the command."""
-    config = AgentConfig.default(keep_vms=True)
+    config = replace(here(), keep_vms=True)
     agent: Agent | None = None
     heard: asyncio.Queue[signal.Signals] = asyncio.Queue()
     async with AsyncExitStack() as stack:

@@ -25,6 +25,7 @@ from sempervirt.cli.output import (
     print_json,
     styled,
 )
+from sempervirt.cli.session import ask_agent, is_here
 from sempervirt.core.durations import format_duration
 from sempervirt.qemu.facts import HostProbe
 from sempervirt.vm.config import AgentConfig
@@ -43,7 +44,7 @@ def show(output: OutputOption = Output.TABLE) -> None:
 
     Works with or without an agent.
     """
-    view = asyncio.run(_host())
+    view = asyncio.run(_host()) if is_here() else ask_agent(lambda client: client.host())
     if output is Output.JSON:
         print_json(view)
         return

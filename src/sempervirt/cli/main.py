@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.markup import escape
 
 import sempervirt
-from sempervirt.cli import disk, host, vm
+from sempervirt.cli import disk, host, operator, session, vm
 from sempervirt.cli.output import Output, OutputOption, err
 from sempervirt.core.errors import SempervirtError, kind_of
 from sempervirt.demo.cli import demo
@@ -25,6 +26,7 @@ app = typer.Typer(
 app.add_typer(vm.app, name="vm")
 app.add_typer(disk.app, name="disk")
 app.add_typer(host.app, name="host")
+app.add_typer(operator.app, name="operator")
 app.command("demo", epilog="Example: semper demo --kills 50 --queues 4")(demo)
 
 
@@ -45,8 +47,26 @@ def options(
             help="Print the version of this program.",
         ),
     ] = False,
+    host_asked: Annotated[
+        str,
+        typer.Option(
+            "--host",
+            metavar="NAME@ADDRESS:PORT",
+            envvar="SEMPERVIRT_HOST",
+            help="Ask the agent of that host, over TLS, and not this host's.",
+        ),
+    ] = "",
+    key: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            envvar="SEMPERVIRT_KEY",
+            help="Who asks there: a file of semper operator add.",
+        ),
+    ] = None,
 ) -> None:
     """Virtual machines that keep running when the backend of a disk dies."""
+    session.choose(host_asked, key)
 
 
 @app.command("version", epilog="Example: semper version")

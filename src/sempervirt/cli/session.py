@@ -1,22 +1,94 @@
-"""What every command needs: where the agent is, and how an error leaves the program."""
+"""What every command needs: which agent is asked, and by whom."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 from sempervirt.api.client import Client
+from sempervirt.core.errors import InvalidRequest
 from sempervirt.vm.config import AgentConfig
 
 Result = TypeVar("Result")
 
 
+@dataclass(frozen=True)
+class Elsewhere:
+    """Another host's agent, and the key of the operator who asks it."""
+
+    host: str
+    address: str
+    key: Path
+
+
+_elsewhere: ContextVar[Elsewhere | None] = ContextVar("elsewhere", default=None)
+
+
+def choose(host: str, key: Path | None) -> None:
+    """From now on the agent of "NAME@ADDRESS:PORT" is asked; with "": this user's.
+
+    Raises InvalidRequest.
+    """
+    if not host:
+        return
+    name, at, address = host.partition("@")
+    if not (name and at and ":" in address):
+        raise InvalidRequest(
+            f'"{host}" is no host to ask', remedy="write for example a@10.0.0.1:7443"
+        )
+    if key is None:
+        raise InvalidRequest("who asks?", remedy="give the file of semper operator add: --key FILE")
+    _elsewhere.set(Elsewhere(name, address, key))
+
+
+def here() -> AgentConfig:
+    """This user's directories, for what is done on this host. Raises InvalidRequest when another
+    host was named.
+    """
+    require_here()
+    return AgentConfig.default()
+
+
+def is_here() -> bool:
+    """Whether no other host was named."""
+    return _elsewhere.get() is None
+
+
+def require_here() -> None:
+    """Raises InvalidRequest when another host was named, for what is done on this one."""
+    elsewhere = _elsewhere.get()
+    if elsewhere is not None:
+        raise InvalidRequest(
+            "this is done on the host itself", remedy=f"run it on {elsewhere.host}, without --host"
+        )
+
+
 def ask_agent(question: Callable[[Client], Awaitable[Result]]) -> Result:
-    """Runs `question` with a client of this user's agent."""
+    """Runs `question` with a client of the agent that was chosen."""
 
     async def _ask() -> Result:
-        async with Client.connect(AgentConfig.default().socket) as client:
+        async with _client() as client:
             return await question(client)
 
     return asyncio.run(_ask())
+
+
+@asynccontextmanager
+async def _client() -> AsyncIterator[Client]:
+    elsewhere = _elsewhere.get()
+    if elsewhere is None:
+        async with Client.connect(AgentConfig.default().socket) as client:
+            yield client
+        return
+    from sempervirt.trust.operator import (  # noqa: PLC0415 - certificates take long to import
+        operator_context,
+    )
+
+    tls = operator_context(elsewhere.key)
+    async with Client.connect_host(elsewhere.address, elsewhere.host, tls) as client:
+        yield client

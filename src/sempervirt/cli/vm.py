@@ -27,7 +27,7 @@ from sempervirt.cli.output import (
     print_json,
     styled,
 )
-from sempervirt.cli.session import ask_agent
+from sempervirt.cli.session import ask_agent, require_here
 from sempervirt.cli.whereabouts import sentence, why
 from sempervirt.core.errors import StateConflict
 from sempervirt.core.sizes import format_size
@@ -183,6 +183,7 @@ def console(name: VmName) -> None:
 
     Only one terminal at a time: a second terminal waits until the first has left.
     """
+    require_here()
     view = ask_agent(lambda client: client.vm(name))
     if view.end is not None:
         raise StateConflict(

@@ -8,6 +8,7 @@ STATE_DIR/store.db       the store, where "store" is empty: SQLite, for this hos
 
 from __future__ import annotations
 
+import ssl
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -24,8 +25,8 @@ from sempervirt.store.etcd import EtcdStore
 from sempervirt.store.port import Delete, Put, Snapshot, Store, Write
 from sempervirt.store.records import Host, Presence, Revocation, Token, ValueT, parse
 from sempervirt.store.sqlite import SqliteStore
-from sempervirt.trust.authority import Authority, Issued
-from sempervirt.trust.identity import Identity, Peer, Role
+from sempervirt.trust.authority import KEY_FILE, Authority, Issued
+from sempervirt.trust.identity import Holder, Identity, Peer
 from sempervirt.trust.invitation import Invitation, invite
 
 VERSION = 1
@@ -102,8 +103,10 @@ class Cluster:
                 remedy="give it etcd: semper host init NAME --store http://127.0.0.1:2379",
             )
         authority = Authority.load(self.identity.directory)
+        doors = Authority.doors(self.identity.directory, self.settings.cluster)
+        settings = self.settings
         invitation = invite(
-            authority, host, self.settings.host, self.settings.address, valid=valid, now=now
+            authority, doors, host, settings.host, settings.address, valid=valid, now=now
         )
         token = Token(host=host, fingerprint=invitation.fingerprint, expires=invitation.expires)
         state = await self.store.read("tokens/")
@@ -116,27 +119,40 @@ class Cluster:
 
         Raises NotAllowed for an invitation that was used, withdrawn or has expired.
         """
-        if peer.role is not Role.INVITATION:
+        if peer.holder is not Holder.INVITATION:
             raise NotAllowed("only an invitation asks for a certificate")
         authority = Authority.load(self.identity.directory)
-        issued = authority.issue_host(request, peer.host, address)
+        issued = authority.issue_host(request, peer.name, address)
         state = await self.store.read()
-        key = f"tokens/{peer.host}"
+        key = f"tokens/{peer.name}"
         entry = state.entries.get(key)
         token = parse(Token, key, entry.value) if entry else None
         if token is None or token.fingerprint != peer.fingerprint:
             raise NotAllowed(
-                f"this join token for {peer.host} was used already, or withdrawn",
-                remedy=f"make another one: semper host add {peer.host}",
+                f"this join token for {peer.name} was used already, or withdrawn",
+                remedy=f"make another one: semper host add {peer.name}",
             )
         if token.expires <= time.time():
             raise NotAllowed(
-                f"this join token for {peer.host} has expired",
-                remedy=f"make another one: semper host add {peer.host}",
+                f"this join token for {peer.name} has expired",
+                remedy=f"make another one: semper host add {peer.name}",
             )
-        writes = [Delete(key), *_registration(state, peer.host, address, issued)]
+        writes = [Delete(key), *_registration(state, peer.name, address, issued)]
         await self.store.commit(writes, expect=_expected(state, writes))
         return issued
+
+    @property
+    def doors(self) -> str:
+        """The certificate of the doors' authority (PEM), where the authority is."""
+        return Issued(
+            Authority.doors(self.identity.directory, self.settings.cluster).certificate
+        ).pem
+
+    def server_context(self) -> ssl.SSLContext:
+        """For serving other hosts, and whom the doors' authority has signed. Raises Unavailable."""
+        if (self.identity.directory / KEY_FILE).exists():
+            _ = self.doors  # made now, if an earlier release began the cluster
+        return self.identity.server_context()
 
     async def revoke(self, host: str, reason: str) -> None:
         """Makes a host a stranger. Raises NotFound, InvalidRequest for this host itself."""
@@ -173,6 +189,7 @@ async def begin_cluster(
         authority = Authority.create(config.trust_dir, cluster)
         issued = authority.issue_host(identity.request(host), host, address)
         identity.keep(issued.pem, Issued(authority.certificate).pem)
+        Authority.doors(config.trust_dir, cluster)
         write_settings(config, settings)
     own = identity.certificate
     assert own is not None

@@ -28,6 +28,7 @@ class JoinView(BaseModel):
     certificate: str
     cluster: str
     store: list[str]
+    doors: str = Field(default="", description="the authority of invitations and operators, PEM")
 
 
 async def ask_to_join(connection: Connection, request: str, address: str) -> JoinView:
@@ -70,7 +71,7 @@ async def join_cluster(config: Places, invitation: Invitation, address: str) -> 
                 f"semper host add {invitation.host}",
             ) from error
     authority = invitation.authority.public_bytes(serialization.Encoding.PEM).decode()
-    identity.keep(answer.certificate, authority)
+    identity.keep(answer.certificate, authority, answer.doors)
     settings = Settings(answer.cluster, invitation.host, address, tuple(answer.store))
     write_settings(config, settings)
     return settings

@@ -10,16 +10,17 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
 
 from sempervirt.cluster.cluster import Cluster
 from sempervirt.core.durations import Backoff
 from sempervirt.core.errors import SempervirtError
+from sempervirt.core.roles import Role
 from sempervirt.host import background
 from sempervirt.host.procfs import boot_id
 from sempervirt.store.port import Lease, Put
-from sempervirt.store.records import Presence
+from sempervirt.store.records import Operator, Presence, parse
 
 log = logging.getLogger(__name__)
 
@@ -30,11 +31,12 @@ BACKOFF = Backoff(free=0, first_s=0.5, ceiling_s=5.0)
 
 
 class Membership:
-    """Made by `kept`. `revoked` is empty until `known` is set."""
+    """Made by `kept`. `revoked` and `operators` are empty until `known` is set."""
 
     def __init__(self, cluster: Cluster, lease_s: float = LEASE_S) -> None:
         self.cluster = cluster
         self.revoked: frozenset[str] = frozenset()
+        self.operators: Mapping[str, Operator] = {}
         self.known = asyncio.Event()
         self._lease_s = lease_s
         self._lease: Lease | None = None
@@ -47,6 +49,7 @@ class Membership:
         tasks = [
             background.start(persist(membership._announce, "presence"), "presence"),
             background.start(persist(membership._follow, "revocations"), "revocations"),
+            background.start(persist(membership._follow_operators, "operators"), "operators"),
         ]
         try:
             yield membership
@@ -59,6 +62,11 @@ class Membership:
     def is_revoked(self, serial: str) -> bool:
         """Whether a certificate counts no more."""
         return serial in self.revoked
+
+    def operator_role(self, name: str, serial: str) -> Role | None:
+        """The role of an operator with that certificate, None for one who has none."""
+        known = self.operators.get(name)
+        return Role(known.role) if known is not None and known.serial == serial else None
 
     async def _announce(self, worked: Callable[[], None]) -> None:
         store, host = self.cluster.store, self.cluster.settings.host
@@ -79,6 +87,13 @@ class Membership:
                 worked()
                 self.revoked = frozenset(key.removeprefix("revoked/") for key in state.entries)
                 self.known.set()
+
+    async def _follow_operators(self, worked: Callable[[], None]) -> None:
+        async with aclosing(self.cluster.store.watch("operators/")) as states:
+            async for state in states:
+                worked()
+                found = (parse(Operator, key, entry.value) for key, entry in state.entries.items())
+                self.operators = {operator.name: operator for operator in found}
 
     async def _leave(self) -> None:
         if self._lease is None:

@@ -41,6 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = replace(config, state_dir=options.state_dir.absolute())
     if options.run_dir:
         config = replace(config, run_dir=options.run_dir.absolute())
+    if options.image_root:
+        config = replace(config, image_roots=tuple(root.absolute() for root in options.image_root))
+    if options.saved_root:
+        config = replace(config, saved_roots=tuple(root.absolute() for root in options.saved_root))
     descriptors.raise_limit()
     os.umask(records.PRIVATE)  # logs and sockets of what is started, too
     try:
@@ -59,6 +63,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--state-dir", type=Path, metavar="DIR", help="what outlives a boot")
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="sockets and logs")
+    for option, what in (("--image-root", "images and kernels"), ("--saved-root", "saved states")):
+        parser.add_argument(
+            option,
+            type=Path,
+            action="append",
+            metavar="DIR",
+            help=f"where {what} are that other hosts and operators may name; may be repeated",
+        )
     parser.add_argument(
         "--log-level", default="info", choices=["debug", "info", "warning", "error"]
     )

@@ -247,6 +247,13 @@ class VmSpec(_Table):
             raise ValueError("two disks write to the same image")
         return self
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Every file that is named: images, kernel, firmware."""
+        named = (self.kernel, self.initrd, self.firmware, self.firmware_vars)
+        images = (disk.image for disk in self.disks)
+        return (*(path for path in named if path is not None), *images)
+
     def disk(self, name: str) -> DiskSpec:
         """The disk of that name; KeyError if there is none."""
         for disk in self.disks:

@@ -4,6 +4,7 @@
     alive/NAME      Presence     under a lease: its agent runs and reaches the store
     tokens/ID       Token        an invitation: used up by joining
     revoked/SERIAL  Revocation   a certificate that counts no more
+    operators/NAME  Operator     a person, with the certificate and the role that count
     vms/NAME        Ownership    which host may run the VM, under which claim
     images/ID       ImageClaim   the newest epoch of an image, and the VM that it was given for
 
@@ -60,6 +61,15 @@ class Token(Value):
     host: str
     fingerprint: str
     expires: float
+
+
+class Operator(Value):
+    """A person who may ask agents over TLS. `not_after` ends the certificate."""
+
+    name: str
+    role: Literal["admin", "operator", "viewer"]
+    serial: str
+    not_after: float
 
 
 class Revocation(Value):

@@ -4,6 +4,11 @@ Keys are ECDSA on P-256. What a certificate stands for is a URI among its altern
 
     urn:sempervirt:host:NAME         a host; also DNS:NAME, so that TLS checks whom it speaks to
     urn:sempervirt:invitation:NAME   may ask for the certificate of host NAME, and nothing else
+    urn:sempervirt:operator:NAME     a person, who may do what the store says of that person
+
+There are two authorities. The one of the hosts is trusted by hosts and by etcd. The one of the
+doors signs invitations and operators, and only the agents' servers trust it: what it signs opens no
+store.
 """
 
 from __future__ import annotations
@@ -27,6 +32,8 @@ from sempervirt.trust.keyfiles import (
 )
 
 KEY_FILE, CERTIFICATE_FILE = "authority.key", "authority.crt"
+DOORS_KEY_FILE, DOORS_FILE = "doors.key", "doors.crt"
+DOORS = "doors"
 AUTHORITY_DAYS = 3650
 HOST_DAYS = 365
 # Clocks of hosts differ.
@@ -34,6 +41,7 @@ EARLY = timedelta(minutes=5)
 
 HOST_URI = "urn:sempervirt:host:"
 INVITATION_URI = "urn:sempervirt:invitation:"
+OPERATOR_URI = "urn:sempervirt:operator:"
 
 
 @dataclass(frozen=True)
@@ -75,8 +83,14 @@ class Authority:
         """Makes an authority in `directory`. Raises StateConflict when one is there."""
         if (directory / KEY_FILE).exists():
             raise StateConflict(f"there is an authority in {directory} already")
+        made = cls._make(_authority_name(cluster, doors=False), now)
+        write_public(directory / CERTIFICATE_FILE, Issued(made.certificate).pem)
+        write_private(directory / KEY_FILE, made._key)
+        return made
+
+    @classmethod
+    def _make(cls, name: x509.Name, now: datetime | None) -> Authority:
         key = ec.generate_private_key(ec.SECP256R1())
-        name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"sempervirt {cluster}")])
         now = now or datetime.now(UTC)
         certificate = (
             x509.CertificateBuilder()
@@ -91,8 +105,26 @@ class Authority:
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), False)
             .sign(key, hashes.SHA256())
         )
-        write_public(directory / CERTIFICATE_FILE, Issued(certificate).pem)
-        write_private(directory / KEY_FILE, key)
+        return cls(key, certificate)
+
+    @classmethod
+    def doors(cls, directory: Path, cluster: str) -> Authority:
+        """The authority of the doors, beside that of the hosts; made if there is none yet.
+
+        Raises StateConflict where there is no authority, Unavailable.
+        """
+        cls.load(directory)
+        key = read_private(directory / DOORS_KEY_FILE)
+        if key is None:
+            made = cls._make(_authority_name(cluster, doors=True), None)
+            write_public(directory / DOORS_FILE, Issued(made.certificate).pem)
+            write_private(directory / DOORS_KEY_FILE, made._key)
+            return made
+        certificate = read_certificate(directory / DOORS_FILE)
+        if certificate is None:
+            raise Unavailable(
+                f"{directory / DOORS_FILE} is gone", remedy="restore it from a backup"
+            )
         return cls(key, certificate)
 
     @classmethod
@@ -135,6 +167,14 @@ class Authority:
         names = [x509.UniformResourceIdentifier(INVITATION_URI + host)]
         return self._issue(key, host, names, [ExtendedKeyUsageOID.CLIENT_AUTH], valid, now)
 
+    def issue_operator(
+        self, key: ec.EllipticCurvePublicKey, name: str, valid: timedelta, now: datetime | None
+    ) -> Issued:
+        """The certificate of an operator."""
+        names = [x509.UniformResourceIdentifier(OPERATOR_URI + name)]
+        usage = [ExtendedKeyUsageOID.CLIENT_AUTH]
+        return self._issue(key, f"operator {name}", names, usage, valid, now)
+
     def _issue(
         self,
         key: ec.EllipticCurvePublicKey,
@@ -161,6 +201,19 @@ class Authority:
             .add_extension(authority_id, critical=False)
             .sign(self._key, hashes.SHA256())
         )
+
+
+def is_of_doors(certificate: x509.Certificate) -> bool:
+    """Whether the authority of the doors has signed it, as one of both is known to have done."""
+    units = certificate.issuer.get_attributes_for_oid(NameOID.ORGANIZATIONAL_UNIT_NAME)
+    return [unit.value for unit in units] == [DOORS]
+
+
+def _authority_name(cluster: str, *, doors: bool) -> x509.Name:
+    name = [x509.NameAttribute(NameOID.COMMON_NAME, f"sempervirt {cluster}")]
+    if doors:
+        name.append(x509.NameAttribute(NameOID.ORGANIZATIONAL_UNIT_NAME, DOORS))
+    return x509.Name(name)
 
 
 def serial_text(serial: int) -> str:

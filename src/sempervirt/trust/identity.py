@@ -18,7 +18,7 @@ from sempervirt.core.errors import StateConflict, Unavailable
 from sempervirt.trust.authority import (
     CERTIFICATE_FILE as AUTHORITY_FILE,
 )
-from sempervirt.trust.authority import HOST_URI, INVITATION_URI, Issued, serial_text
+from sempervirt.trust.authority import DOORS_FILE, Issued, is_of_doors, serial_text
 from sempervirt.trust.keyfiles import (
     RESTORE,
     read_certificate,
@@ -49,9 +49,11 @@ class Identity:
         )
         return signed.public_bytes(serialization.Encoding.PEM).decode()
 
-    def keep(self, certificate: str, authority: str) -> None:
-        """Puts the certificate in force, with that of the authority."""
+    def keep(self, certificate: str, authority: str, doors: str = "") -> None:
+        """Puts the certificate in force, with those of the authorities."""
         write_public(self.directory / AUTHORITY_FILE, authority)
+        if doors:
+            write_public(self.directory / DOORS_FILE, doors)
         write_public(self.directory / CERTIFICATE_FILE, certificate)
 
     @property
@@ -61,16 +63,19 @@ class Identity:
         return None if found is None else Issued(found)
 
     def server_context(self) -> ssl.SSLContext:
-        """For serving: TLS 1.3, and nobody without a certificate of the authority."""
-        context = self._context(ssl.PROTOCOL_TLS_SERVER)
+        """For serving: TLS 1.3, and nobody without a certificate of one of the authorities."""
+        context = self._filled(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
         context.verify_mode = ssl.CERT_REQUIRED
+        doors = read_certificate(self.directory / DOORS_FILE)
+        if doors is not None:
+            context.load_verify_locations(cadata=Issued(doors).pem)
         return context
 
     def client_context(self) -> ssl.SSLContext:
         """For asking: the other end has to be the host whose name is given with the request."""
-        return self._context(ssl.PROTOCOL_TLS_CLIENT)
+        return self._filled(host_context())
 
-    def _context(self, protocol: int) -> ssl.SSLContext:
+    def _filled(self, context: ssl.SSLContext) -> ssl.SSLContext:
         key = self.directory / KEY_FILE
         if read_private(key) is None or self.certificate is None:
             raise StateConflict(
@@ -81,7 +86,6 @@ class Identity:
         authority = read_certificate(self.directory / AUTHORITY_FILE)
         if authority is None:
             raise Unavailable(f"{self.directory / AUTHORITY_FILE} is gone", remedy=RESTORE)
-        context = ssl.SSLContext(protocol)
         context.minimum_version = ssl.TLSVersion.TLSv1_3
         try:
             context.load_cert_chain(self.directory / CERTIFICATE_FILE, key)
@@ -94,19 +98,36 @@ class Identity:
         return context
 
 
-class Role(Enum):
-    """The right that a certificate gives."""
+def host_context() -> ssl.SSLContext:
+    """For asking a host: TLS 1.3, and the other end has to be the host that is named with each
+    connection. Whom to trust, and what to show, is to be filled in.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    return context
+
+
+class Holder(Enum):
+    """What a certificate stands for."""
 
     HOST = "host"
     INVITATION = "invitation"
+    OPERATOR = "operator"
+
+    @property
+    def prefix(self) -> str:
+        """What its URN begins with."""
+        return f"urn:sempervirt:{self.value}:"
 
 
 @dataclass(frozen=True)
 class Peer:
-    """The other end of a connection, as its certificate says."""
+    """The other end of a connection, as its certificate says. `name` is that of a host, also of
+    the one that is invited, or of an operator.
+    """
 
-    role: Role
-    host: str
+    holder: Holder
+    name: str
     serial: str
     fingerprint: str
 
@@ -119,8 +140,10 @@ def peer_of(connection: ssl.SSLObject | ssl.SSLSocket) -> Peer | None:
         return None
     issued = Issued(x509.load_der_x509_certificate(raw))
     for kind, name in described.get("subjectAltName", ()):
-        for role, prefix in ((Role.HOST, HOST_URI), (Role.INVITATION, INVITATION_URI)):
-            if kind == "URI" and name.startswith(prefix):
+        for holder in Holder:
+            # The authority of the doors gives out no hosts, and the other one nothing else.
+            fits = is_of_doors(issued.certificate) is (holder is not Holder.HOST)
+            if kind == "URI" and name.startswith(holder.prefix) and fits:
                 serial = serial_text(issued.certificate.serial_number)
-                return Peer(role, name.removeprefix(prefix), serial, issued.fingerprint)
+                return Peer(holder, name.removeprefix(holder.prefix), serial, issued.fingerprint)
     return None

@@ -28,6 +28,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from sempervirt.core.errors import InvalidRequest
 from sempervirt.trust.authority import Authority, Issued
+from sempervirt.trust.identity import host_context
 from sempervirt.trust.keyfiles import write_private, write_public
 
 PREFIX = "semper1."
@@ -68,8 +69,7 @@ class Invitation:
 
     def client_context(self) -> ssl.SSLContext:
         """For joining. The key touches a file of our own for a moment: ssl wants one."""
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context = host_context()
         context.load_verify_locations(cadata=Issued(self.authority).pem)
         memory = Path("/dev/shm")
         where = memory if os.access(memory, os.W_OK) else None
@@ -83,6 +83,7 @@ class Invitation:
 
 def invite(
     authority: Authority,
+    doors: Authority,
     host: str,
     inviter: str,
     address: str,
@@ -90,10 +91,10 @@ def invite(
     valid: timedelta,
     now: datetime | None = None,
 ) -> Invitation:
-    """A new one."""
+    """A new one: signed by the `doors`, for one who then trusts the `authority`."""
     now = now or datetime.now(UTC)
     key = ec.generate_private_key(ec.SECP256R1())
-    issued = authority.issue_invitation(key.public_key(), host, valid, now)
+    issued = doors.issue_invitation(key.public_key(), host, valid, now)
     return Invitation(
         host=host,
         inviter=inviter,

@@ -2,23 +2,59 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from sempervirt.disk.backend import BackendCommand, Blkd
 from sempervirt.disk.state import Policy
 from sempervirt.host.places import Places, default_run_dir, default_state_dir
 from sempervirt.qemu.link import Patience
 
+IMAGE_ROOTS_VARIABLE = "SEMPERVIRT_IMAGE_ROOTS"
+SAVED_ROOTS_VARIABLE = "SEMPERVIRT_SAVED_ROOTS"
+# Where images and what guests boot from is kept, and nothing that must not be read.
+IMAGE_ROOTS = (
+    "/srv",
+    "/mnt",
+    "/var/lib/sempervirt/images",
+    "/var/lib/libvirt/images",
+    "/usr/share/AAVMF",
+    "/usr/share/OVMF",
+    "/usr/share/edk2",
+    "/usr/share/qemu",
+)
+SAVED_ROOTS = ("/var/lib/sempervirt/saved",)
+
+
+def roots_of(
+    variable: str, otherwise: tuple[str, ...], environment: Mapping[str, str] = os.environ
+) -> tuple[Path, ...]:
+    """The directories that a variable names, between colons."""
+    chosen = environment.get(variable)
+    named = otherwise if chosen is None else tuple(part for part in chosen.split(":") if part)
+    return tuple(Path(part).absolute() for part in named)
+
 
 @dataclass(frozen=True)
 class AgentConfig(Places):
     """With `keep_vms` the VMs run on when the agent closes; otherwise they are killed.
+
+    What is asked for over TLS may name files below `image_roots` (images, kernels, firmware) and
+    `saved_roots` (saved states), and no others.
 
     `backend`, `policy` and `patience` are there for tests. `qemu` is looked up on the PATH
     if it is not given.
     """
 
     keep_vms: bool = False
+    image_roots: tuple[Path, ...] = field(
+        default_factory=lambda: roots_of(IMAGE_ROOTS_VARIABLE, IMAGE_ROOTS)
+    )
+    saved_roots: tuple[Path, ...] = field(
+        default_factory=lambda: roots_of(SAVED_ROOTS_VARIABLE, SAVED_ROOTS)
+    )
     qemu: str | None = None
     backend: BackendCommand = field(default_factory=Blkd)
     policy: Policy = field(default_factory=Policy)
