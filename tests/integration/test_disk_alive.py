@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from lab.client import EchoClient
 from sempervirt.agent import Agent, AgentConfig, Vm
 from sempervirt.api import routes, views
 from sempervirt.core.errors import StateConflict, Unavailable
@@ -32,6 +33,7 @@ from sempervirt.host.storage_call import HANGING_MAX, call_storage
 from sempervirt.host.thread_states import threads_of
 from sempervirt.qemu.spec import DiskSpec, VmSpec
 from sempervirt.qemu.state import Runstate
+from tests.guest_network import GUEST, add_tap, own_network, with_tap
 from tests.hanging_medium import HangingMedium, hanging_medium
 from tests.unharmed import assert_unharmed
 
@@ -350,6 +352,23 @@ async def lose_backends(disk: Disk, gone: Fault) -> None:
     )
 
 
+@pytest.fixture
+def network() -> Iterator[None]:
+    """A tap for a guest; to be asked for before an agent is."""
+    with own_network():
+        add_tap()
+        yield
+
+
+@asynccontextmanager
+async def heard(client: ProbeClient) -> AsyncIterator[EchoClient]:
+    """Speaks to the guest over its network all the time."""
+    await client.network_up("eth0", f"{GUEST}/24")
+    await client.echo_start(7)
+    async with EchoClient.connected("", GUEST) as echo:
+        yield echo
+
+
 def with_data_disk(spec: VmSpec, place: Path) -> VmSpec:
     """`spec` with a second disk."""
     image = place / "data.raw"
@@ -359,15 +378,17 @@ def with_data_disk(spec: VmSpec, place: Path) -> VmSpec:
     return spec.model_copy(update={"disks": (*spec.disks, data)})
 
 
+@pytest.mark.root
 @pytest.mark.guest
 async def test_while_one_disk_has_no_backend_the_rest_of_the_vm_goes_on(
-    breakable: Agent, guest_spec: Spec, place: Path, gone: Fault
+    network: None, breakable: Agent, guest_spec: Spec, place: Path, gone: Fault
 ) -> None:
-    vm = await breakable.run_vm(with_data_disk(guest_spec(serial="loaded"), place))
+    vm = await breakable.run_vm(with_tap(with_data_disk(guest_spec(serial="loaded"), place)))
     data = breakable.disks["web/data"]
-    async with loaded(vm) as client:
+    async with loaded(vm) as client, heard(client) as echo:
         await client.write_start("serial:data", writers=2, span_bytes=4 * MIB, hang_s=120)
         await lose_backends(data, gone)
+        lost = time.monotonic()
         begun = await client.measure_clock()
         since_ns = begun.to_guest(time.monotonic_ns())
         give_up = time.monotonic() + FAILS_S
@@ -381,6 +402,8 @@ async def test_while_one_disk_has_no_backend_the_rest_of_the_vm_goes_on(
         assert vm.run is Runstate.RUNNING
         assert slowest_s < PROMPT_S
         assert gaps.longest_ms() < PROMPT_S * 1e3
+        assert echo.alive, echo.problem
+        assert echo.silence_ms(lost) < PROMPT_S * 1e3
         shown = views.vm_view(vm).why
         assert "disk web/data is" in shown
         assert f"{gone.path} is there" in shown

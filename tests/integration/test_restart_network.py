@@ -1,15 +1,11 @@
 """A guest's network card on a tap goes on in a new QEMU: no connection breaks, packets arrive.
 
-Each test has its own network namespace, in which the agent, its QEMUs and the guest's peer live:
-
-    peer 10.9.0.1 ── bridge br0 ── tap0 ── 10.9.0.2 guest
+Each test has its own network namespace (see tests/guest_network.py).
 """
 
 from __future__ import annotations
 
 import asyncio
-import ctypes
-import itertools
 import os
 import select
 import signal
@@ -24,7 +20,7 @@ from contextlib import contextmanager
 import pytest
 
 from lab.client import EchoClient
-from lab.namespaces import CLONE_NEWNET, Cleaner, enter, ip
+from lab.namespaces import ip
 from sempervirt.agent import Agent, AgentConfig
 from sempervirt.core.errors import InvalidRequest
 from sempervirt.guest import ProbeClient
@@ -32,6 +28,7 @@ from sempervirt.host import tap as taps
 from sempervirt.host.packets import Kept
 from sempervirt.qemu.spec import VmSpec
 from sempervirt.qemu.state import Runstate
+from tests.guest_network import GUEST, add_tap, own_network, with_tap
 
 pytestmark = [pytest.mark.root, pytest.mark.guest, pytest.mark.timeout(120)]
 Spec = Callable[..., VmSpec]
@@ -43,42 +40,15 @@ BLACKOUT_MAX_MS = 1500.0
 SILENCE_MAX_MS = 5000.0
 # Of the pings of one restart: the kernel may see for a moment that nobody serves the tap.
 LOST_MAX = 2
-GUEST, PEER = "10.9.0.2", "10.9.0.1"
 PING_INTERVAL_S = 0.005
 ANSWER_S = 2.0
-_numbers = itertools.count(1)
 
 
 @pytest.fixture(autouse=True)
 def namespace() -> Iterator[None]:
-    """This thread, and what it starts, in a namespace with a bridge and a tap."""
-    tag = f"svr{os.getpid()}.{next(_numbers)}"
-    home = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
-    cleaner = Cleaner(tag)
-    try:
-        ip("netns", "add", f"{tag}-x")
-        enter(f"{tag}-x")
-        ip("link", "set", "lo", "up")
-        ip("link", "add", "br0", "type", "bridge")
-        ip("addr", "add", f"{PEER}/24", "dev", "br0")
-        ip("link", "set", "br0", "up")
+    """This thread, and what it starts, in a namespace with a bridge."""
+    with own_network():
         yield
-    finally:
-        assert ctypes.CDLL(None).setns(home, CLONE_NEWNET) == 0
-        os.close(home)
-        cleaner.end()
-
-
-def add_tap(*kind: str) -> None:
-    """The tap, on the bridge."""
-    ip("tuntap", "add", "tap0", "mode", "tap", *kind)
-    ip("link", "set", "tap0", "master", "br0", "up")
-
-
-def with_tap(spec: VmSpec, queues: int = 1) -> VmSpec:
-    """`spec` with its card on the tap."""
-    nic = {"type": "tap", "tap": "tap0", "queues": queues}
-    return VmSpec.model_validate({**spec.model_dump(mode="json"), "nics": [nic]})
 
 
 def interfaces() -> set[str]:
