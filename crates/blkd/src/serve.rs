@@ -36,7 +36,7 @@ use crate::state::{Phase, Shared, mark};
 use crate::tenure::{Patience, Standing, Tenure};
 use crate::threads::{Spawn, ThreadMap, Threads};
 use crate::title::Title;
-use crate::urgency::Urgency;
+use crate::urgency::{self, Urgency};
 use crate::worker::Worker;
 
 /// Serves the disk until a signal ends the process.
@@ -45,6 +45,7 @@ pub(crate) fn run(args: Args, shared: Shared) -> Result<(), Failure> {
     if let Err(error) = descriptors::allow_all() {
         log::warn!("hundreds of queues may be too many error=\"{error}\"");
     }
+    urgency::ask_for_short_turns();
     if let Err(error) = memory_reaper::engage() {
         log::warn!("memory will be taken apart before the image is free error=\"{error}\"");
     }
