@@ -5,6 +5,9 @@ can be stopped.
         medium.image            a file like any other, 'disk.raw' on its own file system
         medium.hang()           from now on no call on that file system returns
         medium.go_on()          and now they all do
+        medium.hold_a_read()    the next small read gets no answer, whatever else is asked does
+        medium.wait_overtaken() so many later requests were answered that the order is another
+        medium.let_go()         and now that read is answered as well
 
 The kernel's side is a real file system: whoever waits for it waits where one waits for a dead NFS
 server. No library is needed for a server that knows one file: the protocol is include/uapi/linux/
@@ -18,6 +21,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import select
 import signal
 import stat
 import struct
@@ -33,9 +37,18 @@ ROOT, FILE = 1, 2
 HEADER = struct.Struct("<IIQQIIIHH")
 LARGEST = 1 << 20
 MNT_DETACH = 2
-# FORGET, INTERRUPT, BATCH_FORGET; RELEASE, FLUSH, READDIR, RELEASEDIR, ACCESS.
+READ, WRITE, FSYNC = 15, 16, 20
+# MAX_PAGES; ASYNC_DIO, so that io_uring waits for no request of O_DIRECT while it submits others.
+FLAGS = 1 << 22 | 1 << 15
+# FORGET, INTERRUPT, BATCH_FORGET; UNLINK (it stays), RELEASE, FLUSH, READDIR, RELEASEDIR, ACCESS.
 UNANSWERED = (2, 36, 42)
-NOTHING_TO_SAY = (18, 25, 28, 29, 34)
+NOTHING_TO_SAY = (10, 18, 25, 28, 29, 34)
+# Of one block, as the guest's writers ask for, and not of the one that looks at a whole image.
+HELD_BYTES = 4096
+# A queue has at most 128 requests in flight. Once two queues full were answered after one that is
+# held, more were reported than came before it: the used index has passed the request's place.
+OVERTAKEN_BY = 256
+OVERTAKEN = b"overtaken\n"
 
 
 @dataclass
@@ -58,6 +71,21 @@ class HangingMedium:
         """`hang`, and `go_on` after so long; returns at once."""
         self.hang()
         threading.Timer(seconds, self.go_on).start()
+
+    def hold_a_read(self) -> None:
+        """The next read of one block gets no answer until `let_go`."""
+        self.server.send_signal(signal.SIGUSR1)
+
+    def wait_overtaken(self, deadline_s: float = 20.0) -> None:
+        """Blocks until OVERTAKEN_BY requests were answered after the one that is held."""
+        told = self.server.stdout
+        assert told is not None
+        assert select.select([told], [], [], deadline_s)[0], "no request was overtaken"
+        assert told.readline() == OVERTAKEN
+
+    def let_go(self) -> None:
+        """The read that is held is answered."""
+        self.server.send_signal(signal.SIGUSR2)
 
 
 @contextlib.contextmanager
@@ -87,6 +115,33 @@ class _Server:
     def __init__(self, device: int, backing: int) -> None:
         self._device = device
         self._backing = backing
+        self._hold_next = False
+        self._held: tuple[int, bytes] | None = None
+        self._since = 0
+        signal.signal(signal.SIGUSR1, self._hold)
+        signal.signal(signal.SIGUSR2, self._let_go)
+
+    def _hold(self, *_: object) -> None:
+        self._hold_next = True
+
+    def _let_go(self, *_: object) -> None:
+        """Python calls this between two steps of `serve`, also while that waits for a request."""
+        if self._held is not None:
+            (unique, body), self._held = self._held, None
+            self._send(unique, 0, self._answer(READ, FILE, body))
+
+    def _is_held(self, opcode: int, unique: int, body: bytes) -> bool:
+        """Whether this request gets no answer; counts those that do beside one that is held."""
+        if self._held is not None:
+            self._since += opcode in (READ, WRITE, FSYNC)
+            if self._since == OVERTAKEN_BY:
+                _say(OVERTAKEN)
+            return False
+        is_block = opcode == READ and struct.unpack_from("<QQI", body)[2] == HELD_BYTES
+        if not (self._hold_next and is_block):
+            return False
+        self._held, self._since, self._hold_next = (unique, body), 0, False
+        return True
 
     def serve(self) -> None:
         while True:
@@ -98,25 +153,24 @@ class _Server:
                 return  # unmounted
             _, opcode, unique, node, *_ = HEADER.unpack_from(message)
             body = message[HEADER.size :]
-            if opcode in UNANSWERED:
+            if opcode in UNANSWERED or self._is_held(opcode, unique, body):
                 continue
             try:
                 answer = self._answer(opcode, node, body)
                 number = 0
             except OSError as error:
                 answer, number = b"", -(error.errno or errno.EIO)
-            head = struct.pack("<IiQ", 16 + len(answer), number, unique)
-            with contextlib.suppress(FileNotFoundError):  # whoever asked was interrupted
-                os.write(self._device, head + answer)
+            self._send(unique, number, answer)
+
+    def _send(self, unique: int, number: int, answer: bytes) -> None:
+        head = struct.pack("<IiQ", 16 + len(answer), number, unique)
+        with contextlib.suppress(FileNotFoundError):  # whoever asked was interrupted
+            os.write(self._device, head + answer)
 
     def _answer(self, opcode: int, node: int, body: bytes) -> bytes:
         match opcode:
             case 26:  # INIT
-                _, minor, readahead, _ = struct.unpack_from("<IIII", body)
-                limits = (16, 12, LARGEST, 1, LARGEST // 4096, 0, 0, 0)
-                return struct.pack("<IIII", 7, min(minor, 31), readahead, 1 << 22) + struct.pack(
-                    "<HHIIHHII24x", *limits
-                )
+                return self._introduction(body)
             case 1:  # LOOKUP
                 if body.rstrip(b"\0") != NAME:
                     raise OSError(errno.ENOENT, "")
@@ -127,18 +181,17 @@ class _Server:
                 return struct.pack("<QII", 0, 0, 0) + self._attributes(node)
             case 14 | 27:  # OPEN, OPENDIR
                 return struct.pack("<QII", 0, 0, 0)
-            case 15:  # READ
-                _, offset, size = struct.unpack_from("<QQI", body)
-                return os.pread(self._backing, size, offset)
-            case 16:  # WRITE
-                _, offset, size = struct.unpack_from("<QQI", body)
-                os.pwrite(self._backing, body[40 : 40 + size], offset)
-                return struct.pack("<II", size, 0)
+            case _ if opcode in (READ, WRITE):
+                return self._data(opcode, body)
             case 17:  # STATFS
                 return struct.pack(
                     "<QQQQQIIII24x", 1 << 20, 1 << 19, 1 << 19, 9, 9, 4096, 99, 4096, 0
                 )
-            case 20:  # FSYNC
+            case 43:  # FALLOCATE
+                _, offset, size = struct.unpack_from("<QQQ", body)
+                os.posix_fallocate(self._backing, offset, size)
+                return b""
+            case _ if opcode == FSYNC:
                 os.fdatasync(self._backing)
                 return b""
             case _ if opcode in NOTHING_TO_SAY:
@@ -146,11 +199,30 @@ class _Server:
             case _:
                 raise OSError(errno.ENOSYS, "")
 
+    def _data(self, opcode: int, body: bytes) -> bytes:
+        _, offset, size = struct.unpack_from("<QQI", body)
+        if opcode == READ:
+            return os.pread(self._backing, size, offset)
+        os.pwrite(self._backing, body[40 : 40 + size], offset)
+        return struct.pack("<II", size, 0)
+
+    def _introduction(self, body: bytes) -> bytes:
+        _, minor, readahead, _ = struct.unpack_from("<IIII", body)
+        # As many in the background as a queue has in flight: none waits for one that is held.
+        limits = (256, 192, LARGEST, 1, LARGEST // 4096, 0, 0, 0)
+        return struct.pack("<IIII", 7, min(minor, 31), readahead, FLAGS) + struct.pack(
+            "<HHIIHHII24x", *limits
+        )
+
     def _attributes(self, node: int) -> bytes:
         mode = stat.S_IFDIR | 0o755 if node == ROOT else stat.S_IFREG | 0o600
         size = 0 if node == ROOT else os.fstat(self._backing).st_size
         times = (0,) * 6
         return struct.pack("<QQQ3Q3I7I", node, size, size // 512, *times, mode, 1, 0, 0, 0, 4096, 0)
+
+
+def _say(line: bytes) -> None:
+    os.write(sys.stdout.fileno(), line)
 
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -162,9 +234,9 @@ def _main(mount: str, backing: str) -> None:
     where = os.fsencode(mount)
     if _libc.mount(b"hanging", where, b"fuse.hanging", 0, options.encode()) != 0:
         raise OSError(ctypes.get_errno(), "mount")
-    sys.stdout.write("mounted\n")
-    sys.stdout.flush()
-    _Server(device, os.open(backing, os.O_RDWR | os.O_CLOEXEC)).serve()
+    server = _Server(device, os.open(backing, os.O_RDWR | os.O_CLOEXEC))
+    _say(b"mounted\n")
+    server.serve()
 
 
 if __name__ == "__main__":

@@ -11,12 +11,11 @@ import asyncio
 import random
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from sempervirt.core.errors import SempervirtError, Unavailable
-from sempervirt.demo.script import pauses_s
 from sempervirt.demo.trial import Trial, TrialSetup, running
 from sempervirt.demo.verdict import Verdict
 from sempervirt.disk.backend import Launch
@@ -27,6 +26,9 @@ from sempervirt.guest.reports import Stats
 HANG_S = 5.0
 # Killing goes on for no longer, lest the comparison take more than its half a minute.
 KILLING_S = 20.0
+# Between two kills. Only a kill while requests are answered in another order than they came loses
+# one: with a disk that answers soon one kill of twelve. So many fit into that time.
+PAUSE_S = (0.02, 0.1)
 # After the first loss, until the guest's kernel has told of the others.
 AFTERMATH_S = HANG_S + 1.0
 
@@ -73,10 +75,19 @@ def with_peer(setup: TrialSetup) -> TrialSetup:
 
 
 async def kill_until_lost(
-    setup: TrialSetup, kills: int, seed: int | None, say: Callable[[str], None]
+    setup: TrialSetup,
+    kills: int,
+    seed: int | None,
+    say: Callable[[str], None],
+    *,
+    kill: Callable[[Trial], Awaitable[None]] = Trial.kill_active,
+    aftermath_s: float = AFTERMATH_S,
 ) -> Verdict:
     """Kills the backend of `setup` under load until the guest has seen a loss, at most `kills`
     times. A verdict without a loss is of a disk that was read back as a whole.
+
+    `kill` may wait for an instant of its choice. `aftermath_s`: how long the guest is listened to
+    after its first loss.
     """
     peer = replace(setup, load=replace(setup.load, hang_s=HANG_S))
     chance = random.Random(seed)
@@ -85,8 +96,8 @@ async def kill_until_lost(
         loss: Stats | None = None
         ends = time.monotonic() + KILLING_S
         while loss is None and trial.verdict.kills < kills and time.monotonic() < ends:
-            await asyncio.sleep(pauses_s(chance))
-            await trial.kill_backend()
+            await asyncio.sleep(chance.uniform(*PAUSE_S))
+            await trial.kill_backend(lambda: kill(trial))
             say(f"the same with qemu-storage-daemon: kill {trial.verdict.kills}")
             loss = await _loss(trial)
         if loss is None:
@@ -96,7 +107,7 @@ async def kill_until_lost(
             await trial.stop_load()
         else:  # writers that wait for a lost request would hold up the end
             say("the same with qemu-storage-daemon: something was lost")
-            trial.verdict.add(await _aftermath(trial, loss))
+            trial.verdict.add(await _aftermath(trial, loss, aftermath_s))
         return trial.verdict
 
 
@@ -110,15 +121,16 @@ async def _loss(trial: Trial) -> Stats | None:
 
 
 async def _late_loss(trial: Trial) -> Stats | None:
-    """After the last kill: a request that it lost is known to hang only when it is late."""
+    """After the last kill: a writer that waits for a lost request does not stop when told to."""
     with suppress(SempervirtError, ProbeSilent):
-        return await trial.probe.wait_stats(_has_lost, deadline_s=HANG_S + 1.0)
+        stats = await trial.probe.write_stop(verify=False, stop_deadline_s=HANG_S + 1.0)
+        return stats if _has_lost(stats) else None
     return None
 
 
-async def _aftermath(trial: Trial, loss: Stats) -> Stats:
+async def _aftermath(trial: Trial, loss: Stats, listened_s: float) -> Stats:
     """What the guest has seen a little later; as much as it can still tell."""
-    deadline = time.monotonic() + AFTERMATH_S
+    deadline = time.monotonic() + listened_s
     with suppress(ProbeGone, ProbeSilent):
         while time.monotonic() < deadline:
             await asyncio.sleep(0.2)

@@ -246,9 +246,12 @@ class Trial:
 
     # What happens to the disk
 
-    async def kill_backend(self) -> Stall:
-        """SIGKILL to the backend that serves; returns when its successor is guarded again."""
-        stall = await self._take_over(Cause.KILL, self.kill_active)
+    async def kill_backend(self, kill: Callable[[], Awaitable[None]] | None = None) -> Stall:
+        """SIGKILL to the backend that serves; returns when its successor is guarded again.
+
+        `kill` is for who chooses the instant: it calls `kill_active`.
+        """
+        stall = await self._take_over(Cause.KILL, kill or self.kill_active)
         self.verdict.kills += 1
         return stall
 
