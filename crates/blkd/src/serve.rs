@@ -84,7 +84,9 @@ pub(crate) fn run(args: Args, shared: Shared) -> Result<(), Failure> {
         log::info!("postcopy is not offered: page faults cannot be told error=\"{error}\"");
     }
     let offer = Offer { track, page_faults: track && userfault.is_ok() };
+    let mut urgency = if args.spare { Urgency::raise() } else { Urgency::default() };
     let (threads, engine) = start_threads(&args, &disk, &faults)?;
+    urgency.keep();
     let device = Arc::new(Mutex::new(Device::new(Arc::clone(&disk), threads, offer)));
     let session =
         Arc::new(session(&args, &disk.shared).map_err(system("start the session thread"))?);
@@ -97,12 +99,10 @@ pub(crate) fn run(args: Args, shared: Shared) -> Result<(), Failure> {
     }
     watch_signals(&disk, &device).map_err(system("start the signal thread"))?;
     let mirror = Mirror::new().map_err(system("make the session"))?;
-    let mut urgency = Urgency::default();
     if args.spare {
         if !session.is_on() {
             mark(&disk.shared.timeline.spare_ready);
         }
-        urgency = Urgency::raise();
         disk.tenure.take(Patience::Unlimited, disk.map.as_deref())?;
         disk.shared.set_phase(Phase::Listening);
     }

@@ -11,9 +11,10 @@
 //! and its own. On a busy host each of the first two stands behind whoever has the processor, where
 //! the work of both takes 0.3 ms. So the threads of a spare wait with real-time priority (the lowest
 //! there is), which costs nothing while they sleep, and give it back as soon as they have done what
-//! the guest waits for. Nothing that they start inherits it. A thread that would not give it back
-//! gets no more of a second than `sched_rt_runtime_us` allows. It takes CAP_SYS_NICE or
-//! RLIMIT_RTPRIO; without them a take-over waits its turn.
+//! the guest waits for. The first thread takes it, for which it needs CAP_SYS_NICE or RLIMIT_RTPRIO
+//! (without them a take-over waits its turn); the threads that serve queues inherit it, and need
+//! neither. A thread that would not give it back gets no more of a second than `sched_rt_runtime_us`
+//! allows.
 
 use std::io;
 
@@ -53,6 +54,11 @@ fn set_ordinary(flags: u64) -> io::Result<()> {
     set(Attributes { policy, flags, nice, runtime: TURN, ..Attributes::default() })
 }
 
+fn set_urgent(flags: u64) -> io::Result<()> {
+    let policy = libc::SCHED_FIFO as u32;
+    set(Attributes { policy, flags, priority: 1, ..Attributes::default() })
+}
+
 /// Has the calling thread, and the threads that it starts from now on, ask for short turns.
 pub(crate) fn ask_for_short_turns() {
     if let Err(error) = set_ordinary(0) {
@@ -67,16 +73,30 @@ pub(crate) struct Urgency {
 }
 
 impl Urgency {
-    /// Has the calling thread run before others from now on, if it may.
+    /// Has the calling thread run before others from now on, if it may, and the threads that it
+    /// starts before [`Urgency::keep`].
     pub(crate) fn raise() -> Self {
-        let policy = libc::SCHED_FIFO as u32;
-        let flags = RESET_ON_FORK;
-        match set(Attributes { policy, flags, priority: 1, ..Attributes::default() }) {
+        match set_urgent(0) {
             Ok(()) => Self { raised: true },
             Err(error) => {
                 log::info!("a take-over will wait its turn on a busy host error=\"{error}\"");
                 Self::default()
             }
+        }
+    }
+
+    /// As whoever has started the calling thread.
+    pub(crate) fn inherited() -> Self {
+        // SAFETY: no memory is passed.
+        Self { raised: unsafe { libc::sched_getscheduler(0) } == libc::SCHED_FIFO }
+    }
+
+    /// No thread that the calling one starts from now on inherits it.
+    pub(crate) fn keep(&self) {
+        if self.raised
+            && let Err(error) = set_urgent(RESET_ON_FORK)
+        {
+            log::error!("threads run before others that need not error=\"{error}\"");
         }
     }
 
@@ -110,6 +130,16 @@ mod tests {
         let mut urgency = Urgency::raise();
         let raised = if urgency.is_raised() { libc::SCHED_FIFO } else { libc::SCHED_OTHER };
         assert_eq!(policy(), raised);
+        let inherits = || {
+            let mut urgency = Urgency::inherited();
+            let was = (policy(), urgency.is_raised());
+            urgency.lower();
+            (was, policy())
+        };
+        let began = (raised, urgency.is_raised());
+        assert_eq!(std::thread::spawn(inherits).join().unwrap(), (began, libc::SCHED_OTHER));
+        urgency.keep();
+        assert_eq!((policy(), urgency.is_raised()), began);
         assert_eq!(std::thread::spawn(policy).join().unwrap(), libc::SCHED_OTHER);
         urgency.lower();
         assert_eq!((policy(), urgency.is_raised()), (libc::SCHED_OTHER, false));

@@ -19,7 +19,6 @@ use crate::overlap::Overlaps;
 use crate::poll::{PREEMPTED, Poller};
 use crate::queue::{Disk, Queue, QueueSetup};
 use crate::state::{add, mark, now_ns};
-use crate::tenure::Standing;
 use crate::urgency::Urgency;
 
 /// How long to look for requests after a sleep for the medium, in ns: long enough for a driver that
@@ -124,8 +123,6 @@ struct Thread<E> {
 impl<E: Engine> Thread<E> {
     fn new(engine: E, disk: Arc<Disk>, mailbox: Arc<Mailbox>) -> Self {
         let poller = Poller::new(disk.poll);
-        let spare = disk.tenure.standing() == Standing::Waiting;
-        let urgency = if spare { Urgency::raise() } else { Urgency::default() };
         Self {
             engine,
             disk,
@@ -138,7 +135,7 @@ impl<E: Engine> Thread<E> {
             finished: Vec::new(),
             ended: false,
             unflushed: false,
-            urgency,
+            urgency: Urgency::inherited(),
         }
     }
 

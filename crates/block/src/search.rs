@@ -72,8 +72,7 @@ impl Search {
         let (ready, apart) = channel();
         let handle = thread::Builder::new().name("search".into()).spawn(move || {
             let _ = ready.send(keep_only(fd));
-            // SAFETY: no memory is passed. On Linux this is the calling thread's priority alone.
-            unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, NICE) };
+            step_back();
             Searcher { range, fd, signals: theirs }.run();
         })?;
         if apart.recv() != Ok(true) {
@@ -212,5 +211,14 @@ impl Searcher {
             thread::park();
         }
         self.signals.idle.store(false, Ordering::Relaxed);
+    }
+}
+/// Behind everybody else, also where whoever started this thread comes before them.
+fn step_back() {
+    let ordinary = libc::sched_param { sched_priority: 0 };
+    // SAFETY: the structure lives across the call. On Linux both calls concern the calling thread.
+    unsafe {
+        libc::sched_setscheduler(0, libc::SCHED_OTHER, &raw const ordinary);
+        libc::setpriority(libc::PRIO_PROCESS, 0, NICE);
     }
 }
