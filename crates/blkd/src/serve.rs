@@ -86,18 +86,19 @@ pub(crate) fn run(args: Args, shared: Shared) -> Result<(), Failure> {
     let offer = Offer { track, page_faults: track && userfault.is_ok() };
     let mut urgency = if args.spare { Urgency::raise() } else { Urgency::default() };
     let (threads, engine) = start_threads(&args, &disk, &faults)?;
-    urgency.keep();
     let device = Arc::new(Mutex::new(Device::new(Arc::clone(&disk), threads, offer)));
-    let session =
-        Arc::new(session(&args, &disk.shared).map_err(system("start the session thread"))?);
-    if let Some(listener) = control_listener {
-        let session = Arc::clone(&session);
-        let device = Arc::clone(&device);
-        let control = Control { disk: Arc::clone(&disk), device, faults, engine, session };
-        semper_control::serve(listener, move |line| control.answer(line))
-            .map_err(system("start the control thread"))?;
-    }
-    watch_signals(&disk, &device).map_err(system("start the signal thread"))?;
+    let session = urgency.without(|| {
+        let session =
+            Arc::new(session(&args, &disk.shared).map_err(system("start the session thread"))?);
+        if let Some(listener) = control_listener {
+            let (device, session) = (Arc::clone(&device), Arc::clone(&session));
+            let control = Control { disk: Arc::clone(&disk), device, faults, engine, session };
+            semper_control::serve(listener, move |line| control.answer(line))
+                .map_err(system("start the control thread"))?;
+        }
+        watch_signals(&disk, &device).map_err(system("start the signal thread"))?;
+        Ok(session)
+    })?;
     let mirror = Mirror::new().map_err(system("make the session"))?;
     if args.spare {
         if !session.is_on() {

@@ -20,8 +20,6 @@ use std::io;
 
 /// A turn, in ns: the shortest that the kernel gives.
 const TURN: u64 = 100_000;
-/// SCHED_FLAG_RESET_ON_FORK. Once it is set only who may raise priorities can take it off.
-const RESET_ON_FORK: u64 = 1;
 
 /// `struct sched_attr` of sched_setattr(2), in its first form.
 #[repr(C)]
@@ -47,21 +45,16 @@ fn set(attributes: Attributes) -> io::Result<()> {
     }
 }
 
-fn set_ordinary(flags: u64) -> io::Result<()> {
+fn set_ordinary() -> io::Result<()> {
     // SAFETY: no memory is passed.
     let nice = unsafe { libc::getpriority(libc::PRIO_PROCESS, 0) };
     let policy = libc::SCHED_OTHER as u32;
-    set(Attributes { policy, flags, nice, runtime: TURN, ..Attributes::default() })
-}
-
-fn set_urgent(flags: u64) -> io::Result<()> {
-    let policy = libc::SCHED_FIFO as u32;
-    set(Attributes { policy, flags, priority: 1, ..Attributes::default() })
+    set(Attributes { policy, nice, runtime: TURN, ..Attributes::default() })
 }
 
 /// Has the calling thread, and the threads that it starts from now on, ask for short turns.
 pub(crate) fn ask_for_short_turns() {
-    if let Err(error) = set_ordinary(0) {
+    if let Err(error) = set_ordinary() {
         log::info!("on a busy host requests wait for longer turns error=\"{error}\"");
     }
 }
@@ -73,10 +66,11 @@ pub(crate) struct Urgency {
 }
 
 impl Urgency {
-    /// Has the calling thread run before others from now on, if it may, and the threads that it
-    /// starts before [`Urgency::keep`].
+    /// Has the calling thread, and the threads that it starts from now on, run before others, if it
+    /// may.
     pub(crate) fn raise() -> Self {
-        match set_urgent(0) {
+        let policy = libc::SCHED_FIFO as u32;
+        match set(Attributes { policy, priority: 1, ..Attributes::default() }) {
             Ok(()) => Self { raised: true },
             Err(error) => {
                 log::info!("a take-over will wait its turn on a busy host error=\"{error}\"");
@@ -91,19 +85,26 @@ impl Urgency {
         Self { raised: unsafe { libc::sched_getscheduler(0) } == libc::SCHED_FIFO }
     }
 
-    /// No thread that the calling one starts from now on inherits it.
-    pub(crate) fn keep(&self) {
-        if self.raised
-            && let Err(error) = set_urgent(RESET_ON_FORK)
-        {
-            log::error!("threads run before others that need not error=\"{error}\"");
+    /// Has `act` carried out by a thread that does not run before others, and so the threads that
+    /// are started there.
+    pub(crate) fn without<T: Send>(&self, act: impl FnOnce() -> T + Send) -> T {
+        if !self.raised {
+            return act();
         }
+        let aside = || {
+            Self::inherited().lower();
+            act()
+        };
+        std::thread::scope(|scope| match scope.spawn(aside).join() {
+            Ok(done) => done,
+            Err(panic) => std::panic::resume_unwind(panic),
+        })
     }
 
     /// Back to where others are; to be called by the same thread.
     pub(crate) fn lower(&mut self) {
         if std::mem::take(&mut self.raised)
-            && let Err(error) = set_ordinary(RESET_ON_FORK)
+            && let Err(error) = set_ordinary()
         {
             log::error!("a thread keeps running before others error=\"{error}\"");
         }
@@ -138,9 +139,12 @@ mod tests {
         };
         let began = (raised, urgency.is_raised());
         assert_eq!(std::thread::spawn(inherits).join().unwrap(), (began, libc::SCHED_OTHER));
-        urgency.keep();
-        assert_eq!((policy(), urgency.is_raised()), began);
-        assert_eq!(std::thread::spawn(policy).join().unwrap(), libc::SCHED_OTHER);
+        let beside = || std::thread::spawn(policy).join().unwrap();
+        assert_eq!(
+            urgency.without(|| (policy(), beside())),
+            (libc::SCHED_OTHER, libc::SCHED_OTHER)
+        );
+        assert_eq!(policy(), raised);
         urgency.lower();
         assert_eq!((policy(), urgency.is_raised()), (libc::SCHED_OTHER, false));
     }
