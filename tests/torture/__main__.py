@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +53,10 @@ def judged(trial: Coroutine[Any, Any, Verdict]) -> Verdict:
         return Verdict(problems=["; ".join([f"not finished: {error}", *notes])])
 
 
-def run_kills(total: int, seed: int) -> list[tuple[str, Verdict]]:
+def run_kills(total: int, seed: int, keeps: bool) -> list[tuple[str, Verdict]]:
     """`total` kills, spread evenly over all cells."""
     rows = []
-    chosen = cells()
+    chosen = [replace(cell, keeps_connection=keeps) for cell in cells()]
     share = -(-total // len(chosen))
     with progress("kills", share * len(chosen)) as done:
         for index, cell in enumerate(chosen):
@@ -64,47 +65,47 @@ def run_kills(total: int, seed: int) -> list[tuple[str, Verdict]]:
     return rows
 
 
-def run_rebinding(total: int, seed: int) -> list[tuple[str, Verdict]]:
+def run_rebinding(total: int, seed: int, keeps: bool) -> list[tuple[str, Verdict]]:
     """`total` kills while queues move between threads, over all engines and storages."""
     rows = []
     chosen = engines_and_storages()
     share = -(-total // len(chosen))
     with progress("kills while rebinding", share * len(chosen)) as done:
         for index, (engine, storage) in enumerate(chosen):
-            cell = Cell(engine, REBOUND, "heavy", storage)
+            cell = Cell(engine, REBOUND, "heavy", storage, keeps)
             setup = cell.setup(seed + index)
             trial = campaigns.kills_while_rebinding(setup, share, seed + index, done)
             rows.append((f"rebinding {cell}", judged(trial)))
     return rows
 
 
-def run_hangs(total: int, seed: int) -> list[tuple[str, Verdict]]:
+def run_hangs(total: int, seed: int, keeps: bool) -> list[tuple[str, Verdict]]:
     """`total` backends that hang, over all engines and storages."""
     rows = []
     chosen = engines_and_storages()
     share = -(-total // len(chosen))
     with progress("hangs", share * len(chosen)) as done:
         for index, (engine, storage) in enumerate(chosen):
-            setup = Cell(engine, (0, 1, 0, 1), "heavy", storage).setup(seed + index)
+            setup = Cell(engine, (0, 1, 0, 1), "heavy", storage, keeps).setup(seed + index)
             trial = campaigns.hangs(setup, share, seed + index, done)
             rows.append((f"hangs {engine} {storage}", judged(trial)))
     return rows
 
 
-def run_events(scale: float, seed: int) -> list[tuple[str, Verdict]]:
+def run_events(scale: float, seed: int, keeps: bool) -> list[tuple[str, Verdict]]:
     """The life of a VM: 100 pauses, 100 upgrades, 20 resets, 20 reboots, times `scale`."""
     full = {"pauses": 100, "reboots": 20, "resets": 20, "upgrades": 100}
     life = campaigns.Life(**{name: max(1, round(n * scale)) for name, n in full.items()})
     rows = []
     with progress("events", life.total * len(EVENT_CELLS)) as done:
         for index, cell in enumerate(EVENT_CELLS):
-            setup = cell.setup(seed + index)
+            setup = replace(cell, keeps_connection=keeps).setup(seed + index)
             verdict = judged(campaigns.events(setup, life, seed + index, done))
             rows.append((f"events {cell}", verdict))
     return rows
 
 
-def run_points(binary: Path, folder: Path, seed: int) -> list[tuple[str, Verdict]]:
+def run_points(binary: Path, folder: Path, seed: int, keeps: bool) -> list[tuple[str, Verdict]]:
     """Each named crash point, with every engine."""
     rows = []
     with progress("crash points", len(campaigns.PLANS) * len(POINT_CELLS)) as done:
@@ -112,7 +113,8 @@ def run_points(binary: Path, folder: Path, seed: int) -> list[tuple[str, Verdict
             for plan in campaigns.PLANS:
                 log = (folder / f"deaths-{cell.engine}-{plan.name.replace(' ', '-')}.log").resolve()
                 log.unlink(missing_ok=True)
-                trial = campaigns.crash_point(cell.setup(seed), binary.resolve(), plan, log)
+                setup = replace(cell, keeps_connection=keeps).setup(seed)
+                trial = campaigns.crash_point(setup, binary.resolve(), plan, log)
                 rows.append((f"{plan.name} {cell.engine}", judged(trial)))
                 done()
     return rows
@@ -189,6 +191,9 @@ def main() -> int:
         metavar="FILE",
         help="semper-blkd built with the feature crash-points",
     )
+    parser.add_argument(
+        "--without-session", action="store_true", help="QEMU has to connect to each successor"
+    )
     parser.add_argument("--no-controls", action="store_true", help="leave the controls out")
     parser.add_argument("--seed", type=int, default=int(time.time()) & 0xFFFF)
     parser.add_argument("--results", type=Path, default=Path("results"))
@@ -197,17 +202,18 @@ def main() -> int:
     options.results.mkdir(parents=True, exist_ok=True)
     console.print(f"seed {options.seed}")
     started = time.monotonic()
+    keeps = not options.without_session
     proven: list[tuple[str, Verdict]] = []
     if options.kills:
-        proven += run_kills(options.kills, options.seed)
+        proven += run_kills(options.kills, options.seed, keeps)
     if options.rebinding:
-        proven += run_rebinding(options.rebinding, options.seed)
+        proven += run_rebinding(options.rebinding, options.seed, keeps)
     if options.hangs:
-        proven += run_hangs(options.hangs, options.seed)
+        proven += run_hangs(options.hangs, options.seed, keeps)
     if options.events:
-        proven += run_events(options.events, options.seed)
+        proven += run_events(options.events, options.seed, keeps)
     if options.points_binary:
-        proven += run_points(options.points_binary, options.results, options.seed)
+        proven += run_points(options.points_binary, options.results, options.seed, keeps)
     blind_if_clean = [] if options.no_controls else run_controls(options.seed)
     total = Verdict()
     for _, verdict in proven:

@@ -220,7 +220,8 @@ PLANS = (
 
 async def crash_point(setup: TrialSetup, binary: Path, plan: Plan, log: Path) -> Verdict:
     """Processes die as planned; fewer deaths are a problem."""
-    command = Blkd(path=binary, environment=plan.environment(log))
+    assert isinstance(setup.command, Blkd)
+    command = replace(setup.command, path=binary, environment=plan.environment(log))
     async with Trial(replace(setup, command=command)) as trial:
         await trial.start_load()
         with suppress(Unavailable):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sempervirt.core.queue_map import ThreadMap, format_map
 from sempervirt.demo.trial import Load, TrialSetup
+from sempervirt.disk.backend import Blkd
 from sempervirt.qemu.spec import Engine
 
 # Where each engine is used: synchronous ones and the mapping through the page cache, the others
@@ -31,12 +32,15 @@ DISK = Path(os.environ.get("SEMPERVIRT_TORTURE_DIR", "/var/tmp"))
 
 @dataclass(frozen=True)
 class Cell:
-    """One combination. `threads` gives the thread of each queue."""
+    """One combination. `threads` gives the thread of each queue; without `keeps_connection` QEMU
+    has to connect to each successor of a backend.
+    """
 
     engine: Engine
     threads: ThreadMap
     load: str
     storage: str
+    keeps_connection: bool = True
 
     def __str__(self) -> str:
         return f"{self.engine} {format_map(self.threads)} {self.load} {self.storage}"
@@ -52,6 +56,7 @@ class Cell:
             queues=len(self.threads),
             thread_map=self.threads,
             load=LOADS[self.load],
+            command=Blkd(keeps_connection=self.keeps_connection),
             seed=seed,
         )
 
