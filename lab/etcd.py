@@ -69,6 +69,7 @@ class Etcd:
                 f"--key-file={self._trust / 'host.key'}",
                 f"--trusted-ca-file={self._trust / 'authority.crt'}",
                 "--client-cert-auth",
+                f"--client-crl-file={self._trust / 'revoked.crl'}",
             ]
         log = self._place / "log"
         with log.open("ab") as output:
@@ -82,7 +83,7 @@ class Etcd:
 
     def _healthy(self) -> bool:
         try:
-            tls = Identity(self._trust).client_context() if self._trust else None
+            tls = Identity(self._trust).store_context() if self._trust else None
             with urllib.request.urlopen(f"{self.url}/health", timeout=2, context=tls) as answer:
                 return b'"true"' in answer.read()
         except OSError:

@@ -36,6 +36,7 @@ BUDGETS = (
             "tests/integration/test_corruption.py",
             "tests/integration/test_disk_migration.py",
             "tests/integration/test_hosts.py",
+            "tests/integration/test_rights.py",
             "tests/integration/test_store_*.py",
             "tests/integration/test_wired.py",
             "tests/system/test_migrate_bench.py",

@@ -134,7 +134,9 @@ async def test_a_host_joins_by_its_token_and_is_known_by_its_certificate(
     issued = Identity(config.trust_dir).certificate
     assert issued is not None
     names = issued.certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
-    assert names.value.get_values_for_type(x509.DNSName) == ["b"]
+    urns = names.value.get_values_for_type(x509.UniformResourceIdentifier)
+    assert urns == ["urn:sempervirt:host:b"]
+    assert len(list(names.value)) == 1  # who joins says where it is, and is not believed
     assert time.time() + 364 * 86400 < issued.not_after < time.time() + 366 * 86400
 
     async with Client.connect_host(
@@ -325,6 +327,7 @@ async def test_another_authority_is_nobody(first: Served, place: Path, etcd: Etc
             await client.agent()
     # One who does not care whom it speaks to gets no further.
     careless = identity.client_context()
+    careless.sslobject_class = ssl.SSLObject
     careless.check_hostname = False
     careless.verify_mode = ssl.CERT_NONE
     assert await whispers(first, careless, b"GET /v1/agent") == b""
@@ -339,8 +342,43 @@ async def test_an_address_that_leads_to_another_host_is_noticed(
     config = await joined(first, host_config("b"))
     tls = Identity(config.trust_dir).client_context()
     async with Client.connect_host(first.address, "c", tls) as client:
-        with pytest.raises(NotAllowed, match="Hostname mismatch"):
+        with pytest.raises(NotAllowed, match="is of a, and not of c"):
             await client.agent()
+
+
+async def test_a_host_that_says_to_be_where_another_is_called_is_not_that_one(
+    first: Served, host_config: Place, etcd: Etcd
+) -> None:
+    """Its address, `a:7443`, stood in its certificate, so it was `a` to whoever asked for that."""
+    config = host_config("b")
+    config.state_dir.mkdir(parents=True)
+    await join_cluster(config, await first.cluster.invite("b", HOUR), "a:7443")
+    liar = Identity(config.trust_dir)
+    # And so is one whose certificate does name that, by whomever it was vouched for.
+    authority = Authority.load(first.config.trust_dir)
+    vouched = Identity(config.state_dir / "vouched")
+    issued = authority.issue_host(vouched.request("b"), "b", "a:7443")
+    vouched.keep(issued.pem, (first.config.trust_dir / "authority.crt").read_text())
+    tls = first.cluster.identity.client_context()
+    for identity in (liar, vouched):
+        async with AsyncExitStack() as stack:
+            listener = await asyncio.start_server(
+                answer_as_an_agent, "127.0.0.1", 0, ssl=identity.server_context()
+            )
+            await stack.enter_async_context(listener)
+            port = listener.sockets[0].getsockname()[1]
+            async with Client.connect_host(f"127.0.0.1:{port}", "a", tls) as client:
+                with pytest.raises(NotAllowed, match="is of b, and not of a"):
+                    await client.agent()
+            async with Client.connect_host(f"127.0.0.1:{port}", "b", tls) as client:
+                assert await client.vms() == []
+
+
+async def answer_as_an_agent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await reader.readuntil(b"\r\n\r\n")
+    head = b"HTTP/1.1 200 OK\r\nConnection: close\r\n"
+    writer.write(head + b"Content-Type: application/json\r\nContent-Length: 2\r\n\r\n[]")
+    writer.close()
 
 
 async def test_an_expired_certificate_is_refused(first: Served, place: Path) -> None:

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair};
+use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair, SanType};
 use semper_blockmap::format::{BlockRecord, Export};
 use semper_wire::synthetic::{Stream, noise, prose};
 use serde_json::{Value, json};
@@ -27,7 +27,7 @@ struct Place(TempDir);
 impl Place {
     fn new() -> Self {
         let place = Self(tempfile::Builder::new().prefix("sv-").tempdir_in("/tmp").unwrap());
-        place.authority("ca", &["src", "dst"]);
+        place.authority("ca", &["src", "dst", "liar@src", "fraud@dst"]);
         let disk: Vec<u8> = (0..BLOCKS).flat_map(noise).collect();
         fs::write(place.path("disk"), disk).unwrap();
         place
@@ -44,8 +44,12 @@ impl Place {
         let issuer = params.self_signed(&issuer_key).unwrap();
         fs::write(self.path(&format!("{name}.pem")), issuer.pem()).unwrap();
         for host in hosts {
+            // "HOST@ADDRESS": a host that says to be where another's name leads.
+            let (host, address) = host.split_once('@').unwrap_or((host, "elsewhere"));
             let key = KeyPair::generate().unwrap();
-            let params = CertificateParams::new(vec![(*host).to_owned()]).unwrap();
+            let mut params = CertificateParams::new(vec![address.to_owned()]).unwrap();
+            let urn = format!("urn:sempervirt:host:{host}");
+            params.subject_alt_names.push(SanType::URI(urn.try_into().unwrap()));
             let certificate = params.signed_by(&key, &issuer, &issuer_key).unwrap();
             fs::write(self.path(&format!("{host}.pem")), certificate.pem()).unwrap();
             fs::write(self.path(&format!("{host}.key")), key.serialize_pem()).unwrap();
@@ -256,6 +260,7 @@ fn strangers_are_refused_and_keep_nobody_out() {
     attempt(strange.end("source", "src", "dst"), strange.path("source.control"), "TLS");
     attempt(place.end("source", "thief", "dst"), control(), "");
     attempt(place.end("source", "dst", "dst"), control(), "certificate");
+    attempt(place.end("source", "liar", "dst"), control(), "certificate");
     attempt(place.end_of("m-2", "source", "src", "dst"), control(), "migration");
     let mut plain = std::net::TcpStream::connect(&address).unwrap();
     plain.write_all(b"GET / HTTP/1.0\r\n\r\n").unwrap();
@@ -273,6 +278,22 @@ fn strangers_are_refused_and_keep_nobody_out() {
     assert_eq!(arrived, b"hello");
     source.wait_success();
     destination.wait_success();
+}
+
+#[test]
+fn a_destination_that_is_where_another_is_called_is_not_that_one() {
+    let place = Place::new();
+    let mut command = place.end("destination", "fraud", "src");
+    command.args(["--listen=127.0.0.1:0", &format!("--disk=root={}", place.path("disk"))]);
+    let fraud = End::start(command, place.path("destination.control"));
+    let mut command = place.end("source", "src", "dst");
+    command.args([
+        format!("--connect={}", fraud.address()),
+        format!("--disk=root={}", place.path("disk")),
+    ]);
+    let (status, said) = End::start(command, place.path("source.control")).wait_end();
+    assert_eq!(status.code(), Some(1), "{said}");
+    assert!(said.contains("NotValidForName"), "{said}");
 }
 
 /// Without places of their own the silent ones would be waited for, ten seconds each.

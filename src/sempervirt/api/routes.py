@@ -90,12 +90,15 @@ async def join(request: Request, caller: CallerHere, body: JoinRequest) -> JoinV
     cluster = request.app.state.cluster
     if not isinstance(cluster, Cluster) or caller.peer is None:
         raise NotAllowed("hosts join over TLS, with an invitation")
-    issued = await cluster.admit(caller.peer, body.request, check_address(body.address))
+    address = check_address(body.address)
+    issued, credentials = await cluster.admit(caller.peer, body.request, address)
     settings = cluster.settings
     return JoinView(
         certificate=issued.pem,
         cluster=settings.cluster,
         store=list(settings.store),
+        store_user=credentials.user,
+        store_password=credentials.password,
         doors=cluster.doors,
     )
 

@@ -28,10 +28,10 @@ def prepared() -> AgentConfig:
     return config
 
 
-async def invite(name: str, valid: timedelta) -> Invitation:
+async def invite(name: str, valid: timedelta, names: str) -> Invitation:
     """See `Cluster.invite`."""
     async with Cluster.opened(here()) as cluster:
-        return await cluster.invite(name, valid)
+        return await cluster.invite(name, valid, names=names)
 
 
 async def members() -> list[MemberView]:

@@ -94,6 +94,12 @@ def init(
             help="Address of an etcd member; may be repeated. Default: SQLite on this host.",
         ),
     ] = None,
+    trust_hosts: Annotated[
+        bool,
+        typer.Option(
+            "--trust-hosts", help="Leave etcd's users alone: each host may change all of the store."
+        ),
+    ] = False,
 ) -> None:
     """Begin a cluster: make its certificate authority, and this host's certificate.
 
@@ -103,7 +109,8 @@ def init(
     from sempervirt.cli import cluster as work  # noqa: PLC0415 - certificates take long to import
 
     config = work.prepared()
-    issued = asyncio.run(work.begin_cluster(config, cluster, name, listen, store or ()))
+    begun = work.begin_cluster(config, cluster, name, listen, store or (), trust_hosts=trust_hosts)
+    issued = asyncio.run(begun)
     out.print(f"{name} is the first host of the cluster {cluster}", highlight=False)
     out.print(f"its certificate is good until {_day(issued.not_after)}", highlight=False)
     out.print(f"keep this file safe, it is the key to everything: {config.trust_dir}/authority.key")
@@ -122,6 +129,13 @@ def add(
             max=7 * 24 * 60,
         ),
     ] = 60,
+    address: Annotated[
+        str,
+        typer.Option(
+            metavar="HOST",
+            help="An address that the host's certificate is to name, for an etcd on that host.",
+        ),
+    ] = "",
     output: OutputOption = Output.TABLE,
 ) -> None:
     """Print a join token: a secret by which one host may join as NAME, once.
@@ -131,7 +145,9 @@ def add(
     """
     from sempervirt.cli import cluster as work  # noqa: PLC0415 - certificates take long to import
 
-    invitation = asyncio.run(work.invite(name, timedelta(minutes=valid)))
+    invitation = asyncio.run(
+        work.invite(name, timedelta(minutes=valid), f"{address}:0" if address else "")
+    )
     if output is Output.JSON:
         token = {"host": name, "expires": invitation.expires, "token": invitation.text()}
         typer.echo(json.dumps(token, indent=2))

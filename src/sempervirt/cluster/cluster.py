@@ -21,14 +21,30 @@ from sempervirt.core.errors import InvalidRequest, NotAllowed, NotFound, StateCo
 from sempervirt.core.names import check_name, suggest
 from sempervirt.host.places import Places
 from sempervirt.host.records import RecordDamaged, read_record, write_record
-from sempervirt.store.etcd import EtcdStore
+from sempervirt.store.etcd import Credentials, EtcdStore
+from sempervirt.store.etcd_rights import (
+    ROOT_USER,
+    admit_host,
+    dismiss_host,
+    new_credentials,
+    secure,
+)
 from sempervirt.store.port import Delete, Put, Snapshot, Store, Write
-from sempervirt.store.records import Host, Presence, Revocation, Token, ValueT, parse
+from sempervirt.store.records import (
+    Host,
+    Presence,
+    Revocation,
+    RevocationList,
+    Token,
+    ValueT,
+    parse,
+)
 from sempervirt.store.sqlite import SqliteStore
-from sempervirt.trust.authority import KEY_FILE, Authority, Issued
+from sempervirt.trust.authority import KEY_FILE, Authority, Issued, requested_key
 from sempervirt.trust.identity import Holder, Identity, Peer
 from sempervirt.trust.invitation import Invitation, invite
 
+REVOKED, LIST_KEY = "revoked/", "lists/hosts"
 VERSION = 1
 PORT = 7443
 
@@ -44,6 +60,8 @@ class Settings:
 
 
 _SETTINGS = TypeAdapter(Settings)
+_CREDENTIALS = TypeAdapter(Credentials)
+CREDENTIALS_FILE = "store.json"
 
 
 @dataclass(frozen=True)
@@ -89,8 +107,11 @@ class Cluster:
             for host in _values(Host, state, "hosts/")
         ]
 
-    async def invite(self, host: str, valid: timedelta, now: datetime | None = None) -> Invitation:
-        """An invitation for a host, which may be one that joins again. Earlier ones end.
+    async def invite(
+        self, host: str, valid: timedelta, now: datetime | None = None, *, names: str = ""
+    ) -> Invitation:
+        """An invitation for a host, which may be one that joins again. Earlier ones end. `names`,
+        "HOST:PORT", is an address for the host's certificate, for an etcd that it shows it for.
 
         Raises InvalidRequest, StateConflict where there is no authority or no shared store.
         """
@@ -108,21 +129,24 @@ class Cluster:
         invitation = invite(
             authority, doors, host, settings.host, settings.address, valid=valid, now=now
         )
-        token = Token(host=host, fingerprint=invitation.fingerprint, expires=invitation.expires)
+        token = Token(
+            host=host, fingerprint=invitation.fingerprint, expires=invitation.expires, names=names
+        )
         state = await self.store.read("tokens/")
         key = f"tokens/{host}"
         await self.store.commit([Put(key, token.text())], expect={key: state.revision_of(key)})
         return invitation
 
-    async def admit(self, peer: Peer, request: str, address: str) -> Issued:
-        """The certificate for a host that shows an invitation, which is used up by it.
+    async def admit(self, peer: Peer, request: str, address: str) -> tuple[Issued, Credentials]:
+        """The certificate for a host that shows an invitation, which is used up by it, and who the
+        host is to the store: nobody, if the store has no users.
 
         Raises NotAllowed for an invitation that was used, withdrawn or has expired.
         """
         if peer.holder is not Holder.INVITATION:
             raise NotAllowed("only an invitation asks for a certificate")
         authority = Authority.load(self.identity.directory)
-        issued = authority.issue_host(request, peer.name, address)
+        requested_key(request)
         state = await self.store.read()
         key = f"tokens/{peer.name}"
         entry = state.entries.get(key)
@@ -137,9 +161,33 @@ class Cluster:
                 f"this join token for {peer.name} has expired",
                 remedy=f"make another one: semper host add {peer.name}",
             )
+        issued = authority.issue_host(request, peer.name, token.names)
         writes = [Delete(key), *_registration(state, peer.name, address, issued)]
+        writes += self._listed(authority, state, writes)
         await self.store.commit(writes, expect=_expected(state, writes))
-        return issued
+        if (guarded := self._guarded_store) is None:
+            return issued, Credentials("", "")
+        return issued, await admit_host(guarded, peer.name)
+
+    def _listed(
+        self, authority: Authority, state: Snapshot, writes: Sequence[Write]
+    ) -> list[Write]:
+        """The list of what is revoked, once `writes` are done; nothing if they revoke nothing. This
+        host has the list at once, whether or not its agent runs.
+        """
+        new = {write.key for write in writes if write.key.startswith(REVOKED)}
+        if not new:
+            return []
+        known = {key for key in state.entries if key.startswith(REVOKED)}
+        pem = authority.revocation_list(key.removeprefix(REVOKED) for key in known | new)
+        self.identity.keep_list(pem)
+        return [Put(LIST_KEY, RevocationList(pem=pem).text())]
+
+    @property
+    def _guarded_store(self) -> EtcdStore | None:
+        """The store, where it has users."""
+        store = self.store
+        return store if isinstance(store, EtcdStore) and store.credentials is not None else None
 
     @property
     def doors(self) -> str:
@@ -155,7 +203,10 @@ class Cluster:
         return self.identity.server_context()
 
     async def revoke(self, host: str, reason: str) -> None:
-        """Makes a host a stranger. Raises NotFound, InvalidRequest for this host itself."""
+        """Makes a host a stranger, to the agents and to the store; may be repeated.
+
+        Raises NotFound, InvalidRequest for this host itself, NotAllowed where the authority is not.
+        """
         if host == self.settings.host:
             raise InvalidRequest(f"{host} is this host: revoke it from another one")
         state = await self.store.read()
@@ -165,13 +216,23 @@ class Cluster:
         writes: list[Write] = [_revocation(known[host], reason)]
         if f"tokens/{host}" in state.entries:
             writes.append(Delete(f"tokens/{host}"))
+        writes += self._listed(Authority.load(self.identity.directory), state, writes)
         await self.store.commit(writes, expect=_expected(state, writes))
+        if (guarded := self._guarded_store) is not None:
+            await dismiss_host(guarded, host)
 
 
 async def begin_cluster(
-    config: Places, cluster: str, host: str, address: str, store: Sequence[str]
+    config: Places,
+    cluster: str,
+    host: str,
+    address: str,
+    store: Sequence[str],
+    *,
+    trust_hosts: bool = False,
 ) -> Issued:
-    """Makes the authority, this host's certificate and its entry. Raises StateConflict.
+    """Makes the authority, this host's certificate and its entry. Raises StateConflict. An etcd
+    behind https has users from then on, unless all hosts are trusted.
 
     May be repeated after Unavailable: what was made stays, and the certificates may serve for
     etcd itself.
@@ -189,12 +250,17 @@ async def begin_cluster(
         authority = Authority.create(config.trust_dir, cluster)
         issued = authority.issue_host(identity.request(host), host, address)
         identity.keep(issued.pem, Issued(authority.certificate).pem)
+        identity.keep_list(authority.revocation_list([]))
         Authority.doors(config.trust_dir, cluster)
+        if _is_secure(store) and not trust_hosts:
+            write_credentials(config, new_credentials(ROOT_USER))
         write_settings(config, settings)
     own = identity.certificate
     assert own is not None
     opened = open_store(config, settings)
     try:
+        if isinstance(opened, EtcdStore) and opened.credentials is not None:
+            await secure(opened)
         state = await opened.read()
         if f"hosts/{host}" not in state.entries:
             writes = _registration(state, host, address, own)
@@ -230,9 +296,32 @@ def open_store(config: Places, settings: Settings) -> Store:
     """The store; etcd behind https is shown this host's certificate. Raises Unavailable."""
     if not settings.store:
         return SqliteStore.open(config.state_dir / "store.db")
-    secure = any(endpoint.startswith("https:") for endpoint in settings.store)
-    tls = Identity(config.trust_dir).client_context() if secure else None
-    return EtcdStore(settings.store, tls=tls)
+    tls = Identity(config.trust_dir).store_context() if _is_secure(settings.store) else None
+    return EtcdStore(settings.store, tls=tls, credentials=read_credentials(config))
+
+
+def _is_secure(store: Sequence[str]) -> bool:
+    return any(endpoint.startswith("https:") for endpoint in store)
+
+
+def read_credentials(config: Places) -> Credentials | None:
+    """Who this host is to etcd; None where etcd has no users. Raises RecordDamaged."""
+    content = read_record(config.trust_dir / CREDENTIALS_FILE, VERSION)
+    if content is None:
+        return None
+    try:
+        return _CREDENTIALS.validate_python(content)
+    except ValueError as error:
+        raise RecordDamaged(
+            f"{config.trust_dir / CREDENTIALS_FILE} is damaged",
+            remedy="restore it from a backup, or join the cluster again: semper host join",
+        ) from error
+
+
+def write_credentials(config: Places, credentials: Credentials) -> None:
+    """Keeps them, readable by their owner alone."""
+    path = config.trust_dir / CREDENTIALS_FILE
+    write_record(path, VERSION, asdict(credentials), durable=True)
 
 
 def check_address(address: str) -> str:

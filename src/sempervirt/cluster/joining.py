@@ -7,10 +7,17 @@ import time
 from cryptography.hazmat.primitives import serialization
 from pydantic import BaseModel, Field
 
-from sempervirt.cluster.cluster import Settings, check_address, read_settings, write_settings
+from sempervirt.cluster.cluster import (
+    Settings,
+    check_address,
+    read_settings,
+    write_credentials,
+    write_settings,
+)
 from sempervirt.core.errors import NotAllowed, OutcomeUnknown, StateConflict
 from sempervirt.host.http import Connection
 from sempervirt.host.places import Places
+from sempervirt.store.etcd import Credentials
 from sempervirt.trust.identity import Identity
 from sempervirt.trust.invitation import Invitation
 
@@ -28,6 +35,8 @@ class JoinView(BaseModel):
     certificate: str
     cluster: str
     store: list[str]
+    store_user: str = Field(default="", description='who the host is to etcd; "": nobody is asked')
+    store_password: str = ""
     doors: str = Field(default="", description="the authority of invitations and operators, PEM")
 
 
@@ -72,6 +81,8 @@ async def join_cluster(config: Places, invitation: Invitation, address: str) -> 
             ) from error
     authority = invitation.authority.public_bytes(serialization.Encoding.PEM).decode()
     identity.keep(answer.certificate, authority, answer.doors)
+    if answer.store_user:
+        write_credentials(config, Credentials(answer.store_user, answer.store_password))
     settings = Settings(answer.cluster, invitation.host, address, tuple(answer.store))
     write_settings(config, settings)
     return settings

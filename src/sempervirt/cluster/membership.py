@@ -13,14 +13,14 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
 
-from sempervirt.cluster.cluster import Cluster
+from sempervirt.cluster.cluster import LIST_KEY, Cluster
 from sempervirt.core.durations import Backoff
 from sempervirt.core.errors import SempervirtError
 from sempervirt.core.roles import Role
 from sempervirt.host import background
 from sempervirt.host.procfs import boot_id
 from sempervirt.store.port import Lease, Put
-from sempervirt.store.records import Operator, Presence, parse
+from sempervirt.store.records import Operator, Presence, RevocationList, parse
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +50,7 @@ class Membership:
             background.start(persist(membership._announce, "presence"), "presence"),
             background.start(persist(membership._follow, "revocations"), "revocations"),
             background.start(persist(membership._follow_operators, "operators"), "operators"),
+            background.start(persist(membership._follow_list, "list of revoked"), "list"),
         ]
         try:
             yield membership
@@ -94,6 +95,16 @@ class Membership:
                 worked()
                 found = (parse(Operator, key, entry.value) for key, entry in state.entries.items())
                 self.operators = {operator.name: operator for operator in found}
+
+    async def _follow_list(self, worked: Callable[[], None]) -> None:
+        """Keeps what this host's etcd is to refuse, if it has one, in a file."""
+        async with aclosing(self.cluster.store.watch(LIST_KEY)) as states:
+            async for state in states:
+                worked()
+                entry = state.entries.get(LIST_KEY)
+                if entry is not None:
+                    pem = parse(RevocationList, LIST_KEY, entry.value).pem
+                    await asyncio.to_thread(self.cluster.identity.keep_list, pem)
 
     async def _leave(self) -> None:
         if self._lease is None:

@@ -12,6 +12,8 @@ calls do not pay for that.
 - A *commit* is sent to one member. Only if it never left (nobody accepted the connection) is
   another one asked. An answer that is lost, or in which etcd says that it gave up waiting, is
   OutcomeUnknown.
+- With *credentials* a token is shown with each call. A call that etcd refuses for want of a token,
+  or for one that has ended, was not carried out, and is repeated with another.
 - A *watch* that has been silent for a while proves that the store is still there by a read: a
   partition makes no noise.
 """
@@ -25,11 +27,12 @@ import math
 import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
 
-from sempervirt.core.errors import OutcomeUnknown, SempervirtError, Unavailable
+from sempervirt.core.errors import NotAllowed, OutcomeUnknown, SempervirtError, Unavailable
 from sempervirt.store.port import (
     Entry,
     Lease,
@@ -53,10 +56,20 @@ AGAIN_S = 0.1
 # unauthenticated.
 _NOT_DONE = {3, 5, 7, 8, 9, 11, 16}
 _NOT_FOUND = 5
+_DENIED = 7
+_UNAUTHENTICATED = 16
 _EXHAUSTED = 8
 
 # An alert of TLS that comes after the handshake is not translated by httpx.
 BROKEN = (httpx.HTTPError, ssl.SSLError)
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """Who this host is to etcd (`etcd_rights`)."""
+
+    user: str
+    password: str = field(repr=False)
 
 
 class EtcdStore:
@@ -67,13 +80,16 @@ class EtcdStore:
         endpoints: Sequence[str],
         *,
         tls: ssl.SSLContext | None = None,
+        credentials: Credentials | None = None,
         root: str = ROOT,
         timeout_s: float = TIMEOUT_S,
         silence_s: float = SILENCE_S,
     ) -> None:
         """Endpoints as "http://127.0.0.1:2379". Nothing is asked yet."""
         self._endpoints = list(endpoints)
-        self._root = root
+        self.root = root
+        self.credentials = credentials
+        self._token = ""
         self._silence_s = silence_s
         # No proxy of the environment stands between this host and its store.
         self._http = httpx.AsyncClient(
@@ -150,13 +166,53 @@ class EtcdStore:
         """See `Store`."""
         await self._http.aclose()
 
+    # Users of etcd
+
+    async def authenticate(self) -> bool:
+        """Gets a token; False when etcd asks for none. Raises NotAllowed, Unavailable."""
+        credentials = self.credentials
+        assert credentials is not None
+        body = {"name": credentials.user, "password": credentials.password}
+        self._token = ""
+        try:
+            answer = await self._ask("auth/authenticate", body, repeatable=True)
+        except Unavailable as error:
+            if "authentication is not enabled" in error.message:
+                return False
+            if "invalid user ID or password" in error.message:
+                raise NotAllowed(
+                    f"etcd does not know {credentials.user} any more, or by another password",
+                    remedy="was this host revoked? To take it back: semper host add NAME",
+                ) from error
+            raise
+        self._token = str(answer["token"])
+        return True
+
+    async def administer(self, call: str, body: Mapping[str, Any]) -> None:
+        """Changes users or roles. Raises NotAllowed, Unavailable, OutcomeUnknown."""
+        await self._ask(call, body, repeatable=False)
+
+    async def count_others(self) -> int:
+        """How many keys there are that are not below the root."""
+        everything = {"key": _encoded("\0"), "range_end": _encoded("\0"), "count_only": True}
+        own = {**self._range(""), "count_only": True}
+        counts = [
+            int((await self._ask("kv/range", asked, repeatable=True)).get("count", 0))
+            for asked in (everything, own)
+        ]
+        return counts[0] - counts[1]
+
+    @property
+    def _headers(self) -> dict[str, str]:
+        return {"Authorization": self._token} if self._token else {}
+
     # What is sent, and what comes back
 
     def _key(self, key: str) -> str:
-        return _encoded(self._root + key)
+        return _encoded(self.root + key)
 
     def _range(self, prefix: str) -> dict[str, str]:
-        first = (self._root + prefix).encode()
+        first = (self.root + prefix).encode()
         return {
             "key": base64.b64encode(first).decode(),
             "range_end": base64.b64encode(first[:-1] + bytes([first[-1] + 1])).decode(),
@@ -167,7 +223,7 @@ class EtcdStore:
         return self._name(pair), Entry(value, int(pair["mod_revision"]))
 
     def _name(self, pair: Mapping[str, str]) -> str:
-        return base64.b64decode(pair["key"]).decode().removeprefix(self._root)
+        return base64.b64decode(pair["key"]).decode().removeprefix(self.root)
 
     def _write(self, write: Write) -> dict[str, Any]:
         key = self._key(write.key)
@@ -197,6 +253,7 @@ class EtcdStore:
                 "POST",
                 f"{self._endpoints[0]}/v3/watch",
                 json={"create_request": create},
+                headers=self._headers,
                 timeout=timeout,
             ) as response:
                 async for answer in _documents(response):
@@ -213,7 +270,7 @@ class EtcdStore:
         failure: Exception | None = None
         for endpoint in list(self._endpoints):
             try:
-                response = await self._http.post(f"{endpoint}/v3/{call}", json=body)
+                response = await self._post(endpoint, call, body)
             except (httpx.ConnectError, httpx.ConnectTimeout) as error:
                 failure = error
             except BROKEN as error:
@@ -234,6 +291,27 @@ class EtcdStore:
             remedy="look after etcd and the network to it (etcdctl endpoint health); "
             "VMs run on meanwhile, and none can be started or moved",
         ) from failure
+
+    async def _post(self, endpoint: str, call: str, body: Mapping[str, Any]) -> httpx.Response:
+        url = f"{endpoint}/v3/{call}"
+        response = await self._http.post(url, json=body, headers=self._headers)
+        if self.credentials is None or not _wants_token(response) or "authenticate" in call:
+            return response
+        await self.authenticate()
+        return await self._http.post(url, json=body, headers=self._headers)
+
+
+def _wants_token(response: httpx.Response) -> bool:
+    """Whether etcd did nothing because of the token."""
+    if response.is_success:
+        return False
+    try:
+        document = response.json()
+        code, text = int(document["code"]), str(document["message"])
+    except (ValueError, KeyError, TypeError):
+        return False
+    ended = ("user name is empty", "revision of auth store is old", "revision in header is old")
+    return code == _UNAUTHENTICATED or any(said in text for said in ended)
 
 
 def _encoded(text: str) -> str:
@@ -268,6 +346,11 @@ def _refusal(endpoint: str, response: httpx.Response, *, repeatable: bool) -> Se
         code, text = 0, f"status {response.status_code}"
     if code == _NOT_FOUND and "lease" in text:
         return LeaseEnded(f"the lease has ended ({text})", remedy="grant another one")
+    if code == _DENIED:
+        return NotAllowed(
+            f"etcd does not let this host do that: {text}",
+            remedy="ask on the host that has the authority, where semper host init was run",
+        )
     if code == _EXHAUSTED:
         return Unavailable(
             f"etcd at {endpoint} takes no changes: {text}",

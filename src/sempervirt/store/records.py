@@ -4,6 +4,7 @@
     alive/NAME      Presence     under a lease: its agent runs and reaches the store
     tokens/ID       Token        an invitation: used up by joining
     revoked/SERIAL  Revocation   a certificate that counts no more
+    lists/hosts     RevocationList   the same certificates as a list that etcd understands
     operators/NAME  Operator     a person, with the certificate and the role that count
     vms/NAME        Ownership    which host may run the VM, under which claim
     images/ID       ImageClaim   the newest epoch of an image, and the VM that it was given for
@@ -61,6 +62,7 @@ class Token(Value):
     host: str
     fingerprint: str
     expires: float
+    names: str = Field(default="", description='an address for its certificate, "HOST:PORT"')
 
 
 class Operator(Value):
@@ -79,6 +81,12 @@ class Revocation(Value):
     host: str
     time: float
     reason: str
+
+
+class RevocationList(Value):
+    """All revoked certificates, signed by the hosts' authority (PEM)."""
+
+    pem: str
 
 
 class Custody(Enum):

@@ -2,9 +2,12 @@
 
 Keys are ECDSA on P-256. What a certificate stands for is a URI among its alternative names:
 
-    urn:sempervirt:host:NAME         a host; also DNS:NAME, so that TLS checks whom it speaks to
+    urn:sempervirt:host:NAME         a host
     urn:sempervirt:invitation:NAME   may ask for the certificate of host NAME, and nothing else
     urn:sempervirt:operator:NAME     a person, who may do what the store says of that person
+
+The other names in a host's certificate are addresses, which whoever invites the host has vouched
+for: etcd is found by them, and no host is. A host may be called as another's address is.
 
 There are two authorities. The one of the hosts is trusted by hosts and by etcd. The one of the
 doors signs invitations and operators, and only the agents' servers trust it: what it signs opens no
@@ -14,6 +17,7 @@ store.
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -38,6 +42,8 @@ AUTHORITY_DAYS = 3650
 HOST_DAYS = 365
 # Clocks of hosts differ.
 EARLY = timedelta(minutes=5)
+
+_PEM = serialization.Encoding.PEM
 
 HOST_URI = "urn:sempervirt:host:"
 INVITATION_URI = "urn:sempervirt:invitation:"
@@ -145,27 +151,27 @@ class Authority:
         return cls(key, certificate)
 
     def issue_host(
-        self, request: str, host: str, address: str, *, now: datetime | None = None
+        self, request: str, host: str, address: str = "", *, now: datetime | None = None
     ) -> Issued:
-        """The certificate of a host. Of the request (PEM) nothing but its key counts.
+        """The certificate of a host. Of the request (PEM) nothing but its key counts. `address`,
+        "HOST:PORT", is what the certificate is to name beside the host; "": nothing.
 
         Raises InvalidRequest for a request that its sender cannot have signed.
         """
-        names: list[x509.GeneralName] = [
-            x509.UniformResourceIdentifier(HOST_URI + host),
-            x509.DNSName(host),
-        ]
+        names: list[x509.GeneralName] = [x509.UniformResourceIdentifier(HOST_URI + host)]
         if (place := address_name(address)) is not None:
             names.append(place)
         usage = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
-        return self._issue(requested_key(request), host, names, usage, timedelta(HOST_DAYS), now)
+        days = timedelta(HOST_DAYS)
+        return self._issue(requested_key(request), f"host {host}", names, usage, days, now)
 
     def issue_invitation(
         self, key: ec.EllipticCurvePublicKey, host: str, valid: timedelta, now: datetime
     ) -> Issued:
         """The certificate of an invitation for `host`; see `invitation`."""
         names = [x509.UniformResourceIdentifier(INVITATION_URI + host)]
-        return self._issue(key, host, names, [ExtendedKeyUsageOID.CLIENT_AUTH], valid, now)
+        usage = [ExtendedKeyUsageOID.CLIENT_AUTH]
+        return self._issue(key, f"invitation {host}", names, usage, valid, now)
 
     def issue_operator(
         self, key: ec.EllipticCurvePublicKey, name: str, valid: timedelta, now: datetime | None
@@ -174,6 +180,20 @@ class Authority:
         names = [x509.UniformResourceIdentifier(OPERATOR_URI + name)]
         usage = [ExtendedKeyUsageOID.CLIENT_AUTH]
         return self._issue(key, f"operator {name}", names, usage, valid, now)
+
+    def revocation_list(self, serials: Iterable[str], now: datetime | None = None) -> str:
+        """The serial numbers of certificates that count no more, signed (PEM, RFC 5280)."""
+        now = now or datetime.now(UTC)
+        builder = (
+            x509.CertificateRevocationListBuilder()
+            .issuer_name(self.certificate.subject)
+            .last_update(now - EARLY)
+            .next_update(now + timedelta(days=AUTHORITY_DAYS))
+        )
+        for serial in sorted(serials):
+            revoked = x509.RevokedCertificateBuilder().serial_number(int(serial, 16))
+            builder = builder.add_revoked_certificate(revoked.revocation_date(now).build())
+        return builder.sign(self._key, hashes.SHA256()).public_bytes(_PEM).decode()
 
     def _issue(
         self,
@@ -188,7 +208,8 @@ class Authority:
         authority_id = x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key())
         return Issued(
             x509.CertificateBuilder()
-            .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]))
+            # No common name: etcd takes one for a user, and refuses those who have one and a token.
+            .subject_name(x509.Name([x509.NameAttribute(NameOID.ORGANIZATION_NAME, name)]))
             .issuer_name(self.certificate.subject)
             .public_key(key)
             .serial_number(x509.random_serial_number())

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from sempervirt.core.errors import StateConflict, Unavailable
+from sempervirt.core.errors import InvalidRequest, StateConflict, Unavailable
 from sempervirt.trust.authority import (
     CERTIFICATE_FILE as AUTHORITY_FILE,
 )
@@ -28,6 +28,7 @@ from sempervirt.trust.keyfiles import (
 )
 
 KEY_FILE, CERTIFICATE_FILE = "host.key", "host.crt"
+LIST_FILE = "revoked.crl"
 
 
 class Identity:
@@ -62,6 +63,24 @@ class Identity:
         found = read_certificate(self.directory / CERTIFICATE_FILE)
         return None if found is None else Issued(found)
 
+    def keep_list(self, revocations: str) -> None:
+        """Puts a list of revoked certificates (PEM) where this host's etcd looks for it.
+
+        Raises InvalidRequest for one that the hosts' authority has not signed, Unavailable.
+        """
+        authority = read_certificate(self.directory / AUTHORITY_FILE)
+        if authority is None:
+            raise Unavailable(f"{self.directory / AUTHORITY_FILE} is gone", remedy=RESTORE)
+        key = authority.public_key()
+        try:
+            signed = x509.load_pem_x509_crl(revocations.encode())
+            valid = isinstance(key, ec.EllipticCurvePublicKey) and signed.is_signature_valid(key)
+        except ValueError as error:
+            raise InvalidRequest(f"not a list of revoked certificates: {error}") from error
+        if not valid:
+            raise InvalidRequest("a list of revoked certificates that the authority has not signed")
+        write_public(self.directory / LIST_FILE, revocations)
+
     def server_context(self) -> ssl.SSLContext:
         """For serving: TLS 1.3, and nobody without a certificate of one of the authorities."""
         context = self._filled(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
@@ -74,6 +93,10 @@ class Identity:
     def client_context(self) -> ssl.SSLContext:
         """For asking: the other end has to be the host whose name is given with the request."""
         return self._filled(host_context())
+
+    def store_context(self) -> ssl.SSLContext:
+        """For the store, which is no host: it has to show a certificate for its address."""
+        return self._filled(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
 
     def _filled(self, context: ssl.SSLContext) -> ssl.SSLContext:
         key = self.directory / KEY_FILE
@@ -104,7 +127,42 @@ def host_context() -> ssl.SSLContext:
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
+    # The names that TLS itself would compare are addresses, and a host may be called as one.
+    context.check_hostname = False
+    context.sslobject_class = _HostObject
+    context.sslsocket_class = _HostSocket
     return context
+
+
+class _HostObject(ssl.SSLObject):
+    """A connection with the host that is named as the server's name."""
+
+    def do_handshake(self) -> None:
+        """Raises SSLCertVerificationError unless the other end is that host."""
+        super().do_handshake()
+        _require_host(self.getpeercert(), self.server_hostname)
+
+
+class _HostSocket(ssl.SSLSocket):
+    """The same, for a socket that blocks."""
+
+    def do_handshake(self, block: bool = False) -> None:
+        """Raises SSLCertVerificationError unless the other end is that host."""
+        super().do_handshake(block)
+        _require_host(self.getpeercert(), self.server_hostname)
+
+
+def _require_host(described: Mapping[str, Any] | None, host: str | None) -> None:
+    names = [
+        name
+        for kind, name in (described or {}).get("subjectAltName", ())
+        if kind == "URI" and name.startswith(Holder.HOST.prefix)
+    ]
+    if host is None or names != [Holder.HOST.prefix + host]:
+        shown = ", ".join(name.removeprefix(Holder.HOST.prefix) for name in names) or "no host"
+        error = ssl.SSLCertVerificationError(f"the certificate is of {shown}, and not of {host}")
+        error.verify_message = f"its certificate is of {shown}, and not of {host}"
+        raise error
 
 
 class Holder(Enum):
