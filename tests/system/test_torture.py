@@ -16,7 +16,7 @@ from sempervirt.demo.trial import TrialSetup
 from sempervirt.demo.verdict import Verdict
 from sempervirt.qemu.spec import Engine
 from tests.torture import campaigns
-from tests.torture.campaigns import PLANS, Life, Plan
+from tests.torture.campaigns import PLANS, Life, Plan, chained
 from tests.torture.cells import (
     ENGINES,
     EVENT_CELLS,
@@ -33,8 +33,12 @@ pytestmark = pytest.mark.timeout(240)
 ROOT = Path(__file__).resolve().parents[2]
 # Every engine on each of its storages, with every layout of queues and threads and every load.
 KILLS_PER_CELL = 4
-# Each engine comes to every kind of point; the long form takes every point with each.
-POINTS = [(plan, POINT_CELLS[index % len(POINT_CELLS)]) for index, plan in enumerate(PLANS)]
+# Each engine comes to every kind of point; the long form takes every point with each, one by one.
+POINTS = [
+    (plan, cell)
+    for index, cell in enumerate(POINT_CELLS)
+    for plan in chained(PLANS[index :: len(POINT_CELLS)])
+]
 SHORT_LIFE = Life(pauses=5, reboots=1, resets=2, upgrades=5)
 
 

@@ -73,11 +73,14 @@ def cells() -> list[Cell]:
 
 
 def few_cells() -> list[Cell]:
-    """Two for each engine on each storage: each layout and each load comes to each engine."""
+    """Each engine on each of its storages under a heavy load, and once under a light one, so that
+    each layout comes to each engine.
+    """
     chosen = []
     for index, (engine, storage) in enumerate(engines_and_storages()):
-        for load, turn in (("heavy", index), ("light", index + 1)):
-            chosen.append(Cell(engine, LAYOUTS[turn % len(LAYOUTS)], load, storage))
+        chosen.append(Cell(engine, LAYOUTS[index % len(LAYOUTS)], "heavy", storage))
+        if storage == STORAGES[engine][-1]:
+            chosen.append(Cell(engine, LAYOUTS[(index + 1) % len(LAYOUTS)], "light", storage))
     return chosen
 
 
