@@ -44,7 +44,8 @@ RESTORE_MAX_S = float(os.environ.get("SEMPERVIRT_RESTORE_MAX_S", "10"))
 async def test_a_guest_goes_on_where_it_was_saved_and_once_more_as_a_clone(
     agent: Agent, guest_spec: Spec, place: Path
 ) -> None:
-    vm = await agent.run_vm(guest_spec())
+    vm = await agent.run_vm(guest_spec().model_copy(update={"nics": (NicSpec(),)}))
+    address = vm.spec.mac(0)
     file = place / "web.saved"
     async with await ProbeClient.connect(vm.channel_path("probe")) as probe:
         await probe.wait_hello()
@@ -66,6 +67,7 @@ async def test_a_guest_goes_on_where_it_was_saved_and_once_more_as_a_clone(
         began = time.monotonic()
         twin = name == "twin"
         vm = await (agent.clone_vm(file, place, Changes(name)) if twin else agent.restore_vm(file))
+        assert vm.spec.mac(0) == address
         async with await ProbeClient.connect(vm.channel_path("probe")) as probe:
             await probe.wait_hello()
             echo_s = time.monotonic() - began
@@ -95,16 +97,15 @@ async def test_a_clone_has_its_own_address_once_it_was_booted_anew(
     async with await ProbeClient.connect(vm.channel_path("probe")) as probe:
         await probe.wait_hello()
     await agent.save_vm("web", file)
-    for changes, own in ((Changes("kept"), False), (Changes("own", new_macs=True), True)):
-        vm = await agent.clone_vm(file, place, changes)
-        assert (vm.spec.mac(0) != first) is own
-        async with await ProbeClient.connect(vm.channel_path("probe")) as probe:
-            await probe.wait_hello()
-            show = ("cat", "/sys/class/net/eth0/address")
-            assert (await probe.execute(*show)).stdout.strip() == first
-            await probe.reboot()
-            assert (await probe.execute(*show)).stdout.strip() == vm.spec.mac(0)
-        await vm.kill()
+    # The twin of the test above, for which no new one was asked, has kept its address.
+    vm = await agent.clone_vm(file, place, Changes("own", new_macs=True))
+    assert vm.spec.mac(0) != first
+    async with await ProbeClient.connect(vm.channel_path("probe")) as probe:
+        await probe.wait_hello()
+        show = ("cat", "/sys/class/net/eth0/address")
+        assert (await probe.execute(*show)).stdout.strip() == first
+        await probe.reboot()
+        assert (await probe.execute(*show)).stdout.strip() == vm.spec.mac(0)
 
 
 @pytest.mark.guest
