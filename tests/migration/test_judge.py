@@ -35,15 +35,6 @@ async def under_judgement() -> AsyncIterator[Judge]:
                 yield judge
 
 
-async def test_a_guest_that_is_left_alone_is_found_well() -> None:
-    async with under_judgement() as judge:
-        world = judge.guest.world
-        assert await judge.survived(world.a, world.b, world.a) == []
-        assert judge.journal.order(judge.since) == ["a"]
-        assert await judge.said(world.a) == "running"
-        assert await judge.said(world.b) == "absent"
-
-
 async def test_a_second_writer_is_found_by_the_image_and_by_the_journal() -> None:
     """A program on the other host that asks neither for the lock nor for the epoch."""
     async with under_judgement() as judge:
@@ -59,12 +50,15 @@ async def test_a_second_writer_is_found_by_the_image_and_by_the_journal() -> Non
     assert any(problem.startswith("two writers: a b a") for problem in problems), problems
 
 
-async def test_a_late_write_is_found() -> None:
+async def test_a_guest_that_is_left_alone_is_found_well_and_a_late_write_is_found() -> None:
     """What a backend that was given up writes at last: blocks as they were a moment ago."""
     async with under_judgement() as judge:
         world, image = judge.guest.world, judge.guest.image
         late = image.read_bytes()[:MIB]
         assert await judge.survived(world.a, world.b, world.a) == []
+        assert judge.journal.order(judge.since) == ["a"]
+        assert await judge.said(world.a) == "running"
+        assert await judge.said(world.b) == "absent"
         await asyncio.to_thread(overwrite, image, late)
         problems = await judge.survived(world.a, world.b, world.a)
     assert any(problem.startswith("two writers: the image") for problem in problems), problems
