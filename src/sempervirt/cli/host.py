@@ -18,6 +18,7 @@ from sempervirt.cli.members import MemberState, MemberView
 from sempervirt.cli.output import (
     Output,
     OutputOption,
+    echo_secret,
     err,
     facts,
     listing,
@@ -150,9 +151,9 @@ def add(
     )
     if output is Output.JSON:
         token = {"host": name, "expires": invitation.expires, "token": invitation.text()}
-        typer.echo(json.dumps(token, indent=2))
+        echo_secret(json.dumps(token, indent=2))
         return
-    typer.echo(invitation.text())
+    echo_secret(invitation.text())
     err.print(
         f"on {name}, within {format_duration(valid * 60)}: semper host join FILE "
         "--listen HOST:PORT, with this token in FILE",

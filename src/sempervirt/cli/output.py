@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
+import sys
 import time
 from collections.abc import Sequence
 from enum import Enum
@@ -16,6 +19,7 @@ from rich.text import Text
 
 from sempervirt.cli.members import MemberState
 from sempervirt.core.durations import format_duration
+from sempervirt.core.errors import NotAllowed
 from sempervirt.disk.state import Condition
 from sempervirt.qemu.state import Runstate
 
@@ -62,6 +66,22 @@ _STYLES: dict[State, str] = {
     MemberState.SILENT: _LOOK,
     MemberState.REVOKED: _BAD,
 }
+
+
+def echo_secret(text: str) -> None:
+    """Prints a secret. A file that the shell has opened for the output becomes its owner's alone
+    first; one that cannot become so gets nothing. Raises NotAllowed.
+    """
+    target = sys.stdout.fileno()
+    if stat.S_ISREG(os.fstat(target).st_mode):
+        try:
+            os.fchmod(target, 0o600)
+        except OSError as error:
+            raise NotAllowed(
+                f"the output is a file that others may read, and that cannot be changed: {error}",
+                remedy="send the output to a file of your own",
+            ) from error
+    typer.echo(text)
 
 
 def print_json_line(value: BaseModel) -> None:
