@@ -78,8 +78,10 @@ pub(crate) fn run(args: Args, shared: Shared) -> Result<(), Failure> {
     let disk = Arc::new(Disk { image, serial, shared, map, poll, tenure });
     let faults = FaultSwitch::default();
     let track = !args.no_inflight;
-    // Without the in-flight region the next process could not know that memory is missing.
-    let userfault = Userfault::open();
+    // Without the in-flight region the next process could not know that memory is missing. One is
+    // opened again when it is asked for: at the death of a process that has one, the kernel waits
+    // for whoever looks at the process's memory, and closes the image only then.
+    let userfault = Userfault::open().map(drop);
     if let Err(error) = &userfault {
         log::info!("postcopy is not offered: page faults cannot be told error=\"{error}\"");
     }

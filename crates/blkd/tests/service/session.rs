@@ -524,3 +524,19 @@ fn a_spare_hurries_until_its_guest_is_served_and_no_longer() {
     assert_eq!(machine.answer(read).data, [7; 4096]);
     wait_until("nobody in a hurry", || urgent(&spare).is_empty().then_some(()));
 }
+
+/// At the end of a process that has one, the kernel takes the lock of its whole memory, which the
+/// thread that looks for pages may have while it waits for a processor, before it frees the image.
+#[test]
+fn a_process_that_no_memory_arrives_at_has_no_descriptor_for_page_faults() {
+    let site = Site::new(1 << 20);
+    let (mut machine, active, spare) = served(&site, 1, &[]);
+    assert_eq!(machine.ask(&active, &Ask::write(8, vec![7; 4096])).status, 0);
+    for backend in [&active, &spare] {
+        let files = std::fs::read_dir(format!("/proc/{}/fd", backend.pid())).unwrap();
+        let names = files.filter_map(|file| std::fs::read_link(file.ok()?.path()).ok());
+        let names: Vec<String> = names.map(|name| name.display().to_string()).collect();
+        assert!(names.iter().any(|name| name.contains("disk.raw")), "{names:?}");
+        assert!(!names.iter().any(|name| name.contains("userfaultfd")), "{names:?}");
+    }
+}
