@@ -61,12 +61,12 @@ struct Vring {
 }
 
 /// What not every backend offers.
-#[derive(Default)]
+#[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Offer {
     /// In-flight tracking; off only to show what happens without it.
     pub track: bool,
     /// To be there before the guest's memory is (postcopy).
-    pub page_faults: Option<Userfault>,
+    pub page_faults: bool,
 }
 
 /// The device, for one front end at a time.
@@ -636,7 +636,7 @@ impl VhostUserBackendReqHandlerMut for Device {
         if self.offer.track {
             features |= VhostUserProtocolFeatures::INFLIGHT_SHMFD;
         }
-        if self.offer.page_faults.is_some() {
+        if self.offer.page_faults {
             features |= VhostUserProtocolFeatures::PAGEFAULT;
         }
         Ok(features)
@@ -729,8 +729,10 @@ impl VhostUserBackendReqHandlerMut for Device {
     }
 
     fn postcopy_advice(&mut self) -> Result<File> {
-        let Some(faults) = &self.offer.page_faults else { return Err(unsupported()) };
-        let opened = faults.again().and_then(|faults| Ok((faults.share()?, faults)));
+        if !self.offer.page_faults {
+            return Err(unsupported());
+        }
+        let opened = Userfault::open().and_then(|faults| Ok((faults.share()?, faults)));
         let (theirs, faults) = opened
             .inspect_err(|error| log::error!("no postcopy error=\"{error}\""))
             .map_err(Error::ReqHandlerError)?;

@@ -47,7 +47,6 @@ mod tenure;
 mod threads;
 mod title;
 mod urgency;
-mod walls;
 mod worker;
 
 use std::process::ExitCode;

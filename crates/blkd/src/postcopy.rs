@@ -158,14 +158,6 @@ impl Userfault {
         Ok(this)
     }
 
-    /// The same for another postcopy: this process can open none any more.
-    ///
-    /// # Errors
-    /// When the process has no descriptor left.
-    pub(crate) fn again(&self) -> io::Result<Self> {
-        self.0.try_clone().map(Self)
-    }
-
     /// For the front end: it reads the faults, and wakes those who wait.
     ///
     /// # Errors

@@ -31,7 +31,6 @@ mod tls;
 mod touched;
 #[cfg(feature = "unsafe-no-verify")]
 mod trial;
-mod walls;
 
 use std::process::ExitCode;
 use std::sync::Arc;

@@ -5,7 +5,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use semper_walls::Standing;
 use semper_wire::{Counters, Judged};
 
 use crate::answers::Status;
@@ -51,7 +50,6 @@ struct Told {
     peer: String,
     lost: Option<&'static str>,
     failure: Option<String>,
-    walls: Standing,
 }
 
 /// One for each process.
@@ -77,7 +75,6 @@ impl Progress {
             peer: String::new(),
             lost: None,
             failure: None,
-            walls: Standing::default(),
         };
         Self {
             end,
@@ -106,10 +103,6 @@ impl Progress {
 
     pub(crate) fn listening(&self, address: SocketAddr) {
         self.told().address = Some(address);
-    }
-
-    pub(crate) fn walls(&self, walls: Standing) {
-        self.told().walls = walls;
     }
 
     pub(crate) fn peer(&self, program: &str) {
@@ -174,7 +167,6 @@ impl Progress {
             other_bytes: source.raw_bytes,
             passes_through: told.lost,
             error: told.failure.clone(),
-            walls: told.walls.clone(),
         }
     }
 }

@@ -28,4 +28,3 @@ mod session;
 mod sudden_death;
 mod tenure;
 mod threads;
-mod walls;
