@@ -29,6 +29,8 @@ KILLING_S = 20.0
 # Between two kills. Only a kill while requests are answered in another order than they came loses
 # one: with a disk that answers soon one kill of twelve. So many fit into that time.
 PAUSE_S = (0.02, 0.1)
+# A request that has not come back for so much longer is lost.
+LATE_S = 15.0
 # After the first loss, until the guest's kernel has told of the others.
 AFTERMATH_S = HANG_S + 1.0
 
@@ -112,18 +114,28 @@ async def kill_until_lost(
 
 
 def _has_lost(stats: Stats) -> bool:
-    return bool(stats.hung or stats.io_error_count or stats.wrong.total)
+    return bool(stats.hung or _has_failed(stats))
+
+
+def _has_failed(stats: Stats) -> bool:
+    return bool(stats.io_error_count or stats.wrong.total)
 
 
 async def _loss(trial: Trial) -> Stats | None:
+    """A request that is late is waited for: on a busy machine it need not be lost."""
     stats = await trial.probe.stats()
+    if _has_lost(stats) and not _has_failed(stats):
+        with suppress(Unavailable):
+            stats = await trial.probe.wait_stats(
+                lambda seen: not seen.hung or _has_failed(seen), deadline_s=LATE_S
+            )
     return stats if _has_lost(stats) else None
 
 
 async def _late_loss(trial: Trial) -> Stats | None:
     """After the last kill: a writer that waits for a lost request does not stop when told to."""
     with suppress(SempervirtError, ProbeSilent):
-        stats = await trial.probe.write_stop(verify=False, stop_deadline_s=HANG_S + 1.0)
+        stats = await trial.probe.write_stop(verify=False, stop_deadline_s=LATE_S)
         return stats if _has_lost(stats) else None
     return None
 
