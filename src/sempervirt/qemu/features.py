@@ -63,7 +63,7 @@ async def probe(qemu: str, cache_directory: Path) -> Features:
         content = read_record(cache, CACHE_VERSION)
         if content is not None and content.get("stamp") == stamp:
             features = _FEATURES.validate_python(content["features"])
-            if content["features"].keys() == asdict(features).keys():
+            if features.version and content["features"].keys() == asdict(features).keys():
                 return features
     except (RecordDamaged, KeyError, ValidationError):
         pass  # what an earlier release or a crash left is asked for again

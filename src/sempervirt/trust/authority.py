@@ -29,6 +29,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from sempervirt.core.errors import InvalidRequest, StateConflict, Unavailable
 from sempervirt.trust.keyfiles import (
+    MALFORMED,
     read_certificate,
     read_private,
     write_private,
@@ -248,7 +249,7 @@ def requested_key(request: str) -> ec.EllipticCurvePublicKey:
         parsed = x509.load_pem_x509_csr(request.encode())
         key = parsed.public_key()
         valid = parsed.is_signature_valid
-    except ValueError as error:
+    except MALFORMED as error:
         raise InvalidRequest(f"not a certificate signing request: {error}") from error
     if not valid or not isinstance(key, ec.EllipticCurvePublicKey):
         raise InvalidRequest("the signing request is not signed by its own elliptic-curve key")

@@ -20,6 +20,7 @@ from sempervirt.trust.authority import (
 )
 from sempervirt.trust.authority import DOORS_FILE, Issued, is_of_doors, serial_text
 from sempervirt.trust.keyfiles import (
+    MALFORMED,
     RESTORE,
     read_certificate,
     read_private,
@@ -75,7 +76,7 @@ class Identity:
         try:
             signed = x509.load_pem_x509_crl(revocations.encode())
             valid = isinstance(key, ec.EllipticCurvePublicKey) and signed.is_signature_valid(key)
-        except ValueError as error:
+        except MALFORMED as error:
             raise InvalidRequest(f"not a list of revoked certificates: {error}") from error
         if not valid:
             raise InvalidRequest("a list of revoked certificates that the authority has not signed")

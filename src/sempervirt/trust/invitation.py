@@ -29,7 +29,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from sempervirt.core.errors import InvalidRequest
 from sempervirt.trust.authority import Authority, Issued
 from sempervirt.trust.identity import host_context
-from sempervirt.trust.keyfiles import write_private, write_public
+from sempervirt.trust.keyfiles import MALFORMED, write_private, write_public
 
 PREFIX = "semper1."
 _KEY_BYTES = 32
@@ -127,7 +127,7 @@ def parse_invitation(text: str) -> Invitation:
             certificate=x509.load_der_x509_certificate(base64.b64decode(content["certificate"])),
             key=ec.derive_private_key(number, ec.SECP256R1()),
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (*MALFORMED, KeyError) as error:
         raise InvalidRequest(
             "this join token is damaged", remedy="copy it whole; it is one long word"
         ) from error

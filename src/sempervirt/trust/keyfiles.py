@@ -15,6 +15,15 @@ from sempervirt.core.errors import SempervirtError, Unavailable
 from sempervirt.host.records import flush_directory, make_directory, read_file
 
 RESTORE = "restore it from a backup, or join the cluster again: semper host join"
+# What the parser raises for a key, a certificate, a request or a list that is none.
+MALFORMED = (
+    ValueError,
+    TypeError,
+    UnsupportedAlgorithm,
+    x509.InvalidVersion,
+    x509.DuplicateExtension,
+    x509.UnsupportedGeneralNameType,
+)
 
 
 class KeyExposed(SempervirtError):
@@ -47,7 +56,7 @@ def read_private(path: Path) -> ec.EllipticCurvePrivateKey | None:
         )
     try:
         key = serialization.load_pem_private_key(content, None)
-    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+    except MALFORMED as error:
         raise Unavailable(f"{path} holds no key: {error!s:.200}", remedy=RESTORE) from error
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise Unavailable(f"{path} holds a key of another kind")
@@ -62,7 +71,7 @@ def read_certificate(path: Path) -> x509.Certificate | None:
         return None
     except OSError as error:
         raise Unavailable(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+    except MALFORMED as error:
         raise Unavailable(f"{path} holds no certificate: {error!s:.200}", remedy=RESTORE) from error
 
 

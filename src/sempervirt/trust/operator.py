@@ -22,7 +22,7 @@ from sempervirt.core.errors import InvalidRequest, Unavailable
 from sempervirt.host.records import read_file
 from sempervirt.trust.authority import Authority, Issued
 from sempervirt.trust.identity import host_context
-from sempervirt.trust.keyfiles import KeyExposed, private_pem
+from sempervirt.trust.keyfiles import MALFORMED, KeyExposed, private_pem
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def operator_context(path: Path) -> ssl.SSLContext:
         _, authority = x509.load_pem_x509_certificates(content)
         context.load_cert_chain(path)
         context.load_verify_locations(cadata=Issued(authority).pem)
-    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+    except (OSError, *MALFORMED) as error:  # ssl.SSLError is an OSError
         raise InvalidRequest(
             f"{path} is no operator's key: {error}", remedy="make one: semper operator add NAME"
         ) from error
