@@ -531,6 +531,8 @@ async def test_what_would_stop_a_migration_is_all_listed(
 # The programs
 
 
+# Some twenty programs are started, each of which imports its libraries first.
+@pytest.mark.timeout(300)
 async def test_two_hosts_by_the_command_line(host_config: Place, etcd: Etcd) -> None:
     a, b = host_config("a"), host_config("b")
     addresses = free_address(), free_address()
