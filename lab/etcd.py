@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from lab.namespaces import inside, within
@@ -40,6 +40,17 @@ class Etcd:
         self._client, self._peer = _free_port(), _free_port()
         self._process: subprocess.Popen[bytes] | None = None
         self.url = f"{'https' if trust else 'http'}://{address}:{self._client}"
+
+    @classmethod
+    @contextlib.contextmanager
+    def running(cls) -> Iterator[Etcd]:
+        """One on loopback that answers, until the block is left."""
+        server = cls()
+        try:
+            server.start()
+            yield server
+        finally:
+            server.remove()
 
     @property
     def port(self) -> int:

@@ -54,12 +54,8 @@ HOUR = timedelta(hours=1)
 
 @pytest.fixture
 def etcd() -> Iterator[Etcd]:
-    server = Etcd()
-    try:
-        server.start()
+    with Etcd.running() as server:
         yield server
-    finally:
-        server.remove()
 
 
 def free_address() -> str:

@@ -74,7 +74,7 @@ class Lab:
         address, tls = self.cluster.settings.address, await self.tls(role)
         async with Connection.to_host(address, "a", tls) as connection:
             if role in OPERATORS:
-                await known(connection)
+                await known(lambda: connection.call("GET", "/agent"))
             yield connection
 
     @asynccontextmanager
@@ -83,27 +83,16 @@ class Lab:
         address, tls = self.cluster.settings.address, await self.tls(role)
         async with Client.connect_host(address, "a", tls) as client:
             if role in OPERATORS:
-                await known_client(client)
+                await known(client.agent)
             yield client
 
 
-async def known(connection: Connection) -> None:
+async def known(ask: Callable[[], Awaitable[object]]) -> None:
     """An operator is known to the agents once the store has told them."""
     async with asyncio.timeout(DEADLINE_S):
         while True:
             try:
-                await connection.call("GET", "/agent")
-            except SempervirtError:
-                await asyncio.sleep(0.02)  # poll interval
-            else:
-                return
-
-
-async def known_client(client: Client) -> None:
-    async with asyncio.timeout(DEADLINE_S):
-        while True:
-            try:
-                await client.agent()
+                await ask()
             except SempervirtError:
                 await asyncio.sleep(0.02)  # poll interval
             else:
@@ -112,12 +101,8 @@ async def known_client(client: Client) -> None:
 
 @pytest.fixture(scope="module")
 def etcd() -> Iterator[Etcd]:
-    server = Etcd()
-    try:
-        server.start()
+    with Etcd.running() as server:
         yield server
-    finally:
-        server.remove()
 
 
 @pytest.fixture

@@ -40,12 +40,8 @@ LEASE_S = 2
 
 @pytest.fixture(scope="module")
 def etcd() -> Iterator[Etcd]:
-    server = Etcd()
-    try:
-        server.start()
+    with Etcd.running() as server:
         yield server
-    finally:
-        server.remove()
 
 
 @pytest.fixture(params=["sqlite", "etcd"])

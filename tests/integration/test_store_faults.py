@@ -137,12 +137,8 @@ async def test_sqlite_refuses_a_later_release_and_a_damaged_file(tmp_path: Path)
 
 @pytest.fixture
 def etcd() -> Iterator[Etcd]:
-    server = Etcd()
-    try:
-        server.start()
+    with Etcd.running() as server:
         yield server
-    finally:
-        server.remove()
 
 
 @pytest.fixture

@@ -213,6 +213,7 @@ impl Searcher {
         self.signals.idle.store(false, Ordering::Relaxed);
     }
 }
+
 /// Behind everybody else, also where whoever started this thread comes before them.
 fn step_back() {
     let ordinary = libc::sched_param { sched_priority: 0 };

@@ -18,6 +18,7 @@ from sempervirt.cli.members import MemberState, MemberView
 from sempervirt.cli.output import (
     Output,
     OutputOption,
+    day,
     echo_secret,
     err,
     facts,
@@ -113,7 +114,7 @@ def init(
     begun = work.begin_cluster(config, cluster, name, listen, store or (), trust_hosts=trust_hosts)
     issued = asyncio.run(begun)
     out.print(f"{name} is the first host of the cluster {cluster}", highlight=False)
-    out.print(f"its certificate is good until {_day(issued.not_after)}", highlight=False)
+    out.print(f"its certificate is good until {day(issued.not_after)}", highlight=False)
     out.print(f"keep this file safe, it is the key to everything: {config.trust_dir}/authority.key")
 
 
@@ -214,10 +215,6 @@ def _expiry(view: MemberView) -> str:
     if view.state is MemberState.REVOKED:
         return "revoked"
     if left_s <= 0:
-        return f"EXPIRED on {_day(view.certificate_ends)}; semper host add {view.name}"
+        return f"EXPIRED on {day(view.certificate_ends)}; semper host add {view.name}"
     soon = f", in {format_duration(left_s)}; renew: semper host add {view.name}"
-    return f"until {_day(view.certificate_ends)}" + (soon if left_s < SOON_S else "")
-
-
-def _day(moment: float) -> str:
-    return time.strftime("%Y-%m-%d", time.localtime(moment))
+    return f"until {day(view.certificate_ends)}" + (soon if left_s < SOON_S else "")

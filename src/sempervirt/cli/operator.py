@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from pydantic import BaseModel
 
-from sempervirt.cli.output import Output, OutputOption, err, listing, out, print_json
+from sempervirt.cli.output import Output, OutputOption, day, err, listing, out, print_json
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -71,9 +71,9 @@ def list_operators(output: OutputOption = Output.TABLE) -> None:
         return
     table = listing("operator", "role", "certificate")
     for view in views:
-        day = time.strftime("%Y-%m-%d", time.localtime(view.certificate_ends))
         ended = view.certificate_ends <= time.time()
-        table.add_row(view.name, view.role, f"EXPIRED on {day}" if ended else f"until {day}")
+        until = ("EXPIRED on " if ended else "until ") + day(view.certificate_ends)
+        table.add_row(view.name, view.role, until)
     out.print(table)
 
 

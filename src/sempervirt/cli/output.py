@@ -127,6 +127,11 @@ def ago(moment: float) -> str:
     return format_duration(max(0.0, time.time() - moment))
 
 
+def day(moment: float) -> str:
+    """The day of a time since the epoch."""
+    return time.strftime("%Y-%m-%d", time.localtime(moment))
+
+
 def clock(moment: float) -> str:
     """The time of day of a time since the epoch."""
     return time.strftime("%H:%M:%S", time.localtime(moment))
