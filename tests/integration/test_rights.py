@@ -386,10 +386,10 @@ ASK = """
 import socket, sys
 connection = socket.socket(socket.AF_UNIX)
 connection.connect(sys.argv[1])
-connection.sendall(b"GET /v1/agent HTTP/1.1\\r\\nHost: a\\r\\nConnection: close\\r\\n\\r\\n")
 try:
+    connection.sendall(b"GET /v1/agent HTTP/1.1\\r\\nHost: a\\r\\nConnection: close\\r\\n\\r\\n")
     print(connection.recv(100))
-except ConnectionResetError:
+except (ConnectionResetError, BrokenPipeError):  # closed after the question, or before it
     print(b"")
 """
 
