@@ -15,7 +15,8 @@ import pytest
 from sempervirt.agent import Agent, Vm
 from sempervirt.guest import ProbeClient, ProbeGone, ProbeSilent, debian
 from sempervirt.guest.reports import Ran
-from sempervirt.qemu.spec import VmSpec
+from sempervirt.qemu.guest_agent import GuestAgent
+from sempervirt.qemu.spec import GUEST_AGENT_CHANNEL, VmSpec
 from sempervirt.qemu.state import Runstate
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(180)]
@@ -51,7 +52,7 @@ def spec(place: Path, disk_image: Path) -> VmSpec:
                 {"name": "data", "image": str(disk_image), "serial": "data"},
             ],
             "nics": [{}, {}],
-            "channels": [{"name": "org.sempervirt.probe"}],
+            "channels": [{"name": "org.sempervirt.probe"}, {"name": GUEST_AGENT_CHANNEL}],
         }
     )
 
@@ -95,6 +96,24 @@ async def assert_is_up(client: ProbeClient) -> None:
         await wait_address(client, card, expected)
 
 
+async def assert_freezes_and_thaws(vm: Vm, client: ProbeClient) -> None:
+    """The guest agent freezes the file systems, so that a write waits, and thaws them again."""
+    guest = GuestAgent(vm.channel_path(GUEST_AGENT_CHANNEL), vm.name, vm.pid)
+    await run(client, "sh", "-c", "echo before >/root/file && sync")
+    assert not await guest.frozen()
+    assert await guest.freeze(READY_S) == 1
+    try:
+        assert await guest.frozen()
+        writing = asyncio.create_task(run(client, "sh", "-c", "echo after >/root/file && sync"))
+        done, _ = await asyncio.wait((writing,), timeout=1)
+        assert not done
+    finally:
+        await guest.thaw()
+    await writing
+    assert not await guest.frozen()
+    assert abs(await guest.set_time(READY_S)) < READY_S
+
+
 async def wait_off(vm: Vm) -> None:
     await vm.machine.changes.wait_until(
         lambda: vm.run is Runstate.STOPPED, timeout_s=OFF_S, what="the end of the guest"
@@ -109,6 +128,7 @@ async def test_debian_boots_and_lives_through_the_death_of_its_disks(
     async with await ProbeClient.connect(channel, deadline_s=BOOT_S) as client:
         nonce = (await client.wait_hello(deadline_s=BOOT_S)).nonce
         await assert_is_up(client)
+        await assert_freezes_and_thaws(vm, client)
         copying = asyncio.create_task(run(client, "sh", "-c", COPY))
         await kill_backend(agent, "root")
         await copying

@@ -30,6 +30,8 @@ _MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}", re.IGNORECASE)
 _INTERFACE = re.compile(r"[^\s/:]{1,15}")
 _CHANNEL = re.compile(r"[A-Za-z0-9._-]{1,60}")
 RESERVED_CHANNELS = ("qmp", "console", "agent")
+# The name that qemu-ga looks for in the guest; libvirt gives the port the same.
+GUEST_AGENT_CHANNEL = "org.qemu.guest_agent.0"
 QUEUES_MAX = 64
 # A queue for each virtual processor spares the guest the locks between them; beyond this many
 # the memory for the queues is better spent otherwise.
@@ -182,11 +184,13 @@ class ChannelSpec(_Table):
 
     @property
     def socket_name(self) -> str:
-        """ "probe" for org.sempervirt.probe."""
-        return self.name.rpartition(".")[2]
+        """ "probe" for org.sempervirt.probe; "agent" for that of the QEMU guest agent."""
+        return "agent" if self.name == GUEST_AGENT_CHANNEL else self.name.rpartition(".")[2]
 
     @model_validator(mode="after")
     def _name_is_usable(self) -> Self:
+        if self.name == GUEST_AGENT_CHANNEL:
+            return self
         if not _CHANNEL.fullmatch(self.name) or not self.socket_name:
             raise ValueError(f'"{self.name}" is not a channel name such as org.example.port')
         if self.socket_name in RESERVED_CHANNELS or self.socket_name.startswith("disk-"):
@@ -246,6 +250,11 @@ class VmSpec(_Table):
         if len(set(images)) != len(images):
             raise ValueError("two disks write to the same image")
         return self
+
+    @property
+    def guest_agent(self) -> ChannelSpec | None:
+        """The channel of the QEMU guest agent, if the VM has one."""
+        return next((c for c in self.channels if c.name == GUEST_AGENT_CHANNEL), None)
 
     @property
     def files(self) -> tuple[Path, ...]:
