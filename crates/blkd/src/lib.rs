@@ -31,6 +31,9 @@ mod flushes;
 #[doc(hidden)]
 pub mod hostile;
 mod inflight_map;
+// Nothing but tests makes these until the commands are served.
+#[cfg_attr(not(test), allow(dead_code))]
+mod layer_answers;
 mod memory_reaper;
 mod message;
 mod overlap;
