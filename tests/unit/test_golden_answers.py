@@ -27,12 +27,20 @@ MODELS: dict[str, type[Answer]] = {
     "blkd-claim": blkd.Claimed,
     "blkd-fault": blkd.Nothing,
     "blkd-handover": blkd.Armed,
+    "blkd-layers": blkd.Layers,
+    "blkd-layers-failed": blkd.Layers,
+    "blkd-layers-merging": blkd.Layers,
     "blkd-map": blkd.BlockMap,
     "blkd-map-export": Bytes,
     "blkd-map-verified": blkd.BlockMap,
     "blkd-map-verify": blkd.VerifyStarted,
     "blkd-map-verifying": blkd.BlockMap,
+    "blkd-merge": blkd.Merging,
+    "blkd-pin": blkd.Pins,
+    "blkd-quiesce": blkd.Quiesced,
     "blkd-resize": blkd.Resized,
+    "blkd-resume": blkd.QueuesResumed,
+    "blkd-snapshot": blkd.SnapshotTaken,
     "blkd-status-active": blkd.Status,
     "blkd-status-incoming": blkd.Status,
     "blkd-status-spare": blkd.Status,
@@ -60,17 +68,6 @@ NOT_READ = {
     "blkd-map-find-nothing",
     "blkd-map-find-sector",
     "blkd-map-touch",
-}
-# What snapshots are asked for with: docs/design/snapshots.md. The agent does not yet.
-NOT_READ |= {
-    "blkd-layers",
-    "blkd-layers-failed",
-    "blkd-layers-merging",
-    "blkd-merge",
-    "blkd-pin",
-    "blkd-quiesce",
-    "blkd-resume",
-    "blkd-snapshot",
 }
 # Read by the control socket itself.
 REFUSED = {"blkd-refused", "wired-refused"}

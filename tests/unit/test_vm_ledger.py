@@ -15,12 +15,21 @@ from sempervirt.qemu.spec import VmSpec
 from sempervirt.store.registry import Claim
 from sempervirt.vm.ledger import Ledger
 from sempervirt.vm.record import VmRecord, read_vm_record
-from sempervirt.vm.work import Arriving, Departing, Restarting, Restoring, Saving, Work
+from sempervirt.vm.work import (
+    Arriving,
+    Departing,
+    Restarting,
+    Restoring,
+    Saving,
+    Snapshotting,
+    Work,
+)
 
 WORKS: tuple[tuple[Work, str], ...] = (
     (Restarting(2, resume=True), "a restart of QEMU"),
     (Saving(resume=True), "a save"),
     (Restoring(), "its restoration"),
+    (Snapshotting(frozen=True), "a snapshot of its disks"),
     (Departing("d" * 32, "b", "10.0.0.2:7443", running=True), "its migration to b"),
     (Arriving("d" * 32, "a", True, 7, ()), "its migration from a"),
 )

@@ -29,6 +29,7 @@ from sempervirt.qemu.driver import Machine
 from sempervirt.qemu.files import VmFiles
 from sempervirt.qemu.state import Request
 from sempervirt.renewal.recovery import recover
+from sempervirt.renewal.snapshot import Thawing
 from sempervirt.vm import claims
 from sempervirt.vm.config import AgentConfig
 from sempervirt.vm.ledger import Ledger
@@ -37,7 +38,16 @@ from sempervirt.vm.record import VmRecord, read_vm_record, record_path
 from sempervirt.vm.setup import adopted_setups
 from sempervirt.vm.unknown import UnknownVm
 from sempervirt.vm.vm import Vm
-from sempervirt.vm.work import Arriving, Departing, Rescuing, Restarting, Restoring, Saving, Work
+from sempervirt.vm.work import (
+    Arriving,
+    Departing,
+    Rescuing,
+    Restarting,
+    Restoring,
+    Saving,
+    Snapshotting,
+    Work,
+)
 
 log = logging.getLogger(__name__)
 
@@ -136,6 +146,8 @@ async def _adopt(config: AgentConfig, found: VmRecord, seen: Living) -> Vm:
     vm = Vm(machine, disks, ledger, release)
     for doubt in doubts:
         vm.doubt(doubt)
+    if isinstance(record.work, Snapshotting):
+        vm.employ(Thawing(vm, record.work))
     return vm
 
 
@@ -196,7 +208,7 @@ def _held_for(work: Work | None) -> tuple[Request | None, str]:
             return Request.DEPART, work.farewell
         case Arriving():
             return Request.ARRIVE, ""
-        case Restarting() | Saving() | Restoring() | Rescuing() | None:
+        case Restarting() | Saving() | Restoring() | Rescuing() | Snapshotting() | None:
             return None, ""
         case _:
             assert_never(work)

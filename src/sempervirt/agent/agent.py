@@ -6,7 +6,7 @@ import asyncio
 import logging
 import shutil
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -44,6 +44,7 @@ from sempervirt.renewal.restore.plan import (
     plan_of,
 )
 from sempervirt.renewal.save.state import Saved
+from sempervirt.renewal.snapshot import Freezing, Taken, snapshot_disks
 from sempervirt.vm import claims
 from sempervirt.vm.config import AgentConfig
 from sempervirt.vm.firmware import remove_vars
@@ -261,6 +262,10 @@ class Agent:
             raise InvalidRequest(f"the backend of disk {name} cannot be told to resize it")
         self.vm(name.partition("/")[0]).ledger.require_idle()
         return await disk.resize(size_bytes)
+
+    async def snapshot_vm(self, name: str, disks: Sequence[str], freezing: Freezing) -> Taken:
+        """Takes a snapshot of disks of a VM at one instant. Raises as `vm` and `snapshot_disks`."""
+        return await snapshot_disks(self.vm(name), disks, freezing)
 
     async def rescue_disk(self, name: str, target: Path) -> Rescued:
         """Copies the image of a running disk to `target`. Raises as `disk` and `rescue_disk`."""

@@ -14,8 +14,10 @@ from sempervirt.api.schemas import (
     AgentView,
     DiskView,
     HostView,
+    LayersView,
     LogView,
     MapView,
+    MergeRequest,
     MigrateRequest,
     ObstacleView,
     QemuRestartView,
@@ -29,8 +31,11 @@ from sempervirt.api.schemas import (
     RestoreRequest,
     SavedView,
     SaveRequest,
+    SnapshotRequest,
+    SnapshotView,
     StopRequest,
     ThreadsRequest,
+    UnpinRequest,
     UpgradeRequest,
     VmView,
 )
@@ -41,6 +46,7 @@ from sempervirt.core.names import split_disk_name
 from sempervirt.host.http import Connection
 from sempervirt.migration.messages import MigrationView
 from sempervirt.qemu.spec import VmSpec
+from sempervirt.renewal.snapshot import Freezing
 
 # Starting a VM, upgrading a disk: bounded by the agent's own deadlines.
 WORK_TIMEOUT_S = 150.0
@@ -204,6 +210,36 @@ class Client:
         path = f"{_disk_path(name)}/rescue"
         answer = await self._connection.call("POST", path, body=body, timeout_s=SAVE_TIMEOUT_S)
         return RescuedView.model_validate(answer)
+
+    async def snapshot_vm(
+        self, name: str, disks: Sequence[str], freezing: Freezing
+    ) -> SnapshotView:
+        """Takes a snapshot of disks of a VM; with no names, of all that are writable."""
+        body = SnapshotRequest(disks=list(disks), freezing=freezing).model_dump(mode="json")
+        path = f"/vms/{name}/snapshot"
+        answer = await self._connection.call("POST", path, body=body, timeout_s=SAVE_TIMEOUT_S)
+        return SnapshotView.model_validate(answer)
+
+    async def layers(self, name: str) -> LayersView:
+        """The layers of a disk, VM/DISK."""
+        path = f"{_disk_path(name)}/layers"
+        return LayersView.model_validate(await self._connection.call("GET", path))
+
+    async def merge_layers(
+        self, name: str, through: int | None, rate_bytes: int | None
+    ) -> LayersView:
+        """Gives snapshots of a disk up, and begins to merge."""
+        body = MergeRequest(through=through, rate_bytes=rate_bytes).model_dump()
+        path = f"{_disk_path(name)}/merge"
+        answer = await self._connection.call("POST", path, body=body, timeout_s=WORK_TIMEOUT_S)
+        return LayersView.model_validate(answer)
+
+    async def unpin_snapshot(self, name: str, snapshot: int, reader: str) -> LayersView:
+        """Says that a reader does not read a snapshot of a disk any more."""
+        body = UnpinRequest(snapshot=snapshot, reader=reader).model_dump()
+        path = f"{_disk_path(name)}/unpin"
+        answer = await self._connection.call("POST", path, body=body, timeout_s=WORK_TIMEOUT_S)
+        return LayersView.model_validate(answer)
 
     async def resize_disk(self, name: str, size_bytes: int) -> ResizedView:
         """Makes a disk larger."""

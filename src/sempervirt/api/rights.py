@@ -48,6 +48,10 @@ class Operation(Enum):
     UPGRADE_DISK = "upgrade_disk"
     RESIZE_DISK = "resize_disk"
     RESCUE_DISK = "rescue_disk"
+    SNAPSHOT_VM = "snapshot_vm"
+    GET_LAYERS = "get_layers"
+    MERGE_LAYERS = "merge_layers"
+    UNPIN_SNAPSHOT = "unpin_snapshot"
     MOVE_QUEUES = "move_queues"
     GET_MAP = "get_map"
     VERIFY_MAP = "verify_map"
@@ -85,6 +89,7 @@ def roles_for(operation: Operation) -> frozenset[Role]:
             | Operation.LIST_DISKS
             | Operation.GET_DISK
             | Operation.GET_MAP
+            | Operation.GET_LAYERS
             | Operation.GET_MIGRATION
         ):
             return _LOOK
@@ -99,6 +104,7 @@ def roles_for(operation: Operation) -> frozenset[Role]:
             | Operation.MOVE_QUEUES
             | Operation.VERIFY_MAP
             | Operation.EXPORT_MAP
+            | Operation.SNAPSHOT_VM
             | Operation.MIGRATION_OBSTACLES  # gives images their ids
             | Operation.MIGRATE_VM
             | Operation.CANCEL_MIGRATION
@@ -111,6 +117,8 @@ def roles_for(operation: Operation) -> frozenset[Role]:
             | Operation.RESTORE_VM
             | Operation.RESIZE_DISK
             | Operation.RESCUE_DISK
+            | Operation.MERGE_LAYERS  # gives snapshots up for good
+            | Operation.UNPIN_SNAPSHOT
             | Operation.RESOLVE_VM
         ):
             return _OWN

@@ -17,8 +17,10 @@ from sempervirt.api.schemas import (
     AgentView,
     DiskView,
     HostView,
+    LayersView,
     LogView,
     MapView,
+    MergeRequest,
     QemuRestartView,
     RescuedView,
     RescueRequest,
@@ -28,8 +30,11 @@ from sempervirt.api.schemas import (
     RestoreRequest,
     SavedView,
     SaveRequest,
+    SnapshotRequest,
+    SnapshotView,
     StopRequest,
     ThreadsRequest,
+    UnpinRequest,
     UpgradeRequest,
     VmView,
 )
@@ -282,6 +287,35 @@ async def rescue_disk(
     return RescuedView(
         disk=f"{vm}/{disk}", path=request.to, paused_ms=done.paused_ms, **asdict(done.made)
     )
+
+
+@router.post("/vms/{name}/snapshot", tags=["disk"], status_code=status.HTTP_201_CREATED)
+async def snapshot_vm(agent: AgentHere, name: str, request: SnapshotRequest) -> SnapshotView:
+    """Takes a snapshot of a VM's disks at one instant; answers when it is sealed."""
+    done = await agent.snapshot_vm(name, request.disks, request.freezing)
+    return SnapshotView(vm=name, **asdict(done))
+
+
+@router.get("/disks/{vm}/{disk}/layers", tags=["disk"])
+async def get_layers(agent: AgentHere, vm: str, disk: str) -> LayersView:
+    """The layers of a disk, its snapshots, and who reads them."""
+    name = f"{vm}/{disk}"
+    layers = await agent.disk(name).active().layers()
+    return LayersView(disk=name, **layers.model_dump())
+
+
+@router.post("/disks/{vm}/{disk}/merge", tags=["disk"])
+async def merge_layers(agent: AgentHere, vm: str, disk: str, request: MergeRequest) -> LayersView:
+    """Gives snapshots up and begins to merge; answers at once; the layers tell how far that is."""
+    await agent.disk(f"{vm}/{disk}").active().merge(request.through, request.rate_bytes)
+    return await get_layers(agent, vm, disk)
+
+
+@router.post("/disks/{vm}/{disk}/unpin", tags=["disk"])
+async def unpin_snapshot(agent: AgentHere, vm: str, disk: str, request: UnpinRequest) -> LayersView:
+    """Forgets a reader that died."""
+    await agent.disk(f"{vm}/{disk}").active().unpin(request.snapshot, request.reader)
+    return await get_layers(agent, vm, disk)
 
 
 @router.post("/disks/{vm}/{disk}/threads", tags=["disk"])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, Field, model_validator
 
 from sempervirt.core.events import EventKind
 from sempervirt.core.queue_map import DeviceType, Engine
+from sempervirt.disk.answers import LayerState
 from sempervirt.disk.image import ImageState
 from sempervirt.disk.rescue import How
 from sempervirt.disk.state import Condition
@@ -16,6 +17,7 @@ from sempervirt.migration.messages import MigrationView, MovePolicy
 from sempervirt.qemu.accel import AcceleratorKind
 from sempervirt.qemu.spec import VmSpec
 from sempervirt.qemu.state import Runstate
+from sempervirt.renewal.snapshot import Consistency, Freezing
 
 API_VERSION = 1
 
@@ -328,6 +330,94 @@ class RescuedView(BaseModel):
     size_bytes: int
     copied_bytes: int
     paused_ms: float | None
+
+
+class SnapshotRequest(BaseModel):
+    """Take a snapshot of disks of a VM."""
+
+    disks: list[str] = Field(
+        default=[], max_length=64, description="names within the VM; none: all that are writable"
+    )
+    freezing: Freezing = Freezing.AUTO
+
+
+class DiskSnapshotView(BaseModel):
+    """The snapshot of a disk, VM/DISK, which took no request for `pause_ms`."""
+
+    disk: str
+    snapshot: int
+    pause_ms: float
+
+
+class SnapshotView(BaseModel):
+    """What was taken. `reason`: why the guest's file systems were not frozen."""
+
+    vm: str
+    consistency: Consistency
+    reason: str
+    frozen_ms: float | None
+    disks: list[DiskSnapshotView]
+
+
+class MergeRequest(BaseModel):
+    """Give snapshots up, and merge the layers that nobody needs then."""
+
+    through: int | None = Field(
+        default=None, ge=1, le=2**63 - 1, description="the newest that goes; none: the unwanted"
+    )
+    rate_bytes: int | None = Field(default=None, ge=1 << 20, le=2**63 - 1, description="a second")
+
+
+class UnpinRequest(BaseModel):
+    """Say that a reader does not read a snapshot any more."""
+
+    snapshot: int = Field(ge=1, le=2**63 - 1)
+    reader: str = Field(min_length=1, max_length=40)
+
+
+class LayerView(BaseModel):
+    """One layer; see `disk.answers.Layer`."""
+
+    id: int
+    state: LayerState
+    epoch: int
+    time: float
+    frozen: bool
+    size_bytes: int
+    data_bytes: int
+    writes: bool
+
+
+class PinView(BaseModel):
+    """`reader` reads that snapshot."""
+
+    snapshot: int
+    reader: str
+
+
+class LayerTaskView(BaseModel):
+    """What goes on in the background; `kind` is "snapshot" or "merge"."""
+
+    kind: Literal["snapshot", "merge"]
+    layer: int
+    step: str
+    done_bytes: int
+    total_bytes: int
+
+
+class LayersView(BaseModel):
+    """The layers of a disk, VM/DISK, the lowest first; the snapshot of a layer's number is what
+    lies below the layer.
+    """
+
+    disk: str
+    layers: list[LayerView]
+    kept: int
+    limit: int
+    map_bytes: int
+    pins: list[PinView]
+    task: LayerTaskView | None
+    last_error: str | None
 
 
 class ThreadsRequest(BaseModel):

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from sempervirt.api.schemas import DiskView, RestartView
-from sempervirt.cli import disk_map, threads, tune
+from sempervirt.cli import disk_map, snapshots, threads, tune
 from sempervirt.cli.arguments import DiskName
 from sempervirt.cli.output import (
     Output,
@@ -40,6 +40,10 @@ app.command("threads", epilog="Example: semper disk threads web/root --map 0,0,1
     threads.threads
 )
 app.command("map", epilog="Example: semper disk map web/root --verify")(disk_map.show_map)
+app.command("snapshot", epilog="Example: semper disk snapshot web --freeze")(snapshots.snapshot)
+app.command("snapshots", epilog="Example: semper disk snapshots web/root")(snapshots.snapshots)
+app.command("merge", epilog="Example: semper disk merge web/root --through 3")(snapshots.merge)
+app.command("unpin", epilog="Example: semper disk unpin web/root 3 --reader bonn")(snapshots.unpin)
 app.command("tune", epilog="Example: semper disk tune /srv/images")(tune.tune)
 
 RESTARTS_SHOWN = 8

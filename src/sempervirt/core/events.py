@@ -11,7 +11,7 @@ JOURNAL_LENGTH = 256
 
 EventKind = Literal[
     # of a VM
-    "state", "claim", "migration", "restart", "save", "restore", "agent",
+    "state", "claim", "migration", "restart", "save", "restore", "agent", "snapshot",
     "device",
     # of a disk; "restart" as well
     "upgrade", "threads", "io-error", "image", "stall",

@@ -246,6 +246,98 @@ class Resized(Answer):
     told: bool
 
 
+class LayerState(Enum):
+    """What a layer is: the snapshot of its number is what lies below it."""
+
+    OPENED = "opened"  # takes writes; the snapshot is not there yet
+    SEALED = "sealed"  # the snapshot can be read
+    LAPSED = "lapsed"  # the same, and nobody wants it any more
+    MERGING = "merging"  # its blocks are being copied into the image
+
+
+class Layer(Answer):
+    """One layer; `time` is when it was opened, `frozen` whether the guest's file systems were
+    frozen then, `writes` whether it takes the guest's writes.
+    """
+
+    id: int
+    state: LayerState
+    epoch: int
+    time: float
+    frozen: bool
+    size_bytes: int
+    data_bytes: int
+    writes: bool
+
+
+class Pin(Answer):
+    """`reader` reads that snapshot."""
+
+    snapshot: int
+    reader: str
+
+
+class LayerTask(Answer):
+    """What goes on in the background: `kind` is "snapshot" or "merge"."""
+
+    kind: Literal["snapshot", "merge"]
+    layer: int
+    step: str
+    done_bytes: int
+    total_bytes: int
+
+
+class Layers(Answer):
+    """`layers`, the lowest first; at most `limit`. `kept`: merged, and its files wait for readers;
+    `map_bytes`: memory; `last_error`: why the last task ended early.
+    """
+
+    layers: tuple[Layer, ...]
+    kept: int
+    limit: int
+    map_bytes: int
+    pins: tuple[Pin, ...]
+    task: LayerTask | None
+    last_error: str | None
+
+    def state_of(self, snapshot: int) -> LayerState | None:
+        """The state of the layer above a snapshot; None when there is none of that number."""
+        return next((layer.state for layer in self.layers if layer.id == snapshot), None)
+
+
+class SnapshotTaken(Answer):
+    """`snapshot`: its number; for how long no request was taken."""
+
+    snapshot: int
+    state: LayerState
+    pause_us: int
+
+
+class Merging(Answer):
+    """`merge`: the layers whose blocks go into the image."""
+
+    merging: tuple[int, ...]
+
+
+class Pins(Answer):
+    """`pin` and `unpin`."""
+
+    pins: tuple[Pin, ...]
+
+
+class Quiesced(Answer):
+    """`quiesce`: no request is taken for so long, or until `resume`."""
+
+    quiesced: bool
+    for_ms: int
+
+
+class QueuesResumed(Answer):
+    """`resume`; not `held`: requests were taken before it."""
+
+    held: bool
+
+
 class Claimed(Answer):
     """`claim`."""
 

@@ -15,8 +15,14 @@ from sempervirt.disk.answers import (
     Armed,
     BlockMap,
     Claimed,
+    Layers,
+    Merging,
     Nothing,
+    Pins,
+    QueuesResumed,
+    Quiesced,
     Resized,
+    SnapshotTaken,
     Status,
     Threads,
     VerifyStarted,
@@ -62,6 +68,41 @@ class BackendClient:
     async def give_claim(self, epoch: int, claim: str) -> None:
         """Gives the process the claim that it awaits; queues that waited for the claim start."""
         await self._socket.ask_for(Claimed, "claim", epoch=epoch, claim=claim)
+
+    async def snapshot(self, *, frozen: bool, timeout_s: float = DEADLINE_S) -> SnapshotTaken:
+        """Opens a layer: what was written before is the snapshot, once the layer is sealed.
+
+        Raises StateConflict when the chain is full; Unavailable, and nothing has changed.
+        """
+        return await self._socket.ask_for(
+            SnapshotTaken, "snapshot", frozen=frozen, timeout_s=timeout_s
+        )
+
+    async def layers(self) -> Layers:
+        """The chain of the disk, and what goes on with it."""
+        return await self._socket.ask_for(Layers, "layers")
+
+    async def merge(self, through: int | None, rate_bytes: int | None) -> Merging:
+        """Gives up the snapshots up to `through` (None: those that nobody wants), and begins to
+        merge the layers that nobody needs then, at most `rate_bytes` a second.
+
+        Raises StateConflict when one of the snapshots is pinned.
+        """
+        given = {"through": through, "rate_bytes": rate_bytes}
+        asked = {name: value for name, value in given.items() if value is not None}
+        return await self._socket.ask_for(Merging, "merge", **asked)
+
+    async def unpin(self, snapshot: int, reader: str) -> Pins:
+        """Says that a reader, which died, does not read a snapshot any more."""
+        return await self._socket.ask_for(Pins, "unpin", snapshot=snapshot, reader=reader)
+
+    async def quiesce(self, for_ms: int, *, timeout_s: float = DEADLINE_S) -> Quiesced:
+        """Takes no requests for `for_ms`, or until `resume`; those that were taken are done."""
+        return await self._socket.ask_for(Quiesced, "quiesce", for_ms=for_ms, timeout_s=timeout_s)
+
+    async def resume(self) -> QueuesResumed:
+        """Ends `quiesce`."""
+        return await self._socket.ask_for(QueuesResumed, "resume")
 
     async def block_map(self) -> BlockMap:
         """Which blocks of the disk stand in the guest's pages, in numbers."""

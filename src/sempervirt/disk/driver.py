@@ -206,27 +206,28 @@ class Disk(Owner[State, SupervisionEvent, Effect]):
 
     async def status(self) -> Status:
         """The active backend's own status, asked now. Raises OutcomeUnknown."""
-        return await self._active().status()
+        return await self.active().status()
 
     async def inject_fault(self, rule: dict[str, Any] | None) -> None:
         """For tests: sets or removes the active backend's fault rule (see semper-blkd)."""
-        await self._active().inject_fault(rule)
+        await self.active().inject_fault(rule)
 
     async def block_map(self) -> BlockMap:
         """What the active backend knows of blocks in the guest's pages, in numbers."""
-        return await self._active().block_map()
+        return await self.active().block_map()
 
     async def verify_block_map(self) -> None:
         """Begins to compare every page with the disk, unless that is going on; `block_map` tells
         how far the comparison is.
         """
-        await self._active().verify_block_map()
+        await self.active().verify_block_map()
 
     def export_block_map(self, *, verify: bool) -> AsyncIterator[bytes]:
         """The map in its binary form (docs/reference/map-format.md), in pieces."""
-        return self._active().export_block_map(verify=verify)
+        return self.active().export_block_map(verify=verify)
 
-    def _active(self) -> BackendClient:
+    def active(self) -> BackendClient:
+        """What can be asked of the active backend; the next call may find another one."""
         member = self.backends.get(self.generation)
         if member is None:
             raise Unavailable(f"disk {self.name} has no active backend now: {self.reason}")
@@ -288,7 +289,7 @@ class Disk(Owner[State, SupervisionEvent, Effect]):
         """Makes the image larger while the guest runs. Raises InvalidRequest for a size that would
         cut something off, Unavailable, OutcomeUnknown.
         """
-        done = await self._active().resize(size_bytes)
+        done = await self.active().resize(size_bytes)
         self._served_bytes = done.size_bytes
         self.history.resized(done)
         await self.look_at_image()
@@ -318,7 +319,7 @@ class Disk(Owner[State, SupervisionEvent, Effect]):
         Returns whether the backend holds the image now. Raises Unavailable, also when another
         process has the image, and OutcomeUnknown.
         """
-        return await self._active().arm_release(armed=armed)
+        return await self.active().arm_release(armed=armed)
 
     def set_title(self, title: ImageTitle) -> None:
         """From now on backends are started with this title. The record stays that of the image:
@@ -341,7 +342,7 @@ class Disk(Owner[State, SupervisionEvent, Effect]):
         if self._state.active is None:
             self.thaw()
             return
-        await self._active().give_claim(title.epoch, title.claim)
+        await self.active().give_claim(title.epoch, title.claim)
 
     def retire(self) -> None:
         """Tells the active process to drain and to end; the spare takes over."""

@@ -18,7 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sempervirt.core.errors import InvalidRequest, OutcomeUnknown, SempervirtError, Unavailable
+from sempervirt.core.errors import (
+    InvalidRequest,
+    OutcomeUnknown,
+    SempervirtError,
+    StateConflict,
+    Unavailable,
+)
 from sempervirt.host.answers import Answer, AnswerT, read_answer
 from sempervirt.host.peers import require_peer
 
@@ -48,7 +54,8 @@ class ControlSocket:
     ) -> dict[str, Any]:
         """Asks one question on a connection of its own.
 
-        Raises Unavailable when nobody listens, InvalidRequest or Unavailable as the program says,
+        Raises Unavailable when nobody listens, InvalidRequest, StateConflict or Unavailable as the
+        program says,
         OutcomeUnknown when another process listens, or the program was asked and gave no answer
         that has a meaning.
         """
@@ -130,4 +137,10 @@ class ControlSocket:
 
 
 def _error(kind: str, text: str) -> SempervirtError:
-    return InvalidRequest(text) if kind == "invalid" else Unavailable(text)
+    match kind:
+        case "invalid":
+            return InvalidRequest(text)
+        case "full" | "pinned":
+            return StateConflict(text)
+        case _:
+            return Unavailable(text)

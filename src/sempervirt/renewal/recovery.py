@@ -35,7 +35,15 @@ from sempervirt.renewal.save import ports as save_ports
 from sempervirt.renewal.save.driver import SaveDriver
 from sempervirt.vm.config import AgentConfig
 from sempervirt.vm.ledger import Ledger
-from sempervirt.vm.work import Arriving, Departing, Rescuing, Restarting, Restoring, Saving
+from sempervirt.vm.work import (
+    Arriving,
+    Departing,
+    Rescuing,
+    Restarting,
+    Restoring,
+    Saving,
+    Snapshotting,
+)
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +83,8 @@ async def recover(config: AgentConfig, ledger: Ledger) -> None:
         case Rescuing():
             await _run_on(LeftQemu(ledger, files), ledger, resume=work.resume)
             return
+        case Snapshotting():
+            return  # `snapshot.Thawing`, which takes as long as a guest likes
         case Departing() | Arriving():
             return  # `migration` goes on with these
         case _:

@@ -11,6 +11,7 @@
            | {"kind": "saving", "resume": true, "saved": false}
            | {"kind": "restoring", "loaded": false, "resume": false}
            | {"kind": "rescuing", "disk": "root", "resume": true}
+           | {"kind": "snapshotting", "frozen": true}
            | {"kind": "departing", "id": "…", "destination": "b", "address": "10.0.0.2:7443",
               "phase": "precopy", "mode": "precopy", "running": true}
            | {"kind": "arriving", "id": "…", "source": "a", "phase": "promised", "running": true,

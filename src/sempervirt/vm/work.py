@@ -11,6 +11,7 @@ An agent that begins anew reads the record, and what kind of work it was says ho
 - `Restoring`: the memory is not there and never will be: QEMU is ended; once `loaded`, the guest
   goes on.
 - `Rescuing`: the guest was paused for a copy of a disk, and goes on.
+- `Snapshotting`: the guest's file systems may be frozen, and are thawed.
 - `Departing`, `Arriving`: the machines of the migration go on from the phase.
 """
 
@@ -74,6 +75,14 @@ class Rescuing:
 
 
 @dataclass(frozen=True)
+class Snapshotting:
+    """A snapshot of the disks is being taken. `frozen`: the guest's file systems may be frozen."""
+
+    frozen: bool = False
+    kind: Literal["snapshotting"] = "snapshotting"
+
+
+@dataclass(frozen=True)
 class Departing:
     """A migration away, in `phase`. `address` is that of the destination's
     agent, "HOST:PORT"; `running`: the guest was not paused.
@@ -109,7 +118,8 @@ class Arriving:
 
 
 Work = Annotated[
-    Restarting | Saving | Restoring | Rescuing | Departing | Arriving, Field(discriminator="kind")
+    Restarting | Saving | Restoring | Rescuing | Snapshotting | Departing | Arriving,
+    Field(discriminator="kind"),
 ]
 
 
@@ -124,6 +134,8 @@ def in_words(work: Work) -> str:
             return "its restoration"
         case Rescuing():
             return f"a copy of its disk {work.disk}"
+        case Snapshotting():
+            return "a snapshot of its disks"
         case Departing():
             return f"its migration to {work.destination}"
         case Arriving():

@@ -1,0 +1,173 @@
+"""`semper disk snapshot`, `snapshots`, `merge` and `unpin`: the layers of a disk."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from sempervirt.api.client import Client
+from sempervirt.api.schemas import LayersView, LayerView
+from sempervirt.cli.arguments import DiskName, VmName
+from sempervirt.cli.output import Output, OutputOption, ago, err, listing, out, print_json
+from sempervirt.cli.session import ask_agent
+from sempervirt.core.errors import InvalidRequest, Unavailable
+from sempervirt.core.sizes import format_size, parse_size
+from sempervirt.disk.answers import LayerState
+from sempervirt.renewal.snapshot import Consistency, Freezing
+
+POLL_S = 0.2
+
+_WHAT = {
+    LayerState.OPENED: "being taken",
+    LayerState.SEALED: "there",
+    LayerState.LAPSED: "unwanted",
+    LayerState.MERGING: "being merged",
+}
+_WORTH = {
+    Consistency.FILE_SYSTEMS: "the guest's file systems were frozen",
+    Consistency.CRASH: "as after a power failure",
+}
+
+
+def snapshot(
+    name: VmName,
+    disk: Annotated[
+        list[str] | None,
+        typer.Option(metavar="DISK", help="Only this disk of the VM; may be repeated."),
+    ] = None,
+    freeze: Annotated[
+        bool | None,
+        typer.Option(
+            "--freeze/--no-freeze",
+            help="Freeze the guest's file systems for the moment, or take no snapshot; or never. "
+            "By default they are frozen where the guest's agent answers.",
+        ),
+    ] = None,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Take a snapshot of a running VM's disks, all at one instant.
+
+    The guest goes on writing, into a layer above what is in the snapshot. It is frozen for at most
+    two seconds, which needs qemu-guest-agent in the guest and the channel org.qemu.guest_agent.0 in
+    the VM file. A disk has at most four layers: give the oldest up with semper disk merge.
+    """
+    freezing = {None: Freezing.AUTO, True: Freezing.REQUIRED, False: Freezing.NEVER}[freeze]
+    with err.status(f"taking a snapshot of {name} …"):
+        view = ask_agent(lambda client: client.snapshot_vm(name, disk or [], freezing))
+    if output is Output.JSON:
+        print_json(view)
+        return
+    table = listing("disk", "snapshot", "paused")
+    for one in view.disks:
+        table.add_row(one.disk, str(one.snapshot), f"{one.pause_ms:.1f} ms")
+    out.print(table)
+    frozen = "" if view.frozen_ms is None else f", for {view.frozen_ms:.0f} ms"
+    why = f": {view.reason}" if view.reason else frozen
+    out.print(f"consistent: {_WORTH[view.consistency]}{why}", soft_wrap=True)
+
+
+def snapshots(name: DiskName, output: OutputOption = Output.TABLE) -> None:
+    """Show the snapshots of a disk, and who reads them.
+
+    A snapshot has the number of the layer that takes the writes after it; IN LAYER is how much was
+    written since, until the next snapshot.
+    """
+    view = ask_agent(lambda client: client.layers(name))
+    _show(view, output)
+
+
+def merge(
+    name: DiskName,
+    through: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Give up snapshot N and all before it. Without it only what nobody wants goes.",
+        ),
+    ] = None,
+    rate: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Copy at most so much a second.")
+    ] = None,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="Do not wait for the end of the merge.")
+    ] = False,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Give snapshots of a disk up, and merge their layers into the image while the guest runs."""
+    try:
+        rate_bytes = None if rate is None else parse_size(rate)
+    except ValueError as error:
+        raise InvalidRequest(str(error)) from error
+
+    async def merged(client: Client) -> LayersView:
+        view = await client.merge_layers(name, through, rate_bytes)
+        return view if detach else await _followed(client, view)
+
+    _show(ask_agent(merged), output)
+
+
+def unpin(
+    name: DiskName,
+    snapshot: Annotated[int, typer.Argument(metavar="N", help="The snapshot.")],
+    reader: Annotated[str, typer.Option(help="Who read it; see semper disk snapshots.")],
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Forget a reader of a snapshot that died, so that the snapshot can be merged.
+
+    A reader that lives on reads wrong data when its snapshot is merged: be sure that it is dead.
+    """
+    _show(ask_agent(lambda client: client.unpin_snapshot(name, snapshot, reader)), output)
+
+
+async def _followed(client: Client, view: LayersView) -> LayersView:
+    """Shows how far the merge is, until it is over. Raises Unavailable."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=err, transient=True) as progress:
+        shown = progress.add_task(f"merging {view.disk}", total=None)
+        while view.task is not None:
+            progress.update(
+                shown,
+                description=f"merging layer {view.task.layer} of {view.disk} ({view.task.step})",
+                completed=view.task.done_bytes,
+                total=view.task.total_bytes or None,
+            )
+            await asyncio.sleep(POLL_S)
+            view = await client.layers(view.disk)
+    if view.last_error is not None:
+        raise Unavailable(
+            f"the merge of {view.disk} ended early: {view.last_error}",
+            remedy=f"mend that, and merge again: semper disk merge {view.disk}",
+        )
+    return view
+
+
+def _show(view: LayersView, output: Output) -> None:
+    if output is Output.JSON:
+        print_json(view)
+        return
+    if not view.layers:
+        out.print(f"{view.disk} has no snapshots")
+        return
+    table = listing("snapshot", "is", "taken", "consistent", "in layer", "read by")
+    for layer in view.layers:
+        readers = ", ".join(pin.reader for pin in view.pins if pin.snapshot == layer.id)
+        table.add_row(
+            str(layer.id),
+            _WHAT[layer.state],
+            f"{ago(layer.time)} ago",
+            _worth(layer),
+            format_size(layer.data_bytes),
+            readers or "-",
+        )
+    out.print(table)
+    if view.kept:
+        out.print(f"{view.kept} merged layers are kept for their readers", style="yellow")
+    if view.last_error:
+        out.print(f"last failure: {view.last_error}", style="yellow", soft_wrap=True)
+
+
+def _worth(layer: LayerView) -> str:
+    return "file systems" if layer.frozen else "crash"
