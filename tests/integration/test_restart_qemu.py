@@ -45,6 +45,7 @@ async def test_a_guest_with_disk_and_network_goes_on_in_a_new_qemu(
     probe = await ProbeClient.connect(vm.channel_path("probe"))
     await probe.wait_hello()
     nonce, pids, blackouts, silences = probe.nonce, {vm.pid}, [], []
+    generation = await vm.machine.execute("query-vm-generation-id")
     device = (await probe.list_devices())[0].name
     await probe.write_start(device, writers=4)
     await probe.heartbeat_start(interval_ms=5)
@@ -55,6 +56,7 @@ async def test_a_guest_with_disk_and_network_goes_on_in_a_new_qemu(
         assert vm.pid == done.pid
         assert done.pid not in pids
         pids.add(done.pid)
+        assert await vm.machine.execute("query-vm-generation-id") == generation
         blackouts.append(done.blackout_ms)
         await probe.close()
         probe = await ProbeClient.connect(vm.channel_path("probe"))

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from sempervirt.agent import Agent, AgentConfig
+from sempervirt.agent import Agent, AgentConfig, Vm
 from sempervirt.core.errors import (
     InvalidRequest,
     RollbackFailed,
@@ -40,12 +40,21 @@ RESTORES = int(os.environ.get("SEMPERVIRT_RESTORES", "2"))
 RESTORE_MAX_S = float(os.environ.get("SEMPERVIRT_RESTORE_MAX_S", "10"))
 
 
+async def identity(vm: Vm) -> str:
+    return str((await vm.machine.execute("query-uuid"))["UUID"])
+
+
+async def generation(vm: Vm) -> str:
+    return str((await vm.machine.execute("query-vm-generation-id"))["guid"])
+
+
 @pytest.mark.guest
 async def test_a_guest_goes_on_where_it_was_saved_and_once_more_as_a_clone(
     agent: Agent, guest_spec: Spec, place: Path
 ) -> None:
     vm = await agent.run_vm(guest_spec().model_copy(update={"nics": (NicSpec(),)}))
     address = vm.spec.mac(0)
+    uuid, generations = await identity(vm), {await generation(vm)}
     file = place / "web.saved"
     async with await ProbeClient.connect(vm.channel_path("probe")) as probe:
         await probe.wait_hello()
@@ -68,6 +77,10 @@ async def test_a_guest_goes_on_where_it_was_saved_and_once_more_as_a_clone(
         twin = name == "twin"
         vm = await (agent.clone_vm(file, place, Changes(name)) if twin else agent.restore_vm(file))
         assert vm.spec.mac(0) == address
+        # The same machine, whose guest is told that it goes on a second time.
+        assert await identity(vm) == uuid
+        assert await generation(vm) not in generations
+        generations.add(await generation(vm))
         async with await ProbeClient.connect(vm.channel_path("probe")) as probe:
             await probe.wait_hello()
             echo_s = time.monotonic() - began

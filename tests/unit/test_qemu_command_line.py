@@ -167,11 +167,26 @@ def test_what_is_optional_is_left_out_where_it_is_missing() -> None:
         ({"disk_properties": frozenset()}, "vhost-user-blk-pci"),
         ({"chardev_options": frozenset({"path"})}, "cannot reconnect"),
         ({"netdevs": frozenset({"user"})}, "network of type tap"),
+        ({}, "device vmgenid"),
     ],
 )
 def test_what_is_needed_and_missing_is_named(lacking: dict[str, Any], message: str) -> None:
     with pytest.raises(Unavailable, match=message):
-        command(spec(), replace(FEATURES, **lacking))
+        command(spec().begun(generations=True), replace(FEATURES, **lacking))
+
+
+def test_a_machine_keeps_its_uuid_and_has_a_generation_of_its_own() -> None:
+    one, again = (spec().begun(generations=True) for _ in range(2))
+    assert one.uuid == again.uuid
+    assert one.generation_id != again.generation_id
+    assert one.begun(generations=False).generation_id is None
+    argv = command(one, replace(FEATURES, devices=frozenset({"vmgenid"})))
+    assert argv[argv.index("-uuid") + 1] == str(one.uuid)
+    assert f"vmgenid,guid={one.generation_id},id=generation" in argv
+    chosen = VmSpec.model_validate({"name": "a", "uuid": "12345678-9abc-4def-8123-456789abcdef"})
+    assert chosen.begun(generations=True).uuid == chosen.uuid
+    other = VmSpec(name="other").begun(generations=True)
+    assert other.uuid != one.uuid
 
 
 def test_a_machine_that_qemu_lacks() -> None:

@@ -89,6 +89,8 @@ def build(
     argv += ["-accel", "tcg,thread=multi" if accel == "tcg" else accel]
     argv += ["-cpu", spec.cpu or ("host" if accel == "kvm" else "max")]
     argv += ["-smp", str(spec.vcpus), "-m", f"{size_mib}M"]
+    if spec.uuid is not None:
+        argv += ["-uuid", str(spec.uuid)]
     # Shared, because the backends read and write the guest's memory directly.
     memory = f"memory-backend-file,id=memory,size={size_mib}M,share=on"
     argv += ["-object", f"{memory},mem-path=/proc/self/fd/{memory_fd}"]
@@ -115,6 +117,8 @@ def build(
         argv += ["-device", "virtio-rng-pci"]
     if "pvpanic" in features.devices:
         argv += ["-device", "pvpanic"]
+    if spec.generation_id is not None:
+        argv += ["-device", f"vmgenid,guid={spec.generation_id},id=generation"]
     if incoming is not None:
         argv += ["-S", "-incoming", "defer"]
     return argv
@@ -132,6 +136,8 @@ def _require(spec: VmSpec, features: Features, machine: str) -> None:
     for nic in spec.nics:
         if nic.type not in features.netdevs:
             raise Unavailable(f"this QEMU has no network of type {nic.type}", remedy=remedy)
+    if spec.generation_id is not None and "vmgenid" not in features.devices:
+        raise Unavailable("this QEMU has no device vmgenid, and the guest has one", remedy=remedy)
     _require_slots(spec, features)
 
 

@@ -6,6 +6,7 @@ import hashlib
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from uuid import UUID, uuid4, uuid5
 
 from pydantic import (
     AfterValidator,
@@ -29,6 +30,8 @@ _MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}", re.IGNORECASE)
 # The kernel's IFNAMSIZ, less the NUL.
 _INTERFACE = re.compile(r"[^\s/:]{1,15}")
 _CHANNEL = re.compile(r"[A-Za-z0-9._-]{1,60}")
+# What UUIDs of machines are derived in: any one that never changes.
+_MACHINES = UUID("7f0a5c3e-9d51-4f7e-8f0c-5e3b1c9a2d64")
 RESERVED_CHANNELS = ("qmp", "console", "agent")
 # The name that qemu-ga looks for in the guest; libvirt gives the port the same.
 GUEST_AGENT_CHANNEL = "org.qemu.guest_agent.0"
@@ -217,6 +220,15 @@ class VmSpec(_Table):
         default=None,
         description="template of the firmware's variables; each VM has its own copy",
     )
+    uuid: UUID | None = Field(
+        default=None,
+        description="the machine's UUID, by default derived from the name",
+    )
+    generation_id: UUID | None = Field(
+        default=None,
+        description="changes when the guest sees a time twice, so that it draws new random "
+        "numbers; chosen at each start",
+    )
     on_crash: Literal["poweroff", "pause"] = Field(
         default="pause", description="when the guest reports a panic"
     )
@@ -269,6 +281,17 @@ class VmSpec(_Table):
             if disk.name == name:
                 return disk
         raise KeyError(name)
+
+    def begun(self, *, generations: bool) -> VmSpec:
+        """The VM with its identity: the UUID that is given or derived from the name, and with
+        `generations` a generation ID that no VM has had.
+        """
+        return self.model_copy(
+            update={
+                "uuid": self.uuid or uuid5(_MACHINES, self.name),
+                "generation_id": uuid4() if generations else None,
+            }
+        )
 
     def mac(self, index: int) -> str:
         """The address of a card: as given, or derived, so that it is the same each time."""

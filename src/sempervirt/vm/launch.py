@@ -84,6 +84,8 @@ async def launch(
     left running then. Raises RollbackFailed when a backend does not end: the VM must not be started
     again before that backend has ended.
     """
+    if beginning.work is None:
+        spec = spec.begun(generations="vmgenid" in facts.features.devices)
     files = VmFiles(config.vm_run_dir(spec.name))
     files.prepare(spec)
     if spec.firmware_vars is not None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from pydantic import ValidationError
 
@@ -95,6 +96,8 @@ def _changed(spec: VmSpec, changes: Changes) -> dict[str, Any]:
         nic["tap"] = changes.taps.get(nic["tap"], nic["tap"])
         if changes.new_macs:
             nic["mac"] = None
+    if spec.generation_id is not None:
+        changed["generation_id"] = str(uuid4())  # the guest sees the time since the save again
     return changed
 
 
