@@ -44,6 +44,8 @@ pub(crate) struct Status {
     pub write_cache: &'static str,
     /// A flush has failed, and so does every one from then on.
     pub flush_failed: bool,
+    /// What this process can still ask of the kernel.
+    pub walls: semper_walls::Standing,
     pub timeline_ns: Timeline,
     pub queues: Vec<Queue>,
     pub counters: Counters,

@@ -30,6 +30,7 @@ use std::time::Duration;
 use semper_block::{FaultRule, FaultSwitch};
 use semper_control::Answer;
 use semper_epoch::{Claim, Id};
+use semper_walls::Standing;
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -59,6 +60,7 @@ pub(crate) struct Control {
     pub faults: FaultSwitch,
     pub engine: &'static str,
     pub session: Arc<Session>,
+    pub walls: Standing,
 }
 
 #[derive(Deserialize)]
@@ -277,6 +279,7 @@ impl Control {
             inflight: shared.tracked.load(Ordering::Relaxed),
             write_cache: if write_through { "write-through" } else { "write-back" },
             flush_failed: shared.flushes.has_failed(),
+            walls: self.walls.clone(),
             timeline_ns: timeline(&shared.timeline),
             queues,
             counters: Counters {

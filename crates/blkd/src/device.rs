@@ -31,7 +31,7 @@ use crate::dirty_log::{DirtyBitmap, DirtyLog};
 use crate::eventfd::EventFd;
 use crate::failure::Failure;
 use crate::inflight_map::{self, InflightMap, Shape};
-use crate::postcopy::{Arrival, Userfault};
+use crate::postcopy::{Arrival, PageFaults};
 use crate::queue::{Disk, QueueSetup};
 use crate::state::Phase;
 use crate::tenure::{Patience, Standing};
@@ -61,12 +61,14 @@ struct Vring {
 }
 
 /// What not every backend offers.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Default)]
 pub(crate) struct Offer {
     /// In-flight tracking; off only to show what happens without it.
     pub track: bool,
     /// To be there before the guest's memory is (postcopy).
     pub page_faults: bool,
+    /// For the process at which it begins; others see its end.
+    pub prepared: Option<PageFaults>,
 }
 
 /// The device, for one front end at a time.
@@ -729,10 +731,8 @@ impl VhostUserBackendReqHandlerMut for Device {
     }
 
     fn postcopy_advice(&mut self) -> Result<File> {
-        if !self.offer.page_faults {
-            return Err(unsupported());
-        }
-        let opened = Userfault::open().and_then(|faults| Ok((faults.share()?, faults)));
+        let Some(faults) = &self.offer.prepared else { return Err(unsupported()) };
+        let opened = faults.open().and_then(|faults| Ok((faults.share()?, faults)));
         let (theirs, faults) = opened
             .inspect_err(|error| log::error!("no postcopy error=\"{error}\""))
             .map_err(Error::ReqHandlerError)?;

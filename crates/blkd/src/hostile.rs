@@ -123,7 +123,7 @@ impl Target {
         let shared = Arc::clone(&self.disk.shared);
         let map = ThreadMap::round_robin(shared.queues.len() as u16, threads as u16);
         let threads = Threads::new(shared, map, spawn).expect("the target's threads");
-        let offer = Offer { track: true, page_faults: false };
+        let offer = Offer { track: true, page_faults: false, prepared: None };
         Arc::new(Mutex::new(Device::new(Arc::clone(&self.disk), threads, offer)))
     }
 
@@ -140,6 +140,7 @@ impl Target {
             faults: FaultSwitch::default(),
             engine: "null",
             session: Arc::default(),
+            walls: semper_walls::Standing::default(),
         };
         control.answer(line).line.to_string()
     }

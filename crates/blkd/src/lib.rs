@@ -50,6 +50,7 @@ mod tenure;
 mod threads;
 mod title;
 mod urgency;
+mod walls;
 mod worker;
 
 use std::process::ExitCode;

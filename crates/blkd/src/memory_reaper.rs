@@ -6,7 +6,8 @@
 //! was touched, all of it part of the stall that the guest sees. But the page tables belong to
 //! whoever shares them last. So a second process shares them from the start (clone(2), CLONE_VM).
 //! It has no files, runs no code but a wait for the end of this one, and then ends as well: the
-//! lock is free at once, and the memory is taken apart behind the guest's back.
+//! lock is free at once, and the memory is taken apart behind the guest's back. Whoever gets hold of
+//! the first could write into the second, so that one may ask the kernel for nothing else.
 //!
 //! The lock still means what it did. A thread that copies or is in a system call keeps its own
 //! reference to the locked file until it is gone, and requests of io_uring keep theirs; the second
@@ -72,6 +73,9 @@ extern "C" fn wait_for_the_end(end: *mut libc::c_void) -> libc::c_int {
     let end = end.addr() as libc::c_int;
     // SAFETY: system calls on descriptors of this process' own table, and on a local variable.
     unsafe {
+        // Before anybody speaks with the other process. (If it cannot be had, neither can the filter
+        // of that process, which says so.)
+        let _ = semper_walls::refuse_all_but_the_end();
         // Whoever waits for the other end of a pipe or socket must not wait for us.
         libc::syscall(libc::SYS_close_range, 0, end - 1, 0);
         libc::syscall(libc::SYS_close_range, end + 1, libc::c_uint::MAX, 0);

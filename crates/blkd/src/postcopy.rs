@@ -124,27 +124,62 @@ impl Stage {
     }
 }
 
+/// Where a descriptor for page faults comes from behind walls, which leave no system call for it.
+///
+/// The device is kept rather than a descriptor, because that one would belong to the memory of this
+/// process: at its death the kernel waits for whoever looks at the memory, and closes the image
+/// only then. Before Linux 6.1 there is no such device.
+pub(crate) enum PageFaults {
+    Device(File),
+    Opened(Userfault),
+}
+
+impl PageFaults {
+    /// To be called before the walls are raised.
+    ///
+    /// # Errors
+    /// The kernel's; `EPERM` without CAP_SYS_PTRACE and without access to /dev/userfaultfd.
+    pub(crate) fn prepare() -> io::Result<Self> {
+        let device = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_CLOEXEC)
+            .open("/dev/userfaultfd");
+        if let Ok(device) = device {
+            let this = Self::Device(device);
+            // Whether it is of use shall be known now.
+            return this.open().map(|_| this);
+        }
+        // SAFETY: no memory is passed.
+        Userfault::made_by(|flags| unsafe {
+            libc::syscall(libc::SYS_userfaultfd, flags) as libc::c_int
+        })
+        .map(Self::Opened)
+    }
+
+    /// One for the postcopy that begins.
+    ///
+    /// # Errors
+    /// The kernel's, or the process has no descriptor left.
+    pub(crate) fn open(&self) -> io::Result<Userfault> {
+        match self {
+            // SAFETY: no memory is passed.
+            Self::Device(device) => Userfault::made_by(|flags| unsafe {
+                libc::ioctl(device.as_raw_fd(), USERFAULTFD_IOC_NEW, flags)
+            }),
+            Self::Opened(userfault) => userfault.share().map(Userfault),
+        }
+    }
+}
+
 /// A descriptor from which the front end reads our faults.
 pub(crate) struct Userfault(File);
 
 impl Userfault {
-    /// Opens one that also tells of the kernel's faults: most data is copied by the kernel.
-    ///
-    /// # Errors
-    /// The kernel's; `EPERM` without CAP_SYS_PTRACE and without access to /dev/userfaultfd.
-    pub(crate) fn open() -> io::Result<Self> {
-        let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
-        // SAFETY: no memory is passed.
-        let mut fd = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) } as libc::c_int;
-        if fd < 0 {
-            let device = OpenOptions::new()
-                .read(true)
-                .write(true)
-                .custom_flags(libc::O_CLOEXEC)
-                .open("/dev/userfaultfd")?;
-            // SAFETY: no memory is passed.
-            fd = unsafe { libc::ioctl(device.as_raw_fd(), USERFAULTFD_IOC_NEW, flags) };
-        }
+    /// The kernel tells on it of its own faults as well: most data is copied by the kernel. `open`
+    /// is the system call that makes the descriptor, with these flags.
+    fn made_by(open: impl FnOnce(libc::c_int) -> libc::c_int) -> io::Result<Self> {
+        let fd = open(libc::O_CLOEXEC | libc::O_NONBLOCK);
         if fd < 0 {
             return Err(io::Error::last_os_error());
         }

@@ -9,8 +9,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use semper_block::{
-    Engine, FaultEngine, FaultSwitch, Image, NowaitEngine, NullEngine, OpenOptions, SyncEngine,
-    UringEngine,
+    Engine, FaultEngine, FaultSwitch, Image, NowaitEngine, NullEngine, OpenOptions, Rings,
+    SyncEngine, UringEngine,
 };
 #[cfg(target_arch = "x86_64")]
 use semper_block::{MappedEngine, Mapping};
@@ -26,7 +26,7 @@ use crate::door::Door;
 use crate::failure::{Failure, system};
 use crate::memory_reaper;
 use crate::peers::Peers;
-use crate::postcopy::{Stage, Userfault};
+use crate::postcopy::{PageFaults, Stage};
 use crate::queue::Disk;
 use crate::request::ID_SIZE;
 use crate::session::follower::Follower;
@@ -37,6 +37,7 @@ use crate::tenure::{Patience, Standing, Tenure};
 use crate::threads::{Spawn, ThreadMap, Threads};
 use crate::title::Title;
 use crate::urgency::{self, Urgency};
+use crate::walls;
 use crate::worker::Worker;
 
 /// Serves the disk until a signal ends the process.
@@ -72,35 +73,47 @@ pub(crate) fn run(args: Args, shared: Shared) -> Result<(), Failure> {
         Standing::Opened => tenure.take(Patience::None, None)?,
         _ => {}
     }
+    let track = !args.no_inflight;
+    // Without the in-flight region the next process could not know that memory is missing.
+    let prepared = PageFaults::prepare()
+        .inspect_err(|error| {
+            log::info!("postcopy is not offered: page faults cannot be told error=\"{error}\"");
+        })
+        .ok()
+        .filter(|_| track);
+    let offer = Offer {
+        track,
+        page_faults: prepared.is_some(),
+        // No other process is there when a postcopy begins.
+        prepared: prepared.filter(|_| args.incoming),
+    };
+    let rings = rings(&args, &image)?;
+    // Before the walls, which leave no right to it.
+    let mut urgency = if args.spare { Urgency::raise() } else { Urgency::default() };
+    // No thread before: each would be without walls. No file, socket or ring by itself behind.
+    let walls = walls::raise(&args, &image);
 
     let poll = Duration::from_micros(args.poll_us.into());
     let map = disk_map(&args, &image);
     let disk = Arc::new(Disk { image, serial, shared, map, poll, tenure });
     let faults = FaultSwitch::default();
-    let track = !args.no_inflight;
-    // Without the in-flight region the next process could not know that memory is missing. One is
-    // opened again when it is asked for: at the death of a process that has one, the kernel waits
-    // for whoever looks at the process's memory, and closes the image only then.
-    let userfault = Userfault::open().map(drop);
-    if let Err(error) = &userfault {
-        log::info!("postcopy is not offered: page faults cannot be told error=\"{error}\"");
-    }
-    let offer = Offer { track, page_faults: track && userfault.is_ok() };
-    let mut urgency = if args.spare { Urgency::raise() } else { Urgency::default() };
-    let (threads, engine) = start_threads(&args, &disk, &faults)?;
+    let (threads, engine) = start_threads(&args, &disk, &faults, &rings)?;
     let device = Arc::new(Mutex::new(Device::new(Arc::clone(&disk), threads, offer)));
     let session = urgency.without(|| {
         let session =
             Arc::new(session(&args, &disk.shared).map_err(system("start the session thread"))?);
         if let Some(listener) = control_listener {
             let (device, session) = (Arc::clone(&device), Arc::clone(&session));
-            let control = Control { disk: Arc::clone(&disk), device, faults, engine, session };
+            let disk = Arc::clone(&disk);
+            let control = Control { disk, device, faults, engine, session, walls };
             semper_control::serve(listener, move |line| control.answer(line))
                 .map_err(system("start the control thread"))?;
         }
         watch_signals(&disk, &device).map_err(system("start the signal thread"))?;
         Ok(session)
     })?;
+    #[cfg(feature = "breakout")]
+    semper_walls::breakout::try_if_told();
     let mirror = Mirror::new().map_err(system("make the session"))?;
     if args.spare {
         if !session.is_on() {
@@ -238,16 +251,38 @@ fn candidates(args: &Args, image: &Image) -> Result<Vec<EngineKind>, Failure> {
     })
 }
 
+/// Rings for as many threads as there may be: later none can be made.
+fn rings(args: &Args, image: &Image) -> Result<Rings, Failure> {
+    /// More threads than this, and than there are processors, are of no use.
+    const THREADS: usize = 8;
+    let uses = |kind: &EngineKind| match kind {
+        EngineKind::Uring | EngineKind::Nowait => true,
+        #[cfg(target_arch = "x86_64")]
+        EngineKind::Mmap => !image.on_tmpfs(),
+        EngineKind::Sync | EngineKind::Null | EngineKind::Auto => false,
+    };
+    if !candidates(args, image)?.iter().any(uses) {
+        return Ok(Rings::none());
+    }
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    let most = processors.max(THREADS).min(args.num_queues.into());
+    Ok(Rings::prepare(thread_map(args)?.threads().max(most)).unwrap_or_else(|error| {
+        log::info!("io_uring is not to be had error=\"{error}\"");
+        Rings::none()
+    }))
+}
+
 fn start_threads(
     args: &Args,
     disk: &Arc<Disk>,
     faults: &FaultSwitch,
+    rings: &Rings,
 ) -> Result<(Threads, &'static str), Failure> {
     let map = thread_map(args)?;
     let mut failure = None;
     for kind in candidates(args, &disk.image)? {
         let shared = Arc::clone(&disk.shared);
-        let threads = spawner(kind, disk, faults)
+        let threads = spawner(kind, disk, faults, rings)
             .and_then(|(spawn, name)| Ok((Threads::new(shared, map.clone(), spawn)?, name)));
         match threads {
             Ok(threads) => return Ok(threads),
@@ -265,13 +300,18 @@ fn spawner(
     kind: EngineKind,
     disk: &Arc<Disk>,
     faults: &FaultSwitch,
+    rings: &Rings,
 ) -> io::Result<(Spawn, &'static str)> {
-    let fd = disk.image.fd();
+    let (fd, rings) = (disk.image.fd(), rings.clone());
     Ok(match kind {
         EngineKind::Null => (spawn_with(disk, faults, NullEngine::new), "null"),
         EngineKind::Sync => (spawn_with(disk, faults, move || SyncEngine::new(fd)), "sync"),
-        EngineKind::Nowait => (spawn_with(disk, faults, move || NowaitEngine::new(fd)), "nowait"),
-        EngineKind::Uring => (spawn_with(disk, faults, move || UringEngine::new(fd)), "uring"),
+        EngineKind::Nowait => {
+            (spawn_with(disk, faults, move || NowaitEngine::with(fd, &rings)), "nowait")
+        }
+        EngineKind::Uring => {
+            (spawn_with(disk, faults, move || UringEngine::with(fd, &rings)), "uring")
+        }
         #[cfg(target_arch = "x86_64")]
         EngineKind::Mmap => {
             let mapping = Mapping::new(&disk.image)?;
@@ -279,7 +319,7 @@ fn spawner(
                 let rest = move || SyncEngine::new(fd);
                 spawn_with(disk, faults, move || Ok(MappedEngine::new(mapping.clone(), rest()?)))
             } else {
-                let rest = move || NowaitEngine::new(fd);
+                let rest = move || NowaitEngine::with(fd, &rings);
                 spawn_with(disk, faults, move || Ok(MappedEngine::new(mapping.clone(), rest()?)))
             };
             (spawn, "mmap")

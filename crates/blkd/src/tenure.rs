@@ -28,7 +28,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use semper_block::{Image, ImageError, LockError, Name};
 use semper_epoch::Claim;
@@ -163,16 +163,10 @@ impl Tenure {
     }
 
     fn lock(&self, patience: Patience) -> Result<(), LockError> {
-        let end = match patience {
-            Patience::Unlimited => return self.image.wait_lock(),
-            Patience::None => return self.image.try_lock(),
-            Patience::For(time) => Instant::now() + time,
-        };
-        loop {
-            match self.image.try_lock() {
-                Err(_) if Instant::now() < end => std::thread::sleep(Duration::from_millis(1)),
-                decided => return decided,
-            }
+        match patience {
+            Patience::Unlimited => self.image.wait_lock(),
+            Patience::None => self.image.try_lock(),
+            Patience::For(time) => self.image.lock_within(time),
         }
     }
 

@@ -2,7 +2,7 @@
 //!
 //! [`Engine`] is the one interface; [`SyncEngine`], [`NowaitEngine`], [`UringEngine`],
 //! `MappedEngine` (x86-64) and [`NullEngine`] are behind it, and [`FaultEngine`] decorates any of
-//! them with errors and delays. An engine belongs to one thread. Front ends (vhost-user today)
+//! them with errors and delays (feature `faults`, for tests). An engine belongs to one thread. Front ends (vhost-user today)
 //! depend on the trait and never on a concrete engine.
 
 #[cfg(target_arch = "x86_64")]
@@ -20,6 +20,7 @@ mod op;
 mod partial;
 #[cfg(target_arch = "x86_64")]
 mod present;
+mod rings;
 #[cfg(target_arch = "x86_64")]
 mod search;
 mod sleeper;
@@ -36,6 +37,7 @@ pub use mapped::{MappedEngine, Mapping};
 pub use nowait::NowaitEngine;
 pub use null::NullEngine;
 pub use op::Op;
+pub use rings::Rings;
 pub use sync::SyncEngine;
 pub use uring::UringEngine;
 

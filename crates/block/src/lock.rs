@@ -107,6 +107,21 @@ impl Image {
         self.lock_for_qemu()
     }
 
+    /// As [`Image::try_lock`], but asks again for so long, whoever has it: also where this process
+    /// cannot look at others (see `semper_walls`), and so cannot tell the living from the dead.
+    ///
+    /// # Errors
+    /// [`LockError`]; nothing is held then.
+    pub fn lock_within(&self, patience: Duration) -> Result<(), LockError> {
+        let end = Instant::now() + patience;
+        loop {
+            match self.try_lock_once() {
+                Err(_) if Instant::now() < end => std::thread::sleep(Duration::from_millis(1)),
+                decided => return decided,
+            }
+        }
+    }
+
     /// As [`Image::try_lock`], but sleeps until the gate is free.
     ///
     /// # Errors

@@ -11,6 +11,7 @@ use std::os::fd::RawFd;
 use crate::engine::{Engine, Submission};
 use crate::io::Io;
 use crate::op::Op;
+use crate::rings::Rings;
 use crate::uring::UringEngine;
 
 /// preadv2 and pwritev2 with RWF_NOWAIT, and [`UringEngine`] behind them.
@@ -23,13 +24,20 @@ pub struct NowaitEngine {
 }
 
 impl NowaitEngine {
-    /// For the image open as `fd`, which the caller keeps open. Create it in the thread that uses
-    /// it.
+    /// For the image open as `fd`, which the caller keeps open.
     ///
     /// # Errors
     /// The kernel's: io_uring may be switched off.
     pub fn new(fd: RawFd) -> io::Result<Self> {
-        Ok(Self { fd, behind: UringEngine::new(fd)?, reads: true, writes: true })
+        Self::with(fd, &Rings::prepare(1)?)
+    }
+
+    /// As [`NowaitEngine::new`], with one of these rings.
+    ///
+    /// # Errors
+    /// None is left.
+    pub fn with(fd: RawFd, rings: &Rings) -> io::Result<Self> {
+        Ok(Self { fd, behind: UringEngine::with(fd, rings)?, reads: true, writes: true })
     }
 
     /// One system call; `None` if it would have to wait.

@@ -14,47 +14,32 @@
 //! each (8 to 20 ms at 250 Hz). That is right for whatever writes to the medium or to the guest's
 //! memory, and needless for a flush, which changes nothing when it comes late: so a flush goes
 //! through a file of its own, which has no lock.
-//!
-//! A ring carries out the operations that this engine uses and refuses all others: through an
-//! unrestricted one the kernel would do most of what there are system calls for, past any filter of
-//! system calls, for whoever gets hold of this process.
 
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 
-use io_uring::register::Restriction;
 use io_uring::types::Fd;
-use io_uring::{IoUring, opcode, squeue};
+use io_uring::{opcode, squeue};
 
 use crate::engine::{Engine, Submission};
 use crate::io::Io;
 use crate::op::Op;
+use crate::rings::{Ring, Rings};
 use crate::sync::fallocate_mode;
 
-const ENTRIES: u32 = 256;
-const OPERATIONS: [u8; 8] = [
-    opcode::Read::CODE,
-    opcode::Readv::CODE,
-    opcode::Write::CODE,
-    opcode::Writev::CODE,
-    opcode::Fsync::CODE,
-    opcode::Fallocate::CODE,
-    opcode::PollAdd::CODE,
-    opcode::PollRemove::CODE,
-];
 const ENTER_GETEVENTS: u32 = 1;
 /// Tokens of wakers have the top bit; the descriptor is below it.
 const WAKER: u64 = 1 << 63;
 /// Completions of our own cancel requests.
 const IGNORED: u64 = u64::MAX;
 
-/// io_uring with one issuer. Create it in the thread that uses it.
+/// io_uring, used by one thread at a time.
 pub struct UringEngine {
     image: Fd,
     /// The image opened once more, for flushes.
     flushed: File,
-    ring: IoUring,
+    ring: Ring,
     in_flight: usize,
     /// Wakers whose poll ended and must be armed again.
     rearm: Vec<RawFd>,
@@ -65,11 +50,19 @@ impl UringEngine {
     /// For the image open as `fd`, which the caller keeps open.
     ///
     /// # Errors
-    /// The kernel's: io_uring may be switched off, or memory locked.
+    /// The kernel's: io_uring may be switched off.
     pub fn new(fd: RawFd) -> io::Result<Self> {
+        Self::with(fd, &Rings::prepare(1)?)
+    }
+
+    /// As [`UringEngine::new`], with one of these rings.
+    ///
+    /// # Errors
+    /// None is left; or the image cannot be opened once more.
+    pub fn with(fd: RawFd, rings: &Rings) -> io::Result<Self> {
         // Not for writing: fdatasync needs no right to it.
         let flushed = File::open(format!("/proc/self/fd/{fd}"))?;
-        let (image, ring) = (Fd(fd), make()?);
+        let (image, ring) = (Fd(fd), rings.lend()?);
         Ok(Self { image, flushed, ring, in_flight: 0, rearm: Vec::new(), wakers: Vec::new() })
     }
 
@@ -213,42 +206,4 @@ impl Engine for UringEngine {
 /// One transfer's bound in the kernel (MAX_RW_COUNT, page-aligned); the rest is submitted again.
 fn bounded(len: usize) -> u32 {
     len.min(0x7fff_f000) as u32
-}
-
-/// A ring for the calling thread, restricted before it is switched on.
-fn make() -> io::Result<IoUring> {
-    let ring = IoUring::builder()
-        .setup_r_disabled()
-        .setup_single_issuer()
-        .setup_coop_taskrun()
-        .setup_cqsize(4 * ENTRIES)
-        .build(ENTRIES)
-        // Kernels before 6.1 do not know some of these.
-        .or_else(|_| {
-            IoUring::builder().setup_r_disabled().setup_cqsize(4 * ENTRIES).build(ENTRIES)
-        })?;
-    ring.submitter().register_restrictions(&mut OPERATIONS.map(Restriction::sqe_op))?;
-    ring.submitter().register_enable_rings()?;
-    Ok(ring)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// What comes of opening a file by this ring.
-    fn open_by(ring: &mut IoUring) -> i32 {
-        let path = c"/etc/hostname";
-        let entry = opcode::OpenAt::new(Fd(libc::AT_FDCWD), path.as_ptr()).build();
-        // SAFETY: the path is a constant.
-        unsafe { ring.submission().push(&entry) }.unwrap();
-        ring.submit_and_wait(1).unwrap();
-        ring.completion().next().unwrap().result()
-    }
-
-    #[test]
-    fn a_ring_opens_no_file() {
-        assert_eq!(open_by(&mut make().unwrap()), -libc::EACCES);
-        assert!(open_by(&mut IoUring::new(8).unwrap()) >= 0, "the control opens it");
-    }
 }

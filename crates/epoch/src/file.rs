@@ -99,6 +99,18 @@ pub fn confirm(path: &Path, claim: Claim) -> Result<Option<Record>, Denied> {
     Ok(Some(record))
 }
 
+/// Has the file be there, empty if nobody has claimed the image yet: for a process that can make none
+/// later.
+///
+/// # Errors
+/// The system's.
+pub fn make(path: &Path) -> io::Result<()> {
+    match options().write(true).create_new(true).open(path) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
+        _ => Ok(()),
+    }
+}
+
 /// Lets a claim write the image, or not. What has to be on record is on the medium at its return,
 /// whoever wrote it: that process may have died before it flushed.
 ///

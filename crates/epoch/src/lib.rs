@@ -8,6 +8,6 @@ pub mod file;
 pub mod record;
 
 pub use crate::file::{
-    Denied, admit, admit_confirmed, check_unclaimed, confirm, read, record_path, release,
+    Denied, admit, admit_confirmed, check_unclaimed, confirm, make, read, record_path, release,
 };
 pub use crate::record::{Admission, Claim, Holder, Id, Record};

@@ -4,6 +4,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Mutex;
@@ -16,6 +17,7 @@ use semper_saved::image::Image;
 use semper_saved::restore::Saved;
 use semper_saved::save::{Order, save};
 use semper_saved::{Error, Progress};
+use semper_walls::{Access, Standing, Walls};
 use serde::Serialize;
 use serde_json::json;
 
@@ -75,11 +77,69 @@ fn named(text: &str) -> Result<(String, PathBuf), String> {
 }
 
 fn main() -> ExitCode {
-    let command = Args::parse().command;
+    let mut command = Args::parse().command;
     if !matches!(command, Command::Show { .. }) {
         hurry();
     }
-    Program("semper-saved").end(run(command))
+    // Which processors there are cannot be read behind walls.
+    let threads = threads();
+    let memory = own_memory(&mut command);
+    raise_walls(&command, memory.as_ref());
+    #[cfg(feature = "breakout")]
+    semper_walls::breakout::try_if_told();
+    PROGRAM.end(run(command, threads))
+}
+
+const PROGRAM: Program = Program("semper-saved");
+
+/// The memory may be another process's to name (/proc/PID/fd/N), which nobody can do behind walls: it
+/// is opened before them, and then called by a descriptor of this process. What cannot be opened is
+/// told when it is to be used.
+fn own_memory(command: &mut Command) -> Option<File> {
+    let (path, write) = match command {
+        Command::Save { memory, .. } => (memory, false),
+        Command::Restore { memory, .. } => (memory, true),
+        Command::Show { .. } => return None,
+    };
+    let file = OpenOptions::new().read(true).write(write).open(&path).ok()?;
+    *path = format!("/proc/self/fd/{}", file.as_raw_fd()).into();
+    Some(file)
+}
+
+/// What is opened from now on, as the command line has it. What a saved state says is read behind
+/// walls; but it names the disks, so that files can still be read until these are open.
+fn raise_walls(command: &Command, memory: Option<&File>) {
+    let mut walls = Walls::new(semper_walls::Program::Saved);
+    let folder = |path: &Path| {
+        let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+        parent.unwrap_or(Path::new(".")).to_owned()
+    };
+    match command {
+        Command::Save { state, vm, image, output, .. } => {
+            for path in [state, vm].into_iter().chain(image.iter().map(|(_, path)| path)) {
+                walls = walls.path(path, Access::Read);
+            }
+            walls = walls.path(&folder(output), Access::Keep);
+        }
+        Command::Restore { state, .. } => {
+            walls = walls
+                .path(Path::new("/"), Access::Read)
+                .any_owner()
+                .path(&folder(state), Access::Keep);
+        }
+        Command::Show { file } => walls = walls.path(file, Access::Read),
+    }
+    if let Some(memory) = memory {
+        walls = walls.file(memory, Access::Write);
+    }
+    warn(&walls.raise());
+}
+
+/// On stderr, where the agent keeps it.
+fn warn(standing: &Standing) {
+    if !standing.missing.is_empty() {
+        eprintln!("{}: walls are missing: {}", PROGRAM.0, standing.missing);
+    }
 }
 
 /// A guest stands still until this is done: goes before others, where that may be decided. Where
@@ -120,7 +180,7 @@ fn say(value: &impl Serialize) {
     let _ = writeln!(std::io::stdout().lock(), "{}", json!(value));
 }
 
-fn run(command: Command) -> Result<(), Error> {
+fn run(command: Command, threads: usize) -> Result<(), Error> {
     match command {
         Command::Save { memory, state, vm, image, output } => {
             let vm = fs::read(&vm).map_err(Error::io("read the description"))?;
@@ -139,11 +199,13 @@ fn run(command: Command) -> Result<(), Error> {
                 vm,
                 images: &images,
                 output: &output,
-                threads: threads(),
+                threads,
             };
             say(&save(&order, progress)?);
         }
-        Command::Restore { file, memory, state, image } => restore(&file, &memory, &state, &image)?,
+        Command::Restore { file, memory, state, image } => {
+            restore(&file, &memory, &state, &image, threads)?
+        }
         Command::Show { file } => {
             let saved = Saved::open(&file)?;
             let size = fs::metadata(&file).map_or(0, |data| data.len());
@@ -163,6 +225,7 @@ fn restore(
     memory: &Path,
     state: &Path,
     others: &[(String, PathBuf)],
+    threads: usize,
 ) -> Result<(), Error> {
     let saved = Saved::open(file)?;
     let mut images = Vec::new();
@@ -182,8 +245,10 @@ fn restore(
             saved.header.memory
         )));
     }
+    // Everything is open.
+    warn(&Walls::new(semper_walls::Program::Saved).narrow());
     let reporter = Reporter::new(size);
-    saved.unpack(&target, &images, threads(), &|done| reporter.report(done))?;
+    saved.unpack(&target, &images, threads, &|done| reporter.report(done))?;
     say(&Restored { memory: size });
     Ok(())
 }

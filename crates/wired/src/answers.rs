@@ -43,6 +43,8 @@ pub(crate) struct Status {
     pub passes_through: Option<&'static str>,
     /// Why the end has failed.
     pub error: Option<String>,
+    /// What this process can still ask of the kernel.
+    pub walls: semper_walls::Standing,
 }
 
 impl fmt::Display for Status {

@@ -32,6 +32,7 @@ use crate::progress::{Phase, Progress};
 use crate::reader::DiskReader;
 use crate::tls::Identity;
 use crate::touched::Touched;
+use crate::walls;
 
 /// What is to be told to the source.
 #[derive(Default)]
@@ -66,6 +67,10 @@ enum Ended {
 
 /// Carries one migration.
 pub(crate) fn run(args: &DestinationArgs, progress: &Arc<Progress>) -> Result<(), Failure> {
+    let listener = TcpListener::bind(args.listen).map_err(Failure::system("listen"))?;
+    progress.walls(walls::raise(&args.end, None, None));
+    #[cfg(feature = "breakout")]
+    semper_walls::breakout::try_if_told();
     if let Some(path) = &args.end.control_socket {
         control::spawn(path, progress)?;
     }
@@ -73,7 +78,6 @@ pub(crate) fn run(args: &DestinationArgs, progress: &Arc<Progress>) -> Result<()
     let config = identity.server()?;
     // What cannot be opened shall be known now, not when the VM has left.
     args.end.disks.iter().try_for_each(|disk| Disk::open(disk).map(drop))?;
-    let listener = TcpListener::bind(args.listen).map_err(Failure::system("listen"))?;
     let address = listener.local_addr().map_err(Failure::system("listen"))?;
     progress.listening(address);
     log::info!("destination listens address={address}");

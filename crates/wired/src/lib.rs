@@ -31,6 +31,7 @@ mod tls;
 mod touched;
 #[cfg(feature = "unsafe-no-verify")]
 mod trial;
+mod walls;
 
 use std::process::ExitCode;
 use std::sync::Arc;

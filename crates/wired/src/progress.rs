@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use semper_walls::Standing;
 use semper_wire::{Counters, Judged};
 
 use crate::answers::Status;
@@ -50,6 +51,7 @@ struct Told {
     peer: String,
     lost: Option<&'static str>,
     failure: Option<String>,
+    walls: Standing,
 }
 
 /// One for each process.
@@ -75,6 +77,7 @@ impl Progress {
             peer: String::new(),
             lost: None,
             failure: None,
+            walls: Standing::default(),
         };
         Self {
             end,
@@ -103,6 +106,10 @@ impl Progress {
 
     pub(crate) fn listening(&self, address: SocketAddr) {
         self.told().address = Some(address);
+    }
+
+    pub(crate) fn walls(&self, walls: Standing) {
+        self.told().walls = walls;
     }
 
     pub(crate) fn peer(&self, program: &str) {
@@ -167,6 +174,7 @@ impl Progress {
             other_bytes: source.raw_bytes,
             passes_through: told.lost,
             error: told.failure.clone(),
+            walls: told.walls.clone(),
         }
     }
 }

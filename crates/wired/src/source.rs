@@ -19,6 +19,7 @@ use crate::failure::Failure;
 use crate::indexing::{self, News};
 use crate::progress::{Phase, Progress};
 use crate::tls::Identity;
+use crate::walls;
 
 const CONNECT: Duration = Duration::from_secs(10);
 /// Threads that pack, unless more are asked for.
@@ -37,6 +38,12 @@ fn random<const N: usize>() -> Result<[u8; N], Failure> {
 
 /// Carries one migration.
 pub(crate) fn run(args: &SourceArgs, progress: &Arc<Progress>) -> Result<(), Failure> {
+    // Which processors there are cannot be read behind walls.
+    let packers = packers(args);
+    let walls = walls::raise(&args.end, Some(&args.qemu_socket), Some(args.connect.port()));
+    progress.walls(walls);
+    #[cfg(feature = "breakout")]
+    semper_walls::breakout::try_if_told();
     if let Some(path) = &args.end.control_socket {
         control::spawn(path, progress)?;
     }
@@ -58,7 +65,7 @@ pub(crate) fn run(args: &SourceArgs, progress: &Arc<Progress>) -> Result<(), Fai
     let _ = std::fs::remove_file(&args.qemu_socket);
     progress.phase(Phase::Streaming);
     let carrier = Carrier::new(channel, qemu, window, progress);
-    let packers = (0..packers(args)).map(|_| options.packer()).collect::<Result<Vec<_>, _>>();
+    let packers = (0..packers).map(|_| options.packer()).collect::<Result<Vec<_>, _>>();
     let packers = packers.map_err(Failure::system("get memory for zstd"));
     let result = packers
         .and_then(|packers| carrier.carry(inbox, Encoder::new(index, options), news, packers));

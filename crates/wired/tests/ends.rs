@@ -101,6 +101,51 @@ impl Place {
     }
 }
 
+/// What an end says that tries to break out of its walls.
+fn try_it(mut command: Command, name: &str, at: &str, walls: &str) -> String {
+    let tries = [("SEMPER_BREAKOUT", name), ("SEMPER_BREAKOUT_AT", at), ("SEMPER_WALLS", walls)];
+    let output = command.envs(tries).output().unwrap();
+    String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned()
+}
+
+#[test]
+fn an_end_that_is_taken_over_reaches_its_other_end_and_nobody_else() {
+    let place = Place::new();
+    let [other, own] = [(); 2].map(|()| std::net::TcpListener::bind("127.0.0.1:0").unwrap());
+    let port = |listener: &std::net::TcpListener| listener.local_addr().unwrap().port().to_string();
+    let source = || {
+        let mut command = place.end("source", "src", "dst");
+        command.arg(format!("--connect=127.0.0.1:{}", port(&own)));
+        command.arg(format!("--disk=root={}", place.path("disk")));
+        command
+    };
+    let destination = || {
+        let mut command = place.end("destination", "dst", "src");
+        command.args(["--listen=127.0.0.1:0", &format!("--disk=root={}", place.path("disk"))]);
+        command
+    };
+    let (disk, other) = (place.path("disk"), port(&other));
+    let tries = [
+        ("tcp", other.as_str()),
+        ("udp", ""),
+        ("read", "/etc/shadow"),
+        ("write", &disk),
+        ("execute", "/bin/echo"),
+    ];
+    for (name, at) in tries {
+        for command in [&source as &dyn Fn() -> Command, &destination] {
+            let said = try_it(command(), name, at, "all");
+            assert!(!said.contains("broke out") && !said.is_empty(), "{name}: {said}");
+            let said = try_it(command(), name, at, "none");
+            assert!(said.contains("broke out"), "the control, {name}: {said}");
+        }
+    }
+    // What an end is for is not in the way.
+    for (name, at) in [("tcp", port(&own)), ("read", disk)] {
+        assert!(try_it(source(), name, &at, "all").contains("broke out"), "{name}");
+    }
+}
+
 /// A process; killed at the end.
 struct End {
     process: Child,

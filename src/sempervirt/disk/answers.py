@@ -137,6 +137,19 @@ class LastError(Answer):
     time: float
 
 
+class Walls(Answer):
+    """What the process can still ask of the kernel; a process that tells nothing has no walls."""
+
+    no_new_privs: bool = False
+    # The one that is left, or empty.
+    capabilities: str = ""
+    # The version that the kernel has, 0 for none.
+    landlock: int = 0
+    seccomp: bool = False
+    # What could not be had, and why.
+    missing: str = ""
+
+
 class Status(Answer):
     """`status`."""
 
@@ -163,6 +176,7 @@ class Status(Answer):
     inflight: bool
     write_cache: Literal["write-through", "write-back"]
     flush_failed: bool = False
+    walls: Walls = Walls()
     timeline_ns: Timeline
     queues: tuple[Queue, ...]
     counters: Counters

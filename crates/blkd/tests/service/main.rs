@@ -28,3 +28,4 @@ mod session;
 mod sudden_death;
 mod tenure;
 mod threads;
+mod walls;

@@ -24,7 +24,7 @@ fn content(site: &Site) -> [u8; 4096] {
 fn write_from_a_missing_page(site: &Site, engine: &str, listen: bool) -> (Backend, Machine, u16) {
     let image = std::fs::OpenOptions::new().write(true).open(&site.image).unwrap();
     image.write_all_at(&OLD, 0).unwrap();
-    let backend = site.start(&[engine]);
+    let backend = site.start(&[engine, "--incoming"]);
     let mut machine = Machine::new(1, 64);
     machine.listen = listen;
     let head = machine.next_head(0);
@@ -156,7 +156,9 @@ fn a_front_end_that_goes_takes_the_process_with_it_and_no_zeros_reach_the_disk()
 #[test]
 fn what_could_not_be_kept_is_not_offered() {
     let site = Site::new(1 << 20);
-    for (options, expected) in [(&[][..], true), (&["--no-inflight"], false)] {
+    for (options, expected) in
+        [(&["--incoming"][..], true), (&["--incoming", "--no-inflight"], false)]
+    {
         let _backend = site.start(options);
         let mut machine = Machine::new(1, 64);
         machine.negotiate(&site.socket()).unwrap();
@@ -168,4 +170,16 @@ fn what_could_not_be_kept_is_not_offered() {
             assert!(machine.session().postcopy_listen().is_err());
         }
     }
+}
+
+#[test]
+fn a_process_that_no_memory_arrives_at_begins_no_postcopy() {
+    let site = Site::new(1 << 20);
+    let _backend = site.start(&[]);
+    let mut machine = Machine::new(1, 64);
+    machine.negotiate(&site.socket()).unwrap();
+    // It may inherit one, and is told its end.
+    let offered = machine.session().get_protocol_features().unwrap();
+    assert!(offered.contains(VhostUserProtocolFeatures::PAGEFAULT));
+    assert!(machine.session().postcopy_advise().is_err());
 }

@@ -247,7 +247,7 @@ fn a_migration_that_was_given_up_leaves_no_trace() {
 #[test]
 fn a_postcopy_that_has_ended_leaves_no_trace() {
     let site = Site::new(1 << 20);
-    let mut active = start(&site, 1, &[], false);
+    let mut active = start(&site, 1, &["--incoming"], false);
     let mut machine = Machine::new(1, 64);
     machine.listen = true;
     let write = machine.submit(0, &Ask::write(0, vec![1; 512]));
@@ -267,7 +267,7 @@ fn a_postcopy_that_has_ended_leaves_no_trace() {
 #[test]
 fn a_postcopy_that_was_not_needed_leaves_no_trace() {
     let site = Site::new(1 << 20);
-    let mut active = start(&site, 1, &[], false);
+    let mut active = start(&site, 1, &["--incoming"], false);
     let mut machine = Machine::new(1, 64);
     machine.advise = true;
     machine.connect(&site.socket()).unwrap();

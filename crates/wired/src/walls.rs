@@ -1,0 +1,33 @@
+//! The walls of this program: what is opened after its start, and so stays open. They are raised
+//! before anything is read that the other end, QEMU or a disk says.
+
+use std::path::Path;
+
+use semper_walls::{Access, Program, Standing, Tcp, Walls};
+
+use crate::args::{EndArgs, MapSource};
+
+/// Raises them; `listens` is what QEMU connects to, `connects` the port of the other end.
+pub(crate) fn raise(end: &EndArgs, listens: Option<&Path>, connects: Option<u16>) -> Standing {
+    let mut walls = Walls::new(Program::Wired);
+    for path in [&end.ca, &end.cert, &end.key] {
+        walls = walls.path(path, Access::Read);
+    }
+    for disk in &end.disks {
+        walls = walls.path(&disk.path, Access::Read);
+        if let Some(MapSource::File(path)) = &disk.map {
+            walls = walls.path(path, Access::Read);
+        }
+    }
+    for folder in [end.control_socket.as_deref(), listens].into_iter().flatten() {
+        walls = walls.path(folder.parent().unwrap_or(Path::new(".")), Access::Sockets);
+    }
+    if let Some(port) = connects {
+        walls = walls.tcp(Tcp::Connect(port));
+    }
+    let standing = walls.raise();
+    if !standing.missing.is_empty() {
+        log::warn!("walls are missing: {}", standing.missing);
+    }
+    standing
+}
