@@ -1,5 +1,6 @@
 //! What a saved state that takes the program over can do to its host.
 
+use std::net::TcpListener;
 use std::process::Command;
 
 fn try_it(name: &str, at: &str, walls: &str) -> String {
@@ -19,11 +20,36 @@ fn try_it(name: &str, at: &str, walls: &str) -> String {
 fn it_reads_nothing_else_says_nothing_and_executes_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let new = folder.path().join("new").to_string_lossy().into_owned();
-    let tries = [("read", "/etc/shadow"), ("create", &new), ("udp", ""), ("execute", "/bin/echo")];
+    let mut bystander = Command::new("sleep").arg("600").spawn().unwrap();
+    let pid = bystander.id().to_string();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port().to_string();
+    let tries = [
+        ("read", "/etc/shadow"),
+        ("create", &new),
+        ("list", "/etc"),
+        ("memory", &pid),
+        ("root", &pid),
+        ("trace", &pid),
+        ("signal", &pid),
+        ("tcp", &port),
+        ("udp", ""),
+        ("execute", "/bin/echo"),
+        ("fork", ""),
+        ("ring", ""),
+        ("userfaultfd", ""),
+        ("bpf", ""),
+        ("mount", "/tmp"),
+        ("namespace", ""),
+        ("code", ""),
+        ("owner", ""),
+    ];
     for (name, at) in tries {
         let said = try_it(name, at, "all");
         assert!(!said.contains("broke out") && !said.is_empty(), "{name}: {said}");
         let said = try_it(name, at, "none");
         assert!(said.contains("broke out"), "the control, {name}: {said}");
+        let _ = std::fs::remove_file(&new);
     }
+    bystander.kill().and_then(|()| bystander.wait()).unwrap();
 }

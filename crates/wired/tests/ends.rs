@@ -3,8 +3,9 @@
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::Shutdown;
+use std::os::linux::net::SocketAddrExt;
 use std::os::unix::fs::FileExt;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Arc;
@@ -125,12 +126,33 @@ fn an_end_that_is_taken_over_reaches_its_other_end_and_nobody_else() {
         command
     };
     let (disk, other) = (place.path("disk"), port(&other));
+    let new = place.path("new");
+    let mut bystander = Command::new("sleep").arg("600").spawn().unwrap();
+    let pid = bystander.id().to_string();
+    let name = format!("semper-test-{}", std::process::id());
+    let address = SocketAddr::from_abstract_name(name.as_bytes()).unwrap();
+    let _abstract = UnixListener::bind_addr(&address).unwrap();
     let tries = [
         ("tcp", other.as_str()),
         ("udp", ""),
+        ("abstract", &name),
         ("read", "/etc/shadow"),
         ("write", &disk),
+        ("create", &new),
+        ("list", "/etc"),
+        ("memory", &pid),
+        ("root", &pid),
+        ("trace", &pid),
+        ("signal", &pid),
         ("execute", "/bin/echo"),
+        ("fork", ""),
+        ("ring", ""),
+        ("userfaultfd", ""),
+        ("bpf", ""),
+        ("mount", "/tmp"),
+        ("namespace", ""),
+        ("code", ""),
+        ("owner", ""),
     ];
     for (name, at) in tries {
         for command in [&source as &dyn Fn() -> Command, &destination] {
@@ -138,8 +160,10 @@ fn an_end_that_is_taken_over_reaches_its_other_end_and_nobody_else() {
             assert!(!said.contains("broke out") && !said.is_empty(), "{name}: {said}");
             let said = try_it(command(), name, at, "none");
             assert!(said.contains("broke out"), "the control, {name}: {said}");
+            let _ = std::fs::remove_file(&new);
         }
     }
+    bystander.kill().and_then(|()| bystander.wait()).unwrap();
     // What an end is for is not in the way.
     for (name, at) in [("tcp", port(&own)), ("read", disk)] {
         assert!(try_it(source(), name, &at, "all").contains("broke out"), "{name}");

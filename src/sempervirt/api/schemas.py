@@ -53,6 +53,9 @@ class HostView(BaseModel):
     thread_maps: list[str] = Field(description="whose queues QEMU itself can bind to threads")
     reconnect: str = Field(description="how QEMU connects to a disk again")
     sandbox: bool
+    missing_walls: list[str] = Field(
+        description="what this kernel lacks to hold the processes of VMs back, or the agent to use"
+    )
 
 
 class QueuesView(BaseModel):

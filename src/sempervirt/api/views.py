@@ -29,6 +29,7 @@ from sempervirt.disk.state import Condition
 from sempervirt.disk.takeover import Restart
 from sempervirt.disk.volume import inspect
 from sempervirt.host.storage_call import call_storage
+from sempervirt.host.walls import walls_missing_here
 from sempervirt.migration.source.migration import SourceMigration
 from sempervirt.qemu.command_line import disk_id
 from sempervirt.qemu.facts import HostFacts
@@ -65,6 +66,7 @@ def host_view(facts: HostFacts) -> HostView:
         thread_maps=sorted(features.mapped_devices),
         reconnect="milliseconds" if fine else "whole seconds",
         sandbox=features.sandbox,
+        missing_walls=walls_missing_here(),
     )
 
 

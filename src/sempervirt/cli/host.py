@@ -60,6 +60,7 @@ def show(output: OutputOption = Output.TABLE) -> None:
                 ("binds queues to threads", ", ".join(view.thread_maps) or "no"),
                 ("reconnects disks after", view.reconnect),
                 ("sandbox", "yes" if view.sandbox else "no"),
+                ("walls that are missing", "; ".join(view.missing_walls) or "none"),
             ]
         )
     )

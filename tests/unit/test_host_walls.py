@@ -1,0 +1,28 @@
+"""What a kernel lacks of the walls is told, and nothing else."""
+
+from __future__ import annotations
+
+import pytest
+
+from sempervirt.host.walls import landlock_version, missing_walls, walls_missing_here
+
+
+@pytest.mark.parametrize(
+    ("landlock", "seccomp", "root", "words"),
+    [
+        (7, True, False, []),
+        (5, True, False, ["signals"]),
+        (2, True, False, ["truncating", "TCP", "devices", "signals"]),
+        (0, False, False, ["not in this kernel", "seccomp"]),
+        (7, True, True, ["root"]),
+    ],
+)
+def test_what_is_missing(landlock: int, seccomp: bool, root: bool, words: list[str]) -> None:
+    missing = missing_walls(landlock, seccomp, root)
+    assert len(missing) == len(words)
+    assert all(word in phrase for word, phrase in zip(words, missing, strict=True))
+
+
+def test_this_kernel_is_asked() -> None:
+    lacks = any(phrase.startswith("Landlock: not") for phrase in walls_missing_here())
+    assert lacks == (landlock_version() == 0)
