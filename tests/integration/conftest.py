@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,13 @@ import pytest
 from sempervirt.agent import Agent, AgentConfig
 from sempervirt.api.client import Client
 from sempervirt.core.errors import AgentUnavailable
+from sempervirt.disk.backend import Blkd
 from sempervirt.disk.state import Policy
 from sempervirt.guest import image as guest_image
 from sempervirt.host.procfs import find_by_argument
 from sempervirt.qemu.link import Patience
 from sempervirt.qemu.spec import VmSpec
+from tests.faults import trial_backend
 
 MIB = 1 << 20
 AGENT_START_S = 30.0
@@ -65,6 +68,14 @@ def config(place: Path) -> AgentConfig:
 async def agent(config: AgentConfig) -> AsyncIterator[Agent]:
     """An open agent; it kills its VMs at the end."""
     async with Agent.open(config) as opened:
+        yield opened
+
+
+@pytest.fixture
+async def faulty_agent(config: AgentConfig) -> AsyncIterator[Agent]:
+    """As `agent`, with backends that `tests.faults.inject_fault` can have fail."""
+    backend = Blkd(await asyncio.to_thread(trial_backend))
+    async with Agent.open(replace(config, backend=backend)) as opened:
         yield opened
 
 

@@ -16,6 +16,7 @@ from sempervirt.core.errors import StateConflict
 from sempervirt.disk.driver import Disk
 from sempervirt.guest import ProbeClient, ProbeRefused
 from sempervirt.qemu.spec import VmSpec
+from tests.faults import inject_fault
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(120)]
 Spec = Callable[..., VmSpec]
@@ -44,11 +45,11 @@ async def kill_active(disk: Disk) -> None:
 
 
 async def test_a_failed_flush_stays_one_until_the_vm_was_stopped(
-    agent: Agent, guest_spec: Spec, tmp_path: Path
+    faulty_agent: Agent, guest_spec: Spec, tmp_path: Path
 ) -> None:
     spec = guest_spec(serial="promises")
-    vm = await agent.run_vm(spec)
-    disk = agent.disks["web/root"]
+    vm = await faulty_agent.run_vm(spec)
+    disk = faulty_agent.disks["web/root"]
 
     async def flush_fails(client: ProbeClient) -> None:
         with pytest.raises(ProbeRefused, match="errno 5"):
@@ -56,7 +57,7 @@ async def test_a_failed_flush_stays_one_until_the_vm_was_stopped(
 
     async with booted(vm) as client:
         await client.call("flush", device=DEVICE)
-        await disk.inject_fault({"op": "flush", "errno": "EIO", "limit": 1})
+        await inject_fault(disk, {"op": "flush", "errno": "EIO", "limit": 1})
         await flush_fails(client)
         await flush_fails(client)
         await kill_active(disk)
@@ -71,12 +72,12 @@ async def test_a_failed_flush_stays_one_until_the_vm_was_stopped(
     assert status.last_error is not None
     assert "until the VM was stopped and started" in status.last_error.message
     with pytest.raises(StateConflict, match="a flush of disk web/root has failed"):
-        await agent.save_vm("web", tmp_path / "web.saved")
+        await faulty_agent.save_vm("web", tmp_path / "web.saved")
     await vm.kill()
     await vm.wait_freed()
-    await agent.forget_vm("web")
+    await faulty_agent.forget_vm("web")
     # The control: nothing else is wrong with the disk.
-    vm = await agent.run_vm(spec)
+    vm = await faulty_agent.run_vm(spec)
     async with booted(vm) as client:
         await client.call("flush", device=DEVICE)
 

@@ -15,6 +15,7 @@ from sempervirt.disk.driver import Disk
 from sempervirt.guest import ProbeClient
 from sempervirt.qemu.spec import VmSpec
 from sempervirt.qemu.state import Runstate
+from tests.faults import inject_fault
 from tests.unharmed import assert_unharmed
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(120)]
@@ -96,11 +97,13 @@ async def test_kills_upgrades_and_pauses_are_not_noticed(
     )
 
 
-async def test_host_errors_reach_the_guest_and_are_shown(agent: Agent, guest_spec: Spec) -> None:
-    vm = await agent.run_vm(guest_spec(serial="loaded"))
-    disk = agent.disks["web/root"]
+async def test_host_errors_reach_the_guest_and_are_shown(
+    faulty_agent: Agent, guest_spec: Spec
+) -> None:
+    vm = await faulty_agent.run_vm(guest_spec(serial="loaded"))
+    disk = faulty_agent.disks["web/root"]
     async with loaded(vm) as client:
-        await disk.inject_fault({"op": "write", "errno": "ENOSPC", "every": 5, "limit": 3})
+        await inject_fault(disk, {"op": "write", "errno": "ENOSPC", "every": 5, "limit": 3})
         await client.wait_stats(lambda stats: stats.io_error_count >= 3)
         await completed(client, PAUSE)
         await disk.changes.wait_until(

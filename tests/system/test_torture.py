@@ -6,8 +6,6 @@ five to twenty seconds.
 
 from __future__ import annotations
 
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ import pytest
 from sempervirt.demo.trial import TrialSetup
 from sempervirt.demo.verdict import Verdict
 from sempervirt.qemu.spec import Engine
+from tests.faults import trial_backend
 from tests.torture import campaigns
 from tests.torture.campaigns import PLANS, Life, Plan, chained
 from tests.torture.cells import (
@@ -30,7 +29,6 @@ from tests.torture.peers import controls
 
 pytestmark = pytest.mark.timeout(240)
 
-ROOT = Path(__file__).resolve().parents[2]
 # Every engine on each of its storages, with every layout of queues and threads and every load.
 KILLS_PER_CELL = 4
 # Each engine comes to every kind of point; the long form takes every point with each, one by one.
@@ -49,8 +47,7 @@ def assert_clean(verdict: Verdict) -> None:
 @pytest.fixture(scope="session")
 def crash_build() -> Path:
     """semper-blkd that can be told to die."""
-    subprocess.run([ROOT / "scripts/trial-programs"], cwd=ROOT, check=True, timeout=600)
-    return ROOT / os.environ.get("CARGO_TARGET_DIR", "target") / "trials/semper-blkd"
+    return trial_backend()
 
 
 @pytest.mark.parametrize("cell", few_cells(), ids=str)

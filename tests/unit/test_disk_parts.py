@@ -193,8 +193,8 @@ async def test_a_question_and_its_answer(address: Path) -> None:
         return b'{"id": 1, "ok": {"state": "running"}}\n'
 
     async with control_socket(address, answer):
-        assert await ControlSocket(address, PROGRAM).ask("fault", rule=None) == {"state": "running"}
-    assert asked == [{"id": 1, "cmd": "fault", "rule": None}]
+        assert await ControlSocket(address, PROGRAM).ask("dance", step=None) == {"state": "running"}
+    assert asked == [{"id": 1, "cmd": "dance", "step": None}]
 
 
 @pytest.mark.parametrize(

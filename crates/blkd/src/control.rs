@@ -2,7 +2,6 @@
 //!
 //! ```text
 //!   {"id":1,"cmd":"status"}              -> {"id":1,"ok":{…}}
-//!   {"id":2,"cmd":"fault","rule":{…}}    -> {"id":2,"ok":{}}      rule null switches faults off
 //!   {"id":3,"cmd":"threads","map":[0,1]} -> {"id":3,"ok":{"map":[0,1]}}   queue 1 to thread 1
 //!   {"id":4,"cmd":"map"}                 -> {"id":4,"ok":{…}}      the page/block map; see block_map
 //!   {"id":5,"cmd":"map-verify"}          -> {"id":5,"ok":{"started":true}}   progress is in "map"
@@ -20,14 +19,14 @@
 //!                                           what --await-claim waits for; starts queues that wait
 //!   {"id":10,"cmd":"resize","size_bytes":N} -> {"id":10,"ok":{"size_bytes":N,"told":true}}
 //!                                           makes the image larger, serves it, tells the front end
+//!   {"id":2,"cmd":"fault","rule":{…}}    -> {"id":2,"ok":{}}      in builds for tests alone (feature
+//!                                           faults); rule null switches faults off
 //!   anything else                        -> {"id":…,"error":{"kind":"invalid","message":"…"}}
 //! ```
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
 
-use semper_block::{FaultRule, FaultSwitch};
 use semper_control::Answer;
 use semper_epoch::{Claim, Id};
 use semper_walls::Standing;
@@ -40,6 +39,8 @@ use crate::answers::{
 };
 use crate::block_map;
 use crate::device::Device;
+#[cfg(feature = "faults")]
+use crate::faults::{Faults, Rule};
 use crate::postcopy::Stage;
 use crate::queue::Disk;
 use crate::resize::NotResized;
@@ -57,7 +58,8 @@ type Refusal = (&'static str, String);
 pub(crate) struct Control {
     pub disk: Arc<Disk>,
     pub device: Arc<Mutex<Device>>,
-    pub faults: FaultSwitch,
+    #[cfg(feature = "faults")]
+    pub faults: Faults,
     pub engine: &'static str,
     pub session: Arc<Session>,
     pub walls: Standing,
@@ -68,6 +70,7 @@ struct Request {
     #[serde(default)]
     id: Value,
     cmd: String,
+    #[cfg(feature = "faults")]
     #[serde(default)]
     rule: Option<Rule>,
     #[serde(default)]
@@ -99,19 +102,6 @@ struct MapRequest {
     runs: Vec<(u64, u64)>,
 }
 
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Rule {
-    op: Option<String>,
-    errno: Option<String>,
-    #[serde(default)]
-    every: u64,
-    #[serde(default)]
-    limit: u64,
-    #[serde(default)]
-    delay_ms: u64,
-}
-
 impl Control {
     /// Answers one line.
     pub(crate) fn answer(&self, line: &str) -> Answer {
@@ -135,10 +125,9 @@ impl Control {
         let id = &request.id;
         Ok(match request.cmd.as_str() {
             "status" => Answer::ok(id, self.status()),
+            #[cfg(feature = "faults")]
             "fault" => {
-                let rule = request.rule.map(fault_rule).transpose().map_err(|m| (INVALID, m))?;
-                log::warn!("fault injection rule={rule:?}");
-                self.faults.set(rule);
+                self.faults.set(request.rule).map_err(|message| (INVALID, message))?;
                 Answer::ok(id, Nothing {})
             }
             "handover" => {
@@ -171,9 +160,9 @@ impl Control {
                 Answer::ok(id, answers::Threads { map: map.as_slice() })
             }
             other => {
-                let known = "\"status\", \"fault\", \"threads\", \"map\", \"map-verify\", \
-                             \"map-find\", \"map-export\", \"map-blocks\", \"map-touch\", \
-                             \"handover\", \"claim\" and \"resize\"";
+                let known = "\"status\", \"threads\", \"map\", \"map-verify\", \"map-find\", \
+                             \"map-export\", \"map-blocks\", \"map-touch\", \"handover\", \
+                             \"claim\" and \"resize\"";
                 return Err((INVALID, format!("unknown command {other:?}; known are {known}")));
             }
         })
@@ -333,35 +322,4 @@ fn timeline(timeline: &Timeline) -> answers::Timeline {
         replayed: when(&timeline.replayed),
         first_completion: when(&timeline.first_completion),
     }
-}
-
-fn fault_rule(rule: Rule) -> Result<FaultRule, String> {
-    const OPS: [&str; 6] = ["any", "read", "write", "flush", "discard", "write-zeroes"];
-    if let Some(op) = &rule.op
-        && !OPS.contains(&op.as_str())
-    {
-        return Err(format!("unknown operation {op:?}; known are {OPS:?}"));
-    }
-    let errno = match rule.errno.as_deref() {
-        None => None,
-        Some("OK") => Some(0),
-        Some("EIO") => Some(libc::EIO),
-        Some("ENOSPC") => Some(libc::ENOSPC),
-        Some("EDQUOT") => Some(libc::EDQUOT),
-        Some("EROFS") => Some(libc::EROFS),
-        Some("ETIMEDOUT") => Some(libc::ETIMEDOUT),
-        Some(other) => {
-            return Err(format!(
-                "unknown errno {other:?}; known are OK, EIO, ENOSPC, EDQUOT, EROFS, \
-                 ETIMEDOUT"
-            ));
-        }
-    };
-    Ok(FaultRule {
-        op: rule.op.filter(|op| op != "any"),
-        errno,
-        every: rule.every,
-        limit: rule.limit,
-        delay: Duration::from_millis(rule.delay_ms),
-    })
 }

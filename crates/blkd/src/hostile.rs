@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
-use semper_block::{Engine, FaultSwitch, Image, NullEngine, Op, OpenOptions};
+use semper_block::{Engine, Image, NullEngine, Op, OpenOptions};
 use semper_inflight::{NoHook, TrackedQueue};
 use semper_ring::ChainError;
 
@@ -137,7 +137,8 @@ impl Target {
         let control = Control {
             disk,
             device,
-            faults: FaultSwitch::default(),
+            #[cfg(feature = "faults")]
+            faults: crate::faults::Faults::default(),
             engine: "null",
             session: Arc::default(),
             walls: semper_walls::Standing::default(),

@@ -27,6 +27,7 @@ mod dirty_log;
 mod door;
 mod eventfd;
 mod failure;
+mod faults;
 mod flushes;
 #[doc(hidden)]
 pub mod hostile;

@@ -9,8 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use semper_block::{
-    Engine, FaultEngine, FaultSwitch, Image, NowaitEngine, NullEngine, OpenOptions, Rings,
-    SyncEngine, UringEngine,
+    Engine, Image, NowaitEngine, NullEngine, OpenOptions, Rings, SyncEngine, UringEngine,
 };
 #[cfg(target_arch = "x86_64")]
 use semper_block::{MappedEngine, Mapping};
@@ -24,6 +23,7 @@ use crate::descriptors;
 use crate::device::{Device, Offer};
 use crate::door::Door;
 use crate::failure::{Failure, system};
+use crate::faults::Faults;
 use crate::memory_reaper;
 use crate::peers::Peers;
 use crate::postcopy::{PageFaults, Stage};
@@ -96,7 +96,7 @@ pub(crate) fn run(args: Args, shared: Shared) -> Result<(), Failure> {
     let poll = Duration::from_micros(args.poll_us.into());
     let map = disk_map(&args, &image);
     let disk = Arc::new(Disk { image, serial, shared, map, poll, tenure });
-    let faults = FaultSwitch::default();
+    let faults = Faults::default();
     let (threads, engine) = start_threads(&args, &disk, &faults, &rings)?;
     let device = Arc::new(Mutex::new(Device::new(Arc::clone(&disk), threads, offer)));
     let session = urgency.without(|| {
@@ -105,7 +105,15 @@ pub(crate) fn run(args: Args, shared: Shared) -> Result<(), Failure> {
         if let Some(listener) = control_listener {
             let (device, session) = (Arc::clone(&device), Arc::clone(&session));
             let disk = Arc::clone(&disk);
-            let control = Control { disk, device, faults, engine, session, walls };
+            let control = Control {
+                disk,
+                device,
+                #[cfg(feature = "faults")]
+                faults,
+                engine,
+                session,
+                walls,
+            };
             semper_control::serve(listener, move |line| control.answer(line))
                 .map_err(system("start the control thread"))?;
         }
@@ -275,7 +283,7 @@ fn rings(args: &Args, image: &Image) -> Result<Rings, Failure> {
 fn start_threads(
     args: &Args,
     disk: &Arc<Disk>,
-    faults: &FaultSwitch,
+    faults: &Faults,
     rings: &Rings,
 ) -> Result<(Threads, &'static str), Failure> {
     let map = thread_map(args)?;
@@ -299,7 +307,7 @@ fn start_threads(
 fn spawner(
     kind: EngineKind,
     disk: &Arc<Disk>,
-    faults: &FaultSwitch,
+    faults: &Faults,
     rings: &Rings,
 ) -> io::Result<(Spawn, &'static str)> {
     let (fd, rings) = (disk.image.fd(), rings.clone());
@@ -330,13 +338,13 @@ fn spawner(
 
 fn spawn_with<E: Engine + 'static>(
     disk: &Arc<Disk>,
-    faults: &FaultSwitch,
+    faults: &Faults,
     make: impl Fn() -> io::Result<E> + Clone + Send + 'static,
 ) -> Spawn {
     let (disk, faults) = (Arc::clone(disk), faults.clone());
     Box::new(move |name| {
         let (make, faults) = (make.clone(), faults.clone());
-        Worker::spawn(name, Arc::clone(&disk), move || Ok(FaultEngine::new(make()?, faults)))
+        Worker::spawn(name, Arc::clone(&disk), move || Ok(faults.around(make()?)))
     })
 }
 

@@ -1,4 +1,4 @@
-//! Errors and delays on demand, around any engine.
+//! Errors and delays on demand, around any engine, in builds for tests.
 
 use std::io;
 use std::os::fd::RawFd;
@@ -51,7 +51,7 @@ impl FaultSwitch {
 
     fn strike(&self, op: Op) -> Option<FaultRule> {
         let mut armed = self.armed.lock().unwrap_or_else(PoisonError::into_inner);
-        if armed.rule.op.as_deref().is_some_and(|name| name != op_name(op)) {
+        if armed.rule.op.as_deref().is_some_and(|name| name != op.name()) {
             return None;
         }
         armed.seen += 1;
@@ -61,24 +61,6 @@ impl FaultSwitch {
         }
         armed.hit += 1;
         Some(armed.rule.clone())
-    }
-}
-
-/// The name of an operation, as rules and reports give it.
-pub(crate) fn op_name(op: Op) -> &'static str {
-    match op {
-        Op::Read => "read",
-        Op::Write { .. } => "write",
-        Op::Flush => "flush",
-        Op::Discard => "discard",
-        Op::WriteZeroes { .. } => "write-zeroes",
-    }
-}
-
-impl Op {
-    /// The name in rules and reports.
-    pub fn name(self) -> &'static str {
-        op_name(self)
     }
 }
 

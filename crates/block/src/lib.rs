@@ -1,13 +1,14 @@
 //! Disk images: opening, locking, and the engines that do their I/O.
 //!
 //! [`Engine`] is the one interface; [`SyncEngine`], [`NowaitEngine`], [`UringEngine`],
-//! `MappedEngine` (x86-64) and [`NullEngine`] are behind it, and [`FaultEngine`] decorates any of
-//! them with errors and delays (feature `faults`, for tests). An engine belongs to one thread. Front ends (vhost-user today)
-//! depend on the trait and never on a concrete engine.
+//! `MappedEngine` (x86-64) and [`NullEngine`] are behind it, and in builds for tests `FaultEngine`
+//! (feature `faults`) decorates any of them with errors and delays. An engine belongs to one
+//! thread. Front ends (vhost-user today) depend on the trait and never on a concrete engine.
 
 #[cfg(target_arch = "x86_64")]
 mod copy;
 mod engine;
+#[cfg(feature = "faults")]
 mod fault;
 mod image;
 mod io;
@@ -28,6 +29,7 @@ mod sync;
 mod uring;
 
 pub use engine::{Engine, Submission};
+#[cfg(feature = "faults")]
 pub use fault::{FaultEngine, FaultRule, FaultSwitch};
 pub use image::{GrowError, Image, ImageError, Name, OpenOptions, Unit};
 pub use io::{Absorbed, Io, Prepared};

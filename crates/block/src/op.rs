@@ -22,6 +22,17 @@ pub enum Op {
 }
 
 impl Op {
+    /// The name in rules and reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Read => "read",
+            Self::Write { .. } => "write",
+            Self::Flush => "flush",
+            Self::Discard => "discard",
+            Self::WriteZeroes { .. } => "write-zeroes",
+        }
+    }
+
     /// Whether it changes what the disk holds.
     pub(crate) fn writes(self) -> bool {
         matches!(self, Self::Write { .. } | Self::Discard | Self::WriteZeroes { .. })

@@ -365,10 +365,6 @@ class Armed(Answer):
     owns_image: bool
 
 
-class Nothing(Answer):
-    """`fault`: done."""
-
-
 class Capabilities(Answer):
     """`semper-blkd --print-capabilities`, as the conventions of vhost-user programs have it."""
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 from sempervirt.core.queue_map import ThreadMap
 from sempervirt.disk.answers import (
@@ -17,7 +16,6 @@ from sempervirt.disk.answers import (
     Claimed,
     Layers,
     Merging,
-    Nothing,
     Pins,
     QueuesResumed,
     Quiesced,
@@ -45,10 +43,6 @@ class BackendClient:
     async def status(self, timeout_s: float = DEADLINE_S) -> Status:
         """What the process is doing, and its counters."""
         return await self._socket.ask_for(Status, "status", timeout_s=timeout_s)
-
-    async def inject_fault(self, rule: dict[str, Any] | None) -> None:
-        """For tests: sets the rule by which requests fail (see semper-blkd); None: no faults."""
-        await self._socket.ask_for(Nothing, "fault", rule=rule)
 
     async def move_queues(self, thread_map: ThreadMap) -> None:
         """Has queue i worked on by thread `thread_map[i]`; no request is lost."""

@@ -11,7 +11,7 @@ import socket
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
-from typing import Any, assert_never
+from typing import assert_never
 
 from sempervirt.core.errors import (
     InvalidRequest,
@@ -207,10 +207,6 @@ class Disk(Owner[State, SupervisionEvent, Effect]):
     async def status(self) -> Status:
         """The active backend's own status, asked now. Raises OutcomeUnknown."""
         return await self.active().status()
-
-    async def inject_fault(self, rule: dict[str, Any] | None) -> None:
-        """For tests: sets or removes the active backend's fault rule (see semper-blkd)."""
-        await self.active().inject_fault(rule)
 
     async def block_map(self) -> BlockMap:
         """What the active backend knows of blocks in the guest's pages, in numbers."""
