@@ -26,7 +26,7 @@ from sempervirt.migration.source.steering import LOOK_S, Steering
 from sempervirt.qemu.qmp import Monitor
 from sempervirt.trust.authority import CERTIFICATE_FILE as AUTHORITY_FILE
 from sempervirt.trust.authority import Authority, Issued
-from sempervirt.trust.identity import CERTIFICATE_FILE, KEY_FILE, Identity
+from sempervirt.trust.identity import CERTIFICATE_FILE, KEY_FILE, Identity, KeyRequest
 
 MOVE_S = 240.0
 WIRED_S = 60.0
@@ -148,8 +148,9 @@ def certify(*ends: End) -> None:
     authority = Authority.create(ends[0].directory, "bench")
     for end in ends:
         identity = Identity(end.directory)
-        issued = authority.issue_host(identity.request(end.name), end.name, "127.0.0.1:1")
-        identity.keep(issued.pem, Issued(authority.certificate).pem)
+        asked = KeyRequest.made(end.name)
+        issued = authority.issue_host(asked.text, end.name, "127.0.0.1:1")
+        identity.keep(asked, issued.pem, Issued(authority.certificate).pem)
 
 
 async def lay_wire(here: End, there: End) -> None:

@@ -156,6 +156,7 @@ def answers() -> dict[Operation, tuple[str, str, Any]]:
         Operation.GET_AGENT: ("GET", "/agent", None),
         Operation.GET_HOST: ("GET", "/host", None),
         Operation.JOIN: ("POST", "/join", {"request": "none", "address": "127.0.0.1:1"}),
+        Operation.RENEW_CERTIFICATE: ("POST", "/renew", {"request": "none"}),
         Operation.LIST_VMS: ("GET", "/vms", None),
         Operation.RUN_VM: ("POST", "/vms", {**described, "kernel": "/none"}),
         Operation.GET_VM: ("GET", vm, None),

@@ -25,7 +25,7 @@ from sempervirt.guest import ProbeClient
 from sempervirt.qemu.qmp import Monitor
 from sempervirt.trust.authority import CERTIFICATE_FILE as AUTHORITY_FILE
 from sempervirt.trust.authority import Authority, Issued
-from sempervirt.trust.identity import CERTIFICATE_FILE, KEY_FILE, Identity
+from sempervirt.trust.identity import CERTIFICATE_FILE, KEY_FILE, Identity, KeyRequest
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(180)]
 MIB = 1 << 20
@@ -49,8 +49,9 @@ class Host(PlainHost):
     def certify(self, authority: Authority) -> None:
         """Makes key and certificate."""
         identity = Identity(self.directory)
-        issued = authority.issue_host(identity.request(self.name), self.name, "127.0.0.1:1")
-        identity.keep(issued.pem, Issued(authority.certificate).pem)
+        asked = KeyRequest.made(self.name)
+        issued = authority.issue_host(asked.text, self.name, "127.0.0.1:1")
+        identity.keep(asked, issued.pem, Issued(authority.certificate).pem)
 
     @contextmanager
     def machine(self, *options: str, incoming: bool = False) -> Iterator[None]:

@@ -42,7 +42,7 @@ from sempervirt.store.records import Custody, Ownership, parse
 from sempervirt.store.registry import Claim
 from sempervirt.store.sqlite import SqliteStore
 from sempervirt.trust.authority import Authority, Issued
-from sempervirt.trust.identity import Identity
+from sempervirt.trust.identity import Identity, KeyRequest
 from sempervirt.vm.phases import Arrival
 from sempervirt.vm.record import VmRecord
 from sempervirt.vm.work import Arriving, Departing, Restarting, Restoring, Saving, Work
@@ -315,8 +315,9 @@ async def _make(config: AgentConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     config.state_dir.mkdir(exist_ok=True)
     write_settings(config, Settings("lab", "a", "10.0.0.1:7443", ("https://10.0.0.1:2379",)))
     authority, identity = Authority.create(config.trust_dir, "lab"), Identity(config.trust_dir)
-    issued = authority.issue_host(identity.request("a"), "a", "10.0.0.1:7443")
-    identity.keep(issued.pem, Issued(authority.certificate).pem)
+    asked = KeyRequest.made("a")
+    issued = authority.issue_host(asked.text, "a", "10.0.0.1:7443")
+    identity.keep(asked, issued.pem, Issued(authority.certificate).pem)
     store = SqliteStore.open(config.state_dir / "store.db")
     owned = Ownership(vm="web", custody=Custody.OWNED, owner="a", epoch=7, claim="c" * 32)
     await store.commit([Put("vms/web", owned.text())], expect={"vms/web": 0})
@@ -331,8 +332,7 @@ async def _make(config: AgentConfig, monkeypatch: pytest.MonkeyPatch) -> None:
 FILES: Mapping[str, Read] = {
     "cluster.json": _settings,
     "store.db": _store,
-    "trust/host.key": _trust,
-    "trust/host.crt": _trust,
+    "trust/host.pem": _trust,
     "trust/authority.crt": _trust,
     "image.epoch": _epoch,
     "presets.json": _presets,

@@ -37,24 +37,33 @@ fn tls(error: impl std::fmt::Display) -> Failure {
     Failure::Tls(error.to_string())
 }
 
-fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, Failure> {
-    let unreadable = |error| Failure::Tls(format!("no certificate in {}: {error}", path.display()));
-    CertificateDer::pem_file_iter(path).map_err(unreadable)?.collect::<Result<_, _>>().map_err(
-        |error| Failure::Tls(format!("a certificate in {} is damaged: {error}", path.display())),
-    )
+fn read(path: &Path, what: &str) -> Result<Vec<u8>, Failure> {
+    std::fs::read(path)
+        .map_err(|error| Failure::Tls(format!("no {what} in {}: {error}", path.display())))
+}
+
+fn certificates(pem: &[u8], path: &Path) -> Result<Vec<CertificateDer<'static>>, Failure> {
+    CertificateDer::pem_slice_iter(pem).collect::<Result<_, _>>().map_err(|error| {
+        Failure::Tls(format!("a certificate in {} is damaged: {error}", path.display()))
+    })
 }
 
 impl Identity {
     pub(crate) fn load(args: &EndArgs) -> Result<Self, Failure> {
         let mut roots = RootCertStore::empty();
-        for certificate in certificates(&args.ca)? {
+        for certificate in certificates(&read(&args.ca, "certificate")?, &args.ca)? {
             roots.add(certificate).map_err(tls)?;
         }
-        let key = PrivateKeyDer::from_pem_file(&args.key).map_err(|error| {
+        // A pair in one file is renewed by a rename: both are of one reading.
+        let chain_pem = read(&args.cert, "certificate")?;
+        let own_key =
+            if args.key == args.cert { None } else { Some(read(&args.key, "private key")?) };
+        let key_pem = own_key.as_ref().unwrap_or(&chain_pem);
+        let key = PrivateKeyDer::from_pem_slice(key_pem).map_err(|error| {
             Failure::Tls(format!("no private key in {}: {error}", args.key.display()))
         })?;
         let peer = format!("{HOST}{}", args.peer_name);
-        Ok(Self { roots: Arc::new(roots), chain: certificates(&args.cert)?, key, peer })
+        Ok(Self { roots: Arc::new(roots), chain: certificates(&chain_pem, &args.cert)?, key, peer })
     }
 
     /// The source's side.

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 import socket
+import time
 from collections.abc import Callable
 from typing import Any, Protocol, assert_never
 
@@ -38,9 +39,11 @@ class Standing(Protocol):
         ...
 
 
-def caller_for(peer: Peer, standing: Standing) -> Caller | None:
-    """The holder of a certificate as it stands now; None for a stranger."""
-    if standing.is_revoked(peer.serial):
+def caller_for(peer: Peer, standing: Standing, now: float) -> Caller | None:
+    """The holder of a certificate as it stands now (seconds since the epoch); None for a stranger,
+    also for one whose certificate has ended while the connection was open.
+    """
+    if peer.ends <= now or standing.is_revoked(peer.serial):
         return None
     match peer.holder:
         case Holder.HOST:
@@ -65,7 +68,7 @@ class Introduced:
         """Serves one request; a connection may outlive the right to use it."""
         caller = self._caller()
         if caller is None:
-            refusal = NotAllowed("this certificate was revoked")
+            refusal = NotAllowed("this certificate was revoked, or has ended")
             await to_response(refusal)(scope, receive, send)
             return
         await self._app({**scope, "caller": caller}, receive, send)
@@ -99,10 +102,10 @@ def guarded_protocol(standing: Standing) -> type[BoundedProtocol]:
             super().connection_made(transport)
             connection: Any = transport.get_extra_info("ssl_object")
             peer = peer_of(connection) if connection is not None else None
-            if peer is None or caller_for(peer, standing) is None:
+            if peer is None or caller_for(peer, standing, time.time()) is None:
                 log.warning("refuse peer=%s from=%s", peer and peer.name, self.client)
                 transport.abort()
                 return
-            self.app = Introduced(self.app, lambda: caller_for(peer, standing))
+            self.app = Introduced(self.app, lambda: caller_for(peer, standing, time.time()))
 
     return GuardedProtocol

@@ -4,7 +4,7 @@
                  program; over TLS the same operations, within the bounds of `api.reach`
     operator     goes on with the VMs that are there: pauses, ends, restarts, moves them
     viewer       looks
-    host         what a move needs, and nothing else
+    host         what a move needs, and another certificate of its own name; nothing else
     invitation   joins
 
 An operation is a route, by its name. A route that is not in the table cannot be served
@@ -31,6 +31,7 @@ class Operation(Enum):
     GET_AGENT = "get_agent"
     GET_HOST = "get_host"
     JOIN = "join"
+    RENEW_CERTIFICATE = "renew_certificate"
     LIST_VMS = "list_vms"
     RUN_VM = "run_vm"
     GET_VM = "get_vm"
@@ -123,7 +124,8 @@ def roles_for(operation: Operation) -> frozenset[Role]:
         ):
             return _OWN
         case (
-            Operation.MIGRATION_SIDE
+            Operation.RENEW_CERTIFICATE  # its own: that is in the certificate it shows
+            | Operation.MIGRATION_SIDE
             | Operation.PREPARE_ARRIVAL
             | Operation.GET_ARRIVAL
             | Operation.PROMISE_ARRIVAL

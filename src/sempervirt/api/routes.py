@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from dataclasses import asdict
 from typing import Annotated
@@ -39,6 +40,7 @@ from sempervirt.api.schemas import (
     VmView,
 )
 from sempervirt.api.views import agent_view, disk_view, host_view, own_disk_view, vm_view, vm_views
+from sempervirt.cluster.certificate import RenewRequest, RenewView, read_standing
 from sempervirt.cluster.cluster import Cluster, check_address
 from sempervirt.cluster.joining import JoinRequest, JoinView
 from sempervirt.core.errors import InvalidRequest, NotAllowed
@@ -86,7 +88,8 @@ async def get_agent(agent: AgentHere) -> AgentView:
 @router.get("/host", tags=["host"])
 async def get_host(agent: AgentHere) -> HostView:
     """What the host offers to VMs."""
-    return host_view(await agent.host())
+    standing = await asyncio.to_thread(read_standing, agent.config)
+    return host_view(await agent.host(), standing)
 
 
 @router.post("/join", tags=["host"])
@@ -106,6 +109,18 @@ async def join(request: Request, caller: CallerHere, body: JoinRequest) -> JoinV
         store_password=credentials.password,
         doors=cluster.doors,
     )
+
+
+@router.post("/renew", tags=["host"])
+async def renew_certificate(request: Request, caller: CallerHere, body: RenewRequest) -> RenewView:
+    """Issues another certificate for the host that shows one, of the same name. Only over TLS, by
+    the host that has the authority.
+    """
+    cluster = request.app.state.cluster
+    if not isinstance(cluster, Cluster) or caller.peer is None:
+        raise NotAllowed("certificates are renewed over TLS, for hosts")
+    issued = await cluster.renew(caller.peer, body.request)
+    return RenewView(certificate=issued.pem, time=time.time())
 
 
 @router.get("/vms", tags=["vm"])

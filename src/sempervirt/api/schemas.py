@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, Field, model_validator
 
+from sempervirt.cluster.standing import Standing
 from sempervirt.core.events import EventKind
 from sempervirt.core.queue_map import DeviceType, Engine
 from sempervirt.disk.answers import LayerState
@@ -55,6 +56,9 @@ class HostView(BaseModel):
     sandbox: bool
     missing_walls: list[str] = Field(
         description="what this kernel lacks to hold the processes of VMs back, or the agent to use"
+    )
+    certificate: Standing | None = Field(
+        default=None, description="what the host shows to the others; null outside of a cluster"
     )
 
 

@@ -12,7 +12,7 @@ import logging
 import socket
 import ssl
 import threading
-from collections.abc import AsyncIterator, Awaitable, Hashable
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
@@ -102,7 +102,12 @@ async def serving_hosts(agent: Agent, membership: Membership) -> AsyncIterator[N
     listener = listen_tcp(cluster.settings.address)
     await membership.known.wait()
     protocol = guarded_protocol(membership)
-    server = _Server(build_app(agent, cluster), listener, protocol, REMOTE, context)
+
+    def tls() -> ssl.SSLContext:
+        """With the certificate that is in force when somebody connects."""
+        return membership.certificate.server or context
+
+    server = _Server(build_app(agent, cluster), listener, protocol, REMOTE, tls)
     async with server.running():
         yield
 
@@ -145,7 +150,7 @@ class _Server:
         listener: socket.socket,
         protocol: type[BoundedProtocol],
         places: Places,
-        tls: ssl.SSLContext | None = None,
+        tls: Callable[[], ssl.SSLContext] | None = None,
     ) -> None:
         self._app = app
         self._listener = listener
@@ -256,7 +261,7 @@ class _Server:
             await self._loop.connect_accepted_socket(
                 make,
                 client,
-                ssl=self._tls,
+                ssl=self._tls() if self._tls else None,
                 ssl_handshake_timeout=HANDSHAKE_S if self._tls else None,
             )
             failed.pop_all()

@@ -20,6 +20,7 @@ from sempervirt.api.schemas import (
     VmView,
     WorkView,
 )
+from sempervirt.cluster.standing import Standing
 from sempervirt.core.errors import InvalidRequest, SempervirtError, Unavailable
 from sempervirt.core.events import Journal
 from sempervirt.core.queue_map import DevicePlan
@@ -52,7 +53,7 @@ def agent_view(agent: Agent) -> AgentView:
     )
 
 
-def host_view(facts: HostFacts) -> HostView:
+def host_view(facts: HostFacts, certificate: Standing | None) -> HostView:
     """What the host offers."""
     features = facts.features
     fine = "reconnect-ms" in features.chardev_options
@@ -67,6 +68,7 @@ def host_view(facts: HostFacts) -> HostView:
         reconnect="milliseconds" if fine else "whole seconds",
         sandbox=features.sandbox,
         missing_walls=walls_missing_here(),
+        certificate=certificate,
     )
 
 

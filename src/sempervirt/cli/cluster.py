@@ -9,10 +9,13 @@ from pathlib import Path
 from sempervirt.cli.members import MemberState, MemberView
 from sempervirt.cli.session import here
 from sempervirt.cluster import operators as operators_of_cluster
-from sempervirt.cluster.cluster import Cluster, Member, begin_cluster
+from sempervirt.cluster.certificate import read_standing
+from sempervirt.cluster.cluster import Cluster, Member, Settings, begin_cluster, read_settings
 from sempervirt.cluster.joining import join_cluster
+from sempervirt.cluster.standing import Standing
 from sempervirt.core.errors import SempervirtError, StateConflict, Unavailable
 from sempervirt.core.roles import Role
+from sempervirt.host.places import Places
 from sempervirt.store.records import Operator
 from sempervirt.trust.invitation import Invitation, parse_invitation
 from sempervirt.vm.config import AgentConfig
@@ -32,6 +35,25 @@ async def invite(name: str, valid: timedelta, names: str) -> Invitation:
     """See `Cluster.invite`."""
     async with Cluster.opened(here()) as cluster:
         return await cluster.invite(name, valid, names=names)
+
+
+async def renew(invitation: Invitation) -> Settings:
+    """See `join_cluster`, at the address that this host has. Raises StateConflict for a host that
+    belongs to no cluster.
+    """
+    config = prepared()
+    settings = read_settings(config)
+    if settings is None:
+        raise StateConflict(
+            "this host belongs to no cluster, so there is nothing to renew",
+            remedy="join one: semper host join FILE --listen HOST:PORT",
+        )
+    return await join_cluster(config, invitation, settings.address)
+
+
+def standing(config: Places) -> Standing | None:
+    """See `read_standing`."""
+    return read_standing(config)
 
 
 async def members() -> list[MemberView]:
@@ -86,6 +108,7 @@ def _member_view(member: Member) -> MemberView:
         state=MemberState.REVOKED if member.revoked else heard,
         address=member.host.address,
         certificate_ends=member.host.not_after,
+        certificate_trouble=member.presence.certificate if member.presence else "",
         boot_id=member.presence and member.presence.boot_id,
         agent_pid=member.presence and member.presence.pid,
     )

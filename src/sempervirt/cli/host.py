@@ -6,7 +6,8 @@ import asyncio
 import json
 import time
 from datetime import timedelta
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, assert_never
 
 import typer
 
@@ -28,6 +29,7 @@ from sempervirt.cli.output import (
     styled,
 )
 from sempervirt.cli.session import ask_agent, is_here
+from sempervirt.cluster.standing import Age, Standing
 from sempervirt.core.durations import format_duration
 from sempervirt.qemu.facts import HostProbe
 from sempervirt.vm.config import AgentConfig
@@ -36,8 +38,18 @@ app = typer.Typer(
     no_args_is_help=True, help="What this host offers, and the cluster of hosts that it belongs to."
 )
 
+EtcdFiles = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="A directory of the user whom an etcd on this host runs as: host.pem, authority.crt "
+        "and revoked.crl are kept there as well, renewed with the host's own.",
+        exists=True,
+        file_okay=False,
+    ),
+]
 HostName = Annotated[str, typer.Argument(metavar="NAME", help="The host's name.")]
-SOON_S = 30 * 86400
+SOON_S = 2 * 86400
 
 
 @app.command("show", epilog="Example: semper host show")
@@ -61,6 +73,7 @@ def show(output: OutputOption = Output.TABLE) -> None:
                 ("reconnects disks after", view.reconnect),
                 ("sandbox", "yes" if view.sandbox else "no"),
                 ("walls that are missing", "; ".join(view.missing_walls) or "none"),
+                ("certificate", _certificate(view.certificate)),
             ]
         )
     )
@@ -80,7 +93,12 @@ async def _host() -> HostView:
     if config.socket.exists():
         async with Client.connect(config.socket) as client:
             return await client.host()
-    return host_view(await HostProbe(config.qemu, config.state_dir / "cache").facts())
+    found = None
+    if config.cluster_file.exists():
+        from sempervirt.cli import cluster as work  # noqa: PLC0415 - certificates take long to import
+
+        found = await asyncio.to_thread(work.standing, config)
+    return host_view(await HostProbe(config.qemu, config.state_dir / "cache").facts(), found)
 
 
 @app.command("init", epilog="Example: semper host init a --listen 10.0.0.1:7443")
@@ -97,6 +115,16 @@ def init(
             help="Address of an etcd member; may be repeated. Default: SQLite on this host.",
         ),
     ] = None,
+    certificate_days: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            max=398,
+            help="How long certificates of hosts are good. Agents renew them from a third of that "
+            "before the end; a host that is off for longer joins again: semper host renew.",
+        ),
+    ] = 7,
+    etcd_files: EtcdFiles = None,
     trust_hosts: Annotated[
         bool,
         typer.Option(
@@ -112,10 +140,20 @@ def init(
     from sempervirt.cli import cluster as work  # noqa: PLC0415 - certificates take long to import
 
     config = work.prepared()
-    begun = work.begin_cluster(config, cluster, name, listen, store or (), trust_hosts=trust_hosts)
+    begun = work.begin_cluster(
+        config,
+        cluster,
+        name,
+        listen,
+        store or (),
+        trust_hosts=trust_hosts,
+        host_valid=timedelta(days=certificate_days),
+        etcd_files=_directory(etcd_files),
+    )
     issued = asyncio.run(begun)
     out.print(f"{name} is the first host of the cluster {cluster}", highlight=False)
-    out.print(f"its certificate is good until {day(issued.not_after)}", highlight=False)
+    until = day(issued.not_after)
+    out.print(f"its certificate is good until {until}; its agent renews it", highlight=False)
     out.print(f"keep this file safe, it is the key to everything: {config.trust_dir}/authority.key")
 
 
@@ -143,8 +181,8 @@ def add(
 ) -> None:
     """Print a join token: a secret by which one host may join as NAME, once.
 
-    If NAME is a member already, joining again renews its certificate, and the old certificate is
-    refused from then on.
+    If NAME is a member already, it joins again (semper host renew), and the certificates that it
+    had are refused from then on.
     """
     from sempervirt.cli import cluster as work  # noqa: PLC0415 - certificates take long to import
 
@@ -171,14 +209,36 @@ def join(
     listen: Annotated[
         str, typer.Option(metavar="HOST:PORT", help="Where this host's agent serves the others.")
     ],
+    etcd_files: EtcdFiles = None,
 ) -> None:
     """Make this host a member of the cluster that gave the token out."""
     from sempervirt.cli import cluster as work  # noqa: PLC0415 - certificates take long to import
 
     invitation = work.parse_invitation(token.read())
-    settings = asyncio.run(work.join_cluster(work.prepared(), invitation, listen))
+    settings = asyncio.run(
+        work.join_cluster(work.prepared(), invitation, listen, _directory(etcd_files))
+    )
     out.print(f"this host is {settings.host} of the cluster {settings.cluster}", highlight=False)
     out.print("start its agent anew, and it serves the others: semperd")
+
+
+@app.command("renew", epilog="Example: semper host renew b.token")
+def renew(
+    token: Annotated[
+        typer.FileText, typer.Argument(metavar="FILE", help='The join token; "-": stdin.')
+    ],
+) -> None:
+    """Give this host another certificate, by a token from semper host add.
+
+    Its agent does that by itself. This is for a host that was off until its certificate had ended,
+    or was revoked. An agent that runs takes the certificate into use, and VMs are not touched.
+    """
+    from sempervirt.cli import cluster as work  # noqa: PLC0415 - certificates take long to import
+
+    settings = asyncio.run(work.renew(work.parse_invitation(token.read())))
+    out.print(
+        f"this host is {settings.host} of the cluster {settings.cluster} again", highlight=False
+    )
 
 
 @app.command("list", epilog="Example: semper host list --output json")
@@ -211,11 +271,37 @@ def revoke(
     out.print(f"{name} is revoked; to take it back: semper host add {name}", highlight=False)
 
 
+def _directory(path: Path | None) -> str:
+    return "" if path is None else str(path.absolute())
+
+
 def _expiry(view: MemberView) -> str:
-    left_s = view.certificate_ends - time.time()
+    """When a host's certificate ends, and what keeps it from being renewed."""
     if view.state is MemberState.REVOKED:
         return "revoked"
+    left_s = view.certificate_ends - time.time()
+    again = f"semper host add {view.name} > {view.name}.token; there: semper host renew"
     if left_s <= 0:
-        return f"EXPIRED on {day(view.certificate_ends)}; semper host add {view.name}"
-    soon = f", in {format_duration(left_s)}; renew: semper host add {view.name}"
-    return f"until {day(view.certificate_ends)}" + (soon if left_s < SOON_S else "")
+        return f"EXPIRED on {day(view.certificate_ends)}; {again} {view.name}.token"
+    if view.certificate_trouble:
+        return f"NOT RENEWED, ends in {format_duration(left_s)}: {view.certificate_trouble}"
+    silent = view.state is MemberState.SILENT and left_s < SOON_S
+    why = f", in {format_duration(left_s)}; its agent is silent: start it" if silent else ""
+    return f"until {day(view.certificate_ends)}{why}"
+
+
+def _certificate(found: Standing | None) -> str:
+    if found is None:
+        return "none: this host belongs to no cluster"
+    until = "" if found.ends is None else f"of {found.host}, until {day(found.ends)}"
+    match found.age:
+        case Age.FRESH:
+            return f"{until}; renewed by itself"
+        case Age.DUE:
+            return f"{until}; due" + (f", not renewed yet: {found.failure}" * bool(found.failure))
+        case Age.LATE:
+            return f"{until}; NOT RENEWED: {found.failure or 'is the agent running?'}"
+        case Age.ENDED:
+            return f"{until} ENDED: {found.failure}".strip()
+        case _:
+            assert_never(found.age)

@@ -16,11 +16,14 @@ class MemberState(Enum):
 
 
 class MemberView(BaseModel):
-    """A host as it is printed. `certificate_ends` is in seconds since the epoch."""
+    """A host as it is printed. `certificate_ends` is in seconds since the epoch;
+    `certificate_trouble` is what keeps its agent from renewing it, once that is late.
+    """
 
     name: str
     state: MemberState
     address: str
     certificate_ends: float
+    certificate_trouble: str
     boot_id: str | None
     agent_pid: int | None

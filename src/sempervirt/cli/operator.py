@@ -13,6 +13,9 @@ import typer
 from pydantic import BaseModel
 
 from sempervirt.cli.output import Output, OutputOption, day, err, listing, out, print_json
+from sempervirt.core.durations import format_duration
+
+SOON_S = 7 * 86400
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -71,8 +74,10 @@ def list_operators(output: OutputOption = Output.TABLE) -> None:
         return
     table = listing("operator", "role", "certificate")
     for view in views:
-        ended = view.certificate_ends <= time.time()
-        until = ("EXPIRED on " if ended else "until ") + day(view.certificate_ends)
+        left_s = view.certificate_ends - time.time()
+        until = ("EXPIRED on " if left_s <= 0 else "until ") + day(view.certificate_ends)
+        if 0 < left_s < SOON_S:
+            until += f", in {format_duration(left_s)}"
         table.add_row(view.name, view.role, until)
     out.print(table)
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, assert_never
 
 from sempervirt.api.client import Client
+from sempervirt.cli.output import day, err
+from sempervirt.cluster.standing import Age, age
+from sempervirt.core.durations import format_duration
 from sempervirt.core.errors import InvalidRequest
 from sempervirt.vm.config import AgentConfig
 
@@ -86,9 +90,28 @@ async def _client() -> AsyncIterator[Client]:
             yield client
         return
     from sempervirt.trust.operator import (  # noqa: PLC0415 - certificates take long to import
+        life_of,
         operator_context,
     )
 
     tls = operator_context(elsewhere.key)
+    life = life_of(elsewhere.key)
+    _tell_end(elsewhere.key, life.begins, life.ends)
     async with Client.connect_host(elsewhere.address, elsewhere.host, tls) as client:
         yield client
+
+
+def _tell_end(key: Path, begins: float, ends: float) -> None:
+    """Warns of an operator's certificate that has ended, or is about to: nobody renews it."""
+    now = time.time()
+    again = "ask for another where the authority is: semper operator add NAME"
+    match age(begins, ends, now):
+        case Age.ENDED:
+            err.print(f"the certificate in {key.name} has ended on {day(ends)}; {again}")
+        case Age.LATE | Age.DUE:
+            left = format_duration(ends - now)
+            err.print(f"the certificate in {key.name} ends in {left}; {again}")
+        case Age.FRESH:
+            pass
+        case state:
+            assert_never(state)

@@ -1,7 +1,9 @@
 """The cluster that this host belongs to: its settings, its store, its identity.
 
 STATE_DIR/cluster.json   {"version": 1, "cluster": "lab", "host": "a", "address": "10.0.0.1:7443",
-                          "store": ["https://10.0.0.1:2379", …] or []}
+                          "store": ["https://10.0.0.1:2379", …] or [],
+                          "host_valid_s": how long certificates of hosts are good, in seconds,
+                          "etcd_files": a directory for what this host's etcd reads, or ""}
 STATE_DIR/trust/         keys and certificates (sempervirt.trust)
 STATE_DIR/store.db       the store, where "store" is empty: SQLite, for this host alone
 """
@@ -14,6 +16,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
+from pathlib import Path
 
 from pydantic import TypeAdapter
 
@@ -31,6 +34,7 @@ from sempervirt.store.etcd_rights import (
 )
 from sempervirt.store.port import Delete, Put, Snapshot, Store, Write
 from sempervirt.store.records import (
+    Certificate,
     Host,
     Presence,
     Revocation,
@@ -40,23 +44,32 @@ from sempervirt.store.records import (
     parse,
 )
 from sempervirt.store.sqlite import SqliteStore
-from sempervirt.trust.authority import KEY_FILE, Authority, Issued, requested_key
-from sempervirt.trust.identity import Holder, Identity, Peer
+from sempervirt.trust.authority import HOST_VALID, KEY_FILE, Authority, Issued, requested_key
+from sempervirt.trust.identity import Holder, Identity, KeyRequest, Peer
 from sempervirt.trust.invitation import Invitation, invite
 
 REVOKED, LIST_KEY = "revoked/", "lists/hosts"
 VERSION = 1
 PORT = 7443
+# Clocks of hosts differ by less; a certificate counts as alive for that much longer.
+CLOCKS_S = 86400.0
+# One that is renewed as it should be has one; more if answers were lost.
+CERTIFICATES_MAX = 16
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The content of cluster.json. `store` holds etcd's endpoints; none: SQLite."""
+    """The content of cluster.json. `store` holds etcd's endpoints; none: SQLite. `host_valid_s` is
+    looked at on the host that has the authority. `etcd_files`: an etcd of this host that runs as
+    another user finds certificates there, renewed with those of the host.
+    """
 
     cluster: str
     host: str
     address: str
     store: tuple[str, ...] = ()
+    host_valid_s: float = HOST_VALID.total_seconds()
+    etcd_files: str = ""
 
 
 _SETTINGS = TypeAdapter(Settings)
@@ -161,13 +174,78 @@ class Cluster:
                 f"this join token for {peer.name} has expired",
                 remedy=f"make another one: semper host add {peer.name}",
             )
-        issued = authority.issue_host(request, peer.name, token.names)
+        issued = authority.issue_host(request, peer.name, token.names, valid=self.host_valid)
         writes = [Delete(key), *_registration(state, peer.name, address, issued)]
         writes += self._listed(authority, state, writes)
         await self.store.commit(writes, expect=_expected(state, writes))
         if (guarded := self._guarded_store) is None:
             return issued, Credentials("", "")
         return issued, await admit_host(guarded, peer.name)
+
+    async def renew(self, peer: Peer, request: str) -> Issued:
+        """Another certificate for a host that shows one which has not ended.
+
+        Raises NotAllowed for a host that was revoked, or has had too many certificates lately;
+        InvalidRequest, StateConflict where there is no authority, Unavailable, OutcomeUnknown: it
+        may be asked again.
+        """
+        if peer.holder is not Holder.HOST:
+            raise NotAllowed("only a host has its certificate renewed")
+        authority = Authority.load(self.identity.directory)
+        requested_key(request)
+        state = await self.store.read()
+        key = f"hosts/{peer.name}"
+        entry = state.entries.get(key)
+        host = parse(Host, key, entry.value) if entry else None
+        if (
+            host is None
+            or REVOKED + peer.serial in state.entries
+            or peer.serial not in {host.serial, *(was.serial for was in host.earlier)}
+        ):
+            raise NotAllowed(
+                f"this certificate of {peer.name} counts no more, and is not renewed",
+                remedy=f"was {peer.name} revoked? To take it back: semper host add {peer.name}",
+            )
+        alive = _alive(host)
+        if len(alive) > CERTIFICATES_MAX:
+            raise NotAllowed(
+                f"{peer.name} has had {len(alive)} certificates that have not ended yet",
+                remedy=f"is that really {peer.name}? If not: semper host revoke {peer.name}",
+            )
+        issued = authority.issue_host(
+            request, peer.name, f"{peer.address}:0" if peer.address else "", valid=self.host_valid
+        )
+        # Not if the host is revoked in between; `revoke` looks at the host's entry likewise.
+        seen = {one: state.revision_of(one) for one in (key, REVOKED + peer.serial)}
+        await self.store.commit([Put(key, _renewed(host, issued).text())], expect=seen)
+        return issued
+
+    async def enter_own(self) -> None:
+        """Tells the store of this host's certificate, where the host has issued it for itself, and
+        that the others may ask here. Does nothing if the store knows. Raises StateConflict for a
+        change that comes between, Unavailable, OutcomeUnknown, NotAllowed: it may be repeated.
+        """
+        key, own = f"hosts/{self.settings.host}", self.identity.certificate
+        state = await self.store.read(key)
+        entry = state.entries.get(key)
+        if own is None or entry is None:
+            return
+        host = parse(Host, key, entry.value)
+        renewed = host if host.serial == own.serial else _renewed(host, own)
+        renewed = renewed.model_copy(update={"authority": True})
+        if renewed != host:
+            put = Put(key, renewed.text())
+            await self.store.commit([put], expect={key: state.revision_of(key)})
+
+    @property
+    def has_authority(self) -> bool:
+        """Whether certificates are issued on this host."""
+        return (self.identity.directory / KEY_FILE).exists()
+
+    @property
+    def host_valid(self) -> timedelta:
+        """How long certificates of hosts are good."""
+        return timedelta(seconds=self.settings.host_valid_s)
 
     def _listed(
         self, authority: Authority, state: Snapshot, writes: Sequence[Write]
@@ -181,6 +259,7 @@ class Cluster:
         known = {key for key in state.entries if key.startswith(REVOKED)}
         pem = authority.revocation_list(key.removeprefix(REVOKED) for key in known | new)
         self.identity.keep_list(pem)
+        lend(self.identity, self.settings)
         return [Put(LIST_KEY, RevocationList(pem=pem).text())]
 
     @property
@@ -198,7 +277,7 @@ class Cluster:
 
     def server_context(self) -> ssl.SSLContext:
         """For serving other hosts, and whom the doors' authority has signed. Raises Unavailable."""
-        if (self.identity.directory / KEY_FILE).exists():
+        if self.has_authority:
             _ = self.doors  # made now, if an earlier release began the cluster
         return self.identity.server_context()
 
@@ -213,11 +292,13 @@ class Cluster:
         known = {entry.name: entry for entry in _values(Host, state, "hosts/")}
         if host not in known:
             raise NotFound(f"there is no host {host}", remedy=suggest(host, known))
-        writes: list[Write] = [_revocation(known[host], reason)]
+        writes: list[Write] = _revocations(known[host], reason)
         if f"tokens/{host}" in state.entries:
             writes.append(Delete(f"tokens/{host}"))
         writes += self._listed(Authority.load(self.identity.directory), state, writes)
-        await self.store.commit(writes, expect=_expected(state, writes))
+        # Not if a certificate is renewed in between: it would not be among those.
+        seen = {f"hosts/{host}": state.revision_of(f"hosts/{host}"), **_expected(state, writes)}
+        await self.store.commit(writes, expect=seen)
         if (guarded := self._guarded_store) is not None:
             await dismiss_host(guarded, host)
 
@@ -230,16 +311,20 @@ async def begin_cluster(
     store: Sequence[str],
     *,
     trust_hosts: bool = False,
+    host_valid: timedelta = HOST_VALID,
+    etcd_files: str = "",
 ) -> Issued:
     """Makes the authority, this host's certificate and its entry. Raises StateConflict. An etcd
-    behind https has users from then on, unless all hosts are trusted.
+    behind https has users from then on, unless all hosts are trusted. Certificates of hosts are
+    good for `host_valid`.
 
     May be repeated after Unavailable: what was made stays, and the certificates may serve for
     etcd itself.
     """
     _check(host)
     present = read_settings(config)
-    settings = Settings(cluster, host, check_address(address), tuple(store))
+    valid_s = host_valid.total_seconds()
+    settings = Settings(cluster, host, check_address(address), tuple(store), valid_s, etcd_files)
     if present is not None and present != settings:
         raise StateConflict(
             f"this host belongs to the cluster {present.cluster} as {present.host} already",
@@ -248,13 +333,15 @@ async def begin_cluster(
     identity = Identity(config.trust_dir)
     if present is None:
         authority = Authority.create(config.trust_dir, cluster)
-        issued = authority.issue_host(identity.request(host), host, address)
-        identity.keep(issued.pem, Issued(authority.certificate).pem)
+        asked = KeyRequest.made(host)
+        issued = authority.issue_host(asked.text, host, address, valid=host_valid)
+        identity.keep(asked, issued.pem, Issued(authority.certificate).pem)
         identity.keep_list(authority.revocation_list([]))
         Authority.doors(config.trust_dir, cluster)
         if _is_secure(store) and not trust_hosts:
             write_credentials(config, new_credentials(ROOT_USER))
         write_settings(config, settings)
+    lend(identity, settings)
     own = identity.certificate
     assert own is not None
     opened = open_store(config, settings)
@@ -263,11 +350,19 @@ async def begin_cluster(
             await secure(opened)
         state = await opened.read()
         if f"hosts/{host}" not in state.entries:
-            writes = _registration(state, host, address, own)
+            writes = _registration(state, host, address, own, authority=True)
             await opened.commit(writes, expect=_expected(state, writes))
     finally:
         await opened.close()
     return own
+
+
+def lend(identity: Identity, settings: Settings) -> None:
+    """Copies what this host's etcd needs to where the settings say, if they do. Raises
+    Unavailable.
+    """
+    if settings.etcd_files:
+        identity.lend(Path(settings.etcd_files))
 
 
 def read_settings(config: Places) -> Settings | None:
@@ -343,7 +438,9 @@ def _check(host: str) -> None:
         raise InvalidRequest(str(error)) from error
 
 
-def _registration(state: Snapshot, name: str, address: str, issued: Issued) -> list[Write]:
+def _registration(
+    state: Snapshot, name: str, address: str, issued: Issued, *, authority: bool = False
+) -> list[Write]:
     """The entry of a host that joins; what it had before counts no more."""
     host = Host(
         name=name,
@@ -351,18 +448,41 @@ def _registration(state: Snapshot, name: str, address: str, issued: Issued) -> l
         serial=issued.serial,
         not_after=issued.not_after,
         joined=time.time(),
+        authority=authority,
     )
     writes: list[Write] = [Put(f"hosts/{name}", host.text())]
     earlier = state.entries.get(f"hosts/{name}")
     if earlier is not None:
         was = parse(Host, f"hosts/{name}", earlier.value)
-        writes.append(_revocation(was, "joined again"))
+        writes += _revocations(was, "joined again")
     return writes
 
 
-def _revocation(host: Host, reason: str) -> Put:
-    entry = Revocation(serial=host.serial, host=host.name, time=time.time(), reason=reason)
-    return Put(f"revoked/{host.serial}", entry.text())
+def _revocations(host: Host, reason: str) -> list[Write]:
+    """Of every certificate of a host that has not ended, and of the newest."""
+    return [
+        Put(
+            REVOKED + serial,
+            Revocation(serial=serial, host=host.name, time=time.time(), reason=reason).text(),
+        )
+        for serial in dict.fromkeys([host.serial, *(was.serial for was in _alive(host))])
+    ]
+
+
+def _alive(host: Host) -> list[Certificate]:
+    """The earlier certificates of a host that somebody could still believe."""
+    return [was for was in host.earlier if was.not_after > time.time() - CLOCKS_S]
+
+
+def _renewed(host: Host, issued: Issued) -> Host:
+    """The entry of a host that has another certificate."""
+    before = Certificate(serial=host.serial, not_after=host.not_after)
+    changed = {
+        "serial": issued.serial,
+        "not_after": issued.not_after,
+        "earlier": (*_alive(host), before),
+    }
+    return host.model_copy(update=changed)
 
 
 def _expected(state: Snapshot, writes: Sequence[Write]) -> dict[str, int]:

@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field
 from sempervirt.cluster.cluster import (
     Settings,
     check_address,
+    lend,
     read_settings,
     write_credentials,
     write_settings,
@@ -18,7 +19,7 @@ from sempervirt.core.errors import NotAllowed, OutcomeUnknown, StateConflict
 from sempervirt.host.http import Connection
 from sempervirt.host.places import Places
 from sempervirt.store.etcd import Credentials
-from sempervirt.trust.identity import Identity
+from sempervirt.trust.identity import Identity, KeyRequest
 from sempervirt.trust.invitation import Invitation
 
 
@@ -49,7 +50,9 @@ async def ask_to_join(connection: Connection, request: str, address: str) -> Joi
     return JoinView.model_validate(await connection.call("POST", "/join", body=body))
 
 
-async def join_cluster(config: Places, invitation: Invitation, address: str) -> Settings:
+async def join_cluster(
+    config: Places, invitation: Invitation, address: str, etcd_files: str = ""
+) -> Settings:
     """Makes this host's key, has it certified, and keeps what it was given.
 
     The key never leaves this host. Raises NotAllowed for a token that expired, was used or
@@ -68,11 +71,11 @@ async def join_cluster(config: Places, invitation: Invitation, address: str) -> 
             remedy=f"make another one on {invitation.inviter}: semper host add {invitation.host}",
         )
     identity = Identity(config.trust_dir)
-    request = identity.request(invitation.host)
+    asked = KeyRequest.made(invitation.host)
     tls = invitation.client_context()
     async with Connection.to_host(invitation.address, invitation.inviter, tls) as connection:
         try:
-            answer = await ask_to_join(connection, request, address)
+            answer = await ask_to_join(connection, asked.text, address)
         except OutcomeUnknown as error:
             raise OutcomeUnknown(
                 f"{invitation.inviter} did not say whether {invitation.host} may join: {error}",
@@ -80,9 +83,17 @@ async def join_cluster(config: Places, invitation: Invitation, address: str) -> 
                 f"semper host add {invitation.host}",
             ) from error
     authority = invitation.authority.public_bytes(serialization.Encoding.PEM).decode()
-    identity.keep(answer.certificate, authority, answer.doors)
+    identity.keep(asked, answer.certificate, authority, answer.doors)
     if answer.store_user:
         write_credentials(config, Credentials(answer.store_user, answer.store_password))
-    settings = Settings(answer.cluster, invitation.host, address, tuple(answer.store))
+    etcd_files = etcd_files or (present.etcd_files if present else "")
+    settings = Settings(
+        answer.cluster,
+        invitation.host,
+        address,
+        tuple(answer.store),
+        etcd_files=etcd_files,
+    )
     write_settings(config, settings)
+    lend(identity, settings)
     return settings

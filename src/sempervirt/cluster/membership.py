@@ -11,9 +11,10 @@ import logging
 import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 
-from sempervirt.cluster.cluster import LIST_KEY, Cluster
+from sempervirt.cluster.certificate import OwnCertificate
+from sempervirt.cluster.cluster import LIST_KEY, Cluster, lend
 from sempervirt.core.durations import Backoff
 from sempervirt.core.errors import SempervirtError
 from sempervirt.core.roles import Role
@@ -38,8 +39,12 @@ class Membership:
         self.revoked: frozenset[str] = frozenset()
         self.operators: Mapping[str, Operator] = {}
         self.known = asyncio.Event()
+        self.certificate = OwnCertificate(cluster, self._tell)
+        self._trouble = ""
+        self._told = asyncio.Event()
         self._lease_s = lease_s
         self._lease: Lease | None = None
+        self._since = time.time()
 
     @classmethod
     @asynccontextmanager
@@ -51,6 +56,7 @@ class Membership:
             background.start(persist(membership._follow, "revocations"), "revocations"),
             background.start(persist(membership._follow_operators, "operators"), "operators"),
             background.start(persist(membership._follow_list, "list of revoked"), "list"),
+            background.start(membership.certificate.keep(), "certificate"),
         ]
         try:
             yield membership
@@ -69,18 +75,36 @@ class Membership:
         known = self.operators.get(name)
         return Role(known.role) if known is not None and known.serial == serial else None
 
+    def _tell(self, trouble: str) -> None:
+        """Has the other hosts hear what is wrong with this host's certificate; "": nothing."""
+        self._trouble = trouble
+        self._told.set()
+
     async def _announce(self, worked: Callable[[], None]) -> None:
-        store, host = self.cluster.store, self.cluster.settings.host
-        key = f"alive/{host}"
-        self._lease = await store.grant(self._lease_s)
-        entry = Presence(host=host, boot_id=boot_id(), pid=os.getpid(), since=time.time())
-        state = await store.read(key)
-        put = Put(key, entry.text(), self._lease)
-        await store.commit([put], expect={key: state.revision_of(key)})
+        self._lease = await self.cluster.store.grant(self._lease_s)
+        await self._enter(self._lease)
         while True:
             worked()
-            await asyncio.sleep(self._lease.ttl_s / RENEWALS)
-            self._lease = await store.renew(self._lease)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._lease.ttl_s / RENEWALS):
+                    await self._told.wait()
+            if self._told.is_set():
+                await self._enter(self._lease)
+            self._lease = await self.cluster.store.renew(self._lease)
+
+    async def _enter(self, lease: Lease) -> None:
+        store, host = self.cluster.store, self.cluster.settings.host
+        self._told.clear()
+        entry = Presence(
+            host=host,
+            boot_id=boot_id(),
+            pid=os.getpid(),
+            since=self._since,
+            certificate=self._trouble,
+        )
+        key = f"alive/{host}"
+        state = await store.read(key)
+        await store.commit([Put(key, entry.text(), lease)], expect={key: state.revision_of(key)})
 
     async def _follow(self, worked: Callable[[], None]) -> None:
         async with aclosing(self.cluster.store.watch("revoked/")) as states:
@@ -104,7 +128,11 @@ class Membership:
                 entry = state.entries.get(LIST_KEY)
                 if entry is not None:
                     pem = parse(RevocationList, LIST_KEY, entry.value).pem
-                    await asyncio.to_thread(self.cluster.identity.keep_list, pem)
+                    await asyncio.to_thread(self._keep_list, pem)
+
+    def _keep_list(self, pem: str) -> None:
+        self.cluster.identity.keep_list(pem)
+        lend(self.cluster.identity, self.cluster.settings)
 
     async def _leave(self) -> None:
         if self._lease is None:

@@ -7,6 +7,7 @@ agent raised (the table is `core.errors.KINDS`).
 from __future__ import annotations
 
 import ssl
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -24,6 +25,8 @@ from sempervirt.core.errors import (
 )
 
 READ_TIMEOUT_S = 20.0
+# What OpenSSL calls a certificate that is not valid yet, or not any more (x509_vfy.h).
+OF_CLOCKS = frozenset({9, 10})
 
 
 class ErrorBody(BaseModel):
@@ -124,6 +127,14 @@ def _unreachable(place: str, remedy: str, error: Exception) -> SempervirtError:
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, ssl.SSLCertVerificationError):
         cause = cause.__cause__ or cause.__context__
+    if cause is not None and cause.verify_code in OF_CLOCKS:
+        return NotAllowed(
+            f"who answers at {place} shows a certificate that is out of its time by the clock of "
+            f"this host, which says {time.strftime('%Y-%m-%d %H:%M:%S UTC', time.gmtime())}: "
+            f"{cause.verify_message}",
+            remedy="compare the clocks of both hosts (timedatectl); if both are right, see which "
+            "certificate was not renewed: semper host list",
+        )
     if cause is not None:
         return NotAllowed(
             f"who answers at {place} is not to be trusted: {cause.verify_message}",

@@ -19,7 +19,7 @@ from sempervirt.host.procfs import find_by_argument, identify
 from sempervirt.host.programs import find_program
 from sempervirt.migration.wire_status import WireStatus
 from sempervirt.trust.authority import CERTIFICATE_FILE as AUTHORITY_FILE
-from sempervirt.trust.identity import CERTIFICATE_FILE, KEY_FILE
+from sempervirt.trust.identity import Identity
 
 PROGRAM = "semper-wired"
 POLL_S = 0.02
@@ -119,13 +119,14 @@ class Wire:
     ) -> Wire:
         wire = cls(files)
         files.control.unlink(missing_ok=True)
+        pair = Identity(trust).settle()
         argv = [
             find_program(PROGRAM),
             end,
             f"--migration={migration}",
             f"--ca={trust / AUTHORITY_FILE}",
-            f"--cert={trust / CERTIFICATE_FILE}",
-            f"--key={trust / KEY_FILE}",
+            f"--cert={pair}",
+            f"--key={pair}",
             f"--peer-name={peer}",
             f"--qemu-socket={files.stream}",
             f"--control-socket={files.control}",

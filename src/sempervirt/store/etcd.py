@@ -91,10 +91,10 @@ class EtcdStore:
         self.credentials = credentials
         self._token = ""
         self._silence_s = silence_s
-        # No proxy of the environment stands between this host and its store.
-        self._http = httpx.AsyncClient(
-            verify=tls if tls is not None else True, timeout=timeout_s, trust_env=False
-        )
+        self.is_secure = tls is not None
+        self._timeout_s = timeout_s
+        self._http = self._client(tls)
+        self._retiring: set[asyncio.Task[None]] = set()
 
     async def read(self, prefix: str = "") -> Snapshot:
         """See `Store`."""
@@ -162,8 +162,34 @@ class EtcdStore:
         except LeaseEnded:
             return
 
+    def show(self, tls: ssl.SSLContext, credentials: Credentials | None) -> None:
+        """From the next call on shows another certificate. Calls that go on end as they are; a
+        watch begins again.
+        """
+        before, self._http = self._http, self._client(tls)
+        self.credentials, self._token = credentials, ""
+        task = asyncio.create_task(self._retire(before))
+        self._retiring.add(task)
+        task.add_done_callback(self._retiring.discard)
+
+    def _client(self, tls: ssl.SSLContext | None) -> httpx.AsyncClient:
+        # No proxy of the environment stands between this host and its store.
+        return httpx.AsyncClient(
+            verify=tls if tls is not None else True, timeout=self._timeout_s, trust_env=False
+        )
+
+    async def _retire(self, client: httpx.AsyncClient) -> None:
+        """Ends what only a watch uses by now: no call takes longer."""
+        try:
+            await asyncio.sleep(2 * self._timeout_s)
+        finally:
+            await client.aclose()
+
     async def close(self) -> None:
         """See `Store`."""
+        for task in self._retiring:
+            task.cancel()
+        await asyncio.gather(*self._retiring, return_exceptions=True)
         await self._http.aclose()
 
     # Users of etcd

@@ -37,23 +37,39 @@ class Value(BaseModel):
         return self.model_dump_json()
 
 
+class Certificate(BaseModel):
+    """A certificate that a host had before the newest, and that has not ended by itself."""
+
+    serial: str
+    not_after: float
+
+
 class Host(Value):
-    """A host of the cluster. `not_after` ends its certificate (seconds since the epoch)."""
+    """A host of the cluster. `not_after` ends its newest certificate (seconds since the epoch).
+
+    `authority`: it has the authority, and renews the certificates of the others. `earlier` ones
+    count until they end, for a host may not have got the newest; a revocation revokes all of them.
+    """
 
     name: str
     address: str = Field(description='where its agent listens, "HOST:PORT"; "" if nowhere')
     serial: str
     not_after: float
     joined: float
+    authority: bool = False
+    earlier: tuple[Certificate, ...] = ()
 
 
 class Presence(Value):
-    """The agent of a host, alive."""
+    """The agent of a host, alive. `certificate`: what keeps the host's certificate from being
+    renewed, once that is late; "" while all is well.
+    """
 
     host: str
     boot_id: str
     pid: int
     since: float
+    certificate: str = ""
 
 
 class Token(Value):

@@ -40,7 +40,7 @@ KEY_FILE, CERTIFICATE_FILE = "authority.key", "authority.crt"
 DOORS_KEY_FILE, DOORS_FILE = "doors.key", "doors.crt"
 DOORS = "doors"
 AUTHORITY_DAYS = 3650
-HOST_DAYS = 365
+HOST_VALID = timedelta(days=7)
 # Clocks of hosts differ.
 EARLY = timedelta(minutes=5)
 
@@ -66,6 +66,11 @@ class Issued:
     def serial(self) -> str:
         """The serial number in hexadecimal, as the other end of a connection sees it."""
         return serial_text(self.certificate.serial_number)
+
+    @property
+    def not_before(self) -> float:
+        """When the certificate begins, in seconds since the epoch."""
+        return self.certificate.not_valid_before_utc.timestamp()
 
     @property
     def not_after(self) -> float:
@@ -152,7 +157,13 @@ class Authority:
         return cls(key, certificate)
 
     def issue_host(
-        self, request: str, host: str, address: str = "", *, now: datetime | None = None
+        self,
+        request: str,
+        host: str,
+        address: str = "",
+        *,
+        valid: timedelta = HOST_VALID,
+        now: datetime | None = None,
     ) -> Issued:
         """The certificate of a host. Of the request (PEM) nothing but its key counts. `address`,
         "HOST:PORT", is what the certificate is to name beside the host; "": nothing.
@@ -163,8 +174,7 @@ class Authority:
         if (place := address_name(address)) is not None:
             names.append(place)
         usage = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
-        days = timedelta(HOST_DAYS)
-        return self._issue(requested_key(request), f"host {host}", names, usage, days, now)
+        return self._issue(requested_key(request), f"host {host}", names, usage, valid, now)
 
     def issue_invitation(
         self, key: ec.EllipticCurvePublicKey, host: str, valid: timedelta, now: datetime
@@ -214,7 +224,7 @@ class Authority:
             .issuer_name(self.certificate.subject)
             .public_key(key)
             .serial_number(x509.random_serial_number())
-            .not_valid_before(now - EARLY)
+            .not_valid_before(now - min(EARLY, valid / 10))
             .not_valid_after(now + valid)
             .add_extension(x509.SubjectAlternativeName(names), critical=False)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)

@@ -51,6 +51,25 @@ def make_operator_key(
     return OperatorKey(issued, key, authority.certificate)
 
 
+@dataclass(frozen=True)
+class Life:
+    """Of a certificate, in seconds since the epoch."""
+
+    begins: float
+    ends: float
+
+
+def life_of(path: Path) -> Life:
+    """Of the certificate in an operator's file. Raises Unavailable, InvalidRequest."""
+    try:
+        issued = Issued(x509.load_pem_x509_certificate(read_file(path, follow=True)))
+    except OSError as error:
+        raise Unavailable(f"cannot read {path}: {error.strerror}") from error
+    except MALFORMED as error:
+        raise InvalidRequest(f"{path} is no operator's key: {error}") from error
+    return Life(issued.not_before, issued.not_after)
+
+
 def operator_context(path: Path) -> ssl.SSLContext:
     """For asking a host as the operator whose file is at `path`.
 
