@@ -136,7 +136,7 @@ async def test_a_vm_and_its_disk_with_an_agent(
         listed = (await semper("vm", "list", "--output", "json")).document
         assert [(vm["name"], vm["state"]) for vm in listed] == [("web", "running")]
         assert readable_by_others(config) == []
-        audited = (await semper("host", "audit", "-o", "json")).document
+        audited = (await semper("host", "audit", "-o", "json")).document["processes"]
         assert [one["role"] for one in audited].count("backend of web/root") >= 1
         assert "QEMU of web" in {one["role"] for one in audited}
         assert "QEMU of web" in (await semper("host", "audit")).out
