@@ -138,7 +138,12 @@ async def test_a_vm_and_its_disk_with_an_agent(
         assert readable_by_others(config) == []
         audited = (await semper("host", "audit", "-o", "json")).document["processes"]
         assert [one["role"] for one in audited].count("backend of web/root") >= 1
-        assert "QEMU of web" in {one["role"] for one in audited}
+        held = {one["role"]: one for one in audited}
+        assert set(held["QEMU of web"]["capabilities"]) <= {"dac_override", "net_admin"}
+        assert held["backend of web/root"]["capabilities"] == []
+        for role in ("QEMU of web", "backend of web/root"):
+            assert held[role]["system_calls"] == "filtered"
+            assert not held[role]["new_privileges"]
         assert "QEMU of web" in (await semper("host", "audit")).out
         assert "web" in (await semper("vm", "list")).out
         assert "web/root" in (await semper("vm", "show", "web")).out

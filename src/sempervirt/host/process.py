@@ -18,11 +18,12 @@ import shlex
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from sempervirt.core.errors import CommandFailed
+from sempervirt.host.privileges import with_capabilities
 from sempervirt.host.procfs import ProcessId, identify, start_ticks
 from sempervirt.host.programs import why_not_started
 from sempervirt.host.records import replace_bytes
@@ -143,12 +144,14 @@ def spawn(
     executable: str | None = None,
     pass_fds: Sequence[int] = (),
     environment: Mapping[str, str] | None = None,
+    capabilities: Collection[str] | None = None,
 ) -> Process:
     """Starts a process that outlives the agent; its output is appended to `log`, after a line that
     tells the output of this process from that of earlier ones (see `said`).
 
-    `executable` is the file to execute, if not argv[0]. Raises CommandFailed when the program
-    cannot be started, or the log cannot be opened.
+    `executable` is the file to execute, if not argv[0]; `capabilities` are those that the process
+    has at most (see `host.privileges`), if not those of the agent. Raises CommandFailed when the
+    program cannot be started, or the log cannot be opened.
     """
     with contextlib.suppress(OSError):  # no room: then the process says nothing either
         note_in_log(log, f"{Path(argv[0]).name} started")
@@ -158,16 +161,20 @@ def spawn(
         raise _log_not_opened(argv, log, error) from error
     try:
         with opened as output:
-            child = subprocess.Popen(
-                argv,
-                executable=executable,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                pass_fds=pass_fds,
-                env=None if environment is None else {**os.environ, **environment},
-                start_new_session=True,
-            )
+
+            def start() -> subprocess.Popen[bytes]:
+                return subprocess.Popen(
+                    argv,
+                    executable=executable,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    pass_fds=pass_fds,
+                    env=None if environment is None else {**os.environ, **environment},
+                    start_new_session=True,
+                )
+
+            child = start() if capabilities is None else with_capabilities(capabilities, start)
     except OSError as error:
         raise _cannot_start(argv, error) from error
     # A child that has ended already is a zombie, and keeps its pid until it is waited for.

@@ -26,6 +26,7 @@ from sempervirt.qemu.command_line import disk_id
 from sempervirt.qemu.decide import QUIT_DEADLINE_S, decide
 from sempervirt.qemu.files import VmFiles
 from sempervirt.qemu.link import Link, Patience
+from sempervirt.qemu.privileges import capabilities
 from sempervirt.qemu.spec import VmSpec
 from sempervirt.qemu.state import (
     ON_REQUEST,
@@ -103,7 +104,11 @@ class Machine(Owner[VmState, VmEvent, VmEffect]):
         """Starts QEMU. Raises CommandFailed when the program cannot be started."""
         machine = cls(spec, files, patience)
         started = process.spawn(
-            argv, log=files.log, on_exit=machine._exits(), pass_fds=(memory_fd,)
+            argv,
+            log=files.log,
+            on_exit=machine._exits(),
+            pass_fds=(memory_fd,),
+            capabilities=capabilities(),
         )
         machine._watch(started)
         return machine

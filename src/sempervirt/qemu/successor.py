@@ -20,6 +20,7 @@ from sempervirt.host import process
 from sempervirt.host.process import Exit, Process
 from sempervirt.host.procfs import ProcessId
 from sempervirt.qemu import device_state
+from sempervirt.qemu.privileges import capabilities
 from sempervirt.qemu.qmp import Monitor
 
 CONNECT_POLL_S = 0.005
@@ -48,7 +49,11 @@ class Successor:
         successor = cls(name, monitor)
         try:
             successor._process = process.spawn(
-                argv, log=log, on_exit=successor._ended, pass_fds=inherited
+                argv,
+                log=log,
+                on_exit=successor._ended,
+                pass_fds=inherited,
+                capabilities=capabilities(),
             )
             try:
                 await successor._connect()
