@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import ssl
 import stat
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
@@ -419,6 +421,26 @@ async def test_another_user_gets_nothing_even_from_an_open_socket(lab: Lab) -> N
 
     assert "200 OK" in await said(0)
     assert await said(65534) == "b''"
+
+
+async def test_a_program_of_a_vm_is_refused_whoever_runs_it(lab: Lab, tmp_path: Path) -> None:
+    async def said(program: str) -> str:
+        # A process is what it executes.
+        executed = tmp_path / program
+        shutil.copy("/proc/self/exe", executed)
+        process = await asyncio.create_subprocess_exec(
+            executed,
+            "-c",
+            ASK,
+            lab.agent.config.socket,
+            env={"PYTHONHOME": sys.base_prefix},
+            stdout=asyncio.subprocess.PIPE,
+        )
+        return (await process.communicate())[0].decode().strip()
+
+    assert await said("semper-blkd") == "b''"
+    assert await said("qemu-system-x86_64") == "b''"
+    assert "200 OK" in await said("semper-shell")
 
 
 # Operators

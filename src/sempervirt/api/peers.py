@@ -21,7 +21,7 @@ from sempervirt.api.failures import to_response
 from sempervirt.api.reach import Caller
 from sempervirt.core.errors import NotAllowed
 from sempervirt.core.roles import Role
-from sempervirt.host.peers import peer_uid
+from sempervirt.host.peers import peer_pid, peer_uid, works_for_a_vm
 from sempervirt.trust.identity import Holder, Peer, peer_of
 
 log = logging.getLogger(__name__)
@@ -75,16 +75,18 @@ class Introduced:
 
 
 class LocalProtocol(BoundedProtocol):
-    """HTTP of one connection over the unix socket: root, and the user whose agent this is."""
+    """HTTP of one connection over the unix socket: root, and the user whose agent this is, but no
+    program of a VM, which as a process of the same user would be let in.
+    """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Looks at the user before a byte of the connection is read."""
+        """Looks at the process before a byte of the connection is read."""
         super().connection_made(transport)
         raw: Any = transport.get_extra_info("socket")
         with socket.socket(fileno=os.dup(raw.fileno())) as connection:
-            uid = peer_uid(connection)
-        if uid not in (0, os.geteuid()):
-            log.warning("refuse user=%d at the socket", uid)
+            uid, pid = peer_uid(connection), peer_pid(connection)
+        if uid not in (0, os.geteuid()) or works_for_a_vm(pid):
+            log.warning("refuse user=%d pid=%d at the socket", uid, pid)
             transport.abort()
             return
         local = Caller(f"user {uid}", Role.ADMIN)

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from sempervirt.core.errors import OutcomeUnknown
-from sempervirt.host.procfs import ProcessId, command_name
+from sempervirt.host.procfs import PROC, ProcessId, command_name
 from sempervirt.host.records import replace_text
 
 # struct ucred: pid, uid, gid.
@@ -43,6 +43,26 @@ def _credentials(connection: socket.socket) -> tuple[int, int, int]:
     told = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
     pid, uid, gid = _UCRED.unpack(told)
     return pid, uid, gid
+
+
+# Programs that work for one VM, and ask an agent for nothing.
+_OF_VMS = ("semper-blkd", "semper-saved", "semper-wired", "qemu-")
+
+
+def works_for_a_vm(pid: int) -> bool:
+    """Whether that process executes a program that a guest, another host or a saved state may have
+    taken over. It cannot execute another one; so what it executes is true, unlike its arguments.
+    A process that has ended may have been one.
+    """
+    if pid == 0:  # of another name space, where none of these is
+        return False
+    try:
+        program = (PROC / str(pid) / "exe").readlink().name
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    except OSError:  # of another user, as none of these is
+        return False
+    return program.startswith(_OF_VMS)
 
 
 def require_peer(connection: socket.socket, expected: int, path: Path) -> None:
