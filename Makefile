@@ -6,7 +6,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help demo setup system-packages venv binaries guest debian-guest test lint format wheel \
-	lock fuzz worlds records torture restarts saved-states corruption moves migration-kills bench bench-migrate \
+	lock fuzz worlds records torture torture-guard restarts saved-states corruption moves migration-kills bench bench-migrate \
 	scale fresh clean
 
 help: ## this list
@@ -63,6 +63,9 @@ records: setup ## every file that outlives a process, damaged 100,000 times: no 
 
 torture: setup guest ## 1,000 kills over engines, queues, loads and file systems; must lose nothing
 	@scripts/torture $(ARGS)
+
+torture-guard: setup ## 34 ways to kill a host's kernel, on each kernel that the guard knows, with controls
+	@scripts/torture-guard $(ARGS)
 
 moves: setup guest ## a live guest moves between two hosts 50 times, on links of three kinds (root)
 	@scripts/moves $(ARGS)
