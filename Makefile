@@ -6,7 +6,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help demo setup system-packages venv binaries guest debian-guest test lint format wheel \
-	lock fuzz worlds records torture torture-guard restarts saved-states corruption moves migration-kills bench bench-migrate \
+	lock fuzz fuzz-api worlds records torture torture-guard restarts saved-states corruption moves migration-kills bench bench-migrate \
 	scale fresh clean
 
 help: ## this list
@@ -84,6 +84,9 @@ corruption: setup guest ## blocks are overwritten while a guest moves, 200 times
 
 fuzz: setup ## hostile rings, regions and messages, guided by coverage
 	@scripts/fuzz $(ARGS)
+
+fuzz-api: setup ## 100,000 requests that nobody should send, to a real agent, from the API's schema and raw
+	@scripts/fuzz-api $(ARGS)
 
 bench: setup ## side by side with qemu-storage-daemon and QEMU's contrib backend, interleaved
 	@scripts/bench $(ARGS)

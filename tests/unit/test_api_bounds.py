@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 
+import h11
 import pytest
 
 from sempervirt.agent.agent import Agent
@@ -138,6 +139,18 @@ async def test_a_body_that_does_not_end_is_not_read_to_its_end(socket: Path) -> 
     _, writer = await say(socket, body_of("transfer-encoding: chunked", b""))
     assert await asyncio.wait_for(flood(writer), 10) < 20 * BODY_MAX
     assert await works(socket)
+
+
+async def test_a_body_in_thousands_of_chunks_is_refused_at_the_first(socket: Path) -> None:
+    """Each is an event of the parser: 30,000 kept every other client waiting for a second."""
+    asked = body_of("transfer-encoding: chunked", b"1\r\n{\r\n" * 30_000 + b"0\r\n\r\n")
+    answer, _ = await answer_to(socket, asked)
+    assert answer[:12] in {b"HTTP/1.1 400", b""}  # cut while we still wrote
+    assert await works(socket)
+    parser = bounds._Lengths(h11.SERVER)
+    parser.receive_data(asked)
+    with pytest.raises(h11.RemoteProtocolError, match="without a length"):
+        parser.next_event()
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,14 @@
 //! The images that a saved state refers to: blocks by content, and the state that a disk is in.
 
 use std::collections::HashMap;
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::hash::{BuildHasherDefault, Hasher};
+use std::io;
 use std::os::fd::AsFd;
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{SeekFrom, seek};
+use rustix::fs::{OFlags, SeekFrom, seek};
 use serde::{Deserialize, Serialize};
 use twox_hash::XxHash3_64;
 
@@ -39,6 +40,18 @@ pub struct Stamp {
     changed: (i64, i64),
 }
 
+/// Opens what can be read at any place of it. What a request or a saved state names may be a pipe,
+/// whose writer never comes.
+pub(crate) fn open_file(path: &Path) -> io::Result<File> {
+    let nonblock = OFlags::NONBLOCK.bits() as i32;
+    let file = OpenOptions::new().read(true).custom_flags(nonblock).open(path)?;
+    let kind = file.metadata()?.file_type();
+    if kind.is_file() || kind.is_block_device() {
+        return Ok(file);
+    }
+    Err(io::Error::new(io::ErrorKind::InvalidInput, "it is neither a file nor a block device"))
+}
+
 /// An image that is open for reading.
 #[derive(Debug)]
 pub struct Image {
@@ -53,7 +66,7 @@ pub struct Image {
 impl Image {
     /// Opens it.
     pub fn open(name: &str, path: &Path) -> Result<Self, Error> {
-        let file = File::open(path).map_err(Error::io(format!("open {}", path.display())))?;
+        let file = open_file(path).map_err(Error::io(format!("open {}", path.display())))?;
         let size = seek(file.as_fd(), SeekFrom::End(0))
             .map_err(|e| Error::io(format!("size of {}", path.display()))(e.into()))?;
         Ok(Self { name: name.to_owned(), path: path.to_owned(), file, size })

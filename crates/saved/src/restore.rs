@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use crate::chunk;
 use crate::description::Description;
 use crate::format::{self, BODY_MAX, ENTRY, Entry, HEADER, Header, Kind};
-use crate::image::Image;
+use crate::image::{Image, open_file};
 use crate::{CHUNK, CHUNK_PAGES, Error, PAGE, Progress};
 
 /// A saved state whose parts, except the chunks, have been read and verified.
@@ -28,7 +28,7 @@ impl Saved {
     /// Reads and verifies all but the chunks.
     pub fn open(path: &Path) -> Result<Self, Error> {
         let reading = || format!("read {}", path.display());
-        let file = File::open(path).map_err(Error::io(reading()))?;
+        let file = open_file(path).map_err(Error::io(reading()))?;
         let size = file.metadata().map_err(Error::io(reading()))?.len();
         let mut head = vec![0; HEADER.min(size as usize)];
         let read =

@@ -79,3 +79,14 @@ fn told(site: &TempDir, golden_of_show: &str) {
 fn work_under_way_is_told() {
     check("saved-done", &json!(Done { done: 1 << 20, of: 1 << 30 }));
 }
+
+#[test]
+fn a_pipe_is_no_saved_state_and_nobody_waits_for_its_writer() {
+    let site = TempDir::new().unwrap();
+    let pipe = path(&site, "pipe");
+    assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    let output = run(&["show".to_owned(), pipe.display().to_string()]);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success());
+    assert!(said.contains("it is neither a file nor a block device"), "{said}");
+}

@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, Final
 
+import h11
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
@@ -55,6 +56,21 @@ class Admission:
             del self._taken[peer]
 
 
+class _Lengths(h11.Connection):
+    """Takes bodies that have a length. One in chunks of a byte each would keep the thread of all
+    clients busy for a second, and no client of ours sends chunks.
+    """
+
+    def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
+        """Raises RemoteProtocolError, which is answered with status 400."""
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            for name, _ in event.headers:
+                if name == b"transfer-encoding":
+                    raise h11.RemoteProtocolError("a body without a length")
+        return event
+
+
 class BoundedProtocol(H11Protocol):
     """HTTP of one connection, which is cut if a request is not whole in time."""
 
@@ -65,6 +81,7 @@ class BoundedProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client has come, and should say what it wants."""
         super().connection_made(transport)
+        self.conn = _Lengths(h11.SERVER)
         self._start_clock()
 
     def connection_lost(self, exc: Exception | None) -> None:
