@@ -273,21 +273,20 @@ def peer_of(connection: ssl.SSLObject | ssl.SSLSocket) -> Peer | None:
     if not raw or not described:
         return None
     issued = Issued(x509.load_der_x509_certificate(raw))
-    for kind, name in described.get("subjectAltName", ()):
-        for holder in Holder:
-            # The authority of the doors gives out no hosts, and the other one nothing else.
-            fits = is_of_doors(issued.certificate) is (holder is not Holder.HOST)
-            if kind == "URI" and name.startswith(holder.prefix) and fits:
-                serial = serial_text(issued.certificate.serial_number)
-                return Peer(
-                    holder,
-                    name.removeprefix(holder.prefix),
-                    serial,
-                    issued.fingerprint,
-                    issued.not_after,
-                    _address(described),
-                )
-    return None
+    found = [
+        (holder, name.removeprefix(holder.prefix))
+        for kind, name in described.get("subjectAltName", ())
+        for holder in Holder
+        if kind == "URI" and name.startswith(holder.prefix)
+    ]
+    if len(found) != 1:
+        return None
+    holder, name = found[0]
+    # The authority of the doors gives out no hosts, and the other one nothing else.
+    if is_of_doors(issued.certificate) is (holder is Holder.HOST):
+        return None
+    serial, address = serial_text(issued.certificate.serial_number), _address(described)
+    return Peer(holder, name, serial, issued.fingerprint, issued.not_after, address)
 
 
 def _address(described: Mapping[str, Any]) -> str:
