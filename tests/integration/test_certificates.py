@@ -42,7 +42,13 @@ from sempervirt.store.port import Put, Write
 from sempervirt.store.records import Host, Presence, parse
 from sempervirt.trust.authority import Authority, Issued
 from sempervirt.trust.identity import Holder, Identity, KeyRequest, Peer
-from sempervirt.trust.keyfiles import read_certificate, read_private, write_private, write_public
+from sempervirt.trust.keyfiles import (
+    lend_file,
+    read_certificate,
+    read_private,
+    write_private,
+    write_public,
+)
 from sempervirt.vm.config import AgentConfig
 from tests.integration.test_hosts import Served, free_address, served
 
@@ -562,6 +568,33 @@ def test_the_files_of_an_earlier_release_serve_and_become_one(tmp_path: Path) ->
     )
     with pytest.raises(Unavailable, match="do not fit together"):
         identity.server_context()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root has a file in another group")
+def test_what_etcd_reads_is_its_groups_where_nobody_may_give_files_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in semperd's unit, which keeps no CAP_CHOWN."""
+    kept, lent = tmp_path / "host.pem", tmp_path / "etcd"
+    kept.write_text("secret")
+    lent.mkdir()
+    os.chown(lent, 0, 65534)
+    lend_file(kept, lent)
+    assert stat.S_IMODE((lent / "host.pem").stat().st_mode) == 0o600
+
+    def refused(*_: int) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "fchown", refused)
+    lent.chmod(0o2750)
+    lend_file(kept, lent)
+    found = (lent / "host.pem").stat()
+    assert (stat.S_IMODE(found.st_mode), found.st_gid) == (0o640, 65534)
+    os.chown(lent, 65534, 65534)
+    lent.chmod(0o700)
+    with pytest.raises(Unavailable, match=r"cannot write .*Operation not permitted"):
+        lend_file(kept, lent)
+    lend_file(tmp_path / "none", lent)
 
 
 @pytest.fixture(autouse=True)

@@ -97,6 +97,7 @@ class OwnCertificate:
         self._try_at = 0.0
         self._told = ""
         self._entered = False
+        self._lent: bool | None = False  # None: it failed, and that was told
         self.server: ssl.SSLContext | None = None
 
     async def keep(self) -> None:
@@ -118,16 +119,31 @@ class OwnCertificate:
             await asyncio.to_thread(identity.settle)
         stamp = await asyncio.to_thread(identity.stamp)
         if self._issued is not None and stamp == self._stamp:
+            await self._lend()
             return self._issued
         found = await asyncio.to_thread(lambda: identity.certificate)
         if found is None:
             host = self._cluster.settings.host
             raise Unavailable("this host has no certificate", remedy=_by_hand(host))
-        await asyncio.to_thread(lend, identity, self._cluster.settings)
+        self._lent = False
         if self._issued is not None:
             await self._take(found)
         self._issued, self._stamp, self._entered = found, stamp, False
+        await self._lend()
         return found
+
+    async def _lend(self) -> None:
+        """What etcd reads is as new. That it cannot be is told, and harms nothing else."""
+        if self._lent:
+            return
+        try:
+            await asyncio.to_thread(lend, self._cluster.identity, self._cluster.settings)
+        except SempervirtError as error:
+            if self._lent is False:
+                log.error("what etcd reads is not as this host's certificate: %s", error)  # noqa: TRY400
+            self._lent = None
+        else:
+            self._lent = True
 
     async def _take(self, issued: Issued) -> None:
         """Another certificate is there: from now on it is shown."""

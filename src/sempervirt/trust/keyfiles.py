@@ -152,8 +152,8 @@ def private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
 
 
 def lend_file(path: Path, directory: Path) -> None:
-    """Copies a file into a directory whose owner may read the copy, and nobody else. Raises
-    Unavailable; a file that is not there is no error.
+    """Copies a file into a directory whose owner may read the copy, and nobody else; in one that is
+    setgid its group as well. Raises Unavailable; a file that is not there is no error.
     """
     try:
         owner, content = directory.stat(), read_file(path, follow=True)
@@ -166,6 +166,23 @@ def lend_file(path: Path, directory: Path) -> None:
     _write(directory / path.name, content, 0o600, owner)
 
 
+def _give(descriptor: int, owner: os.stat_result) -> None:
+    """Gives a file to the owner of its directory; without the capability for that (semperd's unit
+    keeps none) to the group, which a file inherits in a directory that is setgid.
+    """
+    if owner.st_uid == os.geteuid() and not owner.st_mode & stat.S_ISGID:
+        return
+    try:
+        os.fchown(descriptor, owner.st_uid, owner.st_gid)
+    except PermissionError:
+        if os.fstat(descriptor).st_gid != owner.st_gid:
+            raise
+        os.fchmod(descriptor, 0o640)
+    else:
+        if owner.st_mode & stat.S_ISGID:
+            os.fchmod(descriptor, 0o640)
+
+
 def _write(path: Path, content: bytes, mode: int, owner: os.stat_result | None = None) -> None:
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -173,8 +190,8 @@ def _write(path: Path, content: bytes, mode: int, owner: os.stat_result | None =
         scratch.unlink(missing_ok=True)
         descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
         with os.fdopen(descriptor, "wb") as file:
-            if owner is not None and (owner.st_uid, owner.st_gid) != (os.geteuid(), os.getegid()):
-                os.fchown(file.fileno(), owner.st_uid, owner.st_gid)
+            if owner is not None:
+                _give(file.fileno(), owner)
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
