@@ -2,8 +2,12 @@
 
 use std::io;
 use std::os::fd::RawFd;
+#[cfg(target_arch = "x86_64")]
+use std::sync::Arc;
 
 use crate::io::Io;
+#[cfg(target_arch = "x86_64")]
+use crate::mapped::Mapping;
 
 /// What became of a request that was given to an engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,4 +65,32 @@ pub trait Engine {
     /// # Errors
     /// The kernel's; an interrupted sleep is not an error.
     fn wait(&mut self) -> io::Result<()>;
+}
+
+/// A file beside the image, as engines reach it. Whoever has it keeps the descriptors open.
+#[derive(Clone)]
+pub struct Target {
+    /// What is read and written.
+    pub fd: RawFd,
+    /// The same file, opened once more without a lock, for flushes.
+    pub flushed: RawFd,
+    /// What the mapped engine copies from.
+    #[cfg(target_arch = "x86_64")]
+    pub mapping: Option<Arc<Mapping>>,
+}
+
+impl std::fmt::Debug for Target {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Target").field("fd", &self.fd).finish_non_exhaustive()
+    }
+}
+
+/// An engine that reaches other files than the image it was made for. The contract is [`Engine`]'s.
+pub trait FileEngine: Engine {
+    /// Starts `io` on another file.
+    ///
+    /// # Safety
+    /// As [`Engine::submit`], and the descriptors of `target` stay open as long; until the next
+    /// [`Engine::flush`] at least.
+    unsafe fn submit_to(&mut self, target: &Target, token: u64, io: &Io) -> Submission;
 }

@@ -6,11 +6,15 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crate::SECTOR_SIZE;
 use crate::op::Op;
 use crate::partial::PartialWrites;
+
+/// Bytes of which a layer has all or nothing (`crates/layers`).
+const LAYER_BLOCK: u32 = 4096;
 
 /// How to open an image.
 #[derive(Clone, Copy, Debug, Default)]
@@ -199,6 +203,9 @@ pub struct Image {
     trim_alignment: u32,
     /// Where blocks of the storage are written in part.
     partial_writes: Option<PartialWrites>,
+    /// Layers stand above it, which have blocks of 4 KiB as a whole or not at all.
+    layered: AtomicBool,
+    layered_writes: OnceLock<PartialWrites>,
 }
 
 impl Image {
@@ -252,6 +259,8 @@ impl Image {
             trim_alignment,
             partial_writes: (transfer_alignment > SECTOR_SIZE as u32)
                 .then(|| PartialWrites::new(transfer_alignment)),
+            layered: AtomicBool::new(false),
+            layered_writes: OnceLock::new(),
         };
         image.check_size(file_size)?;
         Ok(image)
@@ -372,7 +381,7 @@ impl Image {
     /// Enters a request, before its first submission, or says that it has to wait for another, of
     /// any thread, that writes to the same blocks of the storage; then try again soon.
     pub fn try_enter(&self, op: Op, offset: u64, len: u64) -> bool {
-        match &self.partial_writes {
+        match self.guard() {
             Some(writes) if op.writes() => writes.try_enter(offset, len),
             _ => true,
         }
@@ -380,11 +389,25 @@ impl Image {
 
     /// Takes out a request that was entered, at its end.
     pub fn leave(&self, op: Op, offset: u64, len: u64) {
-        if let Some(writes) = &self.partial_writes
+        if let Some(writes) = self.guard()
             && op.writes()
         {
             writes.leave(offset, len);
         }
+    }
+
+    /// What keeps apart writes of parts of blocks: of the storage, or of layers.
+    fn guard(&self) -> Option<&PartialWrites> {
+        if !self.layered.load(Ordering::Relaxed) {
+            return self.partial_writes.as_ref();
+        }
+        let block = self.transfer_alignment.max(LAYER_BLOCK);
+        Some(self.layered_writes.get_or_init(|| PartialWrites::new(block)))
+    }
+
+    /// Layers stand above it from now on, or do not any more. No request may be in flight.
+    pub fn set_layered(&self, layered: bool) {
+        self.layered.store(layered, Ordering::Relaxed);
     }
 
     /// Whether it was opened for reading only.
@@ -420,7 +443,10 @@ impl Image {
 
     /// Alignment that ranges must have which are discarded or zeroed; 1 where any will do.
     pub fn trim_alignment(&self) -> u32 {
-        self.trim_alignment
+        match self.layered.load(Ordering::Relaxed) {
+            true => self.trim_alignment.max(LAYER_BLOCK),
+            false => self.trim_alignment,
+        }
     }
 
     /// The blocks of the storage that a request touches, as (offset, bytes).

@@ -126,6 +126,22 @@ impl Io {
         self.detour = None;
     }
 
+    /// Makes `part` the first `len` bytes of a read or write: what an engine submits that does a
+    /// request in parts.
+    pub fn begin_part(&self, part: &mut Self, len: u64) {
+        part.reset(self.op);
+        (part.offset, part.len) = (self.offset, len);
+        let mut left = len as usize;
+        for segment in self.segments() {
+            if left == 0 {
+                break;
+            }
+            let iov_len = segment.iov_len.min(left);
+            part.iov.push(libc::iovec { iov_len, ..*segment });
+            left -= iov_len;
+        }
+    }
+
     fn detour(&mut self) -> &mut Detour {
         self.detour.get_or_insert_default()
     }

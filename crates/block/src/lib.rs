@@ -28,7 +28,7 @@ mod sleeper;
 mod sync;
 mod uring;
 
-pub use engine::{Engine, Submission};
+pub use engine::{Engine, FileEngine, Submission, Target};
 #[cfg(feature = "faults")]
 pub use fault::{FaultEngine, FaultRule, FaultSwitch};
 pub use image::{GrowError, Image, ImageError, Name, OpenOptions, Unit};

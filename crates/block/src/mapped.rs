@@ -21,7 +21,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 
 use crate::copy::{copy, prepare};
-use crate::engine::{Engine, Submission};
+use crate::engine::{Engine, FileEngine, Submission, Target};
 use crate::image::Image;
 use crate::io::Io;
 use crate::op::Op;
@@ -44,10 +44,17 @@ impl Mapping {
     /// # Errors
     /// The kernel's, when it does not map the file.
     pub fn new(image: &Image) -> io::Result<Arc<Self>> {
+        Self::of(image.fd(), image.file_size(), image.read_only(), image.on_tmpfs())
+    }
+
+    /// Maps `size` bytes of the file open as `fd`, which the caller keeps open; `lasting`: on tmpfs.
+    ///
+    /// # Errors
+    /// The kernel's, when it does not map the file.
+    pub fn of(fd: RawFd, size: u64, read_only: bool, lasting: bool) -> io::Result<Arc<Self>> {
         prepare()?;
         // To those who may not write a file, mincore says that everything is there.
-        let told = may_write(image.fd());
-        let lasting = image.on_tmpfs();
+        let told = may_write(fd);
         if lasting && !told {
             return Err(io::ErrorKind::PermissionDenied.into());
         }
@@ -55,12 +62,12 @@ impl Mapping {
         // would be held until the mapping is taken apart, which takes the kernel a while.
         let file = std::fs::File::options()
             .read(true)
-            .write(!image.read_only())
-            .open(format!("/proc/self/fd/{}", image.fd()))?;
-        let len = image.file_size() >> PAGE_SHIFT << PAGE_SHIFT;
+            .write(!read_only)
+            .open(format!("/proc/self/fd/{fd}"))?;
+        let len = size >> PAGE_SHIFT << PAGE_SHIFT;
         let present = Present::new(len)?;
         let protection =
-            if image.read_only() { libc::PROT_READ } else { libc::PROT_READ | libc::PROT_WRITE };
+            if read_only { libc::PROT_READ } else { libc::PROT_READ | libc::PROT_WRITE };
         // SAFETY: a new mapping at an address of the kernel's choice touches no memory of ours.
         let base = unsafe {
             let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
@@ -137,28 +144,46 @@ fn waits() -> i64 {
 pub struct MappedEngine<R> {
     mapping: Arc<Mapping>,
     rest: R,
+    doubt: Doubt,
+}
+
+/// Whether copies wait for the medium after all.
+struct Doubt {
     /// Requests until the next look at `waits`.
     patience: u32,
     waits: i64,
 }
 
-impl<R: Engine> MappedEngine<R> {
-    /// Copies to and from `mapping`; `rest` serves the same image.
-    pub fn new(mapping: Arc<Mapping>, rest: R) -> Self {
-        Self { mapping, rest, patience: PATIENCE, waits: waits() }
+impl Doubt {
+    /// The page cache gives pages back when memory is short, without a word. Copies that had to
+    /// wait show it; then nothing is taken for granted any more.
+    fn copied(&mut self, present: &Present) {
+        self.patience -= 1;
+        if self.patience > 0 {
+            return;
+        }
+        self.patience = PATIENCE;
+        let waits = waits();
+        if std::mem::replace(&mut self.waits, waits) != waits {
+            // To find it all again takes a while.
+            self.patience = 64 * PATIENCE;
+            present.forget();
+        }
     }
+}
 
+impl Mapping {
     /// Copies the segments; gives the bytes moved.
     ///
     /// # Safety
     /// The segments are mapped, and the range of the image is inside the mapping.
     unsafe fn carry(&self, io: &Io) -> u64 {
         // SAFETY: the caller checked that the range is inside.
-        let mut at = unsafe { self.mapping.range.base.add(io.offset as usize) };
+        let mut at = unsafe { self.range.base.add(io.offset as usize) };
         let mut moved = 0;
         for segment in io.segments() {
             let (memory, len) = (segment.iov_base.cast::<u8>(), segment.iov_len);
-            // SAFETY: both are mapped for `len` bytes; `Mapping::new` called `prepare`.
+            // SAFETY: both are mapped for `len` bytes; `Mapping::of` called `prepare`.
             let copied = unsafe {
                 match io.op {
                     Op::Read => copy(memory, at, len),
@@ -178,25 +203,70 @@ impl<R: Engine> MappedEngine<R> {
     /// Whether to copy.
     fn copies(&self, io: &Io) -> bool {
         match io.op {
-            Op::Read => self.mapping.ready(io.offset, io.len),
-            Op::Write { .. } => self.mapping.range.lasting && self.mapping.ready(io.offset, io.len),
+            Op::Read => self.ready(io.offset, io.len),
+            Op::Write { .. } => self.range.lasting && self.ready(io.offset, io.len),
             Op::Discard | Op::WriteZeroes { .. } | Op::Flush => false,
         }
     }
 
-    /// The page cache gives pages back when memory is short, without a word. Copies that had to
-    /// wait show it; then nothing is taken for granted any more.
-    fn doubt(&mut self) {
-        self.patience -= 1;
-        if self.patience > 0 {
-            return;
+    /// Copies, or has `rest` do it, and keeps account of what is there.
+    ///
+    /// # Safety
+    /// As [`Engine::submit`].
+    unsafe fn serve(
+        &self,
+        doubt: &mut Doubt,
+        io: &Io,
+        rest: impl FnOnce() -> Submission,
+    ) -> Submission {
+        let (present, lasting) = (&self.range.present, self.range.lasting);
+        if self.copies(io) {
+            // SAFETY: the caller keeps the segments mapped; the range was just checked.
+            let moved = unsafe { self.carry(io) };
+            if !lasting {
+                doubt.copied(present);
+            }
+            if moved > 0 {
+                return Submission::Done(i32::try_from(moved).unwrap_or(i32::MAX));
+            }
         }
-        self.patience = PATIENCE;
-        let waits = waits();
-        if std::mem::replace(&mut self.waits, waits) != waits {
-            // To find it all again takes a while.
-            self.patience = 64 * PATIENCE;
-            self.mapping.range.present.forget();
+        let frees = matches!(io.op, Op::Discard | Op::WriteZeroes { .. });
+        if frees {
+            present.remove(io.offset, io.len);
+        }
+        let submission = rest();
+        match (submission, io.op) {
+            (Submission::Done(_), _) if frees => present.remove(io.offset, io.len),
+            // On tmpfs a read leaves a hole a hole.
+            (Submission::Done(_), Op::Read) if lasting => {}
+            (Submission::Done(moved), Op::Read | Op::Write { .. }) => {
+                let moved = u64::try_from(moved).unwrap_or(0);
+                if self.covers(io.offset, moved) {
+                    present.add(io.offset, moved);
+                }
+            }
+            _ => {}
+        }
+        submission
+    }
+}
+
+impl<R: Engine> MappedEngine<R> {
+    /// Copies to and from `mapping`; `rest` serves the same image.
+    pub fn new(mapping: Arc<Mapping>, rest: R) -> Self {
+        Self { mapping, rest, doubt: Doubt { patience: PATIENCE, waits: waits() } }
+    }
+}
+
+impl<R: FileEngine> FileEngine for MappedEngine<R> {
+    unsafe fn submit_to(&mut self, target: &Target, token: u64, io: &Io) -> Submission {
+        let Self { rest, doubt, .. } = self;
+        // SAFETY: the caller's promise, handed on; so below.
+        let mut behind = || unsafe { rest.submit_to(target, token, io) };
+        match &target.mapping {
+            // SAFETY: see above.
+            Some(mapping) => unsafe { mapping.serve(doubt, io, behind) },
+            None => behind(),
         }
     }
 }
@@ -205,36 +275,11 @@ impl<R: Engine> Engine for MappedEngine<R> {
     const CONCURRENT: bool = R::CONCURRENT;
 
     unsafe fn submit(&mut self, token: u64, io: &Io) -> Submission {
-        if self.copies(io) {
-            // SAFETY: the caller keeps the segments mapped; the range was just checked.
-            let moved = unsafe { self.carry(io) };
-            if !self.mapping.range.lasting {
-                self.doubt();
-            }
-            if moved > 0 {
-                return Submission::Done(i32::try_from(moved).unwrap_or(i32::MAX));
-            }
-        }
-        let frees = matches!(io.op, Op::Discard | Op::WriteZeroes { .. });
-        if frees {
-            self.mapping.range.present.remove(io.offset, io.len);
-        }
-        // SAFETY: the caller's promise, handed on.
-        let submission = unsafe { self.rest.submit(token, io) };
-        let (present, lasting) = (&self.mapping.range.present, self.mapping.range.lasting);
-        match (submission, io.op) {
-            (Submission::Done(_), _) if frees => present.remove(io.offset, io.len),
-            // On tmpfs a read leaves a hole a hole.
-            (Submission::Done(_), Op::Read) if lasting => {}
-            (Submission::Done(moved), Op::Read | Op::Write { .. }) => {
-                let moved = u64::try_from(moved).unwrap_or(0);
-                if self.mapping.covers(io.offset, moved) {
-                    present.add(io.offset, moved);
-                }
-            }
-            _ => {}
-        }
-        submission
+        let Self { mapping, rest, doubt } = self;
+        // SAFETY: the caller's promise, handed on; so below.
+        let behind = || unsafe { rest.submit(token, io) };
+        // SAFETY: see above.
+        unsafe { mapping.serve(doubt, io, behind) }
     }
 
     fn flush(&mut self) -> io::Result<()> {

@@ -8,7 +8,7 @@
 use std::io;
 use std::os::fd::RawFd;
 
-use crate::engine::{Engine, Submission};
+use crate::engine::{Engine, FileEngine, Submission, Target};
 use crate::io::Io;
 use crate::op::Op;
 use crate::rings::Rings;
@@ -44,7 +44,7 @@ impl NowaitEngine {
     ///
     /// # Safety
     /// As [`Engine::submit`].
-    unsafe fn at_once(&mut self, io: &Io) -> Option<i32> {
+    unsafe fn at_once(&mut self, fd: RawFd, io: &Io) -> Option<i32> {
         let segments = io.segments();
         let count = segments.len().min(libc::UIO_MAXIOV as usize) as i32;
         let offset = io.offset as libc::off_t;
@@ -54,9 +54,9 @@ impl NowaitEngine {
         // SAFETY: the caller keeps the segments mapped; the kernel checks the addresses.
         let result = unsafe {
             if read {
-                libc::preadv2(self.fd, segments.as_ptr(), count, offset, flags)
+                libc::preadv2(fd, segments.as_ptr(), count, offset, flags)
             } else {
-                libc::pwritev2(self.fd, segments.as_ptr(), count, offset, flags)
+                libc::pwritev2(fd, segments.as_ptr(), count, offset, flags)
             }
         };
         if result >= 0 {
@@ -67,10 +67,23 @@ impl NowaitEngine {
             libc::EOPNOTSUPP if refuses => {
                 *(if read { &mut self.reads } else { &mut self.writes }) = false;
                 // SAFETY: as above; this time without the flag.
-                unsafe { self.at_once(io) }
+                unsafe { self.at_once(fd, io) }
             }
             errno => Some(-errno),
         }
+    }
+}
+
+impl FileEngine for NowaitEngine {
+    unsafe fn submit_to(&mut self, target: &Target, token: u64, io: &Io) -> Submission {
+        if matches!(io.op, Op::Read | Op::Write { stable: false }) {
+            // SAFETY: the caller's promise, handed on; so below.
+            if let Some(result) = unsafe { self.at_once(target.fd, io) } {
+                return Submission::Done(result);
+            }
+        }
+        // SAFETY: see above.
+        unsafe { self.behind.submit_to(target, token, io) }
     }
 }
 
@@ -80,7 +93,7 @@ impl Engine for NowaitEngine {
     unsafe fn submit(&mut self, token: u64, io: &Io) -> Submission {
         if matches!(io.op, Op::Read | Op::Write { stable: false }) {
             // SAFETY: the caller's promise, handed on; so below.
-            if let Some(result) = unsafe { self.at_once(io) } {
+            if let Some(result) = unsafe { self.at_once(self.fd, io) } {
                 return Submission::Done(result);
             }
         }

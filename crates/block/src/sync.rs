@@ -6,7 +6,7 @@
 use std::io;
 use std::os::fd::RawFd;
 
-use crate::engine::{Engine, Submission};
+use crate::engine::{Engine, FileEngine, Submission, Target};
 use crate::io::Io;
 use crate::op::Op;
 use crate::sleeper::Sleeper;
@@ -35,38 +35,56 @@ pub(crate) fn fallocate_mode(op: Op) -> i32 {
     }
 }
 
+/// One system call on `fd`.
+///
+/// # Safety
+/// As [`Engine::submit`].
+#[inline]
+unsafe fn call(fd: RawFd, io: &Io) -> Submission {
+    let segments = io.segments();
+    let count = segments.len().min(libc::UIO_MAXIOV as usize) as i32;
+    let offset = io.offset as libc::off_t;
+    // SAFETY: the caller keeps the segments mapped; the kernel checks the addresses and
+    // answers EFAULT for those that are not.
+    let result = unsafe {
+        match (io.op, segments) {
+            (Op::Read, [one]) => libc::pread(fd, one.iov_base, one.iov_len, offset),
+            (Op::Read, _) => libc::preadv(fd, segments.as_ptr(), count, offset),
+            (Op::Write { stable: false }, [one]) => {
+                libc::pwrite(fd, one.iov_base, one.iov_len, offset)
+            }
+            (Op::Write { stable }, _) => {
+                let flags = if stable { libc::RWF_DSYNC } else { 0 };
+                libc::pwritev2(fd, segments.as_ptr(), count, offset, flags)
+            }
+            (Op::Flush, _) => libc::fdatasync(fd) as isize,
+            (Op::Discard | Op::WriteZeroes { .. }, _) => {
+                let len = io.len as libc::off_t;
+                libc::fallocate(fd, fallocate_mode(io.op), offset, len) as isize
+            }
+        }
+    };
+    if result < 0 {
+        let errno = io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO);
+        return Submission::Done(-errno);
+    }
+    Submission::Done(i32::try_from(result).unwrap_or(i32::MAX))
+}
+
+impl FileEngine for SyncEngine {
+    unsafe fn submit_to(&mut self, target: &Target, _token: u64, io: &Io) -> Submission {
+        let fd = if io.op == Op::Flush { target.flushed } else { target.fd };
+        // SAFETY: the caller's promise, handed on.
+        unsafe { call(fd, io) }
+    }
+}
+
 impl Engine for SyncEngine {
     const CONCURRENT: bool = false;
 
     unsafe fn submit(&mut self, _token: u64, io: &Io) -> Submission {
-        let segments = io.segments();
-        let count = segments.len().min(libc::UIO_MAXIOV as usize) as i32;
-        let offset = io.offset as libc::off_t;
-        // SAFETY: the caller keeps the segments mapped; the kernel checks the addresses and
-        // answers EFAULT for those that are not.
-        let result = unsafe {
-            match (io.op, segments) {
-                (Op::Read, [one]) => libc::pread(self.fd, one.iov_base, one.iov_len, offset),
-                (Op::Read, _) => libc::preadv(self.fd, segments.as_ptr(), count, offset),
-                (Op::Write { stable: false }, [one]) => {
-                    libc::pwrite(self.fd, one.iov_base, one.iov_len, offset)
-                }
-                (Op::Write { stable }, _) => {
-                    let flags = if stable { libc::RWF_DSYNC } else { 0 };
-                    libc::pwritev2(self.fd, segments.as_ptr(), count, offset, flags)
-                }
-                (Op::Flush, _) => libc::fdatasync(self.fd) as isize,
-                (Op::Discard | Op::WriteZeroes { .. }, _) => {
-                    let len = io.len as libc::off_t;
-                    libc::fallocate(self.fd, fallocate_mode(io.op), offset, len) as isize
-                }
-            }
-        };
-        if result < 0 {
-            let errno = io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO);
-            return Submission::Done(-errno);
-        }
-        Submission::Done(i32::try_from(result).unwrap_or(i32::MAX))
+        // SAFETY: the caller's promise, handed on.
+        unsafe { call(self.fd, io) }
     }
 
     fn flush(&mut self) -> io::Result<()> {

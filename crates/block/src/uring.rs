@@ -22,7 +22,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use io_uring::types::Fd;
 use io_uring::{opcode, squeue};
 
-use crate::engine::{Engine, Submission};
+use crate::engine::{Engine, FileEngine, Submission, Target};
 use crate::io::Io;
 use crate::op::Op;
 use crate::rings::{Ring, Rings};
@@ -104,15 +104,11 @@ impl UringEngine {
             opcode::PollAdd::new(Fd(fd), libc::POLLIN as u32).multi(true).build().user_data(token);
         self.push(&entry)
     }
-}
 
-impl Engine for UringEngine {
-    const CONCURRENT: bool = true;
-
-    unsafe fn submit(&mut self, token: u64, io: &Io) -> Submission {
+    /// Puts a request into the ring: on `image`, a flush on `flushed`, which is the same file.
+    fn queue(&mut self, image: Fd, flushed: Fd, token: u64, io: &Io) -> Submission {
         let segments = io.segments();
         let count = segments.len().min(libc::UIO_MAXIOV as usize) as u32;
-        let image = self.image;
         let entry = match (io.op, segments) {
             (Op::Read, [one]) => {
                 opcode::Read::new(image, one.iov_base.cast(), bounded(one.iov_len))
@@ -133,8 +129,7 @@ impl Engine for UringEngine {
                 .rw_flags(if stable { libc::RWF_DSYNC } else { 0 })
                 .build(),
             (Op::Flush, _) => {
-                let image = Fd(self.flushed.as_raw_fd());
-                opcode::Fsync::new(image).flags(io_uring::types::FsyncFlags::DATASYNC).build()
+                opcode::Fsync::new(flushed).flags(io_uring::types::FsyncFlags::DATASYNC).build()
             }
             (Op::Discard | Op::WriteZeroes { .. }, _) => opcode::Fallocate::new(image, io.len)
                 .offset(io.offset)
@@ -148,6 +143,20 @@ impl Engine for UringEngine {
             }
             Err(error) => Submission::Done(-error.raw_os_error().unwrap_or(libc::EIO)),
         }
+    }
+}
+
+impl FileEngine for UringEngine {
+    unsafe fn submit_to(&mut self, target: &Target, token: u64, io: &Io) -> Submission {
+        self.queue(Fd(target.fd), Fd(target.flushed), token, io)
+    }
+}
+
+impl Engine for UringEngine {
+    const CONCURRENT: bool = true;
+
+    unsafe fn submit(&mut self, token: u64, io: &Io) -> Submission {
+        self.queue(self.image, Fd(self.flushed.as_raw_fd()), token, io)
     }
 
     fn flush(&mut self) -> io::Result<()> {
