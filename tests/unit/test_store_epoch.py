@@ -67,16 +67,29 @@ def test_a_slot_with_any_wrong_byte_is_no_record(place: int, change: int) -> Non
     assert decode(bytes(slot)) is None
 
 
+def test_an_image_with_layers_keeps_the_version_that_earlier_releases_refuse(path: Path) -> None:
+    layered = EpochRecord(IMAGE, epoch=7, claim=C1, layered=True)
+    assert encode(layered)[8] == 2
+    path.write_bytes(bytes(SLOT_BYTES) + encode(layered))
+    assert epoch.advance(path, claim(9)).layered
+    assert epoch.read_epoch(path) == epoch.advance(path, claim(9))
+    epoch.release(path, claim(9))
+    assert decode(path.read_bytes()[SLOT_BYTES:]) is not None
+    released = epoch.read_epoch(path)
+    assert released is not None
+    assert (released.layered, released.released) == (True, True)
+
+
 def test_a_later_version_is_refused_and_left_alone(path: Path) -> None:
     slot = bytearray(encode(EpochRecord(IMAGE, epoch=7, claim=C1)))
-    struct.pack_into("<I", slot, 8, 2)
+    struct.pack_into("<I", slot, 8, 3)
     struct.pack_into("<I", slot, 12, 0)
     struct.pack_into("<I", slot, 12, zlib.crc32(slot))
     path.write_bytes(bytes(SLOT_BYTES) + slot)
     before = path.read_bytes()
-    with pytest.raises(RecordNewer, match="version 2"):
+    with pytest.raises(RecordNewer, match="version 3"):
         epoch.read_epoch(path)
-    with pytest.raises(RecordNewer, match="version 2"):
+    with pytest.raises(RecordNewer, match="version 3"):
         epoch.advance(path, claim(9))
     assert path.read_bytes() == before
 

@@ -16,6 +16,7 @@ pub fn epoch(data: &[u8]) {
         claim: Id([bytes.u8(); 16]),
         holder: Holder::new(&"h".repeat(usize::from(bytes.u8()) + 1)).unwrap_or_default(),
         released: bytes.u8() & 1 == 1,
+        layered: bytes.u8() & 1 == 1,
     };
     let slot = record.encode();
     assert_eq!(Record::decode(&slot), Ok(Some(record.clone())), "not read as written");

@@ -132,14 +132,7 @@ pub fn admit_confirmed(
     confirmed: Option<&Record>,
 ) -> Result<Admission, Denied> {
     let file = EpochFile::create(path)?;
-    let record = match file.read()? {
-        Some(record) => record,
-        None => {
-            // Whoever made the file flushes its name before it writes a record.
-            file.sync_name()?;
-            Record { image: new_id().map_err(|e| file.failed(e))?, ..Record::default() }
-        }
-    };
+    let record = file.read_or_begin()?;
     let said = record.admit(claim);
     match said {
         Admission::Stale => {
@@ -169,6 +162,20 @@ pub fn release(path: &Path, claim: Claim) -> Result<bool, Denied> {
     let Some(record) = held else { return Ok(false) };
     file.write(Record { released: true, ..record })?;
     Ok(true)
+}
+
+/// Notes whether layers stand above the image; while they do, programs that know none refuse it. On
+/// the medium at its return.
+///
+/// # Errors
+/// [`Denied`], but not [`Denied::Stale`].
+pub fn set_layered(path: &Path, layered: bool) -> Result<(), Denied> {
+    let file = EpochFile::create(path)?;
+    let record = file.read_or_begin()?;
+    if record.layered == layered && record.sequence > 0 {
+        return file.sync();
+    }
+    file.write(Record { layered, ..record })
 }
 
 /// The record of an image, without making one.
@@ -230,6 +237,16 @@ impl<'a> EpochFile<'a> {
         // A relative path without a directory has an empty one.
         let here = if directory.as_os_str().is_empty() { Path::new(".") } else { directory };
         File::open(here).and_then(|d| d.sync_all()).map_err(|e| self.failed(e))
+    }
+
+    /// What stands on record, or what is to be written first.
+    fn read_or_begin(&self) -> Result<Record, Denied> {
+        if let Some(record) = self.read()? {
+            return Ok(record);
+        }
+        // Whoever made the file flushes its name before it writes a record.
+        self.sync_name()?;
+        Ok(Record { image: new_id().map_err(|e| self.failed(e))?, ..Record::default() })
     }
 
     fn sync(&self) -> Result<(), Denied> {

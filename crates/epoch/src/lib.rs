@@ -9,5 +9,6 @@ pub mod record;
 
 pub use crate::file::{
     Denied, admit, admit_confirmed, check_unclaimed, confirm, make, read, record_path, release,
+    set_layered,
 };
 pub use crate::record::{Admission, Claim, Holder, Id, Record};

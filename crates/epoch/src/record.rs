@@ -3,7 +3,9 @@
 //! ```text
 //!   offset size  one slot; numbers are little-endian, what is not named is zero
 //!   0      8     magic "SVEPOCH1"
-//!   8      4     version: 1. Zero is never valid; a greater one is refused, not overwritten
+//!   8      4     version: 1; 2 while layers stand above the image (`crates/layers`), for which
+//!                programs that know none refuse it. Zero is never valid; a greater one is refused,
+//!                not overwritten
 //!   12     4     CRC-32 (IEEE) of the 512 bytes, with these four as zero
 //!   16     8     sequence, from 1; one more with each write, into slot (sequence modulo 2)
 //!   24     8     epoch, from 1 (0: the image was given an id and never claimed)
@@ -25,6 +27,7 @@ pub const NAME_MAX: usize = 40;
 
 const MAGIC: &[u8; 8] = b"SVEPOCH1";
 const VERSION: u32 = 1;
+const LAYERED_VERSION: u32 = 2;
 const RELEASED: u32 = 1;
 
 /// The id of an image or of a claim.
@@ -92,6 +95,8 @@ pub struct Record {
     pub holder: Holder,
     /// The holder ended in order.
     pub released: bool,
+    /// The image is not all of the disk: layers stand above it.
+    pub layered: bool,
 }
 
 /// What a record says to a claim.
@@ -134,7 +139,8 @@ impl Record {
         let mut slot = [0; SLOT_BYTES];
         let mut put = |at: usize, bytes: &[u8]| slot[at..at + bytes.len()].copy_from_slice(bytes);
         put(0, MAGIC);
-        put(8, &VERSION.to_le_bytes());
+        let version = if self.layered { LAYERED_VERSION } else { VERSION };
+        put(8, &version.to_le_bytes());
         put(16, &self.sequence.to_le_bytes());
         put(24, &self.epoch.to_le_bytes());
         put(32, &self.image.0);
@@ -161,7 +167,7 @@ impl Record {
         if !slot.starts_with(MAGIC) || crc32(&blank) != word(12) || version == 0 || sequence == 0 {
             return Ok(None);
         }
-        if version > VERSION {
+        if version > LAYERED_VERSION {
             return Err(Newer { version });
         }
         let length = word(68) as usize;
@@ -175,6 +181,7 @@ impl Record {
             claim: Id(bytes_at(slot, 48)),
             holder: Holder(slot[72..72 + length].to_vec()),
             released: word(64) & RELEASED != 0,
+            layered: version == LAYERED_VERSION,
         }))
     }
 }
@@ -212,7 +219,8 @@ mod tests {
     fn held() -> Record {
         let image = Id::from_hex("0123456789abcdef0123456789abcdef").unwrap();
         let holder = Holder::new("höst").unwrap();
-        Record { image, sequence: 3, epoch: 7, claim: C2, holder, released: true }
+        let (sequence, epoch, claim) = (3, 7, C2);
+        Record { image, sequence, epoch, claim, holder, released: true, layered: false }
     }
 
     /// The bytes of `tests/unit/test_store_epoch.py`, by hand. The checksum is what Python's zlib
@@ -274,7 +282,7 @@ mod tests {
         #[test]
         fn any_bytes_are_decoded_or_refused(
             mut bytes in prop::collection::vec(any::<u8>(), 0..=FILE_BYTES + 8),
-            version in 0u32..3,
+            version in 0u32..4,
             sign in any::<bool>(),
         ) {
             if sign && bytes.len() >= SLOT_BYTES {
@@ -293,12 +301,20 @@ mod tests {
     }
 
     #[test]
+    fn an_image_with_layers_has_a_version_that_earlier_releases_refuse() {
+        let layered = Record { layered: true, ..held() };
+        let slot = layered.encode();
+        assert_eq!(slot[8], 2);
+        assert_eq!(Record::decode(&slot), Ok(Some(layered)));
+    }
+
+    #[test]
     fn a_later_version_is_refused() {
         let mut slot = held().encode();
-        slot[8] = 2;
+        slot[8] = 3;
         slot[12..16].fill(0);
         let checksum = crc32(&slot);
         slot[12..16].copy_from_slice(&checksum.to_le_bytes());
-        assert_eq!(Record::decode(&slot), Err(Newer { version: 2 }));
+        assert_eq!(Record::decode(&slot), Err(Newer { version: 3 }));
     }
 }

@@ -171,14 +171,14 @@ fn a_later_version_is_left_alone() {
     admit(&path, claim(3, C1), &host("a")).unwrap();
     let script = "import struct, sys, zlib\n\
         slot = bytearray(open(sys.argv[1], 'rb').read()[512:])\n\
-        struct.pack_into('<II', slot, 8, 2, 0)\n\
+        struct.pack_into('<II', slot, 8, 3, 0)\n\
         struct.pack_into('<I', slot, 12, zlib.crc32(slot))\n\
         open(sys.argv[1], 'wb').write(bytes(512) + slot)";
     assert!(Command::new("python3").args(["-c", script]).arg(&path).status().unwrap().success());
     let before = fs::read(&path).unwrap();
     let refused = admit(&path, claim(9, C1), &host("a")).unwrap_err();
-    assert!(matches!(refused, Denied::Newer { version: 2, .. }), "{refused}");
-    assert!(refused.to_string().contains("has version 2"), "{refused}");
+    assert!(matches!(refused, Denied::Newer { version: 3, .. }), "{refused}");
+    assert!(refused.to_string().contains("has version 3"), "{refused}");
     assert_eq!(fs::read(&path).unwrap(), before);
 }
 

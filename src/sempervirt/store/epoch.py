@@ -7,7 +7,9 @@ next, so a write that is torn by a crash leaves the earlier record in force.
 
     offset size  one slot; numbers are little-endian, what is not named is zero
     0      8     magic "SVEPOCH1"
-    8      4     version: 1. Zero is never valid; a greater one is refused, not overwritten
+    8      4     version: 1; 2 while layers stand above the image (docs/design/snapshots.md), for
+                 which programs that know none refuse it. Zero is never valid; a greater one is
+                 refused, not overwritten
     12     4     CRC-32 (IEEE) of the 512 bytes, with these four as zero
     16     8     sequence, from 1; one more with each write, into slot (sequence modulo 2)
     24     8     epoch, from 1 (0: the image was given an id and never claimed); it never shrinks
@@ -48,13 +50,17 @@ SLOT_BYTES = 512
 FILE_BYTES = 2 * SLOT_BYTES
 MAGIC = b"SVEPOCH1"
 VERSION = 1
+LAYERED_VERSION = 2
 _SLOT = struct.Struct(f"<8sIIQQ16s16sII{NAME_MAX}s")
 _RELEASED = 1
 
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """The content of a slot. `image` and `claim` are 32 hexadecimal digits."""
+    """The content of a slot. `image` and `claim` are 32 hexadecimal digits.
+
+    `layered`: the image is not all of the disk, layers stand above it.
+    """
 
     image: str
     sequence: int = 1
@@ -62,6 +68,7 @@ class EpochRecord:
     claim: str = "0" * 32
     holder: str = ""
     released: bool = False
+    layered: bool = False
 
 
 class Admission(Enum):
@@ -88,7 +95,7 @@ def encode(record: EpochRecord) -> bytes:
     def packed(checksum: int) -> bytes:
         return _SLOT.pack(
             MAGIC,
-            VERSION,
+            LAYERED_VERSION if record.layered else VERSION,
             checksum,
             record.sequence,
             record.epoch,
@@ -112,9 +119,9 @@ def decode(slot: bytes) -> EpochRecord | None:
     blank = slot[:12] + bytes(4) + slot[16:]
     if magic != MAGIC or zlib.crc32(blank) != checksum or version == 0 or sequence == 0:
         return None
-    if version > VERSION:
+    if version > LAYERED_VERSION:
         raise RecordNewer(
-            f"the epoch record has version {version}, this program knows {VERSION}",
+            f"the epoch record has version {version}, this program knows {LAYERED_VERSION}",
             remedy="use the release that wrote it",
         )
     if length > NAME_MAX:
@@ -126,6 +133,7 @@ def decode(slot: bytes) -> EpochRecord | None:
         claim=claim.hex(),
         holder=holder[:length].decode(errors="replace"),
         released=bool(flags & _RELEASED),
+        layered=version == LAYERED_VERSION,
     )
 
 
