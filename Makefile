@@ -6,7 +6,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help demo setup system-packages venv binaries guest debian-guest test lint format wheel \
-	lock fuzz fuzz-api worlds records torture torture-guard restarts saved-states corruption moves migration-kills bench bench-migrate \
+	lock fuzz fuzz-api worlds records layers torture torture-guard restarts saved-states corruption moves migration-kills bench bench-migrate \
 	scale fresh clean
 
 help: ## this list
@@ -60,6 +60,10 @@ worlds: setup ## every order of events and two faults of a move, by stepping the
 
 records: setup ## every file that outlives a process, damaged 100,000 times: no VM is lost, none runs twice
 	SEMPERVIRT_MUTATIONS=$${SEMPERVIRT_MUTATIONS:-100000} .venv/bin/pytest -q tests/unit/test_records_damaged.py $(ARGS)
+
+layers: setup ## snapshots: 100,000 histories of writes, merges, deaths and power cuts on the real code
+	source scripts/toolchain && SEMPERVIRT_HISTORIES=$${SEMPERVIRT_HISTORIES:-100000} \
+		cargo test --quiet -p semper-layers model -- --nocapture $(ARGS)
 
 torture: setup guest ## 1,000 kills over engines, queues, loads and file systems; must lose nothing
 	@scripts/torture $(ARGS)

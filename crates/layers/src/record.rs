@@ -37,6 +37,8 @@
 
 use semper_epoch::{Claim, Holder, Id};
 
+use crate::mistake::{Mistake, made};
+
 /// Bytes of a slot.
 pub const SLOT_BYTES: usize = 4096;
 /// Bytes of a record's file: two slots.
@@ -217,13 +219,13 @@ impl Record {
         self.layer(id).is_some_and(|layer| matches!(layer.state, State::Sealed | State::Lapsed))
     }
 
-    /// Opens a layer above all others: gives its number.
+    /// Opens a layer above all others, if there are fewer than `most`: gives its number.
     ///
     /// # Errors
     /// [`Refused::Full`], [`Refused::Kept`], [`Refused::Busy`].
-    pub fn open(&mut self, layer: Layer) -> Result<LayerId, Refused> {
+    pub fn open(&mut self, layer: Layer, most: usize) -> Result<LayerId, Refused> {
         let chain = self.chain();
-        if chain.len() >= CHAIN_MAX {
+        if chain.len() >= most {
             return Err(Refused::Full(chain.len()));
         }
         if self.layers.len() >= LAYERS_MAX {
@@ -279,7 +281,13 @@ impl Record {
     /// # Errors
     /// As there.
     pub fn begin_merge(&mut self) -> Result<LayerId, Refused> {
-        let layer = self.mergeable()?;
+        let layer = match self.mergeable() {
+            Err(Refused::Pinned { layer, .. }) if made(Mistake::MergePinned) => {
+                self.pins.retain(|pin| pin.snapshot > layer);
+                layer
+            }
+            mergeable => mergeable?,
+        };
         self.change(layer, State::Sealed, State::Merging);
         self.change(layer, State::Lapsed, State::Merging);
         Ok(layer)
@@ -590,13 +598,13 @@ mod tests {
         let mut record = Record::new(Id([1; 16]), NOBODY);
         let new = layer(0, State::Opened);
         assert_eq!(record.mergeable(), Err(Refused::Nothing));
-        assert_eq!(record.open(new), Ok(1));
-        assert_eq!(record.open(new), Err(Refused::Busy));
+        assert_eq!(record.open(new, CHAIN_MAX), Ok(1));
+        assert_eq!(record.open(new, CHAIN_MAX), Err(Refused::Busy));
         assert!(!record.has_snapshot(1));
         record.seal(1, true);
         assert!(record.has_snapshot(1));
         assert_eq!(record.mergeable(), Err(Refused::Nothing), "it takes writes");
-        assert_eq!(record.open(new), Ok(2));
+        assert_eq!(record.open(new, CHAIN_MAX), Ok(2));
         assert_eq!(record.mergeable(), Err(Refused::Busy));
         record.seal(2, false);
         assert_eq!(record.layer(2).unwrap().state, State::Lapsed);
@@ -624,10 +632,10 @@ mod tests {
     fn chains_are_short() {
         let mut record = Record::new(Id([1; 16]), NOBODY);
         for id in 1..=CHAIN_MAX as u64 {
-            assert_eq!(record.open(layer(0, State::Opened)), Ok(id));
+            assert_eq!(record.open(layer(0, State::Opened), CHAIN_MAX), Ok(id));
             record.seal(id, true);
         }
-        assert_eq!(record.open(layer(0, State::Opened)), Err(Refused::Full(CHAIN_MAX)));
+        assert_eq!(record.open(layer(0, State::Opened), CHAIN_MAX), Err(Refused::Full(CHAIN_MAX)));
     }
 
     proptest! {
