@@ -12,6 +12,7 @@
 //! | [`messages`] | a front end and its guest | `semper_blkd`: the vhost-user device with its threads |
 //! | [`control`] | a local client | `semper_blkd`: the lines of the control socket |
 //! | [`epoch`] | who writes beside an image, a crash | `semper_epoch`: the epoch record |
+//! | [`layers`] | who writes beside an image, a crash | `semper_layers`: the record and the maps |
 //! | [`map`] | who gives a map | `semper_blockmap`: the export format |
 //! | [`saved`] | who gives a saved state | `semper_saved`: the format |
 //! | [`stream`] | a QEMU and its guest | `semper_wire`: any migration stream comes out as it went in |
@@ -23,6 +24,7 @@ mod control;
 mod epoch;
 mod erratic;
 mod ground;
+mod layers;
 mod map;
 mod messages;
 mod region;
@@ -33,6 +35,7 @@ mod wire;
 
 pub use control::control;
 pub use epoch::epoch;
+pub use layers::layers;
 pub use map::map;
 pub use messages::messages;
 pub use region::region;
@@ -45,13 +48,14 @@ pub use wire::{destination, source, stream};
 pub type Attack = fn(&[u8]);
 
 /// All attacks, by the names that the fuzz targets have.
-pub const ALL: [(&str, Attack); 11] = [
+pub const ALL: [(&str, Attack); 12] = [
     ("ring", ring),
     ("region", region),
     ("request", request),
     ("messages", messages),
     ("control", control),
     ("epoch", epoch),
+    ("layers", layers),
     ("map", map),
     ("saved", saved),
     ("stream", stream),

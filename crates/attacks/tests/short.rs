@@ -51,6 +51,11 @@ fn random_epoch_records() {
 }
 
 #[test]
+fn random_layers() {
+    random_inputs("layers", 5_000);
+}
+
+#[test]
 fn random_maps() {
     random_inputs("map", 10_000);
 }
