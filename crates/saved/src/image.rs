@@ -7,8 +7,11 @@ use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use rustix::fs::{OFlags, SeekFrom, seek};
+use semper_layers::chain::Chain;
+use semper_layers::reader::of_image;
 use serde::{Deserialize, Serialize};
 use twox_hash::XxHash3_64;
 
@@ -61,6 +64,8 @@ pub struct Image {
     pub path: PathBuf,
     file: File,
     size: u64,
+    /// What stands above it.
+    chain: Option<Arc<Chain>>,
 }
 
 impl Image {
@@ -69,12 +74,19 @@ impl Image {
         let file = open_file(path).map_err(Error::io(format!("open {}", path.display())))?;
         let size = seek(file.as_fd(), SeekFrom::End(0))
             .map_err(|e| Error::io(format!("size of {}", path.display()))(e.into()))?;
-        Ok(Self { name: name.to_owned(), path: path.to_owned(), file, size })
+        let chain = of_image(path, &file, (false, size));
+        let chain = chain.map_err(|e| Error::Disk { disk: name.to_owned(), why: e.to_string() })?;
+        Ok(Self { name: name.to_owned(), path: path.to_owned(), file, size, chain })
     }
 
     /// Makes what was written to it durable.
     pub fn sync(&self) -> Result<(), Error> {
-        self.file.sync_all().map_err(Error::io(format!("flush {}", self.path.display())))
+        let doing = || format!("flush {}", self.path.display());
+        self.file.sync_all().map_err(Error::io(doing()))?;
+        for level in self.chain.iter().flat_map(|chain| &chain.levels) {
+            level.data.sync().and_then(|()| level.map.sync()).map_err(Error::io(doing()))?;
+        }
+        Ok(())
     }
 
     /// Reads blocks; beyond the end there are zeros.
@@ -84,6 +96,11 @@ impl Image {
             block.checked_mul(PAGE as u64).filter(|offset| *offset < self.size).ok_or_else(
                 || Error::corrupt(format!("a block beyond the end of disk {}", self.name)),
             )?;
+        if let Some(chain) = &self.chain {
+            let read = chain.read_at(pages, offset).map_err(Error::io(doing()))?;
+            pages[read..].fill(0);
+            return Ok(());
+        }
         let mut done = 0;
         while done < pages.len() {
             match self.file.read_at(&mut pages[done..], offset + done as u64) {
@@ -102,7 +119,9 @@ impl Image {
     fn stamp(&self) -> Option<Stamp> {
         let data = self.file.metadata().ok()?;
         let system = rustix::fs::fstatfs(self.file.as_fd()).ok()?;
-        if data.file_type().is_block_device() || system.f_type as u64 == TMPFS {
+        // A write into a layer does not change the image.
+        let layered = self.chain.is_some();
+        if layered || data.file_type().is_block_device() || system.f_type as u64 == TMPFS {
             return None;
         }
         Some(Stamp {
@@ -121,6 +140,8 @@ impl Image {
         let mut offset = 0;
         while offset < self.size {
             match seek(self.file.as_fd(), SeekFrom::Data(offset)) {
+                // Each file has holes where another has data.
+                _ if self.chain.is_some() => {}
                 Ok(data) => offset = offset.max(data / STEP as u64 * STEP as u64),
                 Err(rustix::io::Errno::NXIO) => break,
                 Err(_) => {} // no holes are told here

@@ -119,6 +119,10 @@ fn raise_walls(command: &Command, memory: Option<&File>) {
             for path in [state, vm].into_iter().chain(image.iter().map(|(_, path)| path)) {
                 walls = walls.path(path, Access::Read);
             }
+            let layers = image.iter().flat_map(|(_, path)| semper_layers::disk::places(path));
+            for place in layers {
+                walls = walls.path(&place, Access::Read);
+            }
             walls = walls.path(&folder(output), Access::Keep);
         }
         Command::Restore { state, .. } => {

@@ -4,9 +4,12 @@ use std::fs::{File, OpenOptions};
 use std::io::{Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use rustix::fs::OFlags;
 use semper_blockmap::Page;
+use semper_layers::chain::Chain;
+use semper_layers::reader::of_image;
 use semper_wire::PAGE_SIZE;
 
 use crate::args::{DiskArg, MapSource};
@@ -22,6 +25,8 @@ pub(crate) struct Disk {
     pub path: PathBuf,
     pub map: Option<MapSource>,
     pub file: File,
+    /// What stands above it, as far as it is on the medium.
+    pub chain: Option<Arc<Chain>>,
     /// Bytes.
     pub size: u64,
 }
@@ -46,7 +51,8 @@ impl Disk {
         }
         let size = file.seek(SeekFrom::End(0)).map_err(cannot())?;
         let (name, path, map) = (arg.name.clone(), arg.path.clone(), arg.map.clone());
-        Ok(Self { name, path, map, file, size })
+        let chain = of_image(&path, &file, (arg.direct, size))?;
+        Ok(Self { name, path, map, file, chain, size })
     }
 
     /// Whole blocks.
@@ -57,7 +63,14 @@ impl Disk {
     /// Reads blocks; they are on the disk.
     pub(crate) fn read<'a>(&self, first: u64, into: &'a mut [Page]) -> Option<&'a [u8]> {
         let bytes = Page::bytes_mut(into);
-        self.file.read_exact_at(bytes, first * PAGE_SIZE as u64).ok()?;
+        let offset = first * PAGE_SIZE as u64;
+        match &self.chain {
+            None => self.file.read_exact_at(bytes, offset).ok()?,
+            Some(chain) => {
+                let read = chain.read_at(bytes, offset).ok()?;
+                (read == bytes.len()).then_some(())?;
+            }
+        }
         Some(bytes)
     }
 }

@@ -13,6 +13,8 @@ pub(crate) enum Failure {
     Usage(String),
     #[error("cannot {what} {}: {error}", path.display())]
     File { what: &'static str, path: PathBuf, error: io::Error },
+    #[error(transparent)]
+    Layers(#[from] semper_layers::keeper::LayersError),
     #[error("{0}")]
     Listen(#[from] semper_control::BindError),
     #[error("cannot {what}: {error}")]

@@ -277,6 +277,10 @@ fn pieces(runs: Vec<(u64, u64)>) -> impl Iterator<Item = (u64, usize)> {
 
 /// First block and end of each piece of the disk that is no hole.
 fn data(disk: &Disk) -> Vec<(u64, u64)> {
+    if disk.chain.is_some() {
+        // Each file has holes where another has data.
+        return vec![(0, disk.blocks())];
+    }
     let page = PAGE_SIZE as u64;
     let (mut runs, mut at) = (Vec::new(), 0);
     while at < disk.size {

@@ -15,6 +15,9 @@ pub(crate) fn raise(end: &EndArgs, listens: Option<&Path>, connects: Option<u16>
     }
     for disk in &end.disks {
         walls = walls.path(&disk.path, Access::Read);
+        for place in semper_layers::disk::places(&disk.path) {
+            walls = walls.path(&place, Access::Read);
+        }
         if let Some(MapSource::File(path)) = &disk.map {
             walls = walls.path(path, Access::Read);
         }
