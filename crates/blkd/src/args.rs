@@ -160,6 +160,25 @@ pub(crate) struct Args {
     #[arg(long, value_name = "PATH", env = "SEMPER_BLKD_PEER_FILE", hide_env_values = true)]
     pub peer_file: Option<PathBuf>,
 
+    /// Keep the maps of layers in files of this name with their numbers, so that the next process finds
+    /// what was written: on tmpfs. Without it no snapshot can be taken. (Also as a variable, which earlier
+    /// releases ignore.)
+    #[arg(long, value_name = "PATH", env = "SEMPER_BLKD_LAYER_MAP", hide_env_values = true)]
+    pub layer_map: Option<PathBuf>,
+
+    /// Serve this snapshot of the image, read-only, while the disk itself is served elsewhere or here.
+    #[arg(
+        long,
+        value_name = "ID",
+        requires = "reader",
+        conflicts_with_all = ["spare", "incoming", "epoch_file", "session_socket"]
+    )]
+    pub snapshot: Option<u64>,
+
+    /// Who reads the snapshot: it is kept until the same reader ends in order.
+    #[arg(long, value_name = "NAME", requires = "snapshot", value_parser = host_name)]
+    pub reader: Option<Holder>,
+
     /// Do not track requests in flight. They are lost when this process dies: only for
     /// demonstrating just that.
     #[arg(long)]

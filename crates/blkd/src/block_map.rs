@@ -18,6 +18,7 @@ use semper_blockmap::{
     Access, BYTES_PER_BLOCK, BlockMap, Blocks, ContentIndex, Counters, Layout, Memory, Page, Pair,
     Recorder, Refreshed, RegionKey, Reverse, SECTOR_SIZE, SECTORS_PER_BLOCK, Tally, Verifier,
 };
+use semper_layers::chain::Current;
 use semper_ring::GuestMemory;
 
 use crate::answers::{self, Found, MapCounts, MapMemory, Running};
@@ -48,6 +49,8 @@ pub(crate) struct DiskMap {
     file: Option<PathBuf>,
     counters: Vec<Arc<Counters>>,
     image: Arc<Image>,
+    /// What stands above it.
+    current: Arc<Current>,
     /// The present memory table.
     memory: Mutex<Option<Arc<GuestMemory>>>,
     shared: AtomicBool,
@@ -93,11 +96,19 @@ struct Verification {
     time: f64,
 }
 
-struct ImageBlocks<'a>(&'a Image);
+/// The disk's blocks, from the image or the layers above it.
+struct ImageBlocks<'a>(&'a Image, &'a Current);
 
 impl Blocks for ImageBlocks<'_> {
     fn read(&self, sector: u64, into: &mut [Page]) -> io::Result<()> {
-        self.0.file().read_exact_at(Page::bytes_mut(into), sector * SECTOR_SIZE)
+        let (bytes, offset) = (Page::bytes_mut(into), sector * SECTOR_SIZE);
+        let Some(chain) = self.1.get() else {
+            return self.0.file().read_exact_at(bytes, offset);
+        };
+        match chain.read_at(bytes, offset)? == bytes.len() {
+            true => Ok(()),
+            false => Err(io::ErrorKind::UnexpectedEof.into()),
+        }
     }
 }
 
@@ -187,10 +198,16 @@ impl DiskMap {
             file: file.map(Path::to_owned),
             counters: (0..queues).map(|_| Arc::default()).collect(),
             image: Arc::clone(image),
+            current: Arc::default(),
             memory: Mutex::default(),
             shared: AtomicBool::new(true),
             progress: Mutex::default(),
         })
+    }
+
+    /// The same for an image with layers.
+    pub(crate) fn above(self, current: &Arc<Current>) -> Self {
+        Self { current: Arc::clone(current), ..self }
     }
 
     fn content(&self) -> Arc<Content> {
@@ -405,7 +422,7 @@ impl DiskMap {
         index_bytes: u64,
     ) -> Vec<Pair> {
         let began = Instant::now();
-        let blocks = ImageBlocks(&self.image);
+        let blocks = ImageBlocks(&self.image, &self.current);
         let note = |step, done, total| {
             locked(&self.progress).running = Some(Running { step, done, total });
         };

@@ -21,14 +21,19 @@
 //!                                           makes the image larger, serves it, tells the front end
 //!   {"id":2,"cmd":"fault","rule":{…}}    -> {"id":2,"ok":{}}      in builds for tests alone (feature
 //!                                           faults); rule null switches faults off
+//!   {"id":11,"cmd":"snapshot"}, "layers", "merge", "pin", "unpin", "quiesce", "resume"
+//!                                           docs/design/snapshots.md has their requests and answers
 //!   anything else                        -> {"id":…,"error":{"kind":"invalid","message":"…"}}
 //! ```
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use semper_control::Answer;
-use semper_epoch::{Claim, Id};
+use semper_epoch::{Claim, Holder, Id};
+use semper_layers::record::{Pin, State};
 use semper_walls::Standing;
 use serde::Deserialize;
 use serde_json::Value;
@@ -41,10 +46,12 @@ use crate::block_map;
 use crate::device::Device;
 #[cfg(feature = "faults")]
 use crate::faults::{Faults, Rule};
+use crate::layer_answers;
 use crate::postcopy::Stage;
 use crate::queue::Disk;
 use crate::resize::NotResized;
 use crate::session::Session;
+use crate::snapshots::{LONGEST_QUIET, NotDone};
 use crate::state::{QueueCounters, Timeline};
 use crate::threads::ThreadMap;
 
@@ -85,6 +92,20 @@ struct Request {
     size_bytes: Option<u64>,
     #[serde(flatten)]
     about: MapRequest,
+    #[serde(flatten)]
+    layers: LayersRequest,
+}
+
+/// What the commands of snapshots take.
+#[derive(Deserialize)]
+struct LayersRequest {
+    snapshot: Option<u64>,
+    reader: Option<String>,
+    frozen: Option<bool>,
+    wait: Option<bool>,
+    through: Option<u64>,
+    rate_bytes: Option<u64>,
+    for_ms: Option<u64>,
 }
 
 /// What the commands of the page/block map take.
@@ -115,6 +136,10 @@ impl Control {
             return self.about_map(&request);
         }
         let id = request.id.clone();
+        if let Some(answered) = self.about_layers(&request) {
+            return answered
+                .unwrap_or_else(|not| Answer::refused(&id, not.kind(), not.to_string()));
+        }
         match self.carry_out(request) {
             Ok(answer) => answer,
             Err((kind, message)) => Answer::refused(&id, kind, message),
@@ -150,7 +175,9 @@ impl Control {
                 let mut device = self.device.lock().unwrap_or_else(PoisonError::into_inner);
                 let told = device.resize(size_bytes).map_err(|error| match error {
                     NotResized::NotHeld | NotResized::Served(_) => ("busy", error.to_string()),
-                    NotResized::ReadOnly | NotResized::Grow(_) => (INVALID, error.to_string()),
+                    NotResized::ReadOnly | NotResized::Layered | NotResized::Grow(_) => {
+                        (INVALID, error.to_string())
+                    }
                 })?;
                 drop(device);
                 Answer::ok(id, Resized { size_bytes: self.disk.image.capacity(), told })
@@ -162,10 +189,70 @@ impl Control {
             other => {
                 let known = "\"status\", \"threads\", \"map\", \"map-verify\", \"map-find\", \
                              \"map-export\", \"map-blocks\", \"map-touch\", \"handover\", \
-                             \"claim\" and \"resize\"";
+                             \"claim\", \"resize\", \"snapshot\", \"layers\", \"merge\", \"pin\", \
+                             \"unpin\", \"quiesce\" and \"resume\"";
                 return Err((INVALID, format!("unknown command {other:?}; known are {known}")));
             }
         })
+    }
+
+    /// `None`: the command is none of snapshots.
+    fn about_layers(&self, request: &Request) -> Option<Result<Answer, NotDone>> {
+        let (id, asked, layers) = (&request.id, &request.layers, &self.disk.snapshots);
+        Some(match request.cmd.as_str() {
+            "snapshot" => self.snapshot(asked).map(|taken| Answer::ok(id, taken)),
+            "layers" => Ok(Answer::ok(id, layers.status())),
+            "merge" => layers
+                .merge(asked.through, asked.rate_bytes)
+                .map(|merging| Answer::ok(id, layer_answers::Merging { merging })),
+            "pin" | "unpin" => {
+                let there = request.cmd == "pin";
+                let pins = pin_of(asked).and_then(|pin| layers.set_pin(pin, there));
+                pins.map(|pins| Answer::ok(id, layer_answers::Pins { pins }))
+            }
+            "quiesce" => self.quiesce(asked.for_ms).map(|quiesced| Answer::ok(id, quiesced)),
+            "resume" => {
+                let held = self.device().resume(None);
+                Ok(Answer::ok(id, layer_answers::Resumed { held }))
+            }
+            _ => return None,
+        })
+    }
+
+    fn device(&self) -> MutexGuard<'_, Device> {
+        self.device.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn snapshot(&self, asked: &LayersRequest) -> Result<layer_answers::Snapshot, NotDone> {
+        let layers = &self.disk.snapshots;
+        let (snapshot, pause) = layers.snapshot(&self.device, asked.frozen.unwrap_or(false))?;
+        let waits = asked.wait.unwrap_or(false);
+        if waits {
+            layers.wait_sealed(snapshot)?;
+        }
+        let state = if waits { State::Sealed } else { State::Opened }.name();
+        Ok(layer_answers::Snapshot { snapshot, state, pause_us: pause.as_micros() as u64 })
+    }
+
+    fn quiesce(&self, for_ms: Option<u64>) -> Result<layer_answers::Quiesced, NotDone> {
+        let longest = LONGEST_QUIET.as_millis() as u64;
+        let for_ms = for_ms.filter(|ms| (1..=longest).contains(ms)).ok_or_else(|| {
+            NotDone::Invalid(format!("say for how many milliseconds: \"for_ms\", 1 to {longest}"))
+        })?;
+        let end = Instant::now() + Duration::from_millis(for_ms);
+        self.device().quiesce(end);
+        let device = Arc::clone(&self.device);
+        let wake = move || {
+            thread::sleep(end.saturating_duration_since(Instant::now()));
+            if device.lock().unwrap_or_else(PoisonError::into_inner).resume(Some(end)) {
+                log::warn!("nobody has let the queues run again, so they do for_ms={for_ms}");
+            }
+        };
+        if let Err(error) = thread::Builder::new().name("quiet".into()).spawn(wake) {
+            self.device().resume(Some(end));
+            return Err(NotDone::Busy(format!("nobody could wake the queues again: {error}")));
+        }
+        Ok(layer_answers::Quiesced { quiesced: true, for_ms })
     }
 
     fn about_map(&self, request: &Request) -> Answer {
@@ -237,7 +324,7 @@ impl Control {
     }
 
     fn status(&self) -> Status {
-        let Disk { image, serial, shared, map, poll, tenure } = &*self.disk;
+        let Disk { image, serial, shared, map, poll, tenure, .. } = &*self.disk;
         let whole = shared.arrival() == Stage::Complete;
         let counters = shared.queues.iter().enumerate();
         let queues: Vec<_> = counters.map(|(index, each)| queue(index, each, whole)).collect();
@@ -281,6 +368,13 @@ impl Control {
             last_error: shared.last_error(),
         }
     }
+}
+
+fn pin_of(asked: &LayersRequest) -> Result<Pin, NotDone> {
+    let reader = asked.reader.as_deref().and_then(Holder::new);
+    let pin = asked.snapshot.zip(reader).map(|(snapshot, reader)| Pin { snapshot, reader });
+    let how = "name the snapshot, and its reader (1 to 40 bytes)";
+    pin.ok_or_else(|| NotDone::Invalid(how.to_owned()))
 }
 
 fn get(counter: &AtomicU64) -> u64 {

@@ -82,6 +82,18 @@ mod armed {
     }
 }
 
+/// Dies after this act of a snapshot or merge, if that is the place: `SEMPER_DIE_AFTER=act`.
+#[cfg(any(test, not(feature = "crash-points")))]
+pub(crate) fn after(_act: &str) {}
+
+#[cfg(all(not(test), feature = "crash-points"))]
+pub(crate) fn after(act: &str) {
+    if std::env::var("SEMPER_DIE_AFTER").is_ok_and(|place| place == act) {
+        // SAFETY: a signal to ourselves.
+        unsafe { libc::kill(libc::getpid(), libc::SIGKILL) };
+    }
+}
+
 /// Dies behind this step of a request, if that is the place: `SEMPER_DIE_IN=request:step`.
 #[cfg(any(test, not(feature = "crash-points")))]
 pub(crate) fn behind(_step: &str, _request: u32) {}

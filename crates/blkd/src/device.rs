@@ -13,7 +13,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use semper_inflight::TrackedQueue;
 use semper_ring::{GuestMemory, RegionSpec, RingAddresses, SplitQueue};
@@ -87,6 +87,8 @@ pub(crate) struct Device {
     channel: Option<Channel>,
     /// The capacity that this front end has read or been told to read, in bytes.
     capacity_told: Option<u64>,
+    /// All queues stand still until then, for the snapshots of several disks.
+    quiet: Option<Instant>,
 }
 
 fn failed(error: impl std::fmt::Display) -> Error {
@@ -112,6 +114,7 @@ impl Device {
             vrings,
             channel: None,
             capacity_told: None,
+            quiet: None,
         }
     }
 
@@ -142,9 +145,37 @@ impl Device {
         done
     }
 
+    /// Has all queues stand still until `end`, or [`Device::resume`].
+    pub(crate) fn quiesce(&mut self, end: Instant) {
+        self.stop_all();
+        self.quiet = Some(end);
+    }
+
+    /// Lets queues run again that [`Device::quiesce`] has stopped; `only` if it was until that instant.
+    /// False if they run already.
+    pub(crate) fn resume(&mut self, only: Option<Instant>) -> bool {
+        let held = self.quiet.is_some() && (only.is_none() || only == self.quiet);
+        if held {
+            self.quiet = None;
+            let due: Vec<usize> =
+                (0..self.vrings.len()).filter(|&index| self.is_due(index)).collect();
+            due.into_iter().for_each(|index| self.start_or_end(index));
+        }
+        held
+    }
+
+    /// What layers say of completed requests comes to the medium, once no queue runs: whoever stops the
+    /// last one may go on with the disk elsewhere.
+    fn settle(&self) {
+        if self.vrings.iter().all(|vring| !vring.running) {
+            self.disk.snapshots.settle();
+        }
+    }
+
     /// The front end is gone: finishes what is in flight, and forgets it.
     pub(crate) fn disconnect(&mut self) {
         self.stop_all();
+        self.settle();
         self.forget();
         self.give_away();
     }
@@ -169,7 +200,12 @@ impl Device {
     fn give_away(&self) {
         let idle = self.vrings.iter().all(|vring| !vring.running);
         if self.hand_over && idle {
+            let layered = self.disk.snapshots.is_layered();
             self.disk.tenure.give_away();
+            if layered {
+                // Each thread lets go of the layers' files, for which the next owner waits.
+                self.await_report();
+            }
         }
     }
 
@@ -305,6 +341,10 @@ impl Device {
     fn share_map(&self) {
         let Some(map) = &self.disk.map else { return };
         map.set_shared(true);
+        self.await_report();
+    }
+
+    fn await_report(&self) {
         let (reply, seen) = mpsc::channel();
         self.threads.all(|| Order::Report { reply: reply.clone() });
         drop(reply);
@@ -343,6 +383,9 @@ impl Device {
                 return Some("the image, which was given away");
             }
             _ => {}
+        }
+        if self.quiet.is_some() {
+            return Some("the snapshots of other disks");
         }
         match self.arrival {
             Arrival::Listening { known: false, .. } => Some("a front end that serves page faults"),
@@ -596,6 +639,7 @@ impl VhostUserBackendReqHandlerMut for Device {
         if self.vrings.iter().all(|vring| !vring.running) {
             self.disk.shared.set_phase(Phase::Connected);
         }
+        self.settle();
         self.give_away();
         Ok(VhostUserVringState::new(index, base))
     }

@@ -6,6 +6,7 @@ use std::io;
 use semper_block::{ImageError, LockError};
 use semper_control::BindError;
 use semper_epoch::Denied;
+use semper_layers::keeper::LayersError;
 use semper_program::Status;
 
 /// Why the backend ends.
@@ -15,6 +16,7 @@ pub(crate) enum Failure {
     Lock(LockError),
     Denied(Denied),
     Image(ImageError),
+    Layers(LayersError),
     Listen(BindError),
     System { what: &'static str, error: io::Error },
 }
@@ -24,8 +26,10 @@ impl semper_program::Failure for Failure {
         match self {
             Failure::Usage(_) => Status::Usage,
             Failure::Denied(Denied::Io { .. }) => Status::Unusable,
-            Failure::Lock(LockError::Held { .. }) | Failure::Denied(_) => Status::Conflict,
-            Failure::Lock(_) | Failure::Image(_) => Status::Unusable,
+            Failure::Lock(LockError::Held { .. })
+            | Failure::Denied(_)
+            | Failure::Layers(LayersError::Stale { .. }) => Status::Conflict,
+            Failure::Lock(_) | Failure::Image(_) | Failure::Layers(_) => Status::Unusable,
             Failure::Listen(_) | Failure::System { .. } => Status::Failed,
         }
     }
@@ -38,6 +42,7 @@ impl fmt::Display for Failure {
             Failure::Lock(error) => error.fmt(f),
             Failure::Denied(error) => error.fmt(f),
             Failure::Image(error) => error.fmt(f),
+            Failure::Layers(error) => error.fmt(f),
             Failure::Listen(error) => error.fmt(f),
             Failure::System { what, error } => write!(f, "cannot {what}: {error}"),
         }

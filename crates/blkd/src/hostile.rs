@@ -19,6 +19,7 @@ use crate::queue::Disk;
 use crate::request::{ID_SIZE, Parsed, Rules, Slot, parse};
 use crate::session::Line;
 use crate::session::mirror::Mirror;
+use crate::snapshots::Snapshots;
 use crate::state::Shared;
 use crate::tenure::{Standing, Tenure};
 use crate::threads::{Spawn, ThreadMap, Threads};
@@ -66,8 +67,11 @@ impl Target {
             DiskMap::new(&image, num_queues.into(), None, Keeping::Own).expect("the target's map");
         let map = Some(Arc::new(map));
         let (taken, their) = (Standing::Held, (Arc::clone(&image), Arc::clone(&shared)));
-        let tenure = Tenure::new(their.0, their.1, Title::none(), taken);
-        let disk = Disk { image, serial: [b's'; ID_SIZE], shared, map, poll, tenure };
+        let snapshots = Arc::new(Snapshots::none(&image, &shared));
+        let layers = Arc::clone(&snapshots);
+        let tenure = Tenure::new(their.0, their.1, Title::none(), layers, taken);
+        let serial = [b's'; ID_SIZE];
+        let disk = Disk { image, serial, shared, map, poll, tenure, snapshots };
         Self { disk: Arc::new(disk), device: OnceLock::new() }
     }
 

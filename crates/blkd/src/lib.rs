@@ -32,8 +32,6 @@ mod flushes;
 #[doc(hidden)]
 pub mod hostile;
 mod inflight_map;
-// Nothing but tests makes these until the commands are served.
-#[cfg_attr(not(test), allow(dead_code))]
 mod layer_answers;
 mod memory_reaper;
 mod message;
@@ -46,6 +44,7 @@ mod request;
 mod resize;
 mod serve;
 mod session;
+mod snapshots;
 mod state;
 mod tenure;
 mod threads;
@@ -70,8 +69,10 @@ pub(crate) const PROGRAM: Program = Program("semper-blkd");
 pub fn main() -> ExitCode {
     let args = Args::parse();
     if args.print_capabilities {
-        let capabilities =
-            Capabilities { kind: "block", features: &["read-only", "blk-file", "session"] };
+        let capabilities = Capabilities {
+            kind: "block",
+            features: &["read-only", "blk-file", "session", "layers"],
+        };
         println!("{}", serde_json::json!(capabilities));
         return ExitCode::SUCCESS;
     }

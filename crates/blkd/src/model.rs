@@ -234,7 +234,9 @@ impl Explorer {
         let opened = Arc::new(Image::open(image.path(), OpenOptions::default()).unwrap());
         let shared = Arc::new(Shared::new(1));
         let (title, standing) = (Title::none(), Standing::Held);
-        let tenure = Tenure::new(Arc::clone(&opened), Arc::clone(&shared), title, standing);
+        let snapshots = Arc::new(crate::snapshots::Snapshots::none(&opened, &shared));
+        let (layers, theirs) = (Arc::clone(&snapshots), (Arc::clone(&opened), Arc::clone(&shared)));
+        let tenure = Tenure::new(theirs.0, theirs.1, title, layers, standing);
         let disk = Arc::new(Disk {
             image: opened,
             serial: [0; ID_SIZE],
@@ -242,6 +244,7 @@ impl Explorer {
             map: None,
             poll: Duration::ZERO,
             tenure,
+            snapshots,
         });
         let world = Rc::new(RefCell::new(World::new(&setup)));
         WORLD.set(Some(Rc::clone(&world)));

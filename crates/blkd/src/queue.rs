@@ -25,6 +25,7 @@ use crate::overlap::Overlaps;
 use crate::request::{
     ID_SIZE, Parsed, Rules, STATUS_IOERR, STATUS_OK, STATUS_UNSUPPORTED, Slot, parse,
 };
+use crate::snapshots::Snapshots;
 use crate::state::{LastError, QueueCounters, Shared, add, mark, seconds_of_now};
 use crate::tenure::Tenure;
 
@@ -46,6 +47,8 @@ pub(crate) struct Disk {
     pub poll: Duration,
     /// Whether the image is this process' own now.
     pub tenure: Tenure,
+    /// What stands above it.
+    pub snapshots: Arc<Snapshots>,
 }
 
 /// Everything that is needed to start a queue.

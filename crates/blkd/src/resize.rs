@@ -10,6 +10,11 @@ use crate::device::Device;
 pub(crate) enum NotResized {
     #[error("the disk is read-only; what its guest may not write it need not resize")]
     ReadOnly,
+    #[error(
+        "the disk has layers, whose size is that of the disk when they were opened; it cannot be resized \
+         while it has some"
+    )]
+    Layered,
     #[error("this process does not have the image now; ask the one that serves the disk")]
     NotHeld,
     #[error(transparent)]
@@ -33,6 +38,9 @@ impl Device {
         }
         if !disk.tenure.is_held() {
             return Err(NotResized::NotHeld);
+        }
+        if disk.snapshots.is_layered() {
+            return Err(NotResized::Layered);
         }
         let before = image.capacity();
         image.grow(size)?;

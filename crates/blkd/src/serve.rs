@@ -9,11 +9,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use semper_block::{
-    Engine, Image, NowaitEngine, NullEngine, OpenOptions, Rings, SyncEngine, UringEngine,
+    FileEngine, Image, NowaitEngine, NullEngine, OpenOptions, Rings, SyncEngine, UringEngine,
 };
 #[cfg(target_arch = "x86_64")]
 use semper_block::{MappedEngine, Mapping};
 use semper_control::bind;
+use semper_layers::engine::LayeredEngine;
 use vhost::vhost_user::Error as VhostError;
 
 use crate::args::{Args, EngineKind};
@@ -32,6 +33,7 @@ use crate::request::ID_SIZE;
 use crate::session::follower::Follower;
 use crate::session::mirror::Mirror;
 use crate::session::{Line, Session};
+use crate::snapshots::Snapshots;
 use crate::state::{Phase, Shared, mark};
 use crate::tenure::{Patience, Standing, Tenure};
 use crate::threads::{Spawn, ThreadMap, Threads};
@@ -54,8 +56,8 @@ pub(crate) fn run(args: Args, shared: Shared) -> Result<(), Failure> {
         Failure::Usage("no image was given; name one with --blk-file=IMAGE".to_owned())
     })?;
     let serial = serial_number(&args.serial)?;
-    let options =
-        OpenOptions { read_only: args.read_only, direct: args.direct, block_size: args.block_size };
+    let read_only = args.read_only || args.snapshot.is_some();
+    let options = OpenOptions { read_only, direct: args.direct, block_size: args.block_size };
     let image = Image::open(blk_file, options).map_err(Failure::Image)?;
     // A spare has no business with the socket's name; it inherits the socket itself.
     let listener = listen(&args)?;
@@ -67,7 +69,9 @@ pub(crate) fn run(args: Args, shared: Shared) -> Result<(), Failure> {
         (_, true) => Standing::Incoming,
         _ => Standing::Opened,
     };
-    let tenure = Tenure::new(Arc::clone(&image), Arc::clone(&shared), Title::new(&args), standing);
+    let snapshots = Arc::new(Snapshots::new(&image, &shared, &args));
+    let (title, layers) = (Title::new(&args), Arc::clone(&snapshots));
+    let tenure = Tenure::new(Arc::clone(&image), Arc::clone(&shared), title, layers, standing);
     match standing {
         Standing::Waiting => shared.set_phase(Phase::Spare),
         Standing::Opened => tenure.take(Patience::None, None)?,
@@ -94,8 +98,9 @@ pub(crate) fn run(args: Args, shared: Shared) -> Result<(), Failure> {
     let walls = walls::raise(&args, &image);
 
     let poll = Duration::from_micros(args.poll_us.into());
-    let map = disk_map(&args, &image);
-    let disk = Arc::new(Disk { image, serial, shared, map, poll, tenure });
+    let map = disk_map(&args, &image, &snapshots);
+    let disk = Arc::new(Disk { image, serial, shared, map, poll, tenure, snapshots });
+    disk.snapshots.begin().map_err(Failure::Layers)?;
     let faults = Faults::default();
     let (threads, engine) = start_threads(&args, &disk, &faults, &rings)?;
     let device = Arc::new(Mutex::new(Device::new(Arc::clone(&disk), threads, offer)));
@@ -117,6 +122,7 @@ pub(crate) fn run(args: Args, shared: Shared) -> Result<(), Failure> {
             semper_control::serve(listener, move |line| control.answer(line))
                 .map_err(system("start the control thread"))?;
         }
+        disk.snapshots.start().map_err(system("start the thread of the layers"))?;
         watch_signals(&disk, &device).map_err(system("start the signal thread"))?;
         Ok(session)
     })?;
@@ -139,7 +145,7 @@ pub(crate) fn run(args: Args, shared: Shared) -> Result<(), Failure> {
         disk.image.path().display(),
         disk.image.capacity(),
         args.direct,
-        args.read_only,
+        disk.image.read_only(),
         args.num_queues
     );
     let door = Door::new(listener);
@@ -208,14 +214,14 @@ fn inherited(fd: i32) -> Result<UnixListener, Failure> {
     Ok(listener)
 }
 
-fn disk_map(args: &Args, image: &Arc<Image>) -> Option<Arc<DiskMap>> {
+fn disk_map(args: &Args, image: &Arc<Image>, layers: &Snapshots) -> Option<Arc<DiskMap>> {
     if args.no_map {
         return None;
     }
     // The file of a spare is still another's.
     let keeping = if args.spare { Keeping::Shared } else { Keeping::Own };
     match DiskMap::new(image, args.num_queues.into(), args.map_file.as_deref(), keeping) {
-        Ok(map) => Some(Arc::new(map)),
+        Ok(map) => Some(Arc::new(map.above(&layers.current))),
         Err(error) => {
             log::warn!(
                 "the disk has no page/block map, so a move sends all of the guest's memory: it is too \
@@ -336,7 +342,7 @@ fn spawner(
     })
 }
 
-fn spawn_with<E: Engine + 'static>(
+fn spawn_with<E: FileEngine + 'static>(
     disk: &Arc<Disk>,
     faults: &Faults,
     make: impl Fn() -> io::Result<E> + Clone + Send + 'static,
@@ -344,7 +350,10 @@ fn spawn_with<E: Engine + 'static>(
     let (disk, faults) = (Arc::clone(disk), faults.clone());
     Box::new(move |name| {
         let (make, faults) = (make.clone(), faults.clone());
-        Worker::spawn(name, Arc::clone(&disk), move || Ok(faults.around(make()?)))
+        let current = Arc::clone(&disk.snapshots.current);
+        Worker::spawn(name, Arc::clone(&disk), move || {
+            Ok(faults.around(LayeredEngine::new(make()?, current)))
+        })
     })
 }
 

@@ -20,6 +20,7 @@
 //! | the page/block map and its file, which are of one size | [`DiskMap::follow_image`] |
 //! | whether flushes have failed | [`Flushes::inherit`] |
 //! | who may write | [`Title::admit`] |
+//! | the layers above it | [`Snapshots::take`] |
 //! | the page cache, of which another host knows nothing | [`Image::drop_cache`] |
 //!
 //! What need not be: the mapping of the mapped engine (what lies beyond it goes through the other
@@ -38,6 +39,7 @@ use crate::block_map::DiskMap;
 use crate::failure::Failure;
 #[cfg(doc)]
 use crate::flushes::Flushes;
+use crate::snapshots::Snapshots;
 use crate::state::{Shared, mark};
 use crate::title::Title;
 
@@ -107,6 +109,7 @@ pub(crate) struct Tenure {
     image: Arc<Image>,
     shared: Arc<Shared>,
     title: Title,
+    snapshots: Arc<Snapshots>,
     standing: AtomicU8,
 }
 
@@ -115,6 +118,7 @@ impl Tenure {
         image: Arc<Image>,
         shared: Arc<Shared>,
         title: Title,
+        snapshots: Arc<Snapshots>,
         standing: Standing,
     ) -> Self {
         let standing = match standing {
@@ -124,7 +128,7 @@ impl Tenure {
         if standing == Standing::Waiting {
             title.confirm();
         }
-        Self { image, shared, title, standing: AtomicU8::new(standing as u8) }
+        Self { image, shared, title, snapshots, standing: AtomicU8::new(standing as u8) }
     }
 
     pub(crate) fn standing(&self) -> Standing {
@@ -149,6 +153,12 @@ impl Tenure {
     pub(crate) fn take(&self, patience: Patience, map: Option<&DiskMap>) -> Result<(), Failure> {
         let before = self.standing();
         if before == Standing::Held {
+            return Ok(());
+        }
+        if self.snapshots.is_snapshot() {
+            // Whoever writes the disk leaves it alone, and has the lock.
+            self.snapshots.take(None).map_err(Failure::Layers)?;
+            self.set(Standing::Held);
             return Ok(());
         }
         self.lock(patience).map_err(Failure::Lock)?;
@@ -213,6 +223,7 @@ impl Tenure {
             ));
         }
         self.title.admit(image).map_err(Failure::Denied)?;
+        self.snapshots.take(self.title.claim()).map_err(Failure::Layers)?;
         if let Some(map) = map {
             map.follow_image();
         }
@@ -229,6 +240,8 @@ impl Tenure {
             return;
         }
         self.set(Standing::HandedOver);
+        self.snapshots.settle();
+        self.snapshots.let_go();
         self.title.lapse();
         self.image.unlock();
         log::info!("gave the image away image={}", self.image.path().display());
@@ -252,6 +265,7 @@ impl Tenure {
 
     /// An orderly end: whoever takes the image next needs no claim. The lock goes with the process.
     pub(crate) fn end(&self) {
+        self.snapshots.end();
         self.title.release();
     }
 }

@@ -64,6 +64,11 @@ impl Title {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The claim, if there is one.
+    pub(crate) fn claim(&self) -> Option<Claim> {
+        self.state().claim
+    }
+
     /// Whether the claim is still to come. The image must not be locked before.
     pub(crate) fn is_awaited(&self) -> bool {
         self.record.is_some() && self.state().claim.is_none()

@@ -7,6 +7,7 @@
 use std::path::{Path, PathBuf};
 
 use semper_block::Image;
+use semper_layers::disk::{make_folder, places};
 use semper_walls::{Access, Program, Standing, Walls};
 
 use crate::args::Args;
@@ -38,7 +39,7 @@ pub(crate) fn raise(args: &Args, image: &Image) -> Standing {
             walls = walls.path(folder, access);
         }
     }
-    for (path, access) in record(args, image) {
+    for (path, access) in record(args, image).into_iter().chain(layers(args, image)) {
         walls = walls.path(&path, access);
     }
     #[cfg(feature = "crash-points")]
@@ -52,6 +53,36 @@ pub(crate) fn raise(args: &Args, image: &Image) -> Standing {
         log::warn!("a wall is missing: {missing}");
     }
     standing
+}
+
+/// The layers of the image, which snapshots make and merges remove, and their maps.
+fn layers(args: &Args, image: &Image) -> Vec<(PathBuf, Access)> {
+    let makes = args.layer_map.is_some() && !image.read_only();
+    let is_file = image.file().metadata().is_ok_and(|metadata| metadata.is_file());
+    if makes && is_file && image.path().exists() {
+        if let Err(error) = make_folder(image.path()) {
+            log::warn!("no snapshot can be taken: no directory for layers error=\"{error}\"");
+        }
+        // Whether there are layers is noted in it.
+        if args.epoch_file.is_none()
+            && let Ok(path) = semper_epoch::record_path(image.path())
+        {
+            let _ = semper_epoch::make(&path);
+        }
+    }
+    let writes = makes || args.snapshot.is_some();
+    let places = places(image.path()).into_iter().map(|place| match (place.is_dir(), writes) {
+        (true, true) => (place, Access::Keep),
+        (true, false) => (place, Access::Read),
+        (false, true) if makes => (place, Access::Write),
+        (false, _) => (place, Access::Read),
+    });
+    // The directory is flushed with the first record.
+    let beside =
+        image.path().parent().filter(|_| makes).map(|folder| (folder.to_owned(), Access::List));
+    let memory = args.layer_map.as_deref().and_then(Path::parent).filter(|_| makes);
+    let memory = memory.map(|folder| (folder.to_owned(), Access::Keep));
+    places.chain(beside).chain(memory).collect()
 }
 
 /// The record of claims, which is looked at when the image is taken.

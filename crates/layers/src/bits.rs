@@ -261,7 +261,7 @@ impl Bits {
     fn word(&self, block: u64) -> u64 {
         let chunk = (block / CHUNK_BLOCKS) as usize;
         match self.present.get(chunk) {
-            Some(present) if present.load(Ordering::Acquire) => {
+            Some(present) if block < self.blocks && present.load(Ordering::Acquire) => {
                 self.words.get()[(block / WORD_BLOCKS) as usize].load(Ordering::Acquire)
             }
             _ => 0,

@@ -72,7 +72,7 @@ impl Level {
     }
 
     /// Whether a flush has to write the map.
-    pub(crate) fn needs_map(&self) -> bool {
+    pub fn needs_map(&self) -> bool {
         self.stale.load(Ordering::SeqCst) || self.bits.any_dirty()
     }
 

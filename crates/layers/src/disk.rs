@@ -1,9 +1,12 @@
 //! The files of a real image: beside it, and the maps in memory in a directory on tmpfs.
 //!
 //! ```text
-//!   disk.raw  disk.raw.layers  disk.raw.layer-EPOCH-ID  disk.raw.layer-EPOCH-ID.map
-//!   MEMORY-EPOCH-ID            MEMORY is the path that was given for it
+//!   disk.raw              disk.raw.layers/record  disk.raw.layers/EPOCH-ID  disk.raw.layers/EPOCH-ID.map
+//!   MEMORY-EPOCH-ID       MEMORY is the path that was given for it
 //! ```
+//!
+//! They have a directory of their own ([`make_folder`]), so that a process that may make files there
+//! can touch nothing else beside the image.
 //!
 //! A file that takes writes is locked by an open file that nothing but requests use: requests that the
 //! kernel still carries out for a dead process hold it. Flushes go through one that has no lock.
@@ -66,12 +69,12 @@ impl Disk {
     }
 
     fn path(&self, part: Part) -> PathBuf {
-        let ending = match part {
-            Part::Record => ".layers".to_owned(),
-            Part::Data(key) => format!(".layer-{}-{}", key.epoch, key.id),
-            Part::Map(key) => format!(".layer-{}-{}.map", key.epoch, key.id),
+        let name = match part {
+            Part::Record => "record".to_owned(),
+            Part::Data(key) => format!("{}-{}", key.epoch, key.id),
+            Part::Map(key) => format!("{}-{}.map", key.epoch, key.id),
         };
-        beside(&self.image, &ending)
+        folder(&self.image).join(name)
     }
 
     fn memory_path(&self, key: Key) -> io::Result<PathBuf> {
@@ -105,6 +108,37 @@ impl Disk {
         options.read(true).write(access == Access::Write).custom_flags(flags).mode(0o600);
         options
     }
+}
+
+/// The directory of an image's layers. `image` is its real path.
+fn folder(image: &Path) -> PathBuf {
+    beside(image, ".layers")
+}
+
+/// Makes the directory of an image's layers, on the medium, unless it is there: for a process that can
+/// make none later. Gives it.
+///
+/// # Errors
+/// The system's.
+pub fn make_folder(image: &Path) -> io::Result<PathBuf> {
+    let image = image.canonicalize()?;
+    let folder = folder(&image);
+    match std::fs::create_dir(&folder) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+        made => {
+            made?;
+            File::open(image.parent().unwrap_or(Path::new("/")))?.sync_all()?;
+        }
+    }
+    Ok(folder)
+}
+
+/// What is looked at to read an image's layers: its directory of layers and its epoch record, of
+/// these what there is.
+pub fn places(image: &Path) -> Vec<PathBuf> {
+    let Ok(image) = image.canonicalize() else { return Vec::new() };
+    let places = [Some(folder(&image)), record_path(&image).ok()];
+    places.into_iter().flatten().filter(|path| path.exists()).collect()
 }
 
 fn beside(path: &Path, ending: &str) -> PathBuf {
@@ -167,21 +201,13 @@ impl Files for Disk {
     }
 
     fn sync_names(&self) -> io::Result<()> {
-        let parent = self.image.parent().unwrap_or(Path::new("/"));
-        File::open(parent)?.sync_all()
+        File::open(folder(&self.image))?.sync_all()
     }
 
     fn layers(&self) -> io::Result<Vec<Key>> {
-        let Some((parent, name)) = self.image.parent().zip(self.image.file_name()) else {
-            return Ok(Vec::new());
-        };
-        let mut prefix = name.as_encoded_bytes().to_vec();
-        prefix.extend_from_slice(b".layer-");
         let mut keys = Vec::new();
-        for entry in std::fs::read_dir(parent)? {
-            let name = entry?.file_name();
-            let ending = name.as_encoded_bytes().strip_prefix(&prefix[..]);
-            let key = ending.and_then(|ending| std::str::from_utf8(ending).ok()).and_then(key_of);
+        for entry in std::fs::read_dir(folder(&self.image))? {
+            let key = entry?.file_name().to_str().and_then(key_of);
             keys.extend(key.filter(|key| !keys.contains(key)));
         }
         Ok(keys)
@@ -243,7 +269,7 @@ impl Bytes for Plain {
     }
 
     fn sync(&self) -> io::Result<()> {
-        self.flushed.as_ref().unwrap_or(&self.file).sync_data()
+        sync_apart(self.flushed.as_ref().unwrap_or(&self.file))
     }
 
     fn size(&self) -> io::Result<u64> {
@@ -293,7 +319,7 @@ impl Bytes for Base {
     }
 
     fn sync(&self) -> io::Result<()> {
-        self.flushed.sync_data()
+        sync_apart(&self.flushed)
     }
 
     fn size(&self) -> io::Result<u64> {
@@ -304,6 +330,27 @@ impl Bytes for Base {
         let none = None;
         target(self.image.fd(), self.flushed.as_raw_fd(), &none)
     }
+}
+
+/// Flushes a file that has no lock, in a thread that has no other file: a flush is not ended by SIGKILL,
+/// and may take seconds, in which the dead process would keep the image from its successor.
+fn sync_apart(file: &File) -> io::Result<()> {
+    let fd = file.as_raw_fd();
+    let flush = move || {
+        let (fd, below, end) = (fd.unsigned_abs(), fd.unsigned_abs().wrapping_sub(1), u32::MAX);
+        // SAFETY: the first call gives this thread a table of files of its own, in which nobody else's
+        // are closed. Without it, before Linux 5.9, nothing is closed.
+        unsafe {
+            let unshare = libc::CLOSE_RANGE_UNSHARE;
+            if libc::syscall(libc::SYS_close_range, fd + 1, end, unshare) == 0 && fd > 0 {
+                libc::syscall(libc::SYS_close_range, 0u32, below, 0);
+            }
+            if libc::fdatasync(fd as RawFd) == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+        }
+    };
+    // The descriptor stays open meanwhile: `file` is borrowed until the thread has ended.
+    let thread = std::thread::Builder::new().name("flush".into()).spawn(flush)?;
+    thread.join().unwrap_or_else(|_| Err(io::ErrorKind::Other.into()))
 }
 
 fn read_all(file: &File, into: &mut [u8], offset: u64) -> io::Result<usize> {

@@ -68,6 +68,12 @@ pub enum LayersError {
         /// The epoch of this process.
         mine: u64,
     },
+    /// Only who has the image for writing knows all of it.
+    #[error(
+        "image {0} has layers, and cannot be served read-only: what a guest has not flushed is in this \
+         host's memory; serve a snapshot of it (--snapshot), or the disk for writing"
+    )]
+    ReadOnly(String),
     /// Not by the rules of the record.
     #[error(transparent)]
     Refused(#[from] Refused),
@@ -147,7 +153,9 @@ impl Keeper {
         let record = record.unwrap_or_else(|| Record::new(id, writer));
         let keeper = Self { files, writer, record, entered: None, current, work: None };
         keeper.check_epoch(&keeper.record)?;
-        keeper.remove_strays()?;
+        if keeper.record.sequence > 0 {
+            keeper.remove_strays()?;
+        }
         let levels = keeper.open_levels()?;
         if !levels.is_empty() {
             let settled = keeper.record.top().is_some_and(|top| top.state != State::Opened);
@@ -159,6 +167,19 @@ impl Keeper {
     /// The record as it was read or written last.
     pub fn record(&self) -> &Record {
         &self.record
+    }
+
+    /// Reads the record again, unless something goes on: readers write their pins into it.
+    ///
+    /// # Errors
+    /// [`LayersError`].
+    pub fn refresh(&mut self) -> Result<(), LayersError> {
+        if self.work.is_none() && self.record.sequence > 0 {
+            let (_, record) = locked_record(&*self.files)?;
+            self.check_epoch(&record)?;
+            self.record = record;
+        }
+        Ok(())
     }
 
     /// Bytes that the maps take in memory, and for each layer those that its file holds.
@@ -176,6 +197,9 @@ impl Keeper {
 
     /// What is left to do of what an earlier process had begun, or nobody wants any more.
     pub fn left_over(&self) -> Option<Aim> {
+        if !self.serves_what_is_on_record() {
+            return None;
+        }
         if self.record.top().is_some_and(|top| top.state == State::Opened) {
             return Some(Aim::Seal);
         }
@@ -191,6 +215,9 @@ impl Keeper {
     pub fn begin(&mut self, aim: Aim, size: u64, frozen: bool) -> Result<(), Refused> {
         if self.work.is_some() {
             return Err(Refused::Busy);
+        }
+        if !self.serves_what_is_on_record() {
+            return Err(Refused::Torn);
         }
         let mut ahead = self.record.clone();
         let layer = match aim {
@@ -276,6 +303,13 @@ impl Keeper {
             self.change(|record| Ok(record.forget_dropped()))?;
         }
         Ok(())
+    }
+
+    /// Not if the record was written and could not be flushed: then it says more than is known.
+    fn serves_what_is_on_record(&self) -> bool {
+        let chain = self.current.get();
+        let served = chain.iter().flat_map(|chain| &chain.levels).map(|level| level.key);
+        served.eq(self.record.chain().iter().map(Key::from))
     }
 
     fn new_layer(&self, size: u64, frozen: bool) -> Layer {

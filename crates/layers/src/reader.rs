@@ -1,5 +1,7 @@
 //! A chain, or a snapshot, for who only reads: here or on another host, from the medium alone.
 
+use std::fs::File;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
@@ -7,6 +9,7 @@ use semper_epoch::Id;
 
 use crate::bits::{Bits, Identity};
 use crate::chain::{Chain, Level};
+use crate::disk::Disk;
 use crate::files::{Access, Files};
 use crate::keeper::{LayersError, open_level, read_record};
 use crate::record::{Layer, LayerId, Refused};
@@ -40,6 +43,28 @@ pub fn open(
     let levels = levels.collect::<Result<_, _>>()?;
     let settled = Arc::new(AtomicBool::new(true));
     Ok(Some(Arc::new(Chain { base: files.base(), levels, size, settled })))
+}
+
+/// The chain of the image at `path`, which is open as `file`; `None` where the image is all of the disk.
+/// `direct`: read around the page cache.
+///
+/// # Errors
+/// [`LayersError`].
+pub fn of_image(
+    path: &Path,
+    file: &File,
+    (direct, size): (bool, u64),
+) -> Result<Option<Arc<Chain>>, LayersError> {
+    let failed = |source| {
+        let (what, name) = ("look for the layers of", path.display().to_string());
+        LayersError::Io { what, name, source }
+    };
+    if !file.metadata().map_err(failed)?.is_file() {
+        return Ok(None);
+    }
+    let file = file.try_clone().map_err(failed)?;
+    let files = Disk::for_reading(path, file, direct).map_err(failed)?;
+    open(&files, None, size)
 }
 
 fn level(files: &dyn Files, chain: Id, layer: &Layer) -> Result<Arc<Level>, LayersError> {

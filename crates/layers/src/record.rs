@@ -1,4 +1,4 @@
-//! The record `IMAGE.layers`: which layers stand above an image, and who reads them. Pure.
+//! The record of a chain, `IMAGE.layers/record`: which layers stand above an image, and who reads them. Pure.
 //!
 //! ```text
 //!   offset size  one slot; numbers are little-endian, what is not named is zero
@@ -182,6 +182,12 @@ pub enum Refused {
     /// There is nothing below the layer that takes writes.
     #[error("there is no layer that can be merged: the only one takes the guest's writes")]
     Nothing,
+    /// The record was written, and could not be flushed.
+    #[error(
+        "the record of the layers could not be flushed, and nobody knows what a power cut would leave; \
+         see to the storage, then start the backend anew (its spare goes on with what is on record)"
+    )]
+    Torn,
     /// What lies above it may not be on the medium.
     #[error("a snapshot is being taken; try again when it is sealed")]
     Busy,

@@ -175,6 +175,10 @@ const UFFDIO: [u64; 4] = [0xc018_aa3f, 0xc020_aa00, 0x8010_aa01, 0xaa00];
 
 /// `semper-blkd`.
 pub(crate) const BLKD: &[Call] = &[
+    always(
+        libc::SYS_getdents64,
+        "files of layers that nobody knows; Landlock says which directory",
+    ),
     always(libc::SYS_io_uring_enter, "requests, in rings that were made and restricted before"),
     always(libc::SYS_preadv2, "reads that do not wait"),
     always(libc::SYS_pwritev2, "writes that do not wait, or that last"),

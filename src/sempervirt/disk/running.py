@@ -22,6 +22,7 @@ from sempervirt.host.procfs import ProcessId, find_processes
 LOGS_KEPT = 5
 # Not an option: a backend of a release that does not know it would end.
 FLUSH_FILE_VARIABLE = "SEMPER_BLKD_FLUSH_FILE"
+LAYER_MAP_VARIABLE = "SEMPER_BLKD_LAYER_MAP"
 PEER_FILE_VARIABLE = "SEMPER_BLKD_PEER_FILE"
 _ERROR_LINE = re.compile(r"\S+: error: (?P<cause>.*?)(?:; (?P<remedy>[^;]*))?")
 # Exit codes of semper-blkd.
@@ -54,6 +55,13 @@ class DiskFiles:
     def flush_failed(self) -> Path:
         """There when a flush of the image has failed: while it is, every backend fails flushes."""
         return self.directory / f"disk-{self.disk}.flush-failed"
+
+    @property
+    def layer_map(self) -> Path:
+        """Which blocks the layers of the image have, for the next backend: a file for each layer,
+        with its numbers behind this name (docs/design/snapshots.md).
+        """
+        return self.directory / f"disk-{self.disk}.layer"
 
     def control(self, generation: int) -> Path:
         """The control socket of one process."""
@@ -158,6 +166,7 @@ def start(
         environment={
             **command.environment,
             FLUSH_FILE_VARIABLE: str(files.flush_failed),
+            LAYER_MAP_VARIABLE: str(files.layer_map),
             **({PEER_FILE_VARIABLE: str(launch.peers)} if launch.peers else {}),
         },
     )

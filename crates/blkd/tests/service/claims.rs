@@ -235,7 +235,7 @@ fn a_claim_that_comes_first_is_held_against_the_record_when_a_queue_starts() {
 fn a_record_that_cannot_be_read_refuses_the_image() {
     let site = Site::new(1 << 20);
     let (mine, file) = (title(&site, 9, FIRST, "aachen"), record_of(&site));
-    for (content, words) in [(&b"SVEPOCH1 and no more"[..], "is damaged"), (&newer(), "version 2")]
+    for (content, words) in [(&b"SVEPOCH1 and no more"[..], "is damaged"), (&newer(), "version 3")]
     {
         std::fs::write(&file, content).unwrap();
         for options in [&mine[..], &[]] {
@@ -256,9 +256,9 @@ fn a_record_that_cannot_be_read_refuses_the_image() {
 /// A slot of version 2, as Python's zlib sums it.
 fn newer() -> Vec<u8> {
     let mut slot = vec![0; 512];
-    slot[..9].copy_from_slice(b"SVEPOCH1\x02");
+    slot[..9].copy_from_slice(b"SVEPOCH1\x03");
     slot[16] = 1;
-    slot[12..16].copy_from_slice(&0xeaa2_4022u32.to_le_bytes());
+    slot[12..16].copy_from_slice(&0xe692_b53fu32.to_le_bytes());
     slot
 }
 

@@ -25,6 +25,7 @@ mod recovery;
 mod requests;
 mod resize;
 mod session;
+mod snapshots;
 mod sudden_death;
 mod tenure;
 mod threads;

@@ -18,8 +18,8 @@ fn refused(arguments: &[&str], status: i32, words: &[&str]) {
 fn it_tells_what_it_can_do() {
     let (code, said, _) = run(&["--print-capabilities"]);
     let capabilities: serde_json::Value = serde_json::from_str(&said).unwrap();
-    let expected =
-        serde_json::json!({"type": "block", "features": ["read-only", "blk-file", "session"]});
+    let features = ["read-only", "blk-file", "session", "layers"];
+    let expected = serde_json::json!({"type": "block", "features": features});
     assert_eq!((code, capabilities), (0, expected));
     let (code, said, _) = run(&["--version"]);
     assert_eq!((code, said.trim()), (0, concat!("semper-blkd ", env!("CARGO_PKG_VERSION"))));

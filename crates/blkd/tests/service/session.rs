@@ -228,7 +228,7 @@ fn what_is_refused_is_answered_before_the_connection_ends() {
     let refused = machine.session().set_vring_num(0, 3).unwrap_err().to_string();
     assert!(refused.contains("backend internal error"), "{refused}");
     assert!(!is_connected(&mut machine));
-    assert_eq!(active.status()["counters"]["protocol_errors"], json!(1));
+    active.wait_status("/counters/protocol_errors", &json!(1));
 }
 
 #[test]
