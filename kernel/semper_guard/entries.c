@@ -2,6 +2,7 @@
 /* Functions whose entry is recorded, so that they can be entered again, or returned from early. */
 #include <linux/bug.h>
 #include <linux/ftrace.h>
+#include <linux/hrtimer.h>
 #include <linux/interrupt.h>
 #include <linux/irqflags.h>
 #include <linux/percpu.h>
@@ -31,6 +32,8 @@ struct handler {
 };
 
 static DEFINE_PER_CPU(struct record [SG_HANDLERS], records);
+
+static struct hrtimer_cpu_base __percpu *hrtimer_bases;
 
 static void notrace enter(unsigned long ip, unsigned long parent_ip, struct ftrace_ops *ops,
 			  struct ftrace_regs *fregs);
@@ -77,6 +80,19 @@ const struct sg_entry *sg_entry_sound(enum sg_handler handler)
 	return &record->entry;
 }
 
+/* Set from the first timer to the last of a run of hrtimer_interrupt() (kernel/time/hrtimer.c). */
+static bool in_hrtimer_interrupt(void)
+{
+	return hrtimer_bases && raw_cpu_ptr(hrtimer_bases)->in_hrtirq;
+}
+
+bool sg_entry_restartable(enum sg_handler handler)
+{
+	if (handler == SG_HRTIMER_INTERRUPT && !in_hrtimer_interrupt())
+		return false;
+	return sg_entry_sound(handler);
+}
+
 void __noreturn sg_entry_begin_again(enum sg_handler handler)
 {
 	const struct record *record = &(*this_cpu_ptr(&records))[handler];
@@ -119,6 +135,7 @@ void sg_entries_init(void)
 {
 	struct handler *handler;
 
+	hrtimer_bases = (__force void __percpu *)sg_variable("hrtimer_bases");
 	for (handler = handlers; handler < handlers + SG_HANDLERS; handler++) {
 		int error = hook(handler, handler->names[0]);
 

@@ -2,8 +2,9 @@
 /*
  * Functions whose entry is recorded, so that they can be entered again, or returned from early.
  *
- * A recorded entry is sound while its function runs: same thread, further up the same stack, and its
- * return address still in place.
+ * A recorded entry is sound while its function runs: same thread, further up the same stack, its return
+ * address still in place. Another interrupt on the same stack may leave those words as they were, so
+ * that the function runs is known by the kernel's own mark: softirqs being served, or in_hrtirq.
  */
 #ifndef SEMPER_GUARD_ENTRIES_H
 #define SEMPER_GUARD_ENTRIES_H
@@ -19,8 +20,14 @@ enum sg_handler {
 	SG_HANDLERS
 };
 
-/* This CPU's entry of a handler that runs now, or NULL. Any context, preemption off. */
+/* This CPU's entry of a handler that may run now, or NULL. Any context, preemption off. */
 const struct sg_entry *sg_entry_sound(enum sg_handler handler);
+
+/*
+ * Whether a handler runs, with a sound entry. In the context of that handler alone: SG_HARDIRQ for the
+ * timer, SG_SOFTIRQ for softirqs.
+ */
+bool sg_entry_restartable(enum sg_handler handler);
 
 /* Enters a handler again, with preemption, RCU and interrupts as they were at its entry. */
 void __noreturn sg_entry_begin_again(enum sg_handler handler);

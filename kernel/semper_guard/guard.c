@@ -105,7 +105,8 @@ void sg_guard_panic(const char *fmt, ...)
 	else if (!strncmp(event->message, "Out of memory: ", 15))
 		event->state.kind = SG_OUT_OF_MEMORY;
 	handler = handler_of(event);
-	event->state.restartable = sg_entry_sound(handler);
+	if (event->state.context == SG_HARDIRQ || event->state.context == SG_SOFTIRQ)
+		event->state.restartable = sg_entry_restartable(handler);
 
 	switch (decide_on_death(event)) {
 	case SG_PARK:

@@ -1,4 +1,7 @@
-"""`make torture-guard`: every kind on every kernel, each with its control; then a storm."""
+"""`make torture-guard`: every kind on every kernel, each with its control.
+
+Then a storm of panics, a module that comes and goes under load, and a device that is misused.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,12 @@ from pathlib import Path
 
 from tests.guard.health import faults
 from tests.guard.kinds import ALONE, FATAL, SURVIVED, Kind
-from tests.guard.machine import Image, NoAnswerError, available, build
+from tests.guard.machine import Image, Machine, NoAnswerError, available, build
 from tests.guard.trial import Result, die, die_unguarded, guarded, survive
 
+PARTS = ("survived", "fatal", "controls", "storm", "churn")
 STORM = 100
+GUARD = "/lib/semper_guard.ko"
 # These return also without the guard, or need its own detector to be deadly at all.
 HARMLESS_ALONE = {"loop-irqs-off"}
 
@@ -57,7 +62,7 @@ def controls(image: Image, folder: Path, names: list[str]) -> Iterator[Result]:
             yield Result(f"{kind.name}, no guard", result.wrong, result.seconds)
 
 
-def storm(image: Image, folder: Path) -> Result:
+def storm(image: Image, folder: Path) -> Iterator[Result]:
     """A hundred panics in one boot, on two processors."""
     begin = time.monotonic()
     with guarded(image, folder / "storm", "strict") as machine:
@@ -71,7 +76,39 @@ def storm(image: Image, folder: Path) -> Result:
                 wrong += f" {parked} threads parked, not {STORM}"
         except NoAnswerError as error:
             wrong = str(error)
-    return Result(f"storm of {STORM}", wrong, time.monotonic() - begin)
+    yield Result(f"storm of {STORM}", wrong, time.monotonic() - begin)
+
+
+def churn(image: Image, folder: Path, loads: int, calls: int) -> Iterator[Result]:
+    """The module comes and goes while both processors are busy; then its device is misused."""
+    busy = "(while [ ! -e /tmp/quiet ]; do head -c 4m /dev/zero | md5sum; done)"
+    with Machine(image, folder / "churn") as machine:
+        for name, command in (
+            (f"{loads} loads and unloads", f"insmod {GUARD} && rmmod semper_guard"),
+            (f"{calls} calls of the device", ""),
+        ):
+            begin = time.monotonic()
+            try:
+                if command:
+                    machine.do(f"for i in 1 2; do {busy} >/dev/null 2>&1 & done")
+                    for _ in range(loads):
+                        machine.do(command)
+                    machine.do("touch /tmp/quiet; insmod /lib/semper_crash.ko")
+                else:
+                    machine.do(f"insmod {GUARD}")
+                    machine.do(f"/bin/misuse {calls}", deadline_s=600)
+                    machine.do("[ $(cat /proc/modules | grep -c '^semper_guard.* 0 ') = 1 ]")
+                    machine.do("rmmod semper_guard")
+                    machine.do(f"insmod {GUARD}")
+                wrong = "" if command else "; ".join(faults(machine))
+                log = machine.log.read_text(errors="replace")
+                if any(word in log for word in ("WARNING", "BUG:")):
+                    wrong += machine.tail()
+            except (NoAnswerError, AssertionError) as error:
+                wrong = str(error)
+            yield Result(name, wrong, time.monotonic() - begin)
+            if wrong:
+                break
 
 
 def main() -> int:
@@ -79,7 +116,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.guard", description=__doc__)
     parser.add_argument("--series", action="append", choices=available(), default=[])
     parser.add_argument("--kind", action="append", default=[], help="only these")
-    parser.add_argument("--no-controls", action="store_true", help="only with the guard")
+    parser.add_argument("--part", action="append", choices=PARTS, default=[], help="by default all")
+    parser.add_argument("--loads", type=int, default=1000, help="of the module, under load")
+    parser.add_argument("--calls", type=int, default=1_000_000, help="of the device, misused")
     options = parser.parse_args()
     bad = done = 0
     with tempfile.TemporaryDirectory(prefix="torture-guard-") as name:
@@ -87,13 +126,15 @@ def main() -> int:
             folder = Path(name) / series
             folder.mkdir()
             image = build(series, folder)
-            parts = [survived(image, folder, options.kind), fatal(image, folder, options.kind)]
-            if not options.no_controls:
-                parts.append(controls(image, folder, options.kind))
-            if not options.kind:
-                parts.append(iter([storm(image, folder)]))
-            for part in parts:
-                for result in part:
+            parts = {
+                "survived": survived(image, folder, options.kind),
+                "fatal": fatal(image, folder, options.kind),
+                "controls": controls(image, folder, options.kind),
+                "storm": storm(image, folder),
+                "churn": churn(image, folder, options.loads, options.calls),
+            }
+            for part in options.part or parts:
+                for result in parts[part]:
                     done += 1
                     bad += bool(result.wrong)
                     said = f"FAILED: {result.wrong}" if result.wrong else "ok"

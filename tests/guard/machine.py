@@ -27,12 +27,16 @@ from sempervirt.guest.modules import read_module
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ROOT / ".cache/guard"
 SERIES = ("6.1", "6.12")
+# panic=-1: a kernel that dies reboots at once, which is the end of QEMU.
+CMDLINE = "console=ttyS0 panic=-1 loglevel=6 memmap=1M$0xf000000"
 BOOT_S = 90.0
 COMMAND_S = 60.0
 DEATH_S = 45.0
 POLL_S = 0.05
-# Neither loads code nor needs a device: what `rmmod` takes out again in a health check.
-SPARE_MODULE = "dummy"
+# Of the kernel's own modules: `dummy` comes and goes in a health check, the others are a pstore in
+# memory, where the boot below leaves room for one.
+FURTHER = ("dummy", "reed_solomon", "ramoops")
+RAMOOPS = "mem_address=0xf000000 mem_size=0x100000 record_size=0x20000"
 
 
 class NoAnswerError(Exception):
@@ -66,7 +70,7 @@ def _module(series: str, source: str, name: str) -> bytes:
 
 
 def build(series: str, folder: Path) -> Image:
-    """The image of a machine: busybox, `init.sh`, the guard, the crasher, a module to spare."""
+    """The image of a machine: busybox, `init.sh`, and modules: the guard, the crasher, others."""
     archive = Archive()
     for directory in ("dev", "bin", "sbin", "lib"):
         archive.directory(directory)
@@ -79,9 +83,13 @@ def build(series: str, folder: Path) -> Image:
         "semper_guard": _module(series, "kernel/semper_guard", "semper_guard"),
         "semper_crash": _module(series, "tests/guard/crasher", "semper_crash"),
     }
+    misuse = folder / "misuse"
+    source = Path(__file__).with_name("misuse.c")
+    subprocess.run(["gcc", "-O2", "-static", "-Wall", "-Werror", "-o", misuse, source], check=True)
+    archive.file("bin/misuse", misuse.read_bytes(), executable=True)
     tree = KERNELS / series / "modules"
-    spare = next(tree.rglob(f"{SPARE_MODULE}.ko*"))
-    modules[SPARE_MODULE] = read_module(spare).contents
+    for name in FURTHER:
+        modules[name] = read_module(next(tree.rglob(f"{name}.ko*"))).contents
     for name, contents in modules.items():
         archive.file(f"lib/{name}.ko", contents)
     initrd = folder / f"guard-{series}.img"
@@ -105,7 +113,7 @@ class Machine:
                 program, "-nodefaults", "-display", "none", "-no-reboot",
                 "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "256M",
                 "-kernel", image.kernel, "-initrd", image.initrd,
-                "-append", "console=ttyS0 panic=-1 nokaslr mitigations=off loglevel=6",
+                "-append", CMDLINE,
                 "-serial", f"file:{self.log}", "-serial", f"unix:{door},server=on,wait=off",
             ],
             stdin=subprocess.DEVNULL,

@@ -8,7 +8,7 @@ import pytest
 
 from tests.guard.health import faults
 from tests.guard.kinds import ALONE, FATAL, SURVIVED, Kind
-from tests.guard.machine import Image, Machine, available, build
+from tests.guard.machine import RAMOOPS, Image, Machine, available, build
 from tests.guard.trial import die, die_unguarded, guarded, survive
 
 pytestmark = [pytest.mark.guest, pytest.mark.slow]
@@ -130,3 +130,19 @@ def test_the_module_comes_and_goes_and_the_device_refuses_what_it_does_not_know(
         machine.do("dmesg | grep -q 'nmi_panic() is rewritten by leave_as_is.*semper_crash'")
         machine.do("echo vacate >/proc/semper_crash && insmod /lib/semper_guard.ko")
         assert "WARNING" not in machine.log.read_text(errors="replace")
+        machine.do("/bin/misuse 20000")
+        assert machine.events() == []
+
+
+@pytest.mark.timeout(180)
+def test_a_pstore_has_the_event_also_when_the_host_dies_of_something_else(
+    images: dict[str, Image], tmp_path: Path
+) -> None:
+    ramoops = f"insmod /lib/ramoops.ko {RAMOOPS}"
+    with guarded(images[SERIES[0]], tmp_path, "strict") as machine:
+        machine.do(f"insmod /lib/reed_solomon.ko && {ramoops} && mount -t pstore p /sys/fs/pstore")
+        machine.do('[ -z "$(ls /sys/fs/pstore)" ]')
+        assert survive(machine, _named("panic")).wrong == ""
+        # Its memory is read when the module comes, as at the next boot.
+        machine.do(f"rmmod ramoops && {ramoops}")
+        machine.do("cat /sys/fs/pstore/dmesg-ramoops-* | grep 'semper_guard: event 0: panic'")
