@@ -179,6 +179,11 @@ pub(crate) struct Args {
     #[arg(long, value_name = "NAME", requires = "snapshot", value_parser = host_name)]
     pub reader: Option<Holder>,
 
+    /// Write the snapshot to this file, which must not be there, and exit: one raw image. Without
+    /// --snapshot the whole disk, which nobody may be serving.
+    #[arg(long, value_name = "FILE")]
+    pub export: Option<PathBuf>,
+
     /// Do not track requests in flight. They are lost when this process dies: only for
     /// demonstrating just that.
     #[arg(long)]

@@ -26,6 +26,7 @@ mod device;
 mod dirty_log;
 mod door;
 mod eventfd;
+mod export;
 mod failure;
 mod faults;
 mod flushes;
@@ -77,6 +78,9 @@ pub fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     PROGRAM.log_to_stderr();
+    if let Some(target) = &args.export {
+        return PROGRAM.end(export::run(&args, target));
+    }
     let shared = Shared::new(args.num_queues);
     mark(&shared.timeline.process_start);
     if let Some(file) = &args.flush_file {

@@ -170,6 +170,11 @@ impl std::fmt::Debug for Chain {
 }
 
 impl Chain {
+    /// An image that is all of the disk.
+    pub fn of_image(base: Arc<dyn Bytes>, size: u64) -> Self {
+        Self { base, levels: Vec::new(), size, settled: Arc::new(AtomicBool::new(true)) }
+    }
+
     /// The layer that takes writes; none in a snapshot of the image alone.
     pub fn top(&self) -> Option<&Arc<Level>> {
         self.levels.last()
