@@ -13,11 +13,14 @@ from pathlib import Path
 import pytest
 
 from sempervirt.agent import Agent, Vm
+from sempervirt.disk.export import ImageFormat
 from sempervirt.guest import ProbeClient, ProbeGone, ProbeSilent, debian
 from sempervirt.guest.reports import Ran
+from sempervirt.host.programs import find_program
 from sempervirt.qemu.guest_agent import GuestAgent
 from sempervirt.qemu.spec import GUEST_AGENT_CHANNEL, VmSpec
 from sempervirt.qemu.state import Runstate
+from sempervirt.renewal.snapshot import Consistency, Freezing
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(180)]
 MIB = 1 << 20
@@ -96,8 +99,21 @@ async def assert_is_up(client: ProbeClient) -> None:
         await wait_address(client, card, expected)
 
 
-async def assert_freezes_and_thaws(vm: Vm, client: ProbeClient) -> None:
-    """The guest agent freezes the file systems, so that a write waits, and thaws them again."""
+def assert_unmounted(image: Path) -> None:
+    """The file system is whole, and needs its journal for nothing."""
+    checker = shutil.which("e2fsck", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+    assert checker is not None
+    checked = subprocess.run(
+        [checker, "-fn", str(image)], check=False, capture_output=True, text=True
+    )
+    assert checked.returncode == 0, checked.stdout
+    assert "recovering journal" not in checked.stdout
+
+
+async def assert_freezes_and_thaws(agent: Agent, vm: Vm, client: ProbeClient, place: Path) -> None:
+    """The guest agent freezes the file systems, so that a write waits, and thaws them again. So a
+    snapshot has them as after they were unmounted.
+    """
     guest = GuestAgent(vm.channel_path(GUEST_AGENT_CHANNEL), vm.name, vm.pid)
     await run(client, "sh", "-c", "echo before >/root/file && sync")
     assert not await guest.frozen()
@@ -111,6 +127,14 @@ async def assert_freezes_and_thaws(vm: Vm, client: ProbeClient) -> None:
         await guest.thaw()
     await writing
     assert not await guest.frozen()
+    taken = await agent.snapshot_vm(vm.name, [], Freezing.REQUIRED)
+    assert taken.consistency is Consistency.FILE_SYSTEMS
+    assert len(taken.disks) == 2
+    assert not await guest.frozen()
+    copy = place / "copy.raw"
+    made = await agent.export_snapshot("debian/root", 1, copy, ImageFormat.RAW)
+    assert 0 < made.data_bytes < made.size_bytes
+    assert_unmounted(copy)
     assert abs(await guest.set_time(READY_S)) < READY_S
 
 
@@ -128,7 +152,7 @@ async def test_debian_boots_and_lives_through_the_death_of_its_disks(
     async with await ProbeClient.connect(channel, deadline_s=BOOT_S) as client:
         nonce = (await client.wait_hello(deadline_s=BOOT_S)).nonce
         await assert_is_up(client)
-        await assert_freezes_and_thaws(vm, client)
+        await assert_freezes_and_thaws(agent, vm, client, place)
         copying = asyncio.create_task(run(client, "sh", "-c", COPY))
         await kill_backend(agent, "root")
         await copying
@@ -144,12 +168,9 @@ async def test_debian_boots_and_lives_through_the_death_of_its_disks(
         with suppress(ProbeGone, ProbeSilent):  # it ends with all the others
             await client.execute("/usr/bin/systemctl", "poweroff", "--no-block", deadline_s=5)
         await wait_off(vm)
-    # Unmounted, and as whole as the guest left it.
-    checker = shutil.which("e2fsck", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
-    assert checker is not None
-    root = str(place / "root.raw")
-    checked = subprocess.run(  # noqa: ASYNC221
-        [checker, "-fn", root], check=False, capture_output=True, text=True
-    )
-    assert checked.returncode == 0, checked.stdout
-    assert "recovering journal" not in checked.stdout
+    await vm.wait_freed()
+    # As the guest left it: the image, and the layer above it.
+    left = place / "left.raw"
+    export = [find_program("semper-blkd"), f"--blk-file={place / 'root.raw'}", f"--export={left}"]
+    subprocess.run(export, check=True)  # noqa: ASYNC221
+    assert_unmounted(left)

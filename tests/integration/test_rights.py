@@ -179,6 +179,7 @@ def answers() -> dict[Operation, tuple[str, str, Any]]:
         Operation.SNAPSHOT_VM: ("POST", f"{vm}/snapshot", {}),
         Operation.GET_LAYERS: ("GET", f"{disk}/layers", None),
         Operation.MERGE_LAYERS: ("POST", f"{disk}/merge", {}),
+        Operation.EXPORT_SNAPSHOT: ("POST", f"{disk}/export", {"snapshot": 1, "to": "/none"}),
         Operation.UNPIN_SNAPSHOT: ("POST", f"{disk}/unpin", {"snapshot": 1, "reader": "none"}),
         Operation.MOVE_QUEUES: ("POST", f"{disk}/threads", {"map": [0]}),
         Operation.GET_MAP: ("GET", f"{disk}/map", None),

@@ -25,6 +25,7 @@ from sempervirt.core.errors import (
 from sempervirt.core.names import split_disk_name, suggest
 from sempervirt.disk.answers import Resized
 from sempervirt.disk.driver import Disk
+from sempervirt.disk.export import ImageFormat, Made, export
 from sempervirt.host import background, descriptors
 from sempervirt.host.storage_call import call_storage
 from sempervirt.qemu import accel, features, saved
@@ -53,7 +54,7 @@ from sempervirt.vm.processes import living_of
 from sempervirt.vm.setup import prepare_directories
 from sempervirt.vm.unknown import UnknownVm
 from sempervirt.vm.upkeep import keep
-from sempervirt.vm.vm import Vm
+from sempervirt.vm.vm import LongWork, Progress, Vm
 from sempervirt.vm.work import Arriving, Restoring
 
 log = logging.getLogger(__name__)
@@ -266,6 +267,22 @@ class Agent:
     async def snapshot_vm(self, name: str, disks: Sequence[str], freezing: Freezing) -> Taken:
         """Takes a snapshot of disks of a VM at one instant. Raises as `vm` and `snapshot_disks`."""
         return await snapshot_disks(self.vm(name), disks, freezing)
+
+    async def export_snapshot(
+        self, name: str, snapshot: int, target: Path, image_format: ImageFormat
+    ) -> Made:
+        """Writes a snapshot of a disk to a file. Raises as `disk` and `export`."""
+        disk, vm = self.disk(name), self.vm(name.partition("/")[0])
+
+        def progress(done: int, total: int) -> None:
+            if vm.progress is None or vm.progress.what is LongWork.EXPORTING:
+                vm.progress = Progress(LongWork.EXPORTING, done, total)
+
+        try:
+            return await export(disk, snapshot, target, image_format, progress)
+        finally:
+            if vm.progress is not None and vm.progress.what is LongWork.EXPORTING:
+                vm.progress = None
 
     async def rescue_disk(self, name: str, target: Path) -> Rescued:
         """Copies the image of a running disk to `target`. Raises as `disk` and `rescue_disk`."""

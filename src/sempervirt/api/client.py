@@ -13,11 +13,14 @@ from pydantic import BaseModel, TypeAdapter
 from sempervirt.api.schemas import (
     AgentView,
     DiskView,
+    ExportedView,
+    ExportRequest,
     HostView,
     LayersView,
     LogView,
     MapView,
     MergeRequest,
+    MergingView,
     MigrateRequest,
     ObstacleView,
     QemuRestartView,
@@ -43,6 +46,7 @@ from sempervirt.core.errors import (
     InvalidRequest,
 )
 from sempervirt.core.names import split_disk_name
+from sempervirt.disk.export import ImageFormat
 from sempervirt.host.http import Connection
 from sempervirt.migration.messages import MigrationView
 from sempervirt.qemu.spec import VmSpec
@@ -227,12 +231,21 @@ class Client:
 
     async def merge_layers(
         self, name: str, through: int | None, rate_bytes: int | None
-    ) -> LayersView:
+    ) -> MergingView:
         """Gives snapshots of a disk up, and begins to merge."""
         body = MergeRequest(through=through, rate_bytes=rate_bytes).model_dump()
         path = f"{_disk_path(name)}/merge"
         answer = await self._connection.call("POST", path, body=body, timeout_s=WORK_TIMEOUT_S)
-        return LayersView.model_validate(answer)
+        return MergingView.model_validate(answer)
+
+    async def export_snapshot(
+        self, name: str, snapshot: int, target: Path, image_format: ImageFormat
+    ) -> ExportedView:
+        """Writes a snapshot of a disk to a file of the agent's host."""
+        request = ExportRequest(snapshot=snapshot, to=target, format=image_format)
+        path, body = f"{_disk_path(name)}/export", request.model_dump(mode="json")
+        answer = await self._connection.call("POST", path, body=body, timeout_s=SAVE_TIMEOUT_S)
+        return ExportedView.model_validate(answer)
 
     async def unpin_snapshot(self, name: str, snapshot: int, reader: str) -> LayersView:
         """Says that a reader does not read a snapshot of a disk any more."""

@@ -53,6 +53,7 @@ class Operation(Enum):
     GET_LAYERS = "get_layers"
     MERGE_LAYERS = "merge_layers"
     UNPIN_SNAPSHOT = "unpin_snapshot"
+    EXPORT_SNAPSHOT = "export_snapshot"
     MOVE_QUEUES = "move_queues"
     GET_MAP = "get_map"
     VERIFY_MAP = "verify_map"
@@ -120,6 +121,7 @@ def roles_for(operation: Operation) -> frozenset[Role]:
             | Operation.RESCUE_DISK
             | Operation.MERGE_LAYERS  # gives snapshots up for good
             | Operation.UNPIN_SNAPSHOT
+            | Operation.EXPORT_SNAPSHOT
             | Operation.RESOLVE_VM
         ):
             return _OWN

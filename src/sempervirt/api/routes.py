@@ -17,11 +17,14 @@ from sempervirt.api.rights import CallerHere
 from sempervirt.api.schemas import (
     AgentView,
     DiskView,
+    ExportedView,
+    ExportRequest,
     HostView,
     LayersView,
     LogView,
     MapView,
     MergeRequest,
+    MergingView,
     QemuRestartView,
     RescuedView,
     RescueRequest,
@@ -320,10 +323,13 @@ async def get_layers(agent: AgentHere, vm: str, disk: str) -> LayersView:
 
 
 @router.post("/disks/{vm}/{disk}/merge", tags=["disk"])
-async def merge_layers(agent: AgentHere, vm: str, disk: str, request: MergeRequest) -> LayersView:
-    """Gives snapshots up and begins to merge; answers at once; the layers tell how far that is."""
-    await agent.disk(f"{vm}/{disk}").active().merge(request.through, request.rate_bytes)
-    return await get_layers(agent, vm, disk)
+async def merge_layers(agent: AgentHere, vm: str, disk: str, request: MergeRequest) -> MergingView:
+    """Gives snapshots up and begins to merge; answers at once, and the layers tell how far it is:
+    those that are merged are gone.
+    """
+    name = f"{vm}/{disk}"
+    done = await agent.disk(name).active().merge(request.through, request.rate_bytes)
+    return MergingView(disk=name, merging=list(done.merging))
 
 
 @router.post("/disks/{vm}/{disk}/unpin", tags=["disk"])
@@ -331,6 +337,17 @@ async def unpin_snapshot(agent: AgentHere, vm: str, disk: str, request: UnpinReq
     """Forgets a reader that died."""
     await agent.disk(f"{vm}/{disk}").active().unpin(request.snapshot, request.reader)
     return await get_layers(agent, vm, disk)
+
+
+@router.post("/disks/{vm}/{disk}/export", tags=["disk"], status_code=status.HTTP_201_CREATED)
+async def export_snapshot(
+    agent: AgentHere, caller: CallerHere, vm: str, disk: str, request: ExportRequest
+) -> ExportedView:
+    """Writes a snapshot to a file; answers when the file is durable."""
+    await caller.require_new_image(agent.config, request.to)
+    name = f"{vm}/{disk}"
+    done = await agent.export_snapshot(name, request.snapshot, request.to, request.format)
+    return ExportedView(disk=name, snapshot=request.snapshot, **asdict(done))
 
 
 @router.post("/disks/{vm}/{disk}/threads", tags=["disk"])

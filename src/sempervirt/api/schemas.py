@@ -11,6 +11,7 @@ from sempervirt.cluster.standing import Standing
 from sempervirt.core.events import EventKind
 from sempervirt.core.queue_map import DeviceType, Engine
 from sempervirt.disk.answers import LayerState
+from sempervirt.disk.export import ImageFormat
 from sempervirt.disk.image import ImageState
 from sempervirt.disk.rescue import How
 from sempervirt.disk.state import Condition
@@ -373,6 +374,32 @@ class MergeRequest(BaseModel):
         default=None, ge=1, le=2**63 - 1, description="the newest that goes; none: the unwanted"
     )
     rate_bytes: int | None = Field(default=None, ge=1 << 20, le=2**63 - 1, description="a second")
+
+
+class MergingView(BaseModel):
+    """The layers of a disk, VM/DISK, that are being merged now, one after the other."""
+
+    disk: str
+    merging: list[int]
+
+
+class ExportRequest(BaseModel):
+    """Write a snapshot to a file of this host, where nothing may be."""
+
+    snapshot: int = Field(ge=1, le=2**63 - 1)
+    to: Path
+    format: ImageFormat = ImageFormat.RAW
+
+
+class ExportedView(BaseModel):
+    """The image that was made; `data_bytes` are not zeros."""
+
+    disk: str
+    snapshot: int
+    path: Path
+    format: ImageFormat
+    size_bytes: int
+    data_bytes: int
 
 
 class UnpinRequest(BaseModel):

@@ -43,6 +43,9 @@ app.command("map", epilog="Example: semper disk map web/root --verify")(disk_map
 app.command("snapshot", epilog="Example: semper disk snapshot web --freeze")(snapshots.snapshot)
 app.command("snapshots", epilog="Example: semper disk snapshots web/root")(snapshots.snapshots)
 app.command("merge", epilog="Example: semper disk merge web/root --through 3")(snapshots.merge)
+app.command(
+    "export", epilog="Example: semper disk export web/root 3 --to /srv/copy.qcow2 --format qcow2"
+)(snapshots.export)
 app.command("unpin", epilog="Example: semper disk unpin web/root 3 --reader bonn")(snapshots.unpin)
 app.command("tune", epilog="Example: semper disk tune /srv/images")(tune.tune)
 

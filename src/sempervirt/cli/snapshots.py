@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,10 +13,12 @@ from sempervirt.api.client import Client
 from sempervirt.api.schemas import LayersView, LayerView
 from sempervirt.cli.arguments import DiskName, VmName
 from sempervirt.cli.output import Output, OutputOption, ago, err, listing, out, print_json
+from sempervirt.cli.saved import with_bar
 from sempervirt.cli.session import ask_agent
 from sempervirt.core.errors import InvalidRequest, Unavailable
 from sempervirt.core.sizes import format_size, parse_size
 from sempervirt.disk.answers import LayerState
+from sempervirt.disk.export import ImageFormat
 from sempervirt.renewal.snapshot import Consistency, Freezing
 
 POLL_S = 0.2
@@ -103,10 +106,35 @@ def merge(
         raise InvalidRequest(str(error)) from error
 
     async def merged(client: Client) -> LayersView:
-        view = await client.merge_layers(name, through, rate_bytes)
-        return view if detach else await _followed(client, view)
+        begun = await client.merge_layers(name, through, rate_bytes)
+        if detach:
+            return await client.layers(name)
+        return await _followed(client, name, set(begun.merging))
 
     _show(ask_agent(merged), output)
+
+
+def export(
+    name: DiskName,
+    snapshot: Annotated[int, typer.Argument(metavar="N", help="The snapshot.")],
+    to: Annotated[Path, typer.Option(help="Where the image is to be; nothing is overwritten.")],
+    image_format: Annotated[
+        ImageFormat, typer.Option("--format", help="Of the image; qcow2 takes room for both.")
+    ] = ImageFormat.RAW,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Write a snapshot of a disk to an image of its own, while the guest goes on."""
+    path, vm = to.absolute(), name.partition("/")[0]
+    view = with_bar(
+        f"exporting snapshot {snapshot} of {name}",
+        vm,
+        lambda client: client.export_snapshot(name, snapshot, path, image_format),
+    )
+    if output is Output.JSON:
+        print_json(view)
+        return
+    size, data = format_size(view.size_bytes), format_size(view.data_bytes)
+    out.print(f"{view.path}: {size}, of which {data} are not zeros", soft_wrap=True)
 
 
 def unpin(
@@ -122,26 +150,29 @@ def unpin(
     _show(ask_agent(lambda client: client.unpin_snapshot(name, snapshot, reader)), output)
 
 
-async def _followed(client: Client, view: LayersView) -> LayersView:
-    """Shows how far the merge is, until it is over. Raises Unavailable."""
+async def _followed(client: Client, disk: str, merging: set[int]) -> LayersView:
+    """Shows how far the merge is, until all those layers are gone. Raises Unavailable."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=err, transient=True) as progress:
-        shown = progress.add_task(f"merging {view.disk}", total=None)
-        while view.task is not None:
-            progress.update(
-                shown,
-                description=f"merging layer {view.task.layer} of {view.disk} ({view.task.step})",
-                completed=view.task.done_bytes,
-                total=view.task.total_bytes or None,
-            )
+        shown = progress.add_task(f"merging {disk}", total=None)
+        while True:
+            view = await client.layers(disk)
+            left = merging.intersection(layer.id for layer in view.layers)
+            if not left:
+                return view
+            if view.last_error is not None and view.task is None:
+                raise Unavailable(
+                    f"the merge of {disk} ended early: {view.last_error}",
+                    remedy=f"mend that, and merge again: semper disk merge {disk}",
+                )
+            if view.task is not None:
+                progress.update(
+                    shown,
+                    description=f"merging layer {view.task.layer} of {disk} ({view.task.step})",
+                    completed=view.task.done_bytes,
+                    total=view.task.total_bytes or None,
+                )
             await asyncio.sleep(POLL_S)
-            view = await client.layers(view.disk)
-    if view.last_error is not None:
-        raise Unavailable(
-            f"the merge of {view.disk} ended early: {view.last_error}",
-            remedy=f"mend that, and merge again: semper disk merge {view.disk}",
-        )
-    return view
 
 
 def _show(view: LayersView, output: Output) -> None:

@@ -36,6 +36,7 @@ from sempervirt.host import background
 from sempervirt.host.storage_call import call_storage
 from sempervirt.qemu.state import Request, Runstate
 from sempervirt.renewal.guest import HeldGuest
+from sempervirt.store.whole import require_whole
 from sempervirt.vm.vm import LongWork, Progress, Vm
 from sempervirt.vm.work import Rescuing
 
@@ -68,6 +69,9 @@ async def rescue_disk(vm: Vm, disk: Disk, target: Path) -> Rescued:
         if made is not None:
             await disk.look_at_image()
             return Rescued(made, None)
+    title = disk.setup.title
+    record = None if title is None else title.epoch_file
+    await require_whole(disk.image.path, "copied", record)
     work = _Copying(vm, disk, image, target)
     vm.employ(work)
     return await work.run()

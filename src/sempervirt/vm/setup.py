@@ -21,6 +21,7 @@ from sempervirt.host.storage_call import DEADLINE_S, call_storage
 from sempervirt.qemu.command_line import disk_id
 from sempervirt.qemu.files import VmFiles
 from sempervirt.qemu.spec import DiskSpec, VmSpec
+from sempervirt.store.whole import require_whole
 from sempervirt.vm.claims import awaited_title, title_of
 from sempervirt.vm.config import AgentConfig
 from sempervirt.vm.planning import plans_of_record
@@ -40,8 +41,9 @@ def prepare_directories(config: AgentConfig) -> None:
 
 
 async def inspect_images(spec: VmSpec, *, used: bool) -> dict[str, Volume]:
-    """The images of a VM's disks, by the disk's name. Raises InvalidRequest, and Unavailable for an
-    image whose storage does not answer.
+    """The images of a VM's disks, by the disk's name. Raises InvalidRequest, StateConflict for one
+    that QEMU itself is to serve and that has layers, and Unavailable for an image whose storage
+    does not answer.
 
     `used`: the guest has run with these images, so they are raw whatever the guest wrote.
     """
@@ -49,6 +51,8 @@ async def inspect_images(spec: VmSpec, *, used: bool) -> dict[str, Volume]:
     for disk in spec.disks:
         if disk.format is None and not used:
             await call_storage(disk.image, partial(require_raw, disk.image))
+        if disk.backend == "qemu":
+            await require_whole(disk.image, "served by QEMU itself")
     return {disk.name: volume for disk, volume in zip(spec.disks, volumes, strict=True)}
 
 

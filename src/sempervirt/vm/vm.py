@@ -69,6 +69,7 @@ class LongWork(StrEnum):
     SAVING = "saving"
     RESTORING = "restoring"
     RESCUING = "rescuing"
+    EXPORTING = "exporting"
 
 
 @dataclass(frozen=True)

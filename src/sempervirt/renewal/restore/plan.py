@@ -23,6 +23,7 @@ from sempervirt.host.storage_call import call_storage
 from sempervirt.qemu.saved import Shown
 from sempervirt.qemu.spec import VmSpec
 from sempervirt.renewal.save.adapters import VERSION
+from sempervirt.store.whole import require_whole
 
 COPY_DEADLINE_S = 3600.0
 
@@ -104,11 +105,13 @@ def _changed(spec: VmSpec, changes: Changes) -> dict[str, Any]:
 async def copy_images(shown: Shown, directory: Path, name: str) -> dict[str, Path]:
     """Copies of a saved state's images, shared with the original where the storage can do that.
 
-    Raises InvalidRequest when a copy is there already, CommandFailed; no copy is left then.
+    Raises InvalidRequest when a copy is there already, StateConflict for an image that is not the
+    whole disk, CommandFailed; no copy is left then.
     """
     copies: dict[str, Path] = {}
     async with AsyncExitStack() as undo:
         for disk, image in shown.images.items():
+            await require_whole(image, "copied")
             copy = directory / f"{name}-{disk}.raw"
             if await call_storage(copy, copy.exists):
                 raise InvalidRequest(f"{copy} exists", remedy="choose another name or directory")
