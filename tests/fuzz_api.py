@@ -427,7 +427,10 @@ async def _read(reader: asyncio.StreamReader, begun: float) -> Answered:
         return Answered(0, len(error.partial), elapsed(), error.partial)
     status, headers = int(head.split(b" ", 2)[1]), head.lower()
     length = headers.partition(b"content-length:")[2].partition(b"\r\n")[0]
-    body = await reader.readexactly(int(length)) if length else await reader.read(LARGEST * 2)
+    try:
+        body = await reader.readexactly(int(length)) if length else await reader.read(LARGEST * 2)
+    except asyncio.IncompleteReadError as error:  # an answer to HEAD has no body
+        body = error.partial
     return Answered(status, len(head) + len(body), elapsed(), body)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
 import stat
 import tempfile
@@ -99,6 +100,30 @@ async def test_a_wrong_request_names_its_key(config: AgentConfig, client: Client
     error = answer.json()["error"]
     assert error["kind"] == "invalid"
     assert error["message"].startswith('memory: "lots" is not a size')
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"name": "\ud800"}, "half of a pair"),
+        ({"name": "\U0001f4a9"}, "is not a name"),
+        ({"name": "a", "disks": [{}] * 20_000}, "disks: 20000 are too many: at most 1024"),
+        ({"name": "a", "disks": [{}] * 1000}, "and 1980 more"),
+    ],
+    ids=["half a pair", "a pair", "too many", "many"],
+)
+async def test_a_request_that_is_wrong_in_strange_ways_is_answered_in_few_words(
+    config: AgentConfig, client: Client, body: dict[str, object], message: str
+) -> None:
+    """The first was a 500; the second took half a second, and was answered by a megabyte."""
+    transport = httpx.AsyncHTTPTransport(uds=str(config.socket))
+    async with httpx.AsyncClient(transport=transport, base_url="http://agent") as http:
+        content = json.dumps(body).encode()
+        headers = {"Content-Type": "application/json"}
+        answer = await http.post("/v1/vms", content=content, headers=headers)
+    assert answer.status_code == 422
+    assert message in answer.json()["error"]["message"]
+    assert len(answer.content) < 10_000
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import re
 from collections import Counter
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -21,6 +23,9 @@ BODY_MAX: Final = 256 << 10
 REQUEST_S: Final = 10.0
 # TLS has to be agreed on by then: a stranger holds a place for no longer.
 HANDSHAKE_S: Final = 3.0
+
+
+_HALVES: Final = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 @dataclass(frozen=True)
@@ -140,6 +145,9 @@ class BoundedBody:
         if large or len(body) > BODY_MAX:
             await to_response(_too_large())(scope, receive, _closing(send))
             return
+        if not _is_text(body):
+            await to_response(_no_text())(scope, receive, send)
+            return
         whole: Message | None = {"type": "http.request", "body": body, "more_body": False}
 
         async def receive_whole() -> Message:
@@ -168,6 +176,25 @@ async def _read(receive: Receive) -> bytes | None:
         if not message.get("more_body", False):
             break
     return bytes(body)
+
+
+def _is_text(body: bytes) -> bool:
+    """Whether no string in it has half of a pair (\\ud800): nobody could be told of that string,
+    nor could it be the name of anything.
+    """
+    if not _HALVES.search(body):
+        return True
+    try:
+        json.dumps(json.loads(body), ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    except (ValueError, RecursionError):
+        return True  # that it is no JSON is told elsewhere
+    return True
+
+
+def _no_text() -> InvalidRequest:
+    return InvalidRequest("a string of the request has half of a pair, \\ud800 to \\udfff, alone")
 
 
 def _too_large() -> InvalidRequest:

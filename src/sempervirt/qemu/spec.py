@@ -201,6 +201,17 @@ class ChannelSpec(_Table):
         return self
 
 
+# Of each kind. No machine has places for so many; looking at 20,000 takes the agent half a second.
+DEVICES_MAX = 1024
+
+
+def _few(devices: object) -> object:
+    """Before any of them is looked at: errors of all would be told."""
+    if isinstance(devices, list | tuple) and len(devices) > DEVICES_MAX:
+        raise ValueError(f"{len(devices)} are too many: at most {DEVICES_MAX}")
+    return devices
+
+
 class VmSpec(_Table):
     """A virtual machine."""
 
@@ -233,9 +244,15 @@ class VmSpec(_Table):
         default="pause", description="when the guest reports a panic"
     )
     on_reboot: Literal["reset", "poweroff"] = "reset"
-    disks: tuple[DiskSpec, ...] = ()
-    nics: tuple[NicSpec, ...] = ()
-    channels: tuple[ChannelSpec, ...] = ()
+    disks: Annotated[tuple[DiskSpec, ...], BeforeValidator(_few)] = Field(
+        default=(), max_length=DEVICES_MAX
+    )
+    nics: Annotated[tuple[NicSpec, ...], BeforeValidator(_few)] = Field(
+        default=(), max_length=DEVICES_MAX
+    )
+    channels: Annotated[tuple[ChannelSpec, ...], BeforeValidator(_few)] = Field(
+        default=(), max_length=DEVICES_MAX
+    )
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
