@@ -19,8 +19,9 @@ IDLE_S = 5.0
 # Far above what was measured, far below a mapping or a stack that nobody meant.
 OWN_MAX_KIB = 3 << 10
 # Beside those that serve queues: the main thread, which speaks with the front end, the control
-# socket, signals, the session with the spares, and the search beside the mapped engine.
-OTHER_THREADS = 5
+# socket, signals, the session with the spares, the search beside the mapped engine, and what merges
+# layers.
+OTHER_THREADS = 6
 
 
 @dataclass(frozen=True)
