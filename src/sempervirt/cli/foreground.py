@@ -27,7 +27,7 @@ from sempervirt.api.server import serving
 from sempervirt.cli.output import err, out, print_json_line
 from sempervirt.cli.session import here
 from sempervirt.cli.watch import Watch
-from sempervirt.core.errors import AgentUnavailable, StateConflict
+from sempervirt.core.errors import AgentUnavailable, OutcomeUnknown, StateConflict, Unavailable
 from sempervirt.daemon.logs import log_to_stderr
 from sempervirt.host.records import PRIVATE
 from sempervirt.qemu.spec import VmSpec
@@ -162,6 +162,9 @@ async def _stop(client: Client, name: str, grace_s: float) -> None:
     try:
         await client.stop_vm(name, grace_s)
     except StateConflict:  # paused, halted or unknown: a power button would do nothing
+        await _kill(client, name, grace_s)
+    except (Unavailable, OutcomeUnknown) as error:  # nobody presses the button: as when it is over
+        _say(f"{error.message}; ending {name} at once")
         await _kill(client, name, grace_s)
 
 
