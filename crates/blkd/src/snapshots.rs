@@ -12,7 +12,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use semper_block::Image;
-use semper_epoch::{Claim, Holder, Id};
+use semper_epoch::{Claim, Holder, new_id};
 use semper_layers::BLOCK;
 use semper_layers::chain::Current;
 use semper_layers::disk::Disk;
@@ -202,7 +202,12 @@ impl Snapshots {
         }
         let (claim, size) = (claim.unwrap_or(NOBODY), self.image.capacity());
         let current = Arc::clone(&self.current);
-        let mut keeper = Keeper::open(files, claim, current, (size, new_id()))?;
+        // Two chains of one image never meet.
+        let id = new_id().map_err(|source| {
+            let name = self.image.path().display().to_string();
+            LayersError::Io { what: "draw an id for the layers of", name, source }
+        })?;
+        let mut keeper = Keeper::open(files, claim, current, (size, id))?;
         if keeper.needs_layer() {
             if keeper.left_over() == Some(Aim::Seal) {
                 keeper.begin(Aim::Seal, size, false)?;
@@ -601,12 +606,4 @@ impl Snapshots {
 fn pins(record: &Record) -> Vec<answers::Pin> {
     let pin = |pin: &Pin| answers::Pin { snapshot: pin.snapshot, reader: pin.reader.to_string() };
     record.pins.iter().map(pin).collect()
-}
-
-/// Sixteen random bytes; two chains of one image never meet.
-fn new_id() -> Id {
-    let mut id = Id::default();
-    // SAFETY: the kernel writes at most as many bytes as it is told.
-    unsafe { libc::getrandom(id.0.as_mut_ptr().cast(), id.0.len(), 0) };
-    id
 }

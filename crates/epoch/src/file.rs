@@ -298,8 +298,11 @@ impl<'a> EpochFile<'a> {
     }
 }
 
-/// Waits for a lock on the whole file; it ends with the open file.
-fn lock(file: &File, kind: i32) -> io::Result<()> {
+/// Waits for a lock on the whole file (`F_RDLCK`, `F_WRLCK`); it ends with the open file.
+///
+/// # Errors
+/// The system's.
+pub fn lock(file: &File, kind: i32) -> io::Result<()> {
     let everything = libc::flock {
         l_type: kind as libc::c_short,
         l_whence: libc::SEEK_SET as libc::c_short,
@@ -321,7 +324,11 @@ fn lock(file: &File, kind: i32) -> io::Result<()> {
     }
 }
 
-fn new_id() -> io::Result<Id> {
+/// Sixteen random bytes: an id that nothing else has.
+///
+/// # Errors
+/// The system's.
+pub fn new_id() -> io::Result<Id> {
     let mut id = Id::default();
     // SAFETY: the kernel writes at most as many bytes as it is told.
     let got = unsafe { libc::getrandom(id.0.as_mut_ptr().cast(), id.0.len(), 0) };

@@ -8,7 +8,7 @@ pub mod file;
 pub mod record;
 
 pub use crate::file::{
-    Denied, admit, admit_confirmed, check_unclaimed, confirm, make, read, record_path, release,
-    set_layered,
+    Denied, admit, admit_confirmed, check_unclaimed, confirm, lock, make, new_id, read,
+    record_path, release, set_layered,
 };
 pub use crate::record::{Admission, Claim, Holder, Id, Record};

@@ -21,7 +21,7 @@ use std::sync::Arc;
 #[cfg(target_arch = "x86_64")]
 use semper_block::Mapping;
 use semper_block::{Image, Target};
-use semper_epoch::{Denied, record_path, set_layered};
+use semper_epoch::{Denied, lock, record_path, set_layered};
 
 use crate::BLOCK;
 use crate::bits::{Bits, Identity};
@@ -389,28 +389,5 @@ fn punch(file: &File, offset: u64, len: u64) -> io::Result<()> {
             Ok(())
         }
         error => Err(error),
-    }
-}
-
-/// Waits for a lock on the whole file; it ends with the open file.
-fn lock(file: &File, kind: i32) -> io::Result<()> {
-    let everything = libc::flock {
-        l_type: kind as libc::c_short,
-        l_whence: libc::SEEK_SET as libc::c_short,
-        l_start: 0,
-        l_len: 0,
-        l_pid: 0,
-    };
-    loop {
-        // SAFETY: fcntl reads the structure, which lives across the call.
-        let status =
-            unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLKW, &raw const everything) };
-        match status {
-            0 => return Ok(()),
-            _ => match io::Error::last_os_error() {
-                error if error.kind() == io::ErrorKind::Interrupted => {}
-                error => return Err(error),
-            },
-        }
     }
 }

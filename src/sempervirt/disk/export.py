@@ -28,9 +28,9 @@ from sempervirt.core.errors import (
 from sempervirt.disk.answers import Layer, LayerState
 from sempervirt.disk.driver import Disk
 from sempervirt.disk.image import ImageState
+from sempervirt.disk.target import put_in_place, require_free
 from sempervirt.host import process
 from sempervirt.host.answers import Answer, read_answer
-from sempervirt.host.records import flush_directory
 from sempervirt.host.storage_call import call_storage
 
 log = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ async def export(
     if finding.state not in {ImageState.IN_PLACE, ImageState.GROWN}:
         raise StateConflict(finding.cause, remedy=finding.remedy)
     await _require_there(disk, snapshot)
-    await call_storage(target, partial(_check, target))
+    await call_storage(target, partial(require_free, target))
     reader = f"export-{secrets.token_hex(4)}"
     raw = target if image_format is ImageFormat.RAW else _beside(target, f"{reader}.raw")
     try:
@@ -110,13 +110,6 @@ async def _require_there(disk: Disk, snapshot: int) -> Layer:
             else f"take one: semper disk snapshot {disk.name.partition('/')[0]}",
         )
     return found
-
-
-def _check(target: Path) -> None:
-    if not target.parent.is_dir():
-        raise InvalidRequest(f"there is no directory {target.parent}", remedy="make it first")
-    if os.path.lexists(target):
-        raise StateConflict(f"{target} is there already", remedy="name another file")
 
 
 async def _write(
@@ -161,8 +154,7 @@ async def _convert(raw: Path, target: Path, reader: str) -> None:
     def put() -> None:
         with made.open("rb") as file:
             os.fsync(file.fileno())
-        os.link(made, target)  # replaces nothing
-        flush_directory(target.parent)
+        put_in_place(made, target)
 
     try:
         await call_storage(target, put, EXPORT_DEADLINE_S)

@@ -18,9 +18,11 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from sempervirt.core.errors import InvalidRequest, StateConflict, Unavailable
+from sempervirt.core.errors import Unavailable
 from sempervirt.core.sizes import format_size
 from sempervirt.disk.image import ImageFile
+from sempervirt.disk.target import put_in_place, require_free, there_already
+from sempervirt.host.records import flush_directory
 
 _FICLONE = 0x40049409
 _PIECE = 16 << 20
@@ -58,21 +60,18 @@ def link(image: ImageFile, target: Path) -> Made | None:
         # With a directory, because without one Python has the kernel link the link itself.
         os.link(str(image.descriptor), target, src_dir_fd=own, follow_symlinks=True)
     except FileExistsError as error:
-        raise _there(target) from error
+        raise there_already(target) from error
     except OSError:
         return None
     finally:
         os.close(own)
-    _flush(target.parent)
+    flush_directory(target.parent)
     return Made(How.LINKED, status.st_size)
 
 
 def check(image: ImageFile, target: Path) -> None:
     """Raises InvalidRequest or StateConflict for a target that will not do."""
-    if not target.parent.is_dir():
-        raise InvalidRequest(f"there is no directory {target.parent}", remedy="make it first")
-    if os.path.lexists(target):
-        raise _there(target)
+    require_free(target)
     status = os.fstat(image.descriptor)
     needed = (
         status.st_blocks * 512 if stat.S_ISREG(status.st_mode) else image.look(target).size_bytes
@@ -108,8 +107,7 @@ def copy(
             os.fsync(sink)
         finally:
             os.close(sink)
-        _name(partial, target)
-        _flush(target.parent)
+        put_in_place(partial, target)
         return made
     finally:
         os.close(source)
@@ -168,27 +166,3 @@ def _move(source: int, sink: int, at: int, length: int) -> int:
     while written < len(data):
         written += os.pwrite(sink, data[written:], at + written)
     return written
-
-
-def _name(partial: Path, target: Path) -> None:
-    """Gives the copy its name, unless something has that name by now."""
-    try:
-        target.hardlink_to(partial)
-    except FileExistsError as error:
-        raise _there(target) from error
-    except OSError:  # a file system without hard links
-        partial.rename(target)
-
-
-def _flush(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _there(target: Path) -> StateConflict:
-    return StateConflict(
-        f"{target} is there already, and nothing is overwritten", remedy="name another path"
-    )
