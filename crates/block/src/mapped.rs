@@ -36,6 +36,8 @@ pub struct Mapping {
     range: Arc<Range>,
     /// None where the kernel does not tell what the page cache has.
     search: Option<Search>,
+    /// A block is met by its first write, and not by its first read.
+    meets_writes: bool,
 }
 
 impl Mapping {
@@ -44,14 +46,24 @@ impl Mapping {
     /// # Errors
     /// The kernel's, when it does not map the file.
     pub fn new(image: &Image) -> io::Result<Arc<Self>> {
-        Self::of(image.fd(), image.file_size(), image.read_only(), image.on_tmpfs())
+        let (fd, size) = (image.fd(), image.file_size());
+        let mapping = Self::make(fd, size, image.read_only(), image.on_tmpfs());
+        mapping.map(Arc::new)
     }
 
-    /// Maps `size` bytes of the file open as `fd`, which the caller keeps open; `lasting`: on tmpfs.
+    /// Maps `size` bytes of a layer, which is open as `fd` and which the caller keeps open; `lasting`: on
+    /// tmpfs. Each of its blocks was written first, so its pages are brought into the mapping then: a fault
+    /// for each first read made reads of four layers a third slower.
     ///
     /// # Errors
     /// The kernel's, when it does not map the file.
     pub fn of(fd: RawFd, size: u64, read_only: bool, lasting: bool) -> io::Result<Arc<Self>> {
+        let mut mapping = Self::make(fd, size, read_only, lasting)?;
+        mapping.meets_writes = lasting;
+        Ok(Arc::new(mapping))
+    }
+
+    fn make(fd: RawFd, size: u64, read_only: bool, lasting: bool) -> io::Result<Self> {
         prepare()?;
         // To those who may not write a file, mincore says that everything is there.
         let told = may_write(fd);
@@ -82,11 +94,11 @@ impl Mapping {
         unsafe { libc::madvise(base, len as usize, libc::MADV_DONTDUMP) };
         let base = base.cast();
         let range = Arc::new(Range { base, present, lasting });
-        let mut mapping = Self { range, search: None };
+        let mut mapping = Self { range, search: None, meets_writes: false };
         if told {
             mapping.search = Some(Search::start(Arc::clone(&mapping.range), file)?);
         }
-        Ok(Arc::new(mapping))
+        Ok(mapping)
     }
 
     fn covers(&self, offset: u64, len: u64) -> bool {
@@ -200,6 +212,16 @@ impl Mapping {
         moved
     }
 
+    /// Brings pages that were written into the mapping.
+    fn meet(&self, offset: u64, len: u64) {
+        for page in offset >> PAGE_SHIFT..(offset + len).div_ceil(1 << PAGE_SHIFT) {
+            let mut byte = 0;
+            // SAFETY: the caller has checked that the range is inside; `Mapping::of` called `prepare`, so a
+            // page that cannot be had is not met, and no more.
+            unsafe { copy(&raw mut byte, self.range.base.add((page << PAGE_SHIFT) as usize), 1) };
+        }
+    }
+
     /// Whether to copy.
     fn copies(&self, io: &Io) -> bool {
         match io.op {
@@ -243,6 +265,9 @@ impl Mapping {
                 let moved = u64::try_from(moved).unwrap_or(0);
                 if self.covers(io.offset, moved) {
                     present.add(io.offset, moved);
+                    if self.meets_writes && moved > 0 {
+                        self.meet(io.offset, moved);
+                    }
                 }
             }
             _ => {}

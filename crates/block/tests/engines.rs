@@ -66,7 +66,7 @@ fn carry_out<E: Engine>(engine: &mut E, image: &Image, mut requests: Vec<Io>) ->
     for (token, io) in requests.iter().enumerate() {
         submit(engine, token as u64, io, &mut ready);
     }
-    let end = Instant::now() + Duration::from_secs(20);
+    let end = Instant::now() + Duration::from_secs(90);
     while outcomes.len() < requests.len() {
         assert!(Instant::now() < end, "{} of {} are back", outcomes.len(), requests.len());
         engine.flush().unwrap();
@@ -292,7 +292,7 @@ mod mapped {
         let passed = Rc::new(Cell::new(0));
         let counted = Counted(rest, Rc::clone(&passed));
         let mut engine = MappedEngine::new(Mapping::new(image).unwrap(), counted);
-        let end = Instant::now() + Duration::from_secs(20);
+        let end = Instant::now() + Duration::from_secs(90);
         loop {
             passed.set(0);
             for offset in (0..image.file_size()).step_by(PIECE as usize) {

@@ -172,8 +172,15 @@ pub fn release(path: &Path, claim: Claim) -> Result<bool, Denied> {
 pub fn set_layered(path: &Path, layered: bool) -> Result<(), Denied> {
     let file = EpochFile::create(path)?;
     let record = file.read_or_begin()?;
-    if record.layered == layered && record.sequence > 0 {
+    if layered && record.layered && record.sequence > 0 {
         return file.sync();
+    }
+    if !layered {
+        // Into both slots: programs that know no layers refuse a file of which any slot is of a later
+        // version.
+        file.write(Record { layered, ..record.clone() })?;
+        let sequence = record.sequence + 1;
+        return file.write(Record { layered, sequence, ..record });
     }
     file.write(Record { layered, ..record })
 }

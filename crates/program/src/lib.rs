@@ -8,9 +8,9 @@
 //!   NAME: error: CAUSE; REMEDY
 //! ```
 //!
-//! | status | semper-blkd | semper-saved | semper-wired | semper-load | semper-probe |
+//! | status | semper-blkd, semper-vfiod | semper-saved | semper-wired | semper-load | semper-probe |
 //! |---|---|---|---|---|---|
-//! | 0 done | ended as asked | done | all of the stream was delivered | measured | all was right |
+//! | 0 done | ended as asked, or (vfiod) with its QEMU | done | all of the stream was delivered | measured | all was right |
 //! | 1 failed | while running | the system refused | it was not | requests failed | blocks were wrong |
 //! | 2 usage | command line | command line | command line, files, sockets | command line | command line |
 //! | 3 conflict | the image is another's | a disk is in another state | | no connection | |

@@ -15,8 +15,21 @@ impl LoopDevice {
     /// # Panics
     /// Where this process may not make one: run the tests as root.
     pub fn new(file: &Path, sector: u32) -> Self {
+        Self::with(file, sector, &[])
+    }
+
+    /// As [`LoopDevice::new`], around the page cache: what is written to it is written to the file at once.
+    ///
+    /// # Panics
+    /// As [`LoopDevice::new`].
+    pub fn direct(file: &Path, sector: u32) -> Self {
+        Self::with(file, sector, &["--direct-io=on"])
+    }
+
+    fn with(file: &Path, sector: u32, options: &[&str]) -> Self {
         let mut command = Command::new("losetup");
-        command.args(["--find", "--show", "--sector-size", &sector.to_string()]).arg(file);
+        command.args(["--find", "--show", "--sector-size", &sector.to_string()]);
+        command.args(options).arg(file);
         let output = command.output().expect("losetup (util-linux)");
         let said = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "no loop device: run as root ({said})");

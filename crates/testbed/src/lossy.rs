@@ -23,6 +23,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 const ROOT: u64 = 1;
 const MAX_WRITE: usize = 128 << 10;
+/// What a medium writes as a whole.
+const SECTOR: usize = 512;
 const FOREVER_S: u64 = 1 << 30;
 
 const OUT_HEADER: usize = 16;
@@ -65,6 +67,32 @@ enum Change {
 }
 
 impl Change {
+    /// Applies those sectors of it that `keeps` says are on the medium.
+    fn apply_some(&self, to: &mut Vec<u8>, keeps: &mut dyn FnMut() -> bool) {
+        let (start, end) = match self {
+            Self::Write { offset, bytes } => (*offset, offset + bytes.len()),
+            Self::Zero { offset, len } => (*offset, offset + len),
+            Self::Size(_) if keeps() => return self.apply(to),
+            Self::Size(_) => return,
+        };
+        let mut at = start;
+        while at < end {
+            let next = (at / SECTOR + 1) * SECTOR;
+            let len = next.min(end) - at;
+            if keeps() {
+                let part = match self {
+                    Self::Write { offset, bytes } => {
+                        let bytes = bytes[at - offset..at - offset + len].to_vec();
+                        Self::Write { offset: at, bytes }
+                    }
+                    Self::Zero { .. } | Self::Size(_) => Self::Zero { offset: at, len },
+                };
+                part.apply(to);
+            }
+            at = next;
+        }
+    }
+
     fn apply(&self, to: &mut Vec<u8>) {
         match self {
             Self::Write { offset, bytes } => {
@@ -172,6 +200,20 @@ impl Lossy {
         let state = locked(&self.state);
         let node = state.durable_names.get(name)?;
         Some(state.files[node].durable.clone())
+    }
+
+    /// The file as a power cut could leave it now: of what was not flushed some sectors, in whatever order
+    /// they were written. `keeps` is asked for each of them.
+    pub fn after_any_power_cut(
+        &self,
+        name: &str,
+        mut keeps: impl FnMut() -> bool,
+    ) -> Option<Vec<u8>> {
+        let state = locked(&self.state);
+        let content = &state.files[state.durable_names.get(name)?];
+        let mut left = content.durable.clone();
+        content.pending.iter().for_each(|change| change.apply_some(&mut left, &mut keeps));
+        Some(left)
     }
 
     /// As [`Lossy::after_power_cut`], on a file system that has written its names by itself.

@@ -173,6 +173,9 @@ const BLKSSZGET: u64 = 0x1268;
 /// UFFDIO_API, REGISTER, UNREGISTER, and USERFAULTFD_IOC_NEW of the device.
 const UFFDIO: [u64; 4] = [0xc018_aa3f, 0xc020_aa00, 0x8010_aa01, 0xaa00];
 
+/// Of linux/vfio.h: VFIO_IOMMU_MAP_DMA, VFIO_IOMMU_UNMAP_DMA, VFIO_DEVICE_SET_IRQS, VFIO_DEVICE_RESET.
+const VFIO: [u64; 4] = [0x3b71, 0x3b72, 0x3b6e, 0x3b6f];
+
 /// `semper-blkd`.
 pub(crate) const BLKD: &[Call] = &[
     always(
@@ -236,6 +239,10 @@ pub(crate) const BLKD: &[Call] = &[
     ),
 ];
 
+/// `semper-blkd --export`.
+pub(crate) const EXPORT: &[Call] =
+    &[always(libc::SYS_linkat, "the file gets its name, over no other; Landlock says where")];
+
 /// `semper-wired`.
 pub(crate) const WIRED: &[Call] = &[
     when(libc::SYS_socket, Kind::Masked(0, u64::MAX >> 32, UNIX), "QEMU, backends"),
@@ -281,6 +288,55 @@ pub(crate) const SAVED: &[Call] = &[
     when(libc::SYS_prctl, Kind::One(0, &[libc::PR_SET_NO_NEW_PRIVS as u64]), "further walls"),
 ];
 
+/// `semper-vfiod`.
+pub(crate) const VFIOD: &[Call] = &[
+    always(libc::SYS_io_uring_enter, "requests, in a ring that was made and restricted before"),
+    always(libc::SYS_preadv2, "reads that do not wait"),
+    always(libc::SYS_pwritev2, "writes that do not wait, or that last"),
+    always(libc::SYS_mincore, "what the page cache has"),
+    always(libc::SYS_getrusage, "whether copies had to wait"),
+    always(libc::SYS_setpriority, "work that nobody waits for"),
+    always(libc::SYS_getpriority, "a thread goes back to where it was"),
+    always(libc::SYS_sched_setscheduler, "work that nobody waits for"),
+    always(libc::SYS_sched_getscheduler, "whether a thread is before others"),
+    always(libc::SYS_close_range, "a thread that has no file but the image's"),
+    always(libc::SYS_memfd_create, "the page that a guest writes by itself"),
+    always(libc::SYS_eventfd2, "threads wake each other"),
+    always(libc::SYS_epoll_create1, "an engine's own sleep"),
+    always(libc::SYS_epoll_ctl, "the same"),
+    always(libc::SYS_pipe2, "answers that outlive the process"),
+    always(libc::SYS_splice, "the same"),
+    always(libc::SYS_getsockopt, "who has connected"),
+    always(libc::SYS_accept4, "QEMU, spares, clients of the control socket"),
+    always(libc::SYS_sendmsg, "messages with files"),
+    always(libc::SYS_recvmsg, "messages with files"),
+    always(libc::SYS_sendto, "answers of the control socket"),
+    always(libc::SYS_recvfrom, "lines of the control socket"),
+    always(libc::SYS_shutdown, "a client is sent away"),
+    when(
+        libc::SYS_ioctl,
+        Kind::One(1, &[FIONREAD, FIONBIO, BLKGETSIZE64, BLKSSZGET]),
+        "what is unsent; sizes of devices",
+    ),
+];
+
+/// `semper-vfiod` with a real PCI device: no I/O of its own, and four requests of linux/vfio.h.
+pub(crate) const VFIOD_PCI: &[Call] = &[
+    always(libc::SYS_memfd_create, "the page where captured doorbells stand"),
+    always(libc::SYS_eventfd2, "threads wake each other"),
+    always(libc::SYS_accept4, "QEMU, clients of the control socket"),
+    always(libc::SYS_sendmsg, "messages with files"),
+    always(libc::SYS_recvmsg, "messages with files"),
+    always(libc::SYS_sendto, "answers of the control socket"),
+    always(libc::SYS_recvfrom, "lines of the control socket"),
+    always(libc::SYS_shutdown, "a client is sent away"),
+    when(
+        libc::SYS_ioctl,
+        Kind::One(1, &[FIONBIO, VFIO[0], VFIO[1], VFIO[2], VFIO[3]]),
+        "the guest's memory, interrupts, reset",
+    ),
+];
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -291,7 +347,7 @@ mod tests {
 
     #[test]
     fn each_call_has_a_reason_and_what_must_not_be_there_is_not() {
-        for tables in [[ALL, BLKD], [ALL, WIRED], [ALL, SAVED]] {
+        for tables in [[ALL, BLKD], [ALL, WIRED], [ALL, SAVED], [ALL, VFIOD], [ALL, VFIOD_PCI]] {
             assert!(tables.iter().all(|table| table.iter().all(|call| !call.why.is_empty())));
             for refused in [
                 libc::SYS_execve,
@@ -330,12 +386,13 @@ mod tests {
         }
         // The control: the look at the tables finds what is there.
         assert!(allows(&[ALL], libc::SYS_read));
+        assert!(allows(&[EXPORT], libc::SYS_linkat) && EXPORT.len() == 1);
     }
 
     #[test]
     fn a_call_that_is_listed_twice_says_when_both_times() {
         // An entry without conditions would be lost among those that have some.
-        for tables in [[ALL, BLKD], [ALL, WIRED], [ALL, SAVED]] {
+        for tables in [[ALL, BLKD], [ALL, WIRED], [ALL, SAVED], [ALL, VFIOD], [ALL, VFIOD_PCI]] {
             let calls: Vec<_> = tables.iter().flat_map(|table| table.iter()).collect();
             for call in &calls {
                 let same = calls.iter().filter(|other| other.number == call.number).count();

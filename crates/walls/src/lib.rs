@@ -37,18 +37,27 @@ use crate::landing::Ground;
 pub enum Program {
     /// `semper-blkd`.
     Blkd,
+    /// `semper-blkd --export`, which serves nobody.
+    Export,
     /// `semper-wired`.
     Wired,
     /// `semper-saved`.
     Saved,
+    /// `semper-vfiod`.
+    Vfiod,
+    /// The same with a real PCI device behind it.
+    VfiodPci,
 }
 
 impl Program {
     fn calls(self) -> Vec<&'static [Call]> {
         match self {
             Self::Blkd => vec![calls::ALL, calls::BLKD],
+            Self::Export => vec![calls::ALL, calls::BLKD, calls::EXPORT],
             Self::Wired => vec![calls::ALL, calls::WIRED],
             Self::Saved => vec![calls::ALL, calls::SAVED],
+            Self::Vfiod => vec![calls::ALL, calls::VFIOD],
+            Self::VfiodPci => vec![calls::ALL, calls::VFIOD_PCI],
         }
     }
 }

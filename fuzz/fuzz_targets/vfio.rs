@@ -1,0 +1,5 @@
+//! Looks for bytes that make the attack `semper_attacks::vfio` succeed.
+
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| semper_attacks::vfio(data));
