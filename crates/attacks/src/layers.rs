@@ -43,7 +43,7 @@ fn some_record(bytes: &mut Bytes) -> Record {
         let reader = Holder::new(&"r".repeat(usize::from(bytes.u8() % 40) + 1)).unwrap_or_default();
         let pin = Pin { snapshot: id, reader };
         let frozen = bytes.u8() & 1 == 1;
-        match bytes.u8() % 8 {
+        match bytes.u8() % 9 {
             0 => drop(record.open(Layer { id, writer, size, time, state, frozen }, CHAIN_MAX)),
             1 => record.seal(id, frozen),
             2 => drop(record.lapse(id)),
@@ -51,6 +51,7 @@ fn some_record(bytes: &mut Bytes) -> Record {
             4 => record.drop_layer(id),
             5 => drop(record.forget_dropped()),
             6 => drop(record.pin(pin)),
+            7 => drop(record.lift()),
             _ => drop(record.unpin(&pin)),
         }
     }

@@ -14,6 +14,8 @@
 //! | [`epoch`] | who writes beside an image, a crash | `semper_epoch`: the epoch record |
 //! | [`layers`] | who writes beside an image, a crash | `semper_layers`: the record and the maps |
 //! | [`map`] | who gives a map | `semper_blockmap`: the export format |
+//! | [`nvme`] | a guest | `semper_nvme`: registers, doorbells, commands; its state, moved |
+//! | [`vfio`] | a client, and its guest | `semper_vfiod`: messages, configuration space, control lines |
 //! | [`saved`] | who gives a saved state | `semper_saved`: the format |
 //! | [`stream`] | a QEMU and its guest | `semper_wire`: any migration stream comes out as it went in |
 //! | [`source`] | the host that a VM comes from | `semper_wire`: the destination's state machine |
@@ -27,10 +29,12 @@ mod ground;
 mod layers;
 mod map;
 mod messages;
+mod nvme;
 mod region;
 mod request;
 mod ring;
 mod saved;
+mod vfio;
 mod wire;
 
 pub use control::control;
@@ -38,17 +42,19 @@ pub use epoch::epoch;
 pub use layers::layers;
 pub use map::map;
 pub use messages::messages;
+pub use nvme::nvme;
 pub use region::region;
 pub use request::request;
 pub use ring::ring;
 pub use saved::saved;
+pub use vfio::vfio;
 pub use wire::{destination, source, stream};
 
 /// An attack: it panics if it succeeds.
 pub type Attack = fn(&[u8]);
 
 /// All attacks, by the names that the fuzz targets have.
-pub const ALL: [(&str, Attack); 12] = [
+pub const ALL: [(&str, Attack); 14] = [
     ("ring", ring),
     ("region", region),
     ("request", request),
@@ -57,6 +63,8 @@ pub const ALL: [(&str, Attack); 12] = [
     ("epoch", epoch),
     ("layers", layers),
     ("map", map),
+    ("nvme", nvme),
+    ("vfio", vfio),
     ("saved", saved),
     ("stream", stream),
     ("source", source),

@@ -76,6 +76,16 @@ fn random_destinations() {
 }
 
 #[test]
+fn random_nvme_guests() {
+    random_inputs("nvme", 10_000);
+}
+
+#[test]
+fn random_vfio_clients() {
+    random_inputs("vfio", 10_000);
+}
+
+#[test]
 fn random_saved_states() {
     random_inputs("saved", 2_000);
 }
