@@ -20,7 +20,7 @@ use std::sync::Arc;
 
 #[cfg(target_arch = "x86_64")]
 use semper_block::Mapping;
-use semper_block::{Image, Target};
+use semper_block::{Image, Op, SECTOR_SIZE, Target};
 use semper_epoch::{Denied, lock, record_path, set_layered};
 
 use crate::BLOCK;
@@ -31,6 +31,8 @@ use crate::files::{Access, Bytes, Files, Key, Part};
 pub struct Disk {
     image: PathBuf,
     base: Arc<dyn Bytes>,
+    /// None for who only reads.
+    guard: Option<Arc<Image>>,
     direct: bool,
     /// Layers are mapped, for the engine that copies.
     mapped: bool,
@@ -54,7 +56,8 @@ impl Disk {
         let path = image.path().canonicalize()?;
         let epoch = epoch.map_or_else(|| record_path(&path), Ok)?;
         let base = Arc::new(Base::new(Arc::clone(image))?);
-        Ok(Self { image: path, base, direct: image.direct(), mapped, memory, epoch })
+        let guard = Some(Arc::clone(image));
+        Ok(Self { image: path, base, guard, direct: image.direct(), mapped, memory, epoch })
     }
 
     /// For who only reads, and has the image open as `file`.
@@ -65,7 +68,7 @@ impl Disk {
         let image = path.canonicalize()?;
         let epoch = record_path(&image)?;
         let base = Arc::new(Plain { flushed: None, mapping: None, file });
-        Ok(Self { image, base, direct, mapped: false, memory: None, epoch })
+        Ok(Self { image, base, guard: None, direct, mapped: false, memory: None, epoch })
     }
 
     fn path(&self, part: Part) -> PathBuf {
@@ -229,10 +232,27 @@ impl Files for Disk {
         set_layered(&self.epoch, layered).map_err(refused)
     }
 
+    fn try_alone(&self, block: u64) -> bool {
+        let (op, offset, len) = part_of(block);
+        self.guard.as_ref().is_none_or(|image| image.try_enter(op, offset, len))
+    }
+
+    fn leave(&self, block: u64) {
+        let (op, offset, len) = part_of(block);
+        if let Some(image) = &self.guard {
+            image.leave(op, offset, len);
+        }
+    }
+
     fn is_marked(&self) -> io::Result<bool> {
         let record = semper_epoch::read(&self.epoch).map_err(refused)?;
         Ok(record.is_some_and(|record| record.layered))
     }
+}
+
+/// A write of a part of a block, which has the block for itself.
+fn part_of(block: u64) -> (Op, u64, u64) {
+    (Op::Write { stable: false }, block * BLOCK + SECTOR_SIZE, SECTOR_SIZE)
 }
 
 /// EPOCH-ID, or that with ".map".

@@ -133,6 +133,13 @@ pub trait Files: Send + Sync {
     /// The system's, and that the record is another's.
     fn mark(&self, layered: bool) -> io::Result<()>;
 
+    /// Keeps the guest's writes away from a block, until [`Files::leave`]. False: one is on its way, or some
+    /// other has the block; try again soon.
+    fn try_alone(&self, block: u64) -> bool;
+
+    /// Ends [`Files::try_alone`].
+    fn leave(&self, block: u64);
+
     /// Whether the epoch record says that there are layers.
     ///
     /// # Errors

@@ -118,6 +118,10 @@ struct Work {
     index: usize,
     /// The block from which on the layer is still to be copied.
     at: u64,
+    /// Blocks that were copied.
+    copied: u64,
+    /// A layer that no record names any more.
+    gone: Option<Key>,
 }
 
 /// The chain of one image, for the process that writes it.
@@ -129,6 +133,20 @@ pub struct Keeper {
     entered: Option<Arc<dyn Bytes>>,
     current: Arc<Current>,
     work: Option<Work>,
+    /// The layer that was switched to last, and whether what the layers below it stand on was on the
+    /// medium before.
+    switched: Option<(LayerId, Arc<AtomicBool>)>,
+}
+
+/// How much of a chain goes into the image when nobody serves the disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shorten {
+    /// The lowest layers whose snapshots nobody wants.
+    Unwanted,
+    /// These, after the snapshots up to this one were given up.
+    Through(LayerId),
+    /// All.
+    All,
 }
 
 impl std::fmt::Debug for Keeper {
@@ -151,7 +169,8 @@ impl Keeper {
     ) -> Result<Self, LayersError> {
         let record = read_record(&*files, Access::Write)?;
         let record = record.unwrap_or_else(|| Record::new(id, writer));
-        let keeper = Self { files, writer, record, entered: None, current, work: None };
+        let (entered, work, switched) = (None, None, None);
+        let keeper = Self { files, writer, record, entered, current, work, switched };
         keeper.check_epoch(&keeper.record)?;
         if keeper.record.sequence > 0 {
             keeper.remove_strays()?;
@@ -205,7 +224,11 @@ impl Keeper {
         }
         let lowest = self.record.chain().first()?;
         let unwanted = matches!(lowest.state, State::Lapsed | State::Merging);
-        (unwanted && self.record.mergeable().is_ok()).then_some(Aim::Merge)
+        if unwanted && self.record.mergeable().is_ok() {
+            return Some(Aim::Merge);
+        }
+        let mine = self.record.top().is_some_and(|top| top.writer == self.writer);
+        (mine && self.record.liftable().is_ok()).then_some(Aim::Lift)
     }
 
     /// Begins to do something; [`Keeper::step`] does it. `size`: bytes of the disk.
@@ -224,6 +247,8 @@ impl Keeper {
             Aim::Snapshot | Aim::Extend => ahead.open(self.new_layer(size, frozen), most(aim))?,
             Aim::Seal => self.record.top().ok_or(Refused::Nothing)?.id,
             Aim::Merge => ahead.begin_merge()?,
+            Aim::Fold => ahead.begin_fold()?,
+            Aim::Lift => ahead.liftable()?,
         };
         self.work = Some(Work {
             plan: Plan::new(aim),
@@ -235,6 +260,8 @@ impl Keeper {
             looks: Vec::new(),
             index: 0,
             at: 0,
+            copied: 0,
+            gone: None,
         });
         Ok(())
     }
@@ -243,6 +270,11 @@ impl Keeper {
     pub fn doing(&self) -> Option<(Aim, Act, LayerId, u64)> {
         let work = self.work.as_ref()?;
         Some((work.plan.aim, work.plan.act()?, work.layer, work.at))
+    }
+
+    /// Blocks that were copied by what goes on.
+    pub fn copied(&self) -> u64 {
+        self.work.as_ref().map_or(0, |work| work.copied)
     }
 
     /// Makes the next step.
@@ -281,6 +313,155 @@ impl Keeper {
         Ok(())
     }
 
+    /// Gives up the snapshots up to this one.
+    ///
+    /// # Errors
+    /// [`LayersError`]; [`Refused::Pinned`] if one of them is read, and all are kept then.
+    pub fn give_up_through(&mut self, through: LayerId) -> Result<(), LayersError> {
+        let wanted = |layer: &&Layer| layer.id <= through && layer.state == State::Sealed;
+        let unwanted: Vec<_> =
+            self.record.chain().iter().filter(wanted).map(|layer| layer.id).collect();
+        let pinned = self.record.pins.iter().find(|pin| unwanted.contains(&pin.snapshot));
+        if let Some(Pin { snapshot, reader }) = pinned.cloned() {
+            return Err(Refused::Pinned { layer: snapshot, snapshot, reader }.into());
+        }
+        if unwanted.is_empty() {
+            return Ok(());
+        }
+        self.change(|record| unwanted.iter().try_for_each(|id| record.lapse(*id)))
+    }
+
+    /// Gives up one snapshot, also one that is still being taken.
+    ///
+    /// # Errors
+    /// [`LayersError`].
+    pub fn give_up(&mut self, snapshot: LayerId) -> Result<(), LayersError> {
+        let opened = |layer: &Layer| layer.state == State::Opened;
+        if self.record.layer(snapshot).is_some_and(opened) {
+            if let Some(work) = self.work.as_mut().filter(|work| work.layer == snapshot) {
+                work.told = false;
+            }
+            return Ok(());
+        }
+        self.change(|record| record.lapse(snapshot))
+    }
+
+    /// Takes a layer back that was opened last, or is about to be: there is no such snapshot then, and
+    /// requests go where they went before. No request is in flight, unless the switch is still to come.
+    /// False, and nothing has changed, for a layer that has blocks, or that another process has opened, or
+    /// that stands on one of another epoch, whose files this process must not write; or while a merge goes
+    /// on: what is copied into the image takes no writes. (A layer whose merge an earlier process had begun
+    /// takes some: the next merge copies all of it again.)
+    ///
+    /// # Errors
+    /// [`LayersError`]. If the record was changed and could not be flushed, requests go where they went
+    /// before all the same.
+    pub fn take_back(&mut self, id: LayerId) -> Result<bool, LayersError> {
+        let chain = self.current.get();
+        let level = chain.as_ref().and_then(|chain| chain.top()).filter(|top| top.key.id == id);
+        let before = self.switched.as_ref().filter(|(switched, _)| *switched == id);
+        let settled = match (level, before) {
+            (None, _) => None,
+            (Some(level), Some((_, settled))) if level.bits.next(0, 1).is_none() => {
+                Some(Arc::clone(settled))
+            }
+            (Some(_), _) => return Ok(false),
+        };
+        let entered = self.record.top().is_some_and(|top| top.id == id);
+        let begun = self.work.as_ref().is_some_and(|work| work.layer == id);
+        if !entered && !begun {
+            return Err(Refused::Missing(id).into());
+        }
+        let below = self.record.chain().iter().take_while(|layer| layer.id != id).last();
+        let foreign = below.is_some_and(|layer| layer.writer != self.writer);
+        let copies = |work: &Work| matches!(work.plan.aim, Aim::Merge | Aim::Lift);
+        if foreign || self.work.as_ref().is_some_and(copies) {
+            return Ok(false);
+        }
+        if begun {
+            self.work = None;
+        }
+        let gone = Key { epoch: self.writer.epoch, id };
+        let mut flushed = Ok(());
+        if entered {
+            self.flush_record()?;
+            self.enter(|record| record.take_back(id))?;
+            // Durable before requests go below: there they would change what a snapshot has. Below they go
+            // also where that fails: what a layer takes that is not on record is gone with the process.
+            flushed = self.flush_record();
+        }
+        if let (Some(chain), Some(settled)) = (chain, settled) {
+            let below = chain.levels.len() - 1;
+            self.serve(chain.levels[..below].to_vec(), chain.size, settled);
+        }
+        self.switched = None;
+        flushed?;
+        self.remove(gone)?;
+        Ok(true)
+    }
+
+    /// What is next where nobody serves the disk: the highest layer is sealed, then what nobody wants
+    /// goes into the image.
+    fn next_to_shorten(&self) -> Option<Aim> {
+        let chain = self.record.chain();
+        if chain.last()?.state == State::Opened {
+            return Some(Aim::Seal);
+        }
+        let unwanted = matches!(chain.first()?.state, State::Lapsed | State::Merging);
+        let aim = if chain.len() == 1 { Aim::Fold } else { Aim::Merge };
+        unwanted.then_some(aim)
+    }
+
+    /// Begins what is next of [`Keeper::shorten`]; false when nothing is left. `how` is what is left of it.
+    pub(crate) fn begin_to_shorten(
+        &mut self,
+        how: &mut Shorten,
+        size: u64,
+    ) -> Result<bool, LayersError> {
+        if self.next_to_shorten() != Some(Aim::Seal) {
+            match std::mem::replace(how, Shorten::Unwanted) {
+                Shorten::Unwanted => {}
+                Shorten::Through(id) => self.give_up_through(id)?,
+                Shorten::All => self.give_up_through(LayerId::MAX)?,
+            }
+        }
+        if let Some(aim) = self.next_to_shorten() {
+            self.begin(aim, size, false)?;
+            return Ok(true);
+        }
+        self.tidy()?;
+        if self.record.layers.is_empty() {
+            let name = || "the epoch record of the image".to_owned();
+            self.files.mark(false).map_err(failed("write", name))?;
+        }
+        Ok(false)
+    }
+
+    /// Merges layers into the image of a disk that nobody serves; gives those that are gone. `tell` hears
+    /// after each act, or part of one, which it was, of which layer, and how many of that layer's blocks
+    /// had been looked at. Where no layer is left, programs that know none may use the image again.
+    ///
+    /// # Errors
+    /// [`LayersError`]; [`Refused::Pinned`] if somebody reads what would go.
+    pub fn shorten(
+        &mut self,
+        mut how: Shorten,
+        size: u64,
+        tell: &mut dyn FnMut(Act, LayerId, u64),
+    ) -> Result<Vec<LayerId>, LayersError> {
+        if self.record.sequence == 0 {
+            return Ok(Vec::new());
+        }
+        let before: Vec<_> = self.record.chain().iter().map(|layer| layer.id).collect();
+        while self.begin_to_shorten(&mut how, size)? {
+            while let Some((_, act, layer, at)) = self.doing() {
+                self.step()?;
+                tell(act, layer, at);
+            }
+        }
+        Ok(before.into_iter().filter(|id| self.record.layer(*id).is_none()).collect())
+    }
+
     /// Changes the record, and has it on the medium.
     ///
     /// # Errors
@@ -289,6 +470,8 @@ impl Keeper {
         &mut self,
         change: impl FnOnce(&mut Record) -> Result<T, Refused>,
     ) -> Result<T, LayersError> {
+        // What goes on may just have entered something: the record is locked until that is flushed.
+        self.flush_record()?;
         let changed = self.enter(change)?;
         self.flush_record()?;
         Ok(changed)
@@ -335,7 +518,11 @@ impl Keeper {
             Act::FlushRecord => self.flush_record()?,
             Act::Switch => {
                 if let Some(level) = work.level.take() {
-                    let below = self.current.get().map(|chain| chain.levels.clone());
+                    let before = self.current.get();
+                    // An image alone is flushed as a whole.
+                    let settled = before.as_ref().map(|chain| Arc::clone(&chain.settled));
+                    self.switched = Some((work.layer, settled.unwrap_or_default()));
+                    let below = before.map(|chain| chain.levels.clone());
                     let levels = below.into_iter().flatten().chain([level]).collect();
                     self.serve(levels, work.size, Arc::default());
                 }
@@ -358,7 +545,12 @@ impl Keeper {
                 }
             }
             Act::EnterMerging => {
-                work.layer = self.enter(Record::begin_merge)?;
+                work.layer = match work.plan.aim {
+                    Aim::Fold => self.enter(Record::begin_fold)?,
+                    Aim::Snapshot | Aim::Extend | Aim::Seal | Aim::Merge | Aim::Lift => {
+                        self.enter(Record::begin_merge)?
+                    }
+                };
             }
             Act::Copy => return self.copy(work),
             Act::EnterDropped => self.enter(|record| {
@@ -378,13 +570,26 @@ impl Keeper {
             Act::EnterGone => {
                 self.enter(|record| Ok(record.forget_dropped()))?;
             }
+            Act::CopyUp => return self.copy_up(work),
+            Act::FlushTop => {
+                if let Some(top) = self.current.get().as_ref().and_then(|chain| chain.top()) {
+                    let name = || self.files.name(Part::Data(top.key));
+                    top.sync().map_err(failed("flush", name))?;
+                }
+            }
+            Act::EnterLifted => {
+                work.gone = self.record.layer(work.layer).map(Key::from);
+                self.enter(Record::lift)?;
+            }
+            Act::RemoveLifted => work.gone.take().map_or(Ok(()), |key| self.remove(key))?,
         }
         Ok(Event::Done)
     }
 
     fn serve(&self, levels: Vec<Arc<Level>>, size: u64, settled: Arc<AtomicBool>) {
         let base = self.files.base();
-        self.current.set(Some(Arc::new(Chain { base, levels, size, settled })));
+        let chain = Chain { base, levels, size, settled };
+        self.current.set((!chain.levels.is_empty()).then(|| Arc::new(chain)));
     }
 
     fn below_top(&self) -> Vec<Arc<Level>> {
@@ -441,7 +646,59 @@ impl Keeper {
             Have::Absent => {}
         }
         work.at = first + count;
+        work.copied += count;
         Ok(Event::Part)
+    }
+
+    /// Copies some of the blocks of the layer below the highest that the highest has not.
+    fn copy_up(&self, work: &mut Work) -> Result<Event, LayersError> {
+        let Some(chain) = self.current.get() else { return Ok(Event::Done) };
+        let level = chain.levels.iter().find(|level| level.key.id == work.layer);
+        let (Some(level), Some(top)) = (level, chain.top()) else { return Ok(Event::Done) };
+        let Some((first, have, count)) = level.bits.next(work.at, COPY_BLOCKS) else {
+            return Ok(Event::Done);
+        };
+        let end = first + count;
+        let lacks = |block: &u64| top.bits.get(*block) == Have::Absent;
+        let start = (first..end).find(lacks).unwrap_or(end);
+        let mut stop = start;
+        // The guest's writes are newer: no block is written here that one is on its way to.
+        while stop < end && lacks(&stop) && self.files.try_alone(stop) {
+            stop += 1;
+        }
+        // It may have been written since it was looked at.
+        let kept = (start..stop).find(|block| !lacks(block)).unwrap_or(stop);
+        let copied = self.copy_run(level, top, have, (start, kept));
+        (start..stop).for_each(|block| self.files.leave(block));
+        copied?;
+        work.at = kept;
+        work.copied += kept - start;
+        Ok(Event::Part)
+    }
+
+    /// Copies blocks, all of which are had alike, from one layer into another.
+    fn copy_run(
+        &self,
+        from: &Level,
+        to: &Level,
+        have: Have,
+        (start, end): (u64, u64),
+    ) -> Result<(), LayersError> {
+        if start == end {
+            return Ok(());
+        }
+        if have == Have::Data {
+            let mut pages = Pages::new((end - start) as usize);
+            let name = || self.files.name(Part::Data(from.key));
+            let bytes = pages.bytes();
+            let read = from.data.read_at(bytes, start * BLOCK).map_err(failed("read", name))?;
+            bytes[read..].fill(0);
+            let name = || self.files.name(Part::Data(to.key));
+            to.data.write_at(bytes, start * BLOCK).map_err(failed("write", name))?;
+        }
+        let name = || self.files.name(Part::Map(to.key));
+        to.note(start, end - start, have).map_err(failed("write", name))?;
+        Ok(())
     }
 
     fn begin_record(&mut self) -> Result<(), LayersError> {
@@ -561,7 +818,7 @@ fn most(aim: Aim) -> usize {
     match aim {
         // Nobody can wait for a merge when a VM comes from another host.
         Aim::Extend => LAYERS_MAX,
-        Aim::Snapshot | Aim::Seal | Aim::Merge => CHAIN_MAX,
+        Aim::Snapshot | Aim::Seal | Aim::Merge | Aim::Fold | Aim::Lift => CHAIN_MAX,
     }
 }
 

@@ -26,11 +26,11 @@ use crate::bits::{Bits, CHUNK_BLOCKS, Identity};
 use crate::chain::Current;
 use crate::engine::LayeredEngine;
 use crate::files::{Access, Bytes, Files, Key, Part};
-use crate::keeper::{Keeper, Progress};
+use crate::keeper::{Keeper, LayersError, Progress, Shorten};
 use crate::mistake::{MADE, Mistake, made};
 use crate::plan::{Act, Aim};
 use crate::reader;
-use crate::record::{LayerId, Pin};
+use crate::record::{LayerId, Pin, Refused};
 
 const SECTOR: u64 = 512;
 /// Two chunks of the maps, and a last block that is a part.
@@ -68,6 +68,8 @@ struct Content {
     versions: HashMap<u64, Vec<Box<Page>>>,
     size: u64,
     durable_size: u64,
+    /// It cannot be flushed.
+    broken: bool,
 }
 
 impl Content {
@@ -176,7 +178,11 @@ impl Bytes for Open {
     }
 
     fn sync(&self) -> io::Result<()> {
-        self.0.content().sync();
+        let mut content = self.0.content();
+        if content.broken {
+            return Err(io::Error::from_raw_os_error(libc::EIO));
+        }
+        content.sync();
         Ok(())
     }
 
@@ -207,6 +213,8 @@ struct State {
     durable_names: BTreeMap<Part, Arc<File>>,
     memory: HashMap<Key, Arc<Bits>>,
     marked: bool,
+    /// Blocks that the guest is writing to.
+    busy: HashSet<u64>,
 }
 
 impl Store {
@@ -309,6 +317,12 @@ impl Files for Host {
         self.0.state().marked = layered;
         Ok(())
     }
+
+    fn try_alone(&self, block: u64) -> bool {
+        !self.0.state().busy.contains(&block)
+    }
+
+    fn leave(&self, _: u64) {}
 
     fn is_marked(&self) -> io::Result<bool> {
         Ok(self.0.state().marked)
@@ -603,6 +617,7 @@ impl<'a> World<'a> {
         if let Op::Write { .. } | Op::WriteZeroes { .. } = op {
             let sectors = request.first..request.first + request.count;
             sectors.for_each(|s| self.allowed.entry(s).or_default().push(request.version));
+            self.store.state().busy.extend(request.blocks());
         }
         let ready = request.prepare(self.image);
         let token = self.number;
@@ -638,6 +653,10 @@ impl<'a> World<'a> {
         }
         let Some(request) = self.requests.remove(&token) else { return Ok(true) };
         let sectors = request.first..request.first + request.count;
+        if matches!(request.op, Op::Write { .. } | Op::WriteZeroes { .. }) {
+            let mut state = self.store.state();
+            state.busy.retain(|block| !request.blocks().contains(block));
+        }
         match request.op {
             Op::Read => {
                 for (n, sector) in sectors.enumerate() {
@@ -695,6 +714,9 @@ impl<'a> World<'a> {
 
     /// A step of what goes on, or something new.
     fn maintain(&mut self) -> Result<(), Fault> {
+        if self.dice.one_in(24) {
+            return self.undo();
+        }
         let Some((aim, act, layer, _)) = self.keeper.doing() else {
             let aim = match self.keeper.left_over() {
                 Some(aim) => aim,
@@ -711,6 +733,9 @@ impl<'a> World<'a> {
                 self.taken = Some((layer, self.now.clone()));
             }
         }
+        if act == Act::Switch && aim == Aim::Snapshot && self.dice.one_in(8) {
+            return self.take_back(layer);
+        }
         if act == Act::EnterMerging {
             // They go; those that have a pin must not.
             self.told.retain(|id, (_, pinned)| *id > layer || *pinned);
@@ -718,6 +743,9 @@ impl<'a> World<'a> {
         let progress = self.keeper.step().map_err(|error| format!("{act:?}: {error}"))?;
         if act == Act::Switch {
             self.image.set_layered(true);
+            if aim == Aim::Snapshot && self.dice.one_in(6) {
+                return self.take_back(layer);
+            }
         }
         if progress == Progress::Over
             && aim == Aim::Snapshot
@@ -732,6 +760,94 @@ impl<'a> World<'a> {
             self.told.insert(id, (content, pinned));
         }
         Ok(())
+    }
+
+    /// A snapshot is given up before any request: the disk is what it was.
+    fn take_back(&mut self, layer: LayerId) -> Result<(), Fault> {
+        self.taken = None;
+        match self.keeper.take_back(layer) {
+            Ok(true) => {}
+            other => return Err(format!("layer {layer} is not taken back: {other:?}")),
+        }
+        if self.keeper.record().layer(layer).is_some() {
+            return Err(format!("layer {layer} is still on record"));
+        }
+        self.image.set_layered(self.current.get().is_some());
+        self.check_now("a snapshot that was given up")
+    }
+
+    /// The newest snapshot is given up at any time: it may be too late for that.
+    fn undo(&mut self) -> Result<(), Fault> {
+        self.drain()?;
+        let Some(newest) = self.keeper.record().top().map(|layer| layer.id) else { return Ok(()) };
+        let merges = self.keeper.doing().is_some_and(|(aim, ..)| aim == Aim::Merge);
+        match self.keeper.take_back(newest) {
+            Ok(true) if merges => Err(format!("layer {newest} is taken back during a merge")),
+            Ok(true) => {
+                self.taken = None;
+                self.told.remove(&newest);
+                self.image.set_layered(self.current.get().is_some());
+                self.check_now("a snapshot that was given up late")
+            }
+            // Pinned, or nobody's any more.
+            Ok(false) if self.told.get(&newest).is_none_or(|(_, pinned)| *pinned) => Ok(()),
+            Ok(false) => {
+                let given_up = self.keeper.give_up(newest);
+                given_up.map_err(|error| format!("layer {newest} is not given up: {error}"))?;
+                self.told.remove(&newest);
+                Ok(())
+            }
+            Err(LayersError::Refused(Refused::Pinned { .. })) => Ok(()),
+            Err(error) => Err(format!("layer {newest} is not taken back: {error}")),
+        }
+    }
+
+    /// The disk is not served any more; layers go into the image, also the last one, if nothing happens
+    /// meanwhile. Then it is served again.
+    fn shorten(&mut self) -> Result<(), Fault> {
+        self.drain()?;
+        if let Some(chain) = self.current.get()
+            && self.dice.one_in(2)
+        {
+            chain.sync().map_err(|error| error.to_string())?;
+        }
+        self.die();
+        let through = if self.dice.one_in(2) { LayerId::MAX } else { self.dice.below(8) };
+        if self.told.iter().any(|(id, (_, pinned))| *id <= through && *pinned) {
+            return self.reopen();
+        }
+        self.told.retain(|id, _| *id > through);
+        let seed = self.dice.roll();
+        let (_, _, mut keeper) = open(&self.store, self.claim, seed)?;
+        let mut how = Shorten::Through(through);
+        let dies = self.dice.one_in(2);
+        loop {
+            match keeper.begin_to_shorten(&mut how, SIZE) {
+                Ok(true) => {}
+                Ok(false) => break,
+                Err(LayersError::Refused(Refused::Pinned { .. })) => break,
+                Err(error) => return Err(format!("the chain is not made shorter: {error}")),
+            }
+            while let Some((_, act, ..)) = keeper.doing() {
+                if dies && self.dice.one_in(12) {
+                    if self.dice.one_in(2) {
+                        return self.lose_power();
+                    }
+                    self.reopen()?;
+                    return self.check_now("a death while it was not served");
+                }
+                keeper.step().map_err(|error| format!("{act:?}, not served: {error}"))?;
+            }
+        }
+        if through == LayerId::MAX && self.told.is_empty() && !keeper.record().layers.is_empty() {
+            return Err(format!("layers are left: {:?}", keeper.record().layers));
+        }
+        drop(keeper);
+        if self.dice.one_in(3) {
+            return self.lose_power();
+        }
+        self.reopen()?;
+        self.check_now("merges while it was not served")
     }
 
     /// Lets the lowest snapshots go, with their pins or not.
@@ -804,6 +920,7 @@ impl<'a> World<'a> {
     fn lose_power(&mut self) -> Result<(), Fault> {
         self.die();
         self.requests.clear();
+        self.store.state().busy.clear();
         self.store.lose_power(&mut self.dice);
         if self.dice.one_in(3) {
             self.claim.epoch += 1;
@@ -899,6 +1016,7 @@ fn history(seed: u64, image: &Image) -> Result<(), Fault> {
             29 => world.lose_power()?,
             30 => world.check_snapshots()?,
             _ if world.dice.one_in(6) => world.hand_over()?,
+            _ if world.dice.one_in(4) => world.shorten()?,
             _ => {}
         }
     }
@@ -919,6 +1037,92 @@ fn find(mistake: Option<Mistake>, seeds: std::ops::Range<u64>) -> Option<(u64, F
     });
     MADE.set(None);
     found
+}
+
+/// A snapshot is given up whose disk merges the layer below already: what the guest writes from then on
+/// must not go to the layer that is being copied, and goes with that layer.
+#[test]
+fn a_snapshot_is_not_taken_back_while_the_layer_below_is_merged() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    file.as_file().set_len(SIZE).unwrap();
+    let image = Image::open(file.path(), OpenOptions::default()).unwrap();
+    for merges in [true, false] {
+        let mut keeper = World::new(1, &image).unwrap().keeper;
+        for _ in 0..2 {
+            keeper.begin(Aim::Snapshot, SIZE, false).unwrap();
+            keeper.finish().unwrap();
+        }
+        keeper.give_up_through(1).unwrap();
+        if merges {
+            keeper.begin(Aim::Merge, SIZE, false).unwrap();
+            while keeper.doing().is_some_and(|(_, act, ..)| act != Act::Copy) {
+                keeper.step().unwrap();
+            }
+        }
+        if merges {
+            // Its files are what is copied.
+            assert!(!keeper.take_back(1).unwrap());
+        }
+        assert_eq!(keeper.take_back(2).unwrap(), !merges);
+        assert_eq!(keeper.record().layer(2).is_some(), merges);
+        keeper.finish().unwrap();
+        assert_eq!(keeper.record().chain().len(), 1);
+    }
+}
+
+/// What the guest writes afterwards is in no file that the next process removes.
+#[test]
+fn requests_go_below_a_layer_that_was_taken_back_also_if_the_record_is_not_flushed() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    file.as_file().set_len(SIZE).unwrap();
+    let image = Image::open(file.path(), OpenOptions::default()).unwrap();
+    for broken in [true, false] {
+        let World { mut keeper, store, current, .. } = World::new(1, &image).unwrap();
+        for _ in 0..2 {
+            keeper.begin(Aim::Snapshot, SIZE, false).unwrap();
+            keeper.finish().unwrap();
+        }
+        let record = Arc::clone(&store.state().names[&Part::Record]);
+        record.content().broken = broken;
+        assert_eq!(keeper.take_back(2).is_err(), broken);
+        let served = current.get().unwrap();
+        let served: Vec<_> = served.levels.iter().map(|level| level.key.id).collect();
+        let on_record: Vec<_> = keeper.record().chain().iter().map(|layer| layer.id).collect();
+        assert_eq!((served, on_record), (vec![1], vec![1]));
+    }
+}
+
+/// A snapshot is kept while the disk goes from host to host: its chain has two layers each time, and a block
+/// that the guest is writing to is left to the guest.
+#[test]
+fn a_chain_does_not_grow_while_a_snapshot_is_kept() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    file.as_file().set_len(SIZE).unwrap();
+    let image = Image::open(file.path(), OpenOptions::default()).unwrap();
+    let mut world = World::new(3, &image).unwrap();
+    world.finish(Aim::Snapshot).unwrap();
+    for round in 0..20 {
+        for _ in 0..8 {
+            world.ask().unwrap();
+        }
+        world.hand_over().unwrap();
+        let lifts = world.keeper.left_over() == Some(Aim::Lift);
+        assert_eq!(lifts, round > 0, "{round}: {:?}", world.keeper.record());
+        if lifts {
+            world.keeper.begin(Aim::Lift, SIZE, false).unwrap();
+            world.store.state().busy.insert(0);
+            for _ in 0..100 {
+                if matches!(world.keeper.doing(), Some((_, Act::CopyUp, ..))) {
+                    world.keeper.step().unwrap();
+                }
+            }
+            world.store.state().busy.clear();
+            world.keeper.finish().unwrap();
+            world.check_now("a lift").unwrap();
+        }
+        assert!(world.keeper.record().chain().len() <= 2);
+        assert_eq!(world.keeper.left_over(), None);
+    }
 }
 
 /// So many histories find nothing; `make layers` has 100,000.

@@ -6,6 +6,8 @@
 //!          └─ look at maps ─ flush image ─ flush data ─ write maps ─ flush maps ─ enter sealed ─ flush record
 //!   merge     enter merging ─ flush record ─ copy ─ flush image ─ enter dropped ─ flush record ─ unchain ─
 //!             remove files ─ enter gone ─ flush record
+//!   fold      as a merge
+//!   lift      copy up ─ flush top ─ enter lifted ─ flush record ─ unchain ─ remove lifted
 //! ```
 //!
 //! A process can die before and after each [`Act`]; what the next one finds is enough:
@@ -16,6 +18,8 @@
 //! | up to *enter sealed* | the new layer, opened: writes go there, and no snapshot was told | seals it as lapsed |
 //! | in a merge up to *enter dropped* | the layer, merging, above what was copied: the same content | copies again |
 //! | after it | files that the record keeps for nobody | removes them |
+//! | in a lift up to *enter lifted* | blocks in the highest layer that the one below has as well | copies the others |
+//! | after it | files that no record names | removes them |
 //!
 //! An act that fails ends the plan; what was entered stays, as after a death.
 
@@ -32,6 +36,11 @@ pub enum Aim {
     Seal,
     /// One layer less: the lowest.
     Merge,
+    /// One layer less: that below the highest, whose blocks go up into the highest. The layers under them
+    /// are wanted, so that it cannot go down.
+    Lift,
+    /// No layer any more: the only one goes into the image, of a disk that nobody serves.
+    Fold,
 }
 
 /// One thing to do.
@@ -75,6 +84,14 @@ pub enum Act {
     RemoveFiles,
     /// The record does not name it any more.
     EnterGone,
+    /// Some of the blocks of the layer below the highest are in the highest.
+    CopyUp,
+    /// The highest layer is on the medium.
+    FlushTop,
+    /// The record does not name the layer below any more.
+    EnterLifted,
+    /// Its files are removed.
+    RemoveLifted,
 }
 
 const OPEN: [Act; 7] = [
@@ -108,6 +125,15 @@ const MERGE: [Act; 10] = [
     Act::FlushRecord,
 ];
 
+const LIFT: [Act; 6] = [
+    Act::CopyUp,
+    Act::FlushTop,
+    Act::EnterLifted,
+    Act::FlushRecord,
+    Act::Unchain,
+    Act::RemoveLifted,
+];
+
 impl Act {
     /// In statuses and logs, and where a test has a process die.
     pub fn name(self) -> &'static str {
@@ -131,6 +157,10 @@ impl Act {
             Self::Unchain => "unchain",
             Self::RemoveFiles => "remove-files",
             Self::EnterGone => "enter-gone",
+            Self::CopyUp => "copy-up",
+            Self::FlushTop => "flush-top",
+            Self::EnterLifted => "enter-lifted",
+            Self::RemoveLifted => "remove-lifted",
         }
     }
 }
@@ -165,7 +195,8 @@ impl Plan {
         let (open, seal, merge): (&[Act], &[Act], &[Act]) = match self.aim {
             Aim::Snapshot | Aim::Extend => (&OPEN, &SEAL, &[]),
             Aim::Seal => (&[], &SEAL, &[]),
-            Aim::Merge => (&[], &[], &MERGE),
+            Aim::Merge | Aim::Fold => (&[], &[], &MERGE),
+            Aim::Lift => (&[], &[], &LIFT),
         };
         let open = wrong_order(open);
         let flushes =

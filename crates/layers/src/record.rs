@@ -32,6 +32,8 @@
 //!   opened ──what lies below is on the medium──► sealed ──nobody wants the snapshot──► lapsed
 //!      └──── the process died before; no snapshot was told ───────────────────────────────▲
 //!   sealed, lapsed ──the lowest, what is above is not opened, no pin on it or below──► merging
+//!   sealed, lapsed ──the only one, nobody serves the disk, no pin on it──► merging
+//!   opened, sealed, lapsed ──the highest, no block in it, no pin on it──► gone
 //!   merging ──its blocks are in the image, and flushed──► dropped ──nobody has it open──► gone
 //! ```
 
@@ -273,8 +275,78 @@ impl Record {
         if lowest.state == State::Opened || above.state == State::Opened {
             return Err(Refused::Busy);
         }
-        let layer = lowest.id;
-        match self.pins.iter().find(|pin| pin.snapshot <= layer) {
+        self.require_unpinned(lowest.id, |read| read <= lowest.id)
+    }
+
+    /// The layer whose blocks can go up into the highest one: that below it. Nobody wants the snapshot
+    /// below either of the two, and the layers under them are kept for snapshots that somebody wants.
+    ///
+    /// # Errors
+    /// [`Refused::Nothing`], [`Refused::Pinned`].
+    pub fn liftable(&self) -> Result<LayerId, Refused> {
+        let [_, .., below, top] = self.chain() else { return Err(Refused::Nothing) };
+        if below.state != State::Lapsed || top.state != State::Lapsed {
+            return Err(Refused::Nothing);
+        }
+        self.require_unpinned(below.id, |read| read == below.id || read == top.id)
+    }
+
+    /// The blocks of what [`Record::liftable`] gives are in the highest layer, on the medium: it is read no
+    /// more.
+    ///
+    /// # Errors
+    /// As there: somebody has pinned it meanwhile.
+    pub fn lift(&mut self) -> Result<LayerId, Refused> {
+        let lifted = self.liftable()?;
+        self.layers.retain(|layer| layer.id != lifted);
+        Ok(lifted)
+    }
+
+    /// The layer that can be merged into the image where nobody serves the disk: the only one.
+    ///
+    /// # Errors
+    /// [`Refused::Nothing`], [`Refused::Busy`], [`Refused::Pinned`].
+    pub fn foldable(&self) -> Result<LayerId, Refused> {
+        let [only] = self.chain() else { return Err(Refused::Nothing) };
+        if only.state == State::Opened {
+            return Err(Refused::Busy);
+        }
+        self.require_unpinned(only.id, |read| read <= only.id)
+    }
+
+    /// Begins to merge what [`Record::foldable`] gives. A process that serves the disk later may find it
+    /// so, and writes to it: what is in the image already is covered by the layer.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn begin_fold(&mut self) -> Result<LayerId, Refused> {
+        let layer = self.foldable()?;
+        self.change(layer, State::Sealed, State::Merging);
+        self.change(layer, State::Lapsed, State::Merging);
+        Ok(layer)
+    }
+
+    /// Takes out the highest layer, which has no block: what lies below it goes on taking writes.
+    ///
+    /// # Errors
+    /// [`Refused::Missing`] if it is not the highest, [`Refused::Pinned`].
+    pub fn take_back(&mut self, id: LayerId) -> Result<(), Refused> {
+        let highest = self.top().is_some_and(|top| top.id == id && top.state != State::Merging);
+        if !highest {
+            return Err(Refused::Missing(id));
+        }
+        self.require_unpinned(id, |read| read == id)?;
+        self.layers.pop();
+        Ok(())
+    }
+
+    /// The layer, if nobody has pinned a snapshot that is `read` with it.
+    fn require_unpinned(
+        &self,
+        layer: LayerId,
+        read: impl Fn(LayerId) -> bool,
+    ) -> Result<LayerId, Refused> {
+        match self.pins.iter().find(|pin| read(pin.snapshot)) {
             Some(Pin { snapshot, reader }) => {
                 Err(Refused::Pinned { layer, snapshot: *snapshot, reader: reader.clone() })
             }
@@ -314,16 +386,17 @@ impl Record {
         gone
     }
 
-    /// Notes that `reader` reads a snapshot; the same once more is no change.
+    /// Notes that `reader` reads a snapshot that was not given up; the same once more is no change.
     ///
     /// # Errors
     /// [`Refused::Missing`], [`Refused::Pins`].
     pub fn pin(&mut self, pin: Pin) -> Result<(), Refused> {
-        if !self.has_snapshot(pin.snapshot) {
-            return Err(Refused::Missing(pin.snapshot));
-        }
         if self.pins.contains(&pin) {
             return Ok(());
+        }
+        // What lies below a layer that has lapsed may be lifted into it.
+        if self.layer(pin.snapshot).is_none_or(|layer| layer.state != State::Sealed) {
+            return Err(Refused::Missing(pin.snapshot));
         }
         if self.pins.len() >= PINS_MAX {
             return Err(Refused::Pins(self.pins.len()));
@@ -354,8 +427,7 @@ impl Record {
         let in_order = self.layers.iter().enumerate().all(|(n, layer)| match layer.state {
             State::Opened => n + 1 == self.layers.len(),
             State::Sealed | State::Lapsed => true,
-            State::Merging => below(n).all(|l| l.state == State::Dropped) && self.chain().len() > 1,
-            State::Dropped => below(n).all(|l| l.state == State::Dropped),
+            State::Merging | State::Dropped => below(n).all(|l| l.state == State::Dropped),
         });
         let numbered = self.next > 0 && ids().all(|id| id > 0 && id < self.next);
         grow && in_order && numbered && self.pins.iter().all(|pin| self.has_snapshot(pin.snapshot))
@@ -590,10 +662,6 @@ mod tests {
         add(&|r| r.layers[3].state = State::Dropped);
         add(&|r| r.pins[0].snapshot = 3);
         add(&|r| r.pins[0].snapshot = 6);
-        add(&|r| {
-            r.pins.clear();
-            r.layers = vec![layer(5, State::Merging)];
-        });
         for record in wrong {
             assert_eq!(Record::decode(&record.encode()), Ok(None), "{record:?}");
         }
@@ -612,9 +680,12 @@ mod tests {
         assert_eq!(record.mergeable(), Err(Refused::Nothing), "it takes writes");
         assert_eq!(record.open(new, CHAIN_MAX), Ok(2));
         assert_eq!(record.mergeable(), Err(Refused::Busy));
-        record.seal(2, false);
-        assert_eq!(record.layer(2).unwrap().state, State::Lapsed);
+        let mut untold = record.clone();
+        untold.seal(2, false);
+        assert_eq!(untold.layer(2).unwrap().state, State::Lapsed);
+        record.seal(2, true);
         let pin = |snapshot| Pin { snapshot, reader: reader("b") };
+        assert_eq!(untold.pin(pin(2)), Err(Refused::Missing(2)), "nobody was told of it");
         record.pin(pin(1)).unwrap();
         record.pin(pin(1)).unwrap();
         assert_eq!(record.pin(pin(3)), Err(Refused::Missing(3)));
@@ -632,6 +703,79 @@ mod tests {
         record.unpin(&pin(2));
         assert_eq!(record.forget_dropped().len(), 1);
         assert_eq!(record.layers.len(), 1);
+    }
+
+    #[test]
+    fn the_only_layer_is_merged_where_nobody_serves_the_disk() {
+        let mut record = Record::new(Id([1; 16]), NOBODY);
+        assert_eq!(record.foldable(), Err(Refused::Nothing));
+        record.open(layer(0, State::Opened), CHAIN_MAX).unwrap();
+        assert_eq!(record.foldable(), Err(Refused::Busy));
+        record.seal(1, true);
+        let pin = Pin { snapshot: 1, reader: reader("b") };
+        record.pin(pin.clone()).unwrap();
+        assert!(matches!(record.begin_fold(), Err(Refused::Pinned { layer: 1, .. })));
+        record.unpin(&pin);
+        assert_eq!(record.begin_fold(), Ok(1));
+        assert_eq!(record.pin(pin), Err(Refused::Missing(1)), "the image is changed below it");
+        assert_eq!(record.begin_fold(), Ok(1), "again, after a death");
+        // Or the disk is served again: what was begun goes on with the next merge.
+        let mut served = record.clone();
+        assert_eq!(served.mergeable(), Err(Refused::Nothing));
+        served.open(layer(0, State::Opened), CHAIN_MAX).unwrap();
+        served.seal(2, true);
+        assert_eq!(served.begin_merge(), Ok(1));
+        record.drop_layer(1);
+        assert_eq!((record.chain().len(), record.forget_dropped().len()), (0, 1));
+    }
+
+    #[test]
+    fn a_layer_without_blocks_is_taken_back_and_no_other() {
+        let mut record = Record::new(Id([1; 16]), NOBODY);
+        for id in [1, 2] {
+            record.open(layer(0, State::Opened), CHAIN_MAX).unwrap();
+            record.seal(id, true);
+        }
+        assert_eq!(record.take_back(1), Err(Refused::Missing(1)), "it is not the highest");
+        let pin = Pin { snapshot: 2, reader: reader("b") };
+        record.pin(pin.clone()).unwrap();
+        assert!(matches!(record.take_back(2), Err(Refused::Pinned { layer: 2, .. })));
+        record.unpin(&pin);
+        assert_eq!(record.take_back(2), Ok(()));
+        assert_eq!(record.open(layer(0, State::Opened), CHAIN_MAX), Ok(3), "no number comes twice");
+        assert_eq!(record.take_back(3), Ok(()));
+        assert_eq!(record.take_back(3), Err(Refused::Missing(3)));
+        assert_eq!(record.begin_fold(), Ok(1));
+        assert_eq!(record.take_back(1), Err(Refused::Missing(1)), "it has blocks of the image");
+    }
+
+    #[test]
+    fn what_cannot_go_down_goes_up_if_nobody_wants_what_lies_between() {
+        let mut record = Record::new(Id([1; 16]), NOBODY);
+        for (id, told) in [(1, true), (2, false), (3, false)] {
+            record.open(layer(0, State::Opened), LAYERS_MAX).unwrap();
+            record.seal(id, told);
+        }
+        // The lowest snapshot is wanted, so nothing goes down; nobody is told of the other two.
+        assert_eq!(record.liftable(), Ok(2));
+        let pin = Pin { snapshot: 1, reader: reader("b") };
+        record.pin(pin).unwrap();
+        assert_eq!(record.liftable(), Ok(2), "a reader of the image alone has no part of it");
+        let late = Pin { snapshot: 3, reader: reader("c") };
+        assert_eq!(record.pin(late.clone()), Err(Refused::Missing(3)), "it may change");
+        record.pins.push(late.clone());
+        assert!(matches!(record.lift(), Err(Refused::Pinned { layer: 2, snapshot: 3, .. })));
+        record.unpin(&late);
+        assert_eq!(record.lift(), Ok(2));
+        let ids: Vec<_> = record.chain().iter().map(|layer| layer.id).collect();
+        assert_eq!(ids, [1, 3]);
+        assert_eq!(record.liftable(), Err(Refused::Nothing));
+        // A snapshot that somebody wants keeps the two apart.
+        record.open(layer(0, State::Opened), CHAIN_MAX).unwrap();
+        record.seal(4, true);
+        assert_eq!(record.liftable(), Err(Refused::Nothing));
+        record.lapse(4).unwrap();
+        assert_eq!(record.liftable(), Ok(3));
     }
 
     #[test]

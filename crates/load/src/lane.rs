@@ -1,12 +1,12 @@
 //! One virtqueue under load: what is in flight on it, and what came of it.
 
-use crate::histogram::Histogram;
 use crate::memory::Memory;
 use crate::offsets::{Blocks, Random};
 use crate::options::Mode;
 use crate::pace::Pace;
 use crate::series::Series;
 use crate::stamp::{self, Verdict};
+use semper_histogram::Histogram;
 use serde::Serialize;
 use std::io;
 use std::sync::Arc;
@@ -37,10 +37,12 @@ pub struct Load {
 }
 
 /// What happened on a lane, or on several.
-#[derive(Clone, Default)]
+#[derive(Default)]
 pub struct Tally {
     /// Completed reads and writes, from publication to completion, in nanoseconds.
     pub latency: Histogram,
+    /// Completed flushes, likewise.
+    pub flush_latency: Histogram,
     /// Completed reads.
     pub reads: u64,
     /// Completed writes.
@@ -97,6 +99,7 @@ impl Tally {
     /// Adds what happened elsewhere.
     pub fn merge(&mut self, other: &Self) {
         self.latency.merge(&other.latency);
+        self.flush_latency.merge(&other.flush_latency);
         self.reads += other.reads;
         self.writes += other.writes;
         self.flushes += other.flushes;
@@ -424,14 +427,13 @@ impl Lane {
             series.record(now);
         }
         if self.measured {
-            match slot.kind {
-                Kind::Flush => self.tally.flushes += 1,
-                Kind::Read => self.tally.reads += 1,
-                Kind::Write => self.tally.writes += 1,
-            }
-            if slot.kind != Kind::Flush {
-                self.tally.latency.record(now.saturating_sub(slot.started_ns));
-            }
+            let (count, latency) = match slot.kind {
+                Kind::Flush => (&mut self.tally.flushes, &self.tally.flush_latency),
+                Kind::Read => (&mut self.tally.reads, &self.tally.latency),
+                Kind::Write => (&mut self.tally.writes, &self.tally.latency),
+            };
+            *count += 1;
+            latency.record_alone(now.saturating_sub(slot.started_ns));
         }
         if result != 0 {
             self.tally.errors += 1;

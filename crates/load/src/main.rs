@@ -4,7 +4,6 @@
 //! that is not ours; `relay` adds what a guest's QEMU would: the in-flight region and, if asked
 //! for, connecting again. Used by `semper disk tune` and by `python -m bench`.
 
-mod histogram;
 mod lane;
 mod memory;
 mod offsets;

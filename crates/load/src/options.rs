@@ -79,6 +79,14 @@ pub struct Options {
     #[arg(long, value_name = "BYTES", value_parser = size)]
     pub span: Option<u64>,
 
+    /// Use only each N-th block
+    #[arg(long, value_name = "N", default_value_t = 1, conflicts_with = "verify", value_parser = clap::value_parser!(u64).range(1..))]
+    pub stride: u64,
+
+    /// The first block that is used
+    #[arg(long, value_name = "N", default_value_t = 0, conflicts_with = "verify")]
+    pub first: u64,
+
     /// Seed of the offsets
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub seed: u64,

@@ -5,6 +5,7 @@ use crate::options::Options;
 use crate::processor::Usage;
 use crate::run::Outcome;
 use crate::series::Told;
+use semper_histogram::Histogram;
 use serde::Serialize;
 use std::time::Duration;
 
@@ -55,6 +56,7 @@ pub struct Report {
     iops: f64,
     mb_per_s: f64,
     latency_us: LatencyUs,
+    flush_latency_us: LatencyUs,
     kicks_per_io: f64,
     sleeps_per_io: f64,
     own: Process,
@@ -90,13 +92,23 @@ fn process(usage: &Usage, ios: u64) -> Process {
     }
 }
 
+fn latency(of: &Histogram) -> LatencyUs {
+    let us = |ns: u64| rounded(ns as f64 / 1e3, 2);
+    LatencyUs {
+        mean: rounded(of.mean() / 1e3, 2),
+        p50: us(of.quantile(0.5)),
+        p90: us(of.quantile(0.9)),
+        p99: us(of.quantile(0.99)),
+        p99_9: us(of.quantile(0.999)),
+        max: us(of.max()),
+    }
+}
+
 impl Report {
     /// The figures of `outcome`.
     pub fn new(options: &Options, outcome: &Outcome) -> Self {
         let tally = &outcome.tally;
         let ios = tally.reads + tally.writes;
-        let us = |ns: u64| rounded(ns as f64 / 1e3, 2);
-        let latency = &tally.latency;
         let seconds = outcome.measured.as_secs_f64();
         let rate = |amount: f64| if seconds > 0.0 { rounded(amount / seconds, 1) } else { 0.0 };
         Self {
@@ -118,14 +130,8 @@ impl Report {
             flushes: tally.flushes,
             iops: rate(ios as f64),
             mb_per_s: rate(ios as f64 * options.block_size as f64 / 1e6),
-            latency_us: LatencyUs {
-                mean: rounded(latency.mean() / 1e3, 2),
-                p50: us(latency.quantile(0.5)),
-                p90: us(latency.quantile(0.9)),
-                p99: us(latency.quantile(0.99)),
-                p99_9: us(latency.quantile(0.999)),
-                max: us(latency.max()),
-            },
+            latency_us: latency(&tally.latency),
+            flush_latency_us: latency(&tally.flush_latency),
             kicks_per_io: per(tally.kicks as f64, ios),
             sleeps_per_io: per(tally.sleeps as f64, ios),
             own: process(&outcome.own, ios),

@@ -211,7 +211,9 @@ fn lane_blocks(options: &Options, blocks: u64, lane: u64) -> Option<Blocks> {
     if options.verify {
         return Blocks::new(blocks, lane, lanes, order);
     }
-    Blocks::new(blocks, 0, 1, order).map(|all| all.starting_at(blocks / lanes * lane))
+    let all = Blocks::new(blocks, options.first, options.stride, order)?;
+    let start = all.count() / lanes * lane;
+    Some(all.starting_at(start))
 }
 
 /// Starts the workers, moves them through the phases, and gathers what they counted.

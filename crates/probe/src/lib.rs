@@ -14,7 +14,6 @@ pub mod config;
 pub mod control;
 pub mod device;
 pub mod heartbeat;
-pub mod histogram;
 pub mod history;
 pub mod init;
 pub mod jobs;

@@ -9,12 +9,12 @@ use serde::Serialize;
 use crate::clock::now_ns;
 use crate::config::Config;
 use crate::device::Device;
-use crate::histogram::Histogram;
 use crate::judge::{Expectation, Wrong, describe, judge};
 use crate::ledger::{Entry, Ledger};
 use crate::stamp::{Identity, SECTOR};
 use crate::timeline::{Gaps, Timeline};
 use crate::wakeup::Wakeup;
+use semper_histogram::Histogram;
 
 const ERRORS_KEPT: usize = 20;
 const DETAILS_KEPT: usize = 10;

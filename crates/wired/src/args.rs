@@ -21,6 +21,9 @@ pub(crate) enum Command {
     Source(SourceArgs),
     /// The end beside the QEMU that the VM goes to: it connects to `-incoming unix:PATH`.
     Destination(DestinationArgs),
+    /// Wait, ready, for one line on stdin that says which end to be, for a host on which no program
+    /// may start any more.
+    Wait,
 }
 
 impl Command {
@@ -28,6 +31,7 @@ impl Command {
         match self {
             Command::Source(_) => "source",
             Command::Destination(_) => "destination",
+            Command::Wait => "wait",
         }
     }
 }

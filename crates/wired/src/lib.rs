@@ -31,6 +31,7 @@ mod tls;
 mod touched;
 #[cfg(feature = "unsafe-no-verify")]
 mod trial;
+mod waiting;
 mod walls;
 
 use std::process::ExitCode;
@@ -73,6 +74,11 @@ fn run(args: &Args) -> ExitCode {
     let ended = match &args.command {
         Command::Source(source) => source::run(source, &progress),
         Command::Destination(destination) => destination::run(destination, &progress),
+        Command::Wait => match waiting::wait() {
+            Ok(Some(args)) => return run(&args),
+            Ok(None) => return ExitCode::SUCCESS,
+            Err(told) => return PROGRAM.report(&told).into(),
+        },
     };
     semper_control::remove_sockets();
     PROGRAM.end(ended)
