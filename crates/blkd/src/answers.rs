@@ -4,6 +4,7 @@
 //! **Version rule.** A key may be added. To remove one, or to change its type or its meaning, is a
 //! new version of the program's interface, and has to be borne by every reader first.
 
+pub(crate) use semper_title::Status as Claim;
 use serde::Serialize;
 
 use crate::state::LastError;
@@ -90,6 +91,16 @@ pub(crate) struct Queue {
     pub polls: u64,
     /// Interrupts given.
     pub calls: u64,
+    pub latency: Latency,
+}
+
+/// How long requests took, from the turn in which they were taken until they were shown to the driver.
+#[derive(Debug, Serialize)]
+pub(crate) struct Latency {
+    /// All of them, added up.
+    pub sum_ns: u64,
+    /// How many took below 2 ns, 2 to 3, 4 to 7 …, up to the last power of two that has any.
+    pub octaves: Vec<u64>,
 }
 
 #[derive(Debug, Serialize)]
@@ -100,16 +111,6 @@ pub(crate) struct Counters {
     pub protocol_errors: u64,
     pub guest_errors: u64,
     pub host_errors: u64,
-}
-
-/// The claim of this process, as its title has it.
-#[derive(Debug, Serialize)]
-pub(crate) struct Claim {
-    /// "none", "awaited", "given" or "admitted".
-    pub state: &'static str,
-    pub epoch: Option<u64>,
-    pub id: Option<String>,
-    pub holder: Option<String>,
 }
 
 /// `claim`.

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Parser, ValueEnum};
 use semper_epoch::{Holder, Id};
+use semper_layers::keeper::Shorten;
 
 /// What does the I/O.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -39,7 +40,8 @@ pub(crate) enum EngineKind {
     -device vhost-user-blk-pci,chardev=disk"
 )]
 pub(crate) struct Args {
-    /// Listen on this unix socket.
+    /// Listen on this unix socket. Without it and --fd: on the one that a service manager passes
+    /// (LISTEN_FDS), which is also told when the disk is ready (READY=1).
     #[arg(long, value_name = "PATH")]
     pub socket_path: Option<PathBuf>,
 
@@ -184,6 +186,16 @@ pub(crate) struct Args {
     #[arg(long, value_name = "FILE")]
     pub export: Option<PathBuf>,
 
+    /// Merge layers into the image, which nobody may be serving, and exit: "unwanted", those whose
+    /// snapshots were given up; "all"; or N, after the snapshots up to N were given up.
+    #[arg(
+        long,
+        value_name = "WHAT",
+        value_parser = shorten,
+        conflicts_with_all = ["export", "snapshot", "spare", "incoming", "read_only"]
+    )]
+    pub merge: Option<Shorten>,
+
     /// Do not track requests in flight. They are lost when this process dies: only for
     /// demonstrating just that.
     #[arg(long)]
@@ -197,6 +209,17 @@ pub(crate) struct Args {
     /// process finds pages by their content; best on tmpfs.
     #[arg(long, value_name = "PATH", conflicts_with = "no_map")]
     pub map_file: Option<PathBuf>,
+}
+
+fn shorten(text: &str) -> Result<Shorten, &'static str> {
+    match text {
+        "unwanted" => Ok(Shorten::Unwanted),
+        "all" => Ok(Shorten::All),
+        number => match number.parse() {
+            Ok(through) if through > 0 => Ok(Shorten::Through(through)),
+            _ => Err("it has to be \"unwanted\", \"all\" or the number of a snapshot"),
+        },
+    }
 }
 
 fn claim_id(text: &str) -> Result<Id, &'static str> {

@@ -21,7 +21,7 @@
 //!                                           makes the image larger, serves it, tells the front end
 //!   {"id":2,"cmd":"fault","rule":{…}}    -> {"id":2,"ok":{}}      in builds for tests alone (feature
 //!                                           faults); rule null switches faults off
-//!   {"id":11,"cmd":"snapshot"}, "layers", "merge", "pin", "unpin", "quiesce", "resume"
+//!   {"id":11,"cmd":"snapshot"}, "layers", "merge", "pin", "unpin", "undo", "quiesce", "resume"
 //!                                           docs/design/snapshots.md has their requests and answers
 //!   anything else                        -> {"id":…,"error":{"kind":"invalid","message":"…"}}
 //! ```
@@ -106,6 +106,7 @@ struct LayersRequest {
     through: Option<u64>,
     rate_bytes: Option<u64>,
     for_ms: Option<u64>,
+    within_ms: Option<u64>,
 }
 
 /// What the commands of the page/block map take.
@@ -190,7 +191,7 @@ impl Control {
                 let known = "\"status\", \"threads\", \"map\", \"map-verify\", \"map-find\", \
                              \"map-export\", \"map-blocks\", \"map-touch\", \"handover\", \
                              \"claim\", \"resize\", \"snapshot\", \"layers\", \"merge\", \"pin\", \
-                             \"unpin\", \"quiesce\" and \"resume\"";
+                             \"unpin\", \"undo\", \"quiesce\" and \"resume\"";
                 return Err((INVALID, format!("unknown command {other:?}; known are {known}")));
             }
         })
@@ -210,6 +211,7 @@ impl Control {
                 let pins = pin_of(asked).and_then(|pin| layers.set_pin(pin, there));
                 pins.map(|pins| Answer::ok(id, layer_answers::Pins { pins }))
             }
+            "undo" => self.undo(asked.snapshot).map(|undone| Answer::ok(id, undone)),
             "quiesce" => self.quiesce(asked.for_ms).map(|quiesced| Answer::ok(id, quiesced)),
             "resume" => {
                 let held = self.device().resume(None);
@@ -225,7 +227,9 @@ impl Control {
 
     fn snapshot(&self, asked: &LayersRequest) -> Result<layer_answers::Snapshot, NotDone> {
         let layers = &self.disk.snapshots;
-        let (snapshot, pause) = layers.snapshot(&self.device, asked.frozen.unwrap_or(false))?;
+        let patience = time_of("within_ms", asked.within_ms.or(Some(LONGEST_MS)))?;
+        let frozen = asked.frozen.unwrap_or(false);
+        let (snapshot, pause) = layers.snapshot(&self.device, frozen, patience)?;
         let waits = asked.wait.unwrap_or(false);
         if waits {
             layers.wait_sealed(snapshot)?;
@@ -235,12 +239,9 @@ impl Control {
     }
 
     fn quiesce(&self, for_ms: Option<u64>) -> Result<layer_answers::Quiesced, NotDone> {
-        let longest = LONGEST_QUIET.as_millis() as u64;
-        let for_ms = for_ms.filter(|ms| (1..=longest).contains(ms)).ok_or_else(|| {
-            NotDone::Invalid(format!("say for how many milliseconds: \"for_ms\", 1 to {longest}"))
-        })?;
-        let end = Instant::now() + Duration::from_millis(for_ms);
-        self.device().quiesce(end);
+        let time = time_of("for_ms", for_ms)?;
+        let (for_ms, end) = (time.as_millis() as u64, Instant::now() + time);
+        self.device().quiesce(end)?;
         let device = Arc::clone(&self.device);
         let wake = move || {
             thread::sleep(end.saturating_duration_since(Instant::now()));
@@ -253,6 +254,12 @@ impl Control {
             return Err(NotDone::Busy(format!("nobody could wake the queues again: {error}")));
         }
         Ok(layer_answers::Quiesced { quiesced: true, for_ms })
+    }
+
+    fn undo(&self, snapshot: Option<u64>) -> Result<layer_answers::Undone, NotDone> {
+        let snapshot = snapshot.ok_or_else(|| NotDone::Invalid("name the snapshot".to_owned()))?;
+        let taken_back = self.disk.snapshots.undo(&self.device, snapshot)?;
+        Ok(layer_answers::Undone { taken_back })
     }
 
     fn about_map(&self, request: &Request) -> Answer {
@@ -370,6 +377,15 @@ impl Control {
     }
 }
 
+const LONGEST_MS: u64 = LONGEST_QUIET.as_millis() as u64;
+
+fn time_of(name: &str, ms: Option<u64>) -> Result<Duration, NotDone> {
+    let ms = ms.filter(|ms| (1..=LONGEST_MS).contains(ms)).ok_or_else(|| {
+        NotDone::Invalid(format!("say how many milliseconds: \"{name}\", 1 to {LONGEST_MS}"))
+    })?;
+    Ok(Duration::from_millis(ms))
+}
+
 fn pin_of(asked: &LayersRequest) -> Result<Pin, NotDone> {
     let reader = asked.reader.as_deref().and_then(Holder::new);
     let pin = asked.snapshot.zip(reader).map(|(snapshot, reader)| Pin { snapshot, reader });
@@ -402,6 +418,10 @@ fn queue(index: usize, queue: &QueueCounters, whole: bool) -> answers::Queue {
         kicks: get(&queue.wakeups),
         polls: get(&queue.polls),
         calls: get(&queue.calls),
+        latency: answers::Latency {
+            sum_ns: queue.latency.0.sum(),
+            octaves: queue.latency.0.octaves(),
+        },
     }
 }
 

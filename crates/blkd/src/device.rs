@@ -10,9 +10,8 @@
 
 use std::fs::File;
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc;
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 use semper_inflight::TrackedQueue;
@@ -32,7 +31,7 @@ use crate::eventfd::EventFd;
 use crate::failure::Failure;
 use crate::inflight_map::{self, InflightMap, Shape};
 use crate::postcopy::{Arrival, PageFaults};
-use crate::queue::{Disk, QueueSetup};
+use crate::queue::{Disk, QueueSetup, StopRequest};
 use crate::state::Phase;
 use crate::tenure::{Patience, Standing};
 use crate::threads::{ThreadMap, Threads};
@@ -91,6 +90,24 @@ pub(crate) struct Device {
     quiet: Option<Instant>,
 }
 
+/// A queue was asked to stop.
+struct Stop {
+    request: StopRequest,
+    answer: mpsc::Receiver<u16>,
+}
+
+/// Requests of these queues did not end in time; all queues go on.
+#[derive(Debug, thiserror::Error)]
+#[error("the requests in flight of {} did not end in time", queue_names(.queues))]
+pub(crate) struct Unrest {
+    queues: Vec<usize>,
+}
+
+fn queue_names(queues: &[usize]) -> String {
+    let names: Vec<_> = queues.iter().map(usize::to_string).collect();
+    format!("queue{} {}", if names.len() == 1 { "" } else { "s" }, names.join(", "))
+}
+
 fn failed(error: impl std::fmt::Display) -> Error {
     Error::ReqHandlerError(io::Error::other(error.to_string()))
 }
@@ -135,20 +152,43 @@ impl Device {
         &mut self.capacity_told
     }
 
+    fn running(&self) -> Vec<usize> {
+        (0..self.vrings.len()).filter(|&index| self.vrings[index].running).collect()
+    }
+
     /// Does something while no queue runs; those that did go on afterwards.
     pub(crate) fn at_rest<T>(&mut self, act: impl FnOnce() -> T) -> T {
-        let running: Vec<usize> =
-            (0..self.vrings.len()).filter(|&index| self.vrings[index].running).collect();
+        let running = self.running();
         self.stop_all();
         let done = act();
         running.into_iter().for_each(|index| self.start_or_end(index));
         done
     }
 
+    /// As [`Device::at_rest`], if the queues stand still by then.
+    ///
+    /// # Errors
+    /// [`Unrest`]: they do not, and go on; nothing was done.
+    pub(crate) fn at_rest_by<T>(
+        &mut self,
+        end: Instant,
+        act: impl FnOnce() -> T,
+    ) -> std::result::Result<T, Unrest> {
+        let running = self.running();
+        self.stop_all_by(end)?;
+        let done = act();
+        running.into_iter().for_each(|index| self.start_or_end(index));
+        Ok(done)
+    }
+
     /// Has all queues stand still until `end`, or [`Device::resume`].
-    pub(crate) fn quiesce(&mut self, end: Instant) {
-        self.stop_all();
+    ///
+    /// # Errors
+    /// [`Unrest`]: they do not stand still by then, and go on.
+    pub(crate) fn quiesce(&mut self, end: Instant) -> std::result::Result<(), Unrest> {
+        self.stop_all_by(end)?;
         self.quiet = Some(end);
+        Ok(())
     }
 
     /// Lets queues run again that [`Device::quiesce`] has stopped; `only` if it was until that instant.
@@ -261,6 +301,40 @@ impl Device {
         }
     }
 
+    /// As [`Device::stop_all`], unless that takes longer: then all queues go on.
+    fn stop_all_by(&mut self, end: Instant) -> std::result::Result<(), Unrest> {
+        let asked: Vec<_> =
+            (0..self.vrings.len()).filter_map(|i| Some((i, self.ask_to_stop(i)?))).collect();
+        let (mut stopped, mut late) = (Vec::new(), Vec::new());
+        for (index, stop) in asked {
+            match stop.answer.recv_timeout(end.saturating_duration_since(Instant::now())) {
+                Ok(last_avail) => {
+                    self.vrings[index].base = last_avail;
+                    stopped.push(index);
+                }
+                Err(mpsc::RecvTimeoutError::Disconnected) => {}
+                Err(mpsc::RecvTimeoutError::Timeout) => late.push((index, stop)),
+            }
+        }
+        if late.is_empty() {
+            return Ok(());
+        }
+        let queues = late.iter().map(|(index, _)| *index).collect();
+        for (index, Stop { request, answer }) in late {
+            let given_up = request.lock().unwrap_or_else(PoisonError::into_inner).take();
+            if given_up.is_some() {
+                // Its thread may be in a system call that does not end: nobody waits for it.
+                self.vrings[index].running = true;
+                self.worker(index).order(Order::GoOn { index: index as u16 });
+            } else if let Ok(last_avail) = answer.recv() {
+                self.vrings[index].base = last_avail;
+                stopped.push(index);
+            }
+        }
+        stopped.into_iter().for_each(|index| self.start_or_end(index));
+        Err(Unrest { queues })
+    }
+
     fn forget(&mut self) {
         self.features = 0;
         self.channel = None;
@@ -284,26 +358,28 @@ impl Device {
         self.threads.of(index)
     }
 
-    fn ask_to_stop(&mut self, index: usize) -> Option<mpsc::Receiver<u16>> {
+    fn ask_to_stop(&mut self, index: usize) -> Option<Stop> {
         if !std::mem::take(&mut self.vrings[index].running) {
             return None;
         }
         let (reply, answer) = mpsc::channel();
-        self.worker(index).order(Order::Stop { index: index as u16, reply });
-        Some(answer)
+        let request = Arc::new(Mutex::new(Some(reply)));
+        let asked = Arc::clone(&request);
+        self.worker(index).order(Order::Stop { index: index as u16, request: asked });
+        Some(Stop { request, answer })
     }
 
-    fn await_stop(&mut self, index: usize, answer: Option<mpsc::Receiver<u16>>) {
-        let Some(answer) = answer else { return };
+    fn await_stop(&mut self, index: usize, stop: Option<Stop>) {
+        let Some(stop) = stop else { return };
         // However long the storage takes: to answer earlier would lose requests.
-        if let Ok(last_avail) = answer.recv() {
+        if let Ok(last_avail) = stop.answer.recv() {
             self.vrings[index].base = last_avail;
         }
     }
 
     fn stop(&mut self, index: usize) {
-        let answer = self.ask_to_stop(index);
-        self.await_stop(index, answer);
+        let stop = self.ask_to_stop(index);
+        self.await_stop(index, stop);
     }
 
     /// Gives the queues to other threads while they run. A queue that moves is drained in its old

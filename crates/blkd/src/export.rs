@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rustix::fs::{CWD, RenameFlags, SeekFrom, renameat_with, seek};
+use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
 use semper_block::Image;
 use semper_epoch::check_unclaimed;
@@ -89,7 +89,7 @@ fn raise_walls(image: &Path, target: &Path) -> io::Result<()> {
     let image = image.canonicalize()?;
     let folder = |path: &Path| path.parent().unwrap_or(Path::new(".")).to_owned();
     let mut walls =
-        Walls::new(Program::Blkd).path(&image, Access::Write).path(&folder(target), Access::Keep);
+        Walls::new(Program::Export).path(&image, Access::Write).path(&folder(target), Access::Keep);
     for place in places(&image) {
         // The pin is written there.
         let access = if place.is_dir() { Access::Keep } else { Access::Read };
@@ -110,14 +110,27 @@ fn write(chain: &Chain, base: &File, (partial, target): (&Path, &Path)) -> io::R
     let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(partial)?;
     let written = copy(chain, base, &file).and_then(|data| {
         file.sync_all()?;
-        renameat_with(CWD, partial, CWD, target, RenameFlags::NOREPLACE)?;
-        flush_directory(target)?;
+        put_in_place(partial, target)?;
         Ok((chain.size, data))
     });
-    if written.is_err() {
-        let _ = fs::remove_file(partial);
-    }
+    // Under the other name it is the target, unless something failed.
+    let _ = fs::remove_file(partial);
     written
+}
+
+/// Gives a file that was flushed its name, unless something has that name by now, and flushes the name;
+/// as `sempervirt.disk.target` does. `partial` may be there afterwards.
+fn put_in_place(partial: &Path, target: &Path) -> io::Result<()> {
+    match fs::hard_link(partial, target) {
+        Ok(()) => {}
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => return Err(error),
+        // A file system without hard links.
+        Err(_) if fs::symlink_metadata(target).is_ok() => {
+            return Err(io::ErrorKind::AlreadyExists.into());
+        }
+        Err(_) => fs::rename(partial, target)?,
+    }
+    flush_directory(target)
 }
 
 /// Copies what is not zeros; returns the bytes.

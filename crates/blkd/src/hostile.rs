@@ -11,6 +11,7 @@ use std::time::Duration;
 use semper_block::{Engine, Image, NullEngine, Op, OpenOptions};
 use semper_inflight::{NoHook, TrackedQueue};
 use semper_ring::ChainError;
+use semper_title::Title;
 
 use crate::block_map::{DiskMap, Keeping};
 use crate::control::Control;
@@ -23,7 +24,6 @@ use crate::snapshots::Snapshots;
 use crate::state::Shared;
 use crate::tenure::{Standing, Tenure};
 use crate::threads::{Spawn, ThreadMap, Threads};
-use crate::title::Title;
 use crate::worker::Worker;
 
 /// A disk for as many attacks as you like.

@@ -74,6 +74,13 @@ pub(crate) struct Pins {
     pub pins: Vec<Pin>,
 }
 
+/// `undo`.
+#[derive(Debug, Serialize)]
+pub(crate) struct Undone {
+    /// As if it had never been. If not, the layer stays until it is merged.
+    pub taken_back: bool,
+}
+
 /// `quiesce`.
 #[derive(Debug, Serialize)]
 pub(crate) struct Quiesced {
@@ -130,6 +137,7 @@ mod tests {
         told("blkd-layers-failed", Layers { last_error: Some(String::new()), ..layers() });
         told("blkd-merge", Merging { merging: vec![1, 2] });
         told("blkd-pin", Pins { pins: pins() });
+        told("blkd-undo", Undone { taken_back: true });
         told("blkd-quiesce", Quiesced { quiesced: true, for_ms: 2000 });
         told("blkd-resume", Resumed { held: true });
     }

@@ -9,7 +9,7 @@
 //! ```
 //!
 //! Exit status: see `semper_program`; 3 means that the image is another's (locked, or given away: see
-//! `tenure` and `title`), 4 that the image or its epoch record cannot be used.
+//! `tenure` and `semper_title`), 4 that the image or its epoch record cannot be used.
 //!
 //! The program is [`main`]; a library only so that fuzzers and tests reach its parsers.
 
@@ -35,6 +35,7 @@ pub mod hostile;
 mod inflight_map;
 mod layer_answers;
 mod memory_reaper;
+mod merge;
 mod message;
 mod overlap;
 mod peers;
@@ -44,12 +45,12 @@ mod queue;
 mod request;
 mod resize;
 mod serve;
+mod service;
 mod session;
 mod snapshots;
 mod state;
 mod tenure;
 mod threads;
-mod title;
 mod urgency;
 mod walls;
 mod worker;
@@ -80,6 +81,9 @@ pub fn main() -> ExitCode {
     PROGRAM.log_to_stderr();
     if let Some(target) = &args.export {
         return PROGRAM.end(export::run(&args, target));
+    }
+    if let Some(how) = args.merge {
+        return PROGRAM.end(merge::run(&args, how));
     }
     let shared = Shared::new(args.num_queues);
     mark(&shared.timeline.process_start);

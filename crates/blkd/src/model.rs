@@ -23,13 +23,13 @@ use semper_ring::SplitQueue;
 use semper_testbed::{
     Choices, Format, Guest, KernelIo, Request, Setup, Snapshot, Violation, Wakeup, World,
 };
+use semper_title::Title;
 
 use super::{Engine, EventFd, Mailbox, Order, Thread};
 use crate::queue::{Disk, QueueSetup};
 use crate::request::ID_SIZE;
 use crate::state::Shared;
 use crate::tenure::{Standing, Tenure};
-use crate::title::Title;
 
 /// Blocks 0 and 1 are in different 4 KiB granules, so that a request can lie in both.
 const FORMAT: Format = Format { block_bytes: 512, sectors: [7, 8, 9, 10] };
@@ -361,7 +361,8 @@ impl Explorer {
     /// GET_VRING_BASE: when it is answered, nothing is in flight, and all is shown to the guest.
     fn stop_queue<E: Engine>(&self, thread: &mut Thread<E>) {
         let (reply, answer) = mpsc::channel();
-        thread.carry_out(Order::Stop { index: 0, reply }).unwrap();
+        let request = Arc::new(Mutex::new(Some(reply)));
+        thread.carry_out(Order::Stop { index: 0, request }).unwrap();
         let base = (0..MANY_TURNS).find_map(|_| {
             // The thread may find nothing else to do, once it has answered.
             let _ = thread.turn();

@@ -15,10 +15,11 @@
 
 use std::fmt;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
+
+use semper_spare::socket::credentials;
 
 /// From QEMU's start until the agent has noted it; also the agent's end falls into that time.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -106,27 +107,6 @@ impl Peers {
             std::thread::sleep(AGAIN);
         }
     }
-}
-
-/// Who called connect(2): process, user and group. The pid is 0 for a process of another namespace,
-/// for which the type of the crate `rustix` has no value.
-///
-/// # Errors
-/// The system's: this is no connected unix socket.
-pub(crate) fn credentials(connection: impl AsFd) -> io::Result<libc::ucred> {
-    let mut peer = libc::ucred { pid: 0, uid: 0, gid: 0 };
-    let mut len = size_of::<libc::ucred>() as libc::socklen_t;
-    // SAFETY: the kernel writes at most `len` bytes, the size of `peer`.
-    let status = unsafe {
-        libc::getsockopt(
-            connection.as_fd().as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_PEERCRED,
-            (&raw mut peer).cast(),
-            &mut len,
-        )
-    };
-    if status == 0 { Ok(peer) } else { Err(io::Error::last_os_error()) }
 }
 
 /// The process that called connect(2).

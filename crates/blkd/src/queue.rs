@@ -7,9 +7,9 @@
 //! ```
 
 use std::collections::VecDeque;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use semper_block::{Absorbed, Engine, Image, Op, Submission};
@@ -26,7 +26,7 @@ use crate::request::{
     ID_SIZE, Parsed, Rules, STATUS_IOERR, STATUS_OK, STATUS_UNSUPPORTED, Slot, parse,
 };
 use crate::snapshots::Snapshots;
-use crate::state::{LastError, QueueCounters, Shared, add, mark, seconds_of_now};
+use crate::state::{LastError, QueueCounters, Shared, add, mark, now_ns, seconds_of_now};
 use crate::tenure::Tenure;
 
 /// Requests taken from one queue before the others get their turn.
@@ -64,6 +64,10 @@ pub(crate) struct QueueSetup {
     pub region: Option<Arc<dyn Send + Sync>>,
 }
 
+/// Who waits for a queue to stop, until the queue has, or the wait was given up: who takes the sender
+/// out decides which.
+pub(crate) type StopRequest = Arc<Mutex<Option<Sender<u16>>>>;
+
 /// A queue that its thread serves.
 pub(crate) struct Queue {
     pub index: u16,
@@ -82,12 +86,16 @@ pub(crate) struct Queue {
     /// Wakes the driver while more requests are being worked at.
     eager: bool,
     broken: bool,
-    stopping: Option<Sender<u16>>,
+    stopping: Option<StopRequest>,
     disk: Arc<Disk>,
     recorder: Option<Recorder>,
     log: Option<DirtyLog>,
     /// What a request is about to write; for the log.
     writes: Vec<libc::iovec>,
+    /// When the turn began in which requests are being taken; the clock is read once for all.
+    turn_ns: u64,
+    /// When those were taken that are given back and not shown yet.
+    given_back_ns: Vec<u64>,
     _region: Option<Arc<dyn Send + Sync>>,
 }
 
@@ -124,6 +132,8 @@ impl Queue {
             recorder: disk.map.as_ref().and_then(|map| map.recorder(setup.index)),
             log: setup.log,
             writes: Vec::new(),
+            turn_ns: 0,
+            given_back_ns: Vec::with_capacity(TURN),
             disk,
             _region: setup.region,
         }
@@ -151,24 +161,30 @@ impl Queue {
         }
     }
 
-    /// Asks the queue to finish what it has; `reply` gets the next available index.
-    pub(crate) fn stop(&mut self, reply: Sender<u16>) {
-        self.stopping = Some(reply);
+    /// Asks the queue to finish what it has; the sender gets the next available index.
+    pub(crate) fn stop(&mut self, request: StopRequest) {
+        self.stopping = Some(request);
+    }
+
+    /// Goes on if nobody waits any more for the queue to stop.
+    pub(crate) fn go_on(&mut self) {
+        let waits = |request: &StopRequest| {
+            request.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+        };
+        self.stopping = self.stopping.take().filter(waits);
     }
 
     /// Answers a stop once nothing is left; true when the queue is to be forgotten.
     pub(crate) fn try_finish(&mut self) -> bool {
         let idle = self.outstanding == 0 && self.replay.is_empty() && self.held.is_none();
-        if !idle || self.stopping.is_none() {
-            return false;
-        }
+        let Some(request) = self.stopping.take_if(|_| idle) else { return false };
+        let waiting = request.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some(reply) = waiting else { return false };
         self.publish();
         self.counters().watch(None);
         self.counters().running.store(false, Ordering::Relaxed);
-        if let Some(reply) = self.stopping.take() {
-            // The device that asked may be gone with its connection.
-            let _ = reply.send(self.tracked.ring().last_avail());
-        }
+        // The device that asked may be gone with its connection.
+        let _ = reply.send(self.tracked.ring().last_avail());
         true
     }
 
@@ -201,6 +217,7 @@ impl Queue {
         eager: bool,
     ) -> bool {
         self.eager = eager;
+        self.turn_ns = 0;
         let mut busy = false;
         if let Some(head) = self.held.take() {
             self.contends = false;
@@ -258,6 +275,10 @@ impl Queue {
 
     /// Parses the request at `head` and starts it; false if it has to wait for another.
     fn start<E: Engine>(&mut self, head: u16, engine: &mut E, overlaps: &mut Overlaps) -> bool {
+        if self.turn_ns == 0 {
+            self.turn_ns = now_ns();
+        }
+        self.slots[usize::from(head)].taken_ns = self.turn_ns;
         let rules = Rules {
             image: &self.disk.image,
             serial: &self.disk.serial,
@@ -411,6 +432,7 @@ impl Queue {
     }
 
     fn give_back(&mut self, head: u16, written: u32) {
+        self.given_back_ns.push(self.slots[usize::from(head)].taken_ns);
         self.tracked.complete(head, written);
         self.outstanding -= 1;
         if self.tracked.staged() >= BATCH {
@@ -425,6 +447,13 @@ impl Queue {
     fn show(&mut self) {
         add(&self.counters().completed, self.tracked.staged() as u64);
         self.tracked.publish();
+        let now = now_ns();
+        for taken in self.given_back_ns.drain(..) {
+            self.disk.shared.queues[usize::from(self.index)]
+                .latency
+                .0
+                .record_alone(now.saturating_sub(taken));
+        }
         self.log_used();
         mark(&self.disk.shared.timeline.first_completion);
         if self.replaying {

@@ -55,6 +55,8 @@ pub(crate) struct Slot {
     pub len: u64,
     /// What the page/block map remembers of it.
     pub note: Note,
+    /// When it was taken, in ns of CLOCK_MONOTONIC.
+    pub taken_ns: u64,
     readable: Vec<libc::iovec>,
 }
 
@@ -69,6 +71,7 @@ impl Default for Slot {
             offset: 0,
             len: 0,
             note: Note::default(),
+            taken_ns: 0,
             readable: Vec::new(),
         }
     }

@@ -11,8 +11,8 @@ pub(crate) enum NotResized {
     #[error("the disk is read-only; what its guest may not write it need not resize")]
     ReadOnly,
     #[error(
-        "the disk has layers, whose size is that of the disk when they were opened; it cannot be resized \
-         while it has some"
+        "the disk has snapshots: its layers are as large as the disk was when they were opened, so it \
+         keeps its size; stop the VM, merge them all (semper disk merge), and resize it then"
     )]
     Layered,
     #[error("this process does not have the image now; ask the one that serves the disk")]

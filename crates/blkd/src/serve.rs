@@ -14,7 +14,10 @@ use semper_block::{
 #[cfg(target_arch = "x86_64")]
 use semper_block::{MappedEngine, Mapping};
 use semper_control::bind;
+use semper_epoch::Claim;
+#[cfg(not(feature = "undecorated"))]
 use semper_layers::engine::LayeredEngine;
+use semper_title::Title;
 use vhost::vhost_user::Error as VhostError;
 
 use crate::args::{Args, EngineKind};
@@ -30,6 +33,7 @@ use crate::peers::Peers;
 use crate::postcopy::{PageFaults, Stage};
 use crate::queue::Disk;
 use crate::request::ID_SIZE;
+use crate::service::{self, Manager};
 use crate::session::follower::Follower;
 use crate::session::mirror::Mirror;
 use crate::session::{Line, Session};
@@ -37,7 +41,6 @@ use crate::snapshots::Snapshots;
 use crate::state::{Phase, Shared, mark};
 use crate::tenure::{Patience, Standing, Tenure};
 use crate::threads::{Spawn, ThreadMap, Threads};
-use crate::title::Title;
 use crate::urgency::{self, Urgency};
 use crate::walls;
 use crate::worker::Worker;
@@ -70,7 +73,7 @@ pub(crate) fn run(args: Args, shared: Shared) -> Result<(), Failure> {
         _ => Standing::Opened,
     };
     let snapshots = Arc::new(Snapshots::new(&image, &shared, &args));
-    let (title, layers) = (Title::new(&args), Arc::clone(&snapshots));
+    let (title, layers) = (title_of(&args), Arc::clone(&snapshots));
     let tenure = Tenure::new(Arc::clone(&image), Arc::clone(&shared), title, layers, standing);
     match standing {
         Standing::Waiting => shared.set_phase(Phase::Spare),
@@ -92,6 +95,7 @@ pub(crate) fn run(args: Args, shared: Shared) -> Result<(), Failure> {
         prepared: prepared.filter(|_| args.incoming),
     };
     let rings = rings(&args, &image)?;
+    let manager = Manager::connect();
     // Before the walls, which leave no right to it.
     let mut urgency = if args.spare { Urgency::raise() } else { Urgency::default() };
     // No thread before: each would be without walls. No file, socket or ring by itself behind.
@@ -133,6 +137,7 @@ pub(crate) fn run(args: Args, shared: Shared) -> Result<(), Failure> {
         if !session.is_on() {
             mark(&disk.shared.timeline.spare_ready);
         }
+        manager.ready("waits for the image's lock");
         disk.tenure.take(Patience::Unlimited, disk.map.as_deref())?;
         disk.shared.set_phase(Phase::Listening);
     }
@@ -149,6 +154,7 @@ pub(crate) fn run(args: Args, shared: Shared) -> Result<(), Failure> {
         args.num_queues
     );
     let door = Door::new(listener);
+    manager.ready("serves");
     session.listen(&mirror);
     if let Some(line) = line {
         door.shut();
@@ -162,6 +168,13 @@ fn session(args: &Args, shared: &Arc<Shared>) -> io::Result<Session> {
     let Some(socket) = args.session_socket.clone() else { return Ok(Session::default()) };
     let follower = args.spare.then(|| Follower::start(socket.clone(), shared)).transpose()?;
     Ok(Session::new(socket, follower))
+}
+
+/// By what right this process writes the image.
+pub(crate) fn title_of(args: &Args) -> Title {
+    let record = args.epoch_file.clone().zip(args.holder.clone());
+    let claim = args.epoch.zip(args.claim).map(|(epoch, id)| Claim { epoch, id });
+    Title::new(record, claim)
 }
 
 fn serial_number(text: &str) -> Result<[u8; ID_SIZE], Failure> {
@@ -180,9 +193,14 @@ fn listen(args: &Args) -> Result<UnixListener, Failure> {
     match (args.fd, &args.socket_path) {
         (Some(fd), _) => inherited(fd),
         (None, Some(path)) => bind(path).map_err(Failure::Listen),
-        (None, None) => Err(Failure::Usage(
-            "no socket was given; name one with --socket-path=PATH or --fd=N".to_owned(),
-        )),
+        (None, None) => match service::socket().map_err(Failure::Usage)? {
+            Some(fd) => inherited(fd),
+            None => Err(Failure::Usage(
+                "no socket was given; name one with --socket-path=PATH or --fd=N, or have a service \
+                 manager pass one (LISTEN_FDS)"
+                    .to_owned(),
+            )),
+        },
     }
 }
 
@@ -350,10 +368,12 @@ fn spawn_with<E: FileEngine + 'static>(
     let (disk, faults) = (Arc::clone(disk), faults.clone());
     Box::new(move |name| {
         let (make, faults) = (make.clone(), faults.clone());
-        let current = Arc::clone(&disk.snapshots.current);
-        Worker::spawn(name, Arc::clone(&disk), move || {
-            Ok(faults.around(LayeredEngine::new(make()?, current)))
-        })
+        #[cfg(not(feature = "undecorated"))]
+        let make = {
+            let current = Arc::clone(&disk.snapshots.current);
+            move || Ok::<_, io::Error>(LayeredEngine::new(make()?, current))
+        };
+        Worker::spawn(name, Arc::clone(&disk), move || Ok(faults.around(make()?)))
     })
 }
 

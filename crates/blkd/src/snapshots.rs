@@ -23,18 +23,21 @@ use semper_layers::record::{CHAIN_MAX, Layer, LayerId, NOBODY, Pin, Record, Refu
 
 use crate::args::{Args, EngineKind};
 use crate::crash;
-use crate::device::Device;
+use crate::device::{Device, Unrest};
 use crate::layer_answers as answers;
 use crate::state::Shared;
 
 /// Bytes that a merge copies in a second, unless it is told otherwise.
 const RATE: u64 = 64 << 20;
-/// How long all queues may stand still for the snapshots of several disks.
+/// How long all queues may stand still for the snapshots of several disks, and how long one snapshot may
+/// wait for the requests in flight.
 pub(crate) const LONGEST_QUIET: Duration = Duration::from_secs(2);
 /// How often to look whether a reader elsewhere has ended that a merge waits for.
 const LOOK_FOR_READERS: Duration = Duration::from_secs(5);
 /// How much longer than a copy took the next one waits while the guest has requests.
 const COURTESY: u32 = 4;
+/// When to look again for a block that the guest is writing to.
+const SOON: Duration = Duration::from_micros(100);
 
 /// Why a command is not carried out.
 #[derive(Debug, thiserror::Error)]
@@ -43,6 +46,11 @@ pub(crate) enum NotDone {
     Invalid(String),
     #[error("{0}")]
     Busy(String),
+    #[error(
+        "{0}: the storage of the image is slow, or does not answer; nothing has changed, and requests go \
+         on; see to the storage, and try again"
+    )]
+    Slow(#[from] Unrest),
     #[error(transparent)]
     Layers(#[from] LayersError),
 }
@@ -59,6 +67,7 @@ impl NotDone {
         match self {
             Self::Invalid(_) => "invalid",
             Self::Busy(_) => "busy",
+            Self::Slow(_) => "slow",
             Self::Layers(LayersError::Refused(refused)) => match refused {
                 Refused::Full(_) | Refused::Kept(_) | Refused::Pins(_) => "full",
                 Refused::Pinned { .. } => "pinned",
@@ -139,7 +148,9 @@ impl Snapshots {
             let copies = args.engine == EngineKind::Auto && (!args.direct || image.on_tmpfs());
             new.mapped = copies || args.engine == EngineKind::Mmap;
         }
-        new.memory.clone_from(&args.layer_map);
+        if !cfg!(feature = "undecorated") {
+            new.memory.clone_from(&args.layer_map);
+        }
         new.epoch.clone_from(&args.epoch_file);
         new.only = args.snapshot.zip(args.reader.clone());
         new
@@ -223,6 +234,9 @@ impl Snapshots {
             }
         }
         let layered = self.current.get().is_some();
+        if layered {
+            self.know_layers()?;
+        }
         self.image.set_layered(layered);
         if layered {
             log::info!("the image has layers count={}", keeper.record().chain().len());
@@ -233,7 +247,18 @@ impl Snapshots {
         Ok(())
     }
 
+    /// A build whose engines serve the image alone does not serve one that has layers.
+    fn know_layers(&self) -> Result<(), LayersError> {
+        if !cfg!(feature = "undecorated") {
+            return Ok(());
+        }
+        let source = std::io::Error::other("this build, for measurements, knows none");
+        let name = self.image.path().display().to_string();
+        Err(LayersError::Io { what: "serve the layers of", name, source })
+    }
+
     fn take_snapshot(&self, snapshot: LayerId, reader: &Holder) -> Result<(), LayersError> {
+        self.know_layers()?;
         let files = self.files()?;
         // Before anything is read of it.
         set_pin(&*files, Pin { snapshot, reader: reader.clone() }, true)?;
@@ -328,7 +353,7 @@ impl Snapshots {
     }
 
     /// Takes a snapshot; gives its number and how long requests stood still. It is there when it is
-    /// sealed, which [`Snapshots::wait_sealed`] waits for.
+    /// sealed, which [`Snapshots::wait_sealed`] waits for. `patience`: for the requests in flight.
     ///
     /// # Errors
     /// [`NotDone`]: there is none, and requests go where they went before.
@@ -336,6 +361,7 @@ impl Snapshots {
         &self,
         device: &Mutex<Device>,
         frozen: bool,
+        patience: Duration,
     ) -> Result<(LayerId, Duration), NotDone> {
         if self.memory.is_none() {
             return Err(NotDone::Invalid(
@@ -359,10 +385,15 @@ impl Snapshots {
         })?;
         let mut device = locked(device);
         let began = Instant::now();
-        let switched = device.at_rest(|| self.switch(id));
+        let switched = device.at_rest_by(began + patience, || self.switch(id));
         let pause = began.elapsed();
         drop(device);
-        switched?;
+        let switched = switched.map_err(NotDone::from).and_then(|switched| switched);
+        if let Err(not) = switched {
+            log::warn!("no snapshot id={id} error=\"{not}\"");
+            // If that fails too, the layer is left as by a death: the next process serves it.
+            return Err(self.with(|keeper| Ok(keeper.take_back(id)?)).err().unwrap_or(not));
+        }
         log::info!("a snapshot was opened id={id} pause_us={}", pause.as_micros());
         Ok((id, pause))
     }
@@ -378,6 +409,35 @@ impl Snapshots {
             }
             _ => Err(NotDone::Busy("the image was given away meanwhile".to_owned())),
         })
+    }
+
+    /// Gives a snapshot up that was just taken. True: it is as if it had never been. False: the layer
+    /// has blocks already, and stays until it is merged; nobody wants its snapshot.
+    ///
+    /// # Errors
+    /// [`NotDone`].
+    pub(crate) fn undo(&self, device: &Mutex<Device>, id: LayerId) -> Result<bool, NotDone> {
+        let mut device = locked(device);
+        let end = Instant::now() + LONGEST_QUIET;
+        let taken_back = device.at_rest_by(end, || {
+            self.with(|keeper| {
+                let taken_back = keeper.take_back(id);
+                self.image.set_layered(self.current.get().is_some());
+                Ok(taken_back?)
+            })
+        });
+        drop(device);
+        let failed = match taken_back {
+            Ok(Ok(true)) => {
+                self.announce(|_| {});
+                return Ok(true);
+            }
+            Ok(Ok(false)) | Err(_) => None,
+            Ok(Err(error)) => Some(error),
+        };
+        self.with(|keeper| Ok(keeper.give_up(id)?)).map_err(|error| failed.unwrap_or(error))?;
+        self.announce(|_| {});
+        Ok(false)
     }
 
     /// Waits until a snapshot that was opened can be read, or cannot be had.
@@ -416,17 +476,8 @@ impl Snapshots {
         self.rate.store(rate.unwrap_or(RATE).max(BLOCK), Ordering::Relaxed);
         let merging = self.with(|keeper| {
             keeper.refresh()?;
-            let wanted = |layer: &&Layer| {
-                through.is_some_and(|through| layer.id <= through) && layer.state == State::Sealed
-            };
-            let unwanted: Vec<_> =
-                keeper.record().chain().iter().filter(wanted).map(|layer| layer.id).collect();
-            let pinned = keeper.record().pins.iter().find(|pin| unwanted.contains(&pin.snapshot));
-            if let Some(Pin { snapshot, reader }) = pinned.cloned() {
-                return Err(Refused::Pinned { layer: snapshot, snapshot, reader }.into());
-            }
-            if !unwanted.is_empty() {
-                keeper.change(|record| unwanted.iter().try_for_each(|id| record.lapse(*id)))?;
+            if let Some(through) = through {
+                keeper.give_up_through(through)?;
             }
             let chain = keeper.record().chain();
             let below = &chain[..chain.len().saturating_sub(1)];
@@ -490,10 +541,10 @@ impl Snapshots {
             writes: chain.last().is_some_and(|top| top.id == layer.id),
         };
         let task = view.doing.map(|(aim, act, id, at)| answers::LayerTask {
-            kind: if aim == Aim::Merge { "merge" } else { "snapshot" },
+            kind: if copies(aim) { "merge" } else { "snapshot" },
             layer: id,
             step: act.name(),
-            done_bytes: if act == Act::Copy { at * BLOCK } else { 0 },
+            done_bytes: if matches!(act, Act::Copy | Act::CopyUp) { at * BLOCK } else { 0 },
             total_bytes: self.image.capacity(),
         });
         answers::Layers {
@@ -562,32 +613,46 @@ impl Snapshots {
     /// A step of what goes on, or of what is left to do; the bytes that were copied. `None`: there is
     /// nothing to do for this thread.
     fn work_a_step(&self) -> Option<u64> {
-        let mut keeper = locked(&self.keeper);
-        let keeper = keeper.as_mut()?;
+        let mut guard = locked(&self.keeper);
+        let keeper = guard.as_mut()?;
         if keeper.doing().is_none() {
             // What has failed waits for the next command.
             let waits = locked(&self.view).last_error.is_some();
             let aim = keeper.left_over().filter(|_| !waits)?;
             keeper.begin(aim, self.image.capacity(), false).ok()?;
         }
-        let (aim, act, _, before) = keeper.doing()?;
+        let (aim, act, _, at) = keeper.doing()?;
+        let before = keeper.copied();
         if act == Act::Switch {
             // The command that has begun it makes the switch.
             return None;
         }
         let done = keeper.step();
         crash::after(act.name());
-        let at = keeper.doing().map_or(before, |(.., at)| at);
         if let Err(error) = &done {
-            let what = if aim == Aim::Merge { "a merge" } else { "a snapshot" };
+            let what = if copies(aim) { "a merge" } else { "a snapshot" };
             log::error!("{what} has failed act={} error=\"{error}\"", act.name());
             self.announce(|view| view.last_error = Some(error.to_string()));
         }
         if matches!(done, Ok(Progress::Over)) {
             log::info!("{aim:?} done layers={}", keeper.record().chain().len());
         }
-        self.note(keeper);
-        Some(if act == Act::Copy { at.saturating_sub(before) * BLOCK } else { 0 })
+        let mut held_up = false;
+        match keeper.doing() {
+            // To count what layers hold takes as long as many such steps.
+            Some(doing) if doing.1 == act && done.is_ok() => {
+                held_up = doing.3 == at && act == Act::CopyUp;
+                locked(&self.view).doing = Some(doing);
+            }
+            _ => self.note(keeper),
+        }
+        let copied = keeper.copied().saturating_sub(before) * BLOCK;
+        drop(guard);
+        if held_up {
+            // The guest writes to the block; it will be the guest's. Commands go on meanwhile.
+            thread::sleep(SOON);
+        }
+        Some(copied)
     }
 
     /// Leaves the storage to the guest.
@@ -600,6 +665,14 @@ impl Snapshots {
         let busy = self.shared.queues.iter().any(in_flight);
         let pause = if busy { took * COURTESY } else { Duration::ZERO };
         thread::sleep(pause.max(due.saturating_sub(took)).min(Duration::from_secs(1)));
+    }
+}
+
+/// Whether it makes a chain shorter.
+fn copies(aim: Aim) -> bool {
+    match aim {
+        Aim::Merge | Aim::Fold | Aim::Lift => true,
+        Aim::Snapshot | Aim::Extend | Aim::Seal => false,
     }
 }
 

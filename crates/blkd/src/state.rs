@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use semper_histogram::Histogram;
 use semper_ring::AvailWatch;
 use serde::Serialize;
 
@@ -74,6 +75,19 @@ impl Phase {
     }
 }
 
+/// Parts of each power of two in the histogram of a queue, as bits: 1.2 KiB for each queue.
+const LATENCY_BITS: u32 = 2;
+
+/// How long requests took.
+#[derive(Debug)]
+pub(crate) struct Latency(pub Histogram);
+
+impl Default for Latency {
+    fn default() -> Self {
+        Self(Histogram::new(LATENCY_BITS))
+    }
+}
+
 /// One queue's counters.
 #[derive(Debug, Default)]
 pub(crate) struct QueueCounters {
@@ -100,6 +114,8 @@ pub(crate) struct QueueCounters {
     /// Requests that were found by looking, before the thread slept.
     pub polls: AtomicU64,
     pub calls: AtomicU64,
+    /// From the turn in which a request was taken until it was shown to the driver, in ns.
+    pub latency: Latency,
 }
 
 impl QueueCounters {

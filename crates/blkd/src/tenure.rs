@@ -33,6 +33,7 @@ use std::time::Duration;
 
 use semper_block::{Image, ImageError, LockError, Name};
 use semper_epoch::Claim;
+use semper_title::Title;
 
 use crate::answers;
 use crate::block_map::DiskMap;
@@ -41,7 +42,6 @@ use crate::failure::Failure;
 use crate::flushes::Flushes;
 use crate::snapshots::Snapshots;
 use crate::state::{Shared, mark};
-use crate::title::Title;
 
 /// How this process stands to its image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

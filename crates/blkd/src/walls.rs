@@ -57,7 +57,7 @@ pub(crate) fn raise(args: &Args, image: &Image) -> Standing {
 
 /// The layers of the image, which snapshots make and merges remove, and their maps.
 fn layers(args: &Args, image: &Image) -> Vec<(PathBuf, Access)> {
-    let makes = args.layer_map.is_some() && !image.read_only();
+    let makes = (args.layer_map.is_some() || args.merge.is_some()) && !image.read_only();
     let is_file = image.file().metadata().is_ok_and(|metadata| metadata.is_file());
     if makes && is_file && image.path().exists() {
         if let Err(error) = make_folder(image.path()) {

@@ -17,9 +17,9 @@ use crate::dirty_log::DirtyLog;
 use crate::eventfd::EventFd;
 use crate::overlap::Overlaps;
 use crate::poll::{PREEMPTED, Poller};
-use crate::queue::{Disk, Queue, QueueSetup};
+use crate::queue::{Disk, Queue, QueueSetup, StopRequest};
 use crate::state::{add, mark, now_ns};
-use crate::urgency::Urgency;
+use crate::urgency::{Turns, Urgency};
 
 /// How long to look for requests after a sleep for the medium, in ns: long enough for a driver that
 /// looks as well. One that has to be woken is better left to sleep: where each request brings a sleep
@@ -36,7 +36,9 @@ pub(crate) enum Order {
     Start(Box<QueueSetup>),
     /// Finish what the queue has in flight, show it to the driver, forget the queue, and reply
     /// with its next available index.
-    Stop { index: u16, reply: Sender<u16> },
+    Stop { index: u16, request: StopRequest },
+    /// Serve the queue on, if nobody waits any more for its stop.
+    GoOn { index: u16 },
     /// The driver is to be woken by this from now on.
     Call { index: u16, call: Option<EventFd> },
     /// Pages that the device writes are to be logged like this from now on.
@@ -118,6 +120,7 @@ struct Thread<E> {
     unflushed: bool,
     /// In a spare, until its guest has been served once.
     urgency: Urgency,
+    turns: Turns,
 }
 
 impl<E: Engine> Thread<E> {
@@ -136,6 +139,7 @@ impl<E: Engine> Thread<E> {
             ended: false,
             unflushed: false,
             urgency: Urgency::inherited(),
+            turns: Turns::short(),
         }
     }
 
@@ -181,6 +185,9 @@ impl<E: Engine> Thread<E> {
         let work = self.queues.iter_mut().fold(false, |work, queue| work | queue.prepare_sleep());
         if work || self.mailbox.pending.load(Ordering::Acquire) {
             return Ok(());
+        }
+        if !self.urgency.is_raised() && !self.queues.is_empty() {
+            self.turns.suit(self.contention.is_present(now_ns()));
         }
         self.waited = self.engine.in_flight() > 0;
         self.engine.wait()?;
@@ -282,10 +289,16 @@ impl<E: Engine> Thread<E> {
                 mark(&self.disk.shared.timeline.started);
                 self.queues.push(queue);
             }
-            Order::Stop { index, reply } => {
-                // An unknown queue drops the sender, which tells the device that it never ran.
+            Order::Stop { index, request } => {
+                match self.queues.iter_mut().find(|q| q.index == index) {
+                    Some(queue) => queue.stop(request),
+                    // This tells the device that the queue never ran.
+                    None => drop(request.lock().unwrap_or_else(PoisonError::into_inner).take()),
+                }
+            }
+            Order::GoOn { index } => {
                 if let Some(queue) = self.queues.iter_mut().find(|q| q.index == index) {
-                    queue.stop(reply);
+                    queue.go_on();
                 }
             }
             Order::Call { index, call } => {

@@ -8,11 +8,13 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{Shutdown, shutdown};
+use semper_spare::outbox::Outbox;
+use semper_spare::socket::connect;
 
-use super::mirror::{Known, connect};
-use super::outbox::Outbox;
+use super::mirror::Known;
 use super::packet::{Kind, Packet};
 use super::progress::{Page, Progress};
+use crate::message::Files;
 use crate::state::{Shared, mark};
 
 /// Between two attempts to reach the process that serves: first, and at most.
@@ -77,7 +79,8 @@ impl State {
             Kind::Begin => {
                 let mut files = packet.parts.pop().unwrap_or_default().files.into_iter();
                 self.page = files.next().and_then(|file| Page::map(file).ok());
-                self.outbox = Outbox::of(files.collect());
+                let ends: Option<[_; 2]> = files.collect::<Files>().try_into().ok();
+                self.outbox = ends.map(|[out, into]| Outbox::of(out, into));
                 self.complete = false;
             }
             Kind::Complete => self.complete = true,

@@ -8,14 +8,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, poll};
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use semper_spare::outbox::Outbox;
+use semper_spare::socket;
 
-use super::outbox::Outbox;
 use super::packet::{Kind, Packet, pack};
 use super::progress::{Page, Phase};
 use super::transcript::Transcript;
 use crate::message::Message;
-use crate::peers::credentials;
 
 /// How long to leave alone a socket that cannot be accepted from.
 const PAUSE: Duration = Duration::from_millis(100);
@@ -71,7 +70,7 @@ impl Known {
     /// whether its answer has gone.
     fn packets(&self, page: &Page, outbox: &Outbox) -> Vec<Packet> {
         let sequence = self.sequence;
-        let files = std::iter::once(page.file()).chain(outbox.files()).collect();
+        let files = std::iter::once(page.file()).chain(outbox.ends().map(Arc::clone)).collect();
         let mut packets = vec![Packet::with_files(Kind::Begin, sequence, files)];
         if let Some(connection) = &self.connection {
             let files = vec![Arc::clone(connection)];
@@ -200,17 +199,13 @@ impl Mirror {
     /// # Errors
     /// The system's; the disk can be served, and a spare will take over by a new connection.
     pub(crate) fn listen(self: &Arc<Self>, path: &Path) -> io::Result<()> {
-        let listener = bind(path)?;
-        semper_control::remember(path)?;
+        let listener = socket::listen(path, 4)?;
         let mirror = Arc::clone(self);
         let serve = move || {
             loop {
-                let link = rustix::net::accept_with(&listener, SocketFlags::CLOEXEC);
+                let link = socket::accept(&listener);
                 mirror.prune();
-                let admitted = link
-                    .map_err(io::Error::from)
-                    .and_then(|link| check_peer(&link).map(|()| link))
-                    .and_then(|link| mirror.admit(link));
+                let admitted = link.and_then(|link| mirror.admit(link));
                 match admitted {
                     Ok(()) => log::info!("a spare follows"),
                     Err(error) => {
@@ -222,49 +217,4 @@ impl Mirror {
         };
         std::thread::Builder::new().name("session".into()).spawn(serve).map(drop)
     }
-}
-
-/// Whoever follows has the guest's memory: it must be of our own user.
-fn check_peer(link: &OwnedFd) -> io::Result<()> {
-    let peer = credentials(link)?;
-    // SAFETY: the call takes nothing and cannot fail.
-    let own = unsafe { libc::geteuid() };
-    if peer.uid == own {
-        return Ok(());
-    }
-    Err(io::Error::new(io::ErrorKind::PermissionDenied, format!("user {}", peer.uid)))
-}
-
-/// This process has the image, so a socket that is there belongs to one that has ended.
-fn bind(path: &Path) -> io::Result<OwnedFd> {
-    use std::os::unix::fs::FileTypeExt;
-    match std::fs::symlink_metadata(path) {
-        Ok(found) if !found.file_type().is_socket() => {
-            let what = format!("{} is there, and no socket", path.display());
-            return Err(io::Error::new(io::ErrorKind::AlreadyExists, what));
-        }
-        Ok(_) => std::fs::remove_file(path)?,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-        Err(error) => return Err(error),
-    }
-    let listener = socket()?;
-    rustix::net::bind(&listener, &SocketAddrUnix::new(path)?)?;
-    rustix::net::listen(&listener, 4)?;
-    Ok(listener)
-}
-
-/// Packets keep their bounds and their files together.
-fn socket() -> io::Result<OwnedFd> {
-    let kind = SocketType::SEQPACKET;
-    Ok(rustix::net::socket_with(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None)?)
-}
-
-/// Becomes a spare that follows the process at `path`.
-///
-/// # Errors
-/// The system's; `ConnectionRefused` and `NotFound` while nobody serves.
-pub(crate) fn connect(path: &Path) -> io::Result<OwnedFd> {
-    let link = socket()?;
-    rustix::net::connect(&link, &SocketAddrUnix::new(path)?)?;
-    Ok(link)
 }

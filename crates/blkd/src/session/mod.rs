@@ -18,7 +18,6 @@ pub(crate) mod follower;
 pub(crate) mod mirror;
 #[cfg(test)]
 mod model;
-pub(crate) mod outbox;
 pub(crate) mod packet;
 pub(crate) mod progress;
 pub(crate) mod relay;
@@ -44,11 +43,18 @@ use crate::postcopy;
 use crate::state::{self, Shared, mark};
 use follower::{Follower, Inheritance};
 use mirror::{Exchange, Mirror};
-use outbox::Outbox;
 use progress::Phase;
 use relay::{Steps, give_answer, serve_one};
 use resume::{Verdict, Waiting, judge};
 use transcript::Transcript;
+
+/// What a pipe takes as a whole or not at all (PIPE_BUF).
+const BY_OUTBOX: usize = 4096;
+
+/// Whether an answer can go by way of the outbox; files do not.
+fn goes_by_outbox(answer: &Message) -> bool {
+    answer.files.is_empty() && answer.bytes.len() <= BY_OUTBOX
+}
 
 /// A front end's connection, and the device at its other end.
 ///
@@ -194,8 +200,8 @@ impl Steps for Line<'_> {
 
     fn answering(&mut self, number: u64, answer: &Message) -> Result<(), Error> {
         let mut phase = Phase::Sending;
-        if Outbox::takes(answer) {
-            self.mirror.outbox().put(answer).map_err(Error::SocketError)?;
+        if goes_by_outbox(answer) {
+            self.mirror.outbox().put(&answer.bytes).map_err(Error::SocketError)?;
             behind("put", self.request);
             phase = Phase::Answering;
         }
@@ -205,7 +211,7 @@ impl Steps for Line<'_> {
     }
 
     fn answer(&mut self, answer: &Message) -> Result<(), Error> {
-        let sent = if Outbox::takes(answer) {
+        let sent = if goes_by_outbox(answer) {
             self.mirror.outbox().send(&self.stream)
         } else {
             send(&self.stream, answer, true)

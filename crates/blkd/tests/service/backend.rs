@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 /// How long anything in these tests may take before it counts as hung.
-pub const DEADLINE: Duration = Duration::from_secs(20);
+pub const DEADLINE: Duration = Duration::from_secs(90);
 
 /// Every engine that does I/O, as an option.
 pub const ENGINES: &[&str] = &[
@@ -198,6 +198,11 @@ impl Backend {
         &self.control
     }
 
+    /// A connection to its control socket, unless it is dead.
+    pub fn try_connect(&self) -> Option<UnixStream> {
+        UnixStream::connect(&self.control).ok()
+    }
+
     /// One request on its control socket, and the answer.
     pub fn control(&self, request: &Value) -> Value {
         let mut stream =
@@ -212,7 +217,7 @@ impl Backend {
     /// The same with a process that may die meanwhile: then there is no answer.
     #[cfg(feature = "crash-points")]
     pub fn try_control(&self, request: &Value) -> Option<Value> {
-        let mut stream = UnixStream::connect(&self.control).ok()?;
+        let mut stream = self.try_connect()?;
         stream.set_read_timeout(Some(DEADLINE)).ok()?;
         stream.write_all(format!("{request}\n").as_bytes()).ok()?;
         let mut line = String::new();

@@ -50,16 +50,18 @@ fn injected_errors_reach_the_guest_and_leave_their_cause() {
     });
 }
 
-/// A file system of one megabyte.
-struct SmallTmpfs(PathBuf);
+/// A small file system.
+pub struct SmallTmpfs(pub PathBuf);
 
 impl SmallTmpfs {
+    /// Of so many megabytes.
+    ///
     /// # Panics
     /// Where this process may not mount: run the tests as root, or with `unshare -rm`.
-    fn mount(at: &Path) -> Self {
+    pub fn mount(at: &Path, megabytes: u32) -> Self {
         std::fs::create_dir(at).unwrap();
         let target = CString::new(at.as_os_str().as_bytes()).unwrap();
-        let options = c"size=1m";
+        let options = CString::new(format!("size={megabytes}m")).unwrap();
         // SAFETY: four C strings that live across the call.
         let mounted = unsafe {
             libc::mount(
@@ -87,7 +89,7 @@ impl Drop for SmallTmpfs {
 fn a_full_file_system_reaches_the_guest_as_an_error_and_room_made_heals_it() {
     every_engine(|engine| {
         let dir = tempfile::Builder::new().prefix("full").tempdir_in("/tmp").unwrap();
-        let small = SmallTmpfs::mount(&dir.path().join("small"));
+        let small = SmallTmpfs::mount(&dir.path().join("small"), 1);
         let image = small.0.join("disk.raw");
         std::fs::File::create(&image).unwrap().set_len(8 << 20).unwrap();
         let site = Site::on(dir, image);

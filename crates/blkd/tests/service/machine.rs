@@ -670,6 +670,18 @@ impl Machine {
         self.answer(ticket)
     }
 
+    /// So many bytes from the beginning of the disk.
+    pub fn read_first(&mut self, backend: &Backend, bytes: usize) -> Vec<u8> {
+        let mut got = Vec::new();
+        while got.len() < bytes {
+            let len = (bytes - got.len()).min(12 << 10);
+            let answer = self.ask(backend, &Ask::read(got.len() as u64 / 512, len));
+            assert_eq!(answer.status, 0);
+            got.extend(answer.data);
+        }
+        got
+    }
+
     /// The answer to a request that was answered.
     pub fn answer(&mut self, ticket: Ticket) -> Answer {
         self.answers.remove(&ticket).unwrap_or_else(|| panic!("{ticket:?} is not answered"))

@@ -3,12 +3,15 @@
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
 use crate::backend::{Backend, ENGINES, Site, wait_until};
 use crate::machine::{Ask, Machine, T_DISCARD, T_WRITE_ZEROES, Waited};
 
+/// Of an epoch record.
+const SLOT: usize = 512;
 /// No multiple of 4 KiB.
 const SIZE: u64 = (1 << 20) + 1536;
 const SECTORS: u64 = SIZE / 512;
@@ -104,14 +107,7 @@ impl World {
 }
 
 fn read_all(machine: &mut Machine, backend: &Backend) -> Vec<u8> {
-    let mut got = Vec::new();
-    while (got.len() as u64) < SIZE {
-        let len = (SIZE as usize - got.len()).min(12 << 10);
-        let answer = machine.ask(backend, &Ask::read(got.len() as u64 / 512, len));
-        assert_eq!(answer.status, 0);
-        got.extend(answer.data);
-    }
-    got
+    machine.read_first(backend, SIZE as usize)
 }
 
 fn assert_equal(got: &[u8], wanted: &[u8], what: &str) {
@@ -146,7 +142,7 @@ fn refusal(backend: &Backend, request: Value) -> (String, String) {
     (text("kind"), text("message"))
 }
 
-fn snapshot(backend: &Backend) -> u64 {
+pub fn snapshot(backend: &Backend) -> u64 {
     let taken = ask(backend, json!({"id": 1, "cmd": "snapshot", "wait": true}));
     assert_eq!(taken["state"], json!("sealed"));
     taken["snapshot"].as_u64().unwrap()
@@ -156,9 +152,10 @@ fn layers(backend: &Backend) -> Value {
     ask(backend, json!({"id": 1, "cmd": "layers"}))
 }
 
-fn wait_layers(backend: &Backend, count: usize) {
+pub fn wait_layers(backend: &Backend, count: usize) {
     wait_until(&format!("{count} layers"), || {
         let told = layers(backend);
+        assert!(told["last_error"].is_null(), "{told}");
         let there = told["layers"].as_array().unwrap().len();
         (there == count && told["task"].is_null()).then_some(())
     });
@@ -252,8 +249,11 @@ fn a_pin_stands_against_a_merge_and_a_full_chain_against_a_snapshot() {
     let merge = json!({"id": 1, "cmd": "merge", "through": first + 1});
     let (kind, message) = refusal(&backend, merge.clone());
     assert!(kind == "pinned" && message.contains("bonn"), "{message}");
-    let (kind, _) = refusal(&backend, json!({"id": 1, "cmd": "resize", "size_bytes": 2 << 20}));
-    assert_eq!(kind, "invalid");
+    let resize = json!({"id": 1, "cmd": "resize", "size_bytes": 2 << 20});
+    let (kind, message) = refusal(&backend, resize);
+    assert!(kind == "invalid" && message.contains("merge them all"), "{message}");
+    assert_eq!(backend.status()["size_bytes"], json!(SIZE));
+    assert_eq!(fs::metadata(&world.site.image).unwrap().len(), SIZE);
     assert_eq!(ask(&backend, pin("unpin"))["pins"], json!([]));
     assert_eq!(ask(&backend, merge)["merging"], json!([first, first + 1]));
     wait_layers(&backend, 2);
@@ -329,6 +329,213 @@ fn several_disks_stand_still_together_and_not_for_ever() {
     world.machine.submit(0, &Ask::write(0, [2; 512]));
     world.finish(&backend);
     assert_eq!(ask(&backend, json!({"id": 1, "cmd": "resume"}))["held"], json!(false));
+}
+
+/// Whether a thread of the process is in a sleep, as a request that takes its time is.
+fn sleeps(pid: u32) -> bool {
+    let sleep = format!("{} ", libc::SYS_clock_nanosleep);
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten();
+    let calls = threads.filter_map(|thread| fs::read_to_string(thread.path().join("syscall")).ok());
+    calls.into_iter().any(|call| call.starts_with(&sleep))
+}
+
+/// The pause has a bound: storage that does not answer costs the snapshot, and no request.
+#[test]
+fn a_snapshot_gives_up_when_requests_do_not_end() {
+    let mut world = World::new(Site::new(SIZE), "--engine=sync", 5);
+    let backend = world.start();
+    let kinds = [
+        json!({"id": 1, "cmd": "snapshot", "within_ms": 50}),
+        json!({"id": 1, "cmd": "quiesce", "for_ms": 50}),
+    ];
+    for (n, request) in kinds.into_iter().enumerate() {
+        backend.fault(json!({"op": "write", "delay_ms": 4000, "limit": 1}));
+        let slow = world.machine.submit(0, &Ask::write(0, [1 + n as u8; 512]));
+        wait_until("the write takes its time", || sleeps(backend.pid()).then_some(()));
+        let began = Instant::now();
+        let (kind, message) = refusal(&backend, request);
+        // By its own bound, and not by the longest that may be asked for.
+        assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
+        assert_eq!(kind, "slow", "{message}");
+        assert!(message.contains("queue 0") && message.contains("storage"), "{message}");
+        world.machine.reap();
+        assert!(!world.machine.is_answered(slow), "it was the write that was waited for");
+        // The other queue goes on at once, and this one when its write has ended.
+        let other = world.machine.submit(1, &Ask::write(64, [7; 512]));
+        wait_until("the other queue", || {
+            world.machine.reap();
+            world.machine.is_answered(other).then_some(())
+        });
+        world.finish(&backend);
+        let told = layers(&backend);
+        assert!(told["layers"] == json!([]) && told["task"].is_null(), "{told}");
+        backend.fault(Value::Null);
+        world.disk[..512].fill(1 + n as u8);
+        world.disk[64 * 512..65 * 512].fill(7);
+        world.check(&backend, "after a snapshot that was given up");
+    }
+    // The control: without the delay there is one.
+    assert!(snapshot(&backend) > 0);
+    world.write();
+    world.finish(&backend);
+    world.check(&backend, "after a snapshot");
+    drop(backend);
+    world.machine.disconnect();
+    let backend = world.start();
+    world.check(&backend, "after a death");
+}
+
+#[test]
+fn a_snapshot_is_undone_as_if_it_had_never_been_or_given_up() {
+    for &engine in ENGINES {
+        let mut world = World::new(Site::on_tmpfs(SIZE), engine, 6);
+        let backend = world.start();
+        world.write();
+        world.finish(&backend);
+        let kept = snapshot(&backend);
+        world.write();
+        world.finish(&backend);
+        ask(&backend, json!({"id": 1, "cmd": "quiesce", "for_ms": 2000}));
+        let taken = ask(&backend, json!({"id": 1, "cmd": "snapshot"}))["snapshot"].clone();
+        let undone = ask(&backend, json!({"id": 1, "cmd": "undo", "snapshot": taken}));
+        assert_eq!(undone["taken_back"], json!(true));
+        ask(&backend, json!({"id": 1, "cmd": "resume"}));
+        wait_layers(&backend, 1);
+        world.write();
+        world.finish(&backend);
+        world.check(&backend, "after an undone snapshot");
+        let (kind, _) = refusal(&backend, json!({"id": 1, "cmd": "undo", "snapshot": taken}));
+        assert_eq!(kind, "invalid", "there is none any more");
+        // With blocks it stays, and nobody wants its snapshot.
+        let taken = snapshot(&backend);
+        assert!(taken > kept);
+        world.write();
+        world.finish(&backend);
+        let undone = ask(&backend, json!({"id": 1, "cmd": "undo", "snapshot": taken}));
+        assert_eq!(undone["taken_back"], json!(false));
+        let told = layers(&backend);
+        let state = |n: usize| told["layers"][n]["state"].clone();
+        assert_eq!((state(0), state(1)), (json!("sealed"), json!("lapsed")), "{told}");
+        world.check(&backend, "after a snapshot that was given up");
+    }
+}
+
+/// What `--merge` comes to.
+fn merge_offline(world: &World, how: &str, environment: &[(&str, &str)]) -> (Option<i32>, String) {
+    let mut command = crate::backend::program();
+    let output = command
+        .arg(crate::backend::blk_file(&world.site.image))
+        .args([world.memory(), format!("--merge={how}")])
+        .envs(environment.iter().copied())
+        .output()
+        .unwrap();
+    let text = String::from_utf8(output.stdout).unwrap() + &String::from_utf8_lossy(&output.stderr);
+    (output.status.code(), text)
+}
+
+#[test]
+fn the_last_layer_goes_into_the_image_of_a_disk_that_nobody_serves() {
+    for (n, &engine) in ENGINES.iter().enumerate() {
+        let mut world = World::new(Site::new(SIZE), engine, 40 + n as u64);
+        let mut backend = world.start();
+        for _ in 0..3 {
+            world.write();
+            world.finish(&backend);
+            snapshot(&backend);
+        }
+        world.write();
+        world.finish(&backend);
+        let (code, said) = merge_offline(&world, "all", &[]);
+        assert_eq!(code, Some(3), "it is served: {said}");
+        // Killed: what was not flushed is in the memory of the host.
+        backend.kill();
+        world.machine.disconnect();
+        let (code, said) = merge_offline(&world, "unwanted", &[]);
+        assert!(code == Some(0) && said.contains("{\"layers\":3,\"merged\":[]}"), "{said}");
+        let (code, said) = merge_offline(&world, "1", &[]);
+        assert!(code == Some(0) && said.contains("{\"layers\":2,\"merged\":[1]}"), "{said}");
+        let (code, said) = merge_offline(&world, "all", &[]);
+        assert!(code == Some(0) && said.contains("{\"layers\":0,\"merged\":[2,3]}"), "{said}");
+        // The image alone is the disk, and no slot of its epoch record is of the version of layers.
+        assert_equal(&fs::read(&world.site.image).unwrap(), &world.disk, engine);
+        let record = fs::read(world.site.image.with_extension("raw.epoch")).unwrap();
+        assert!(record.chunks(SLOT).all(|slot| slot[8] == 1), "{record:?}");
+        let backend = world.start();
+        world.check(&backend, "after merges while it was not served");
+        assert_eq!(snapshot(&backend), 4);
+        world.write();
+        world.finish(&backend);
+        world.check(&backend, "after another snapshot");
+    }
+}
+
+#[test]
+fn what_somebody_reads_is_not_merged_and_the_rest_is() {
+    let mut world = World::new(Site::new(SIZE), "--engine=sync", 50);
+    let mut backend = world.start();
+    world.write();
+    world.finish(&backend);
+    let first = snapshot(&backend);
+    ask(&backend, json!({"id": 1, "cmd": "pin", "snapshot": first, "reader": "bonn"}));
+    assert!(backend.terminate().success());
+    world.machine.disconnect();
+    let (code, said) = merge_offline(&world, "all", &[]);
+    assert!(code == Some(4) && said.contains("bonn"), "{said}");
+    let backend = world.start();
+    world.check(&backend, "after a merge that was refused");
+    ask(&backend, json!({"id": 1, "cmd": "unpin", "snapshot": first, "reader": "bonn"}));
+    drop(backend);
+    world.machine.disconnect();
+    let (code, said) = merge_offline(&world, "all", &[]);
+    assert_eq!(code, Some(0), "{said}");
+    assert_equal(&fs::read(&world.site.image).unwrap(), &world.disk, "the image");
+}
+
+#[cfg(feature = "crash-points")]
+#[test]
+fn nothing_is_lost_when_a_merge_of_a_disk_that_is_not_served_dies() {
+    let acts = [
+        "flush-record",
+        "enter-merging",
+        "copy",
+        "flush-image",
+        "enter-dropped",
+        "unchain",
+        "remove-files",
+        "enter-gone",
+    ];
+    for (n, act) in acts.into_iter().enumerate() {
+        let engine = ENGINES[n % ENGINES.len()];
+        let mut world = World::new(Site::new(SIZE), engine, 60 + n as u64);
+        let mut backend = world.start();
+        for _ in 0..2 {
+            world.write();
+            world.finish(&backend);
+            snapshot(&backend);
+        }
+        world.write();
+        world.finish(&backend);
+        backend.kill();
+        world.machine.disconnect();
+        let die = [("SEMPER_DIE_AFTER", act)];
+        // Twice: also in the merge of the last layer.
+        assert_eq!(merge_offline(&world, "1", &die).0, None, "{act}");
+        assert_eq!(merge_offline(&world, "1", &[]).0, Some(0), "{act}");
+        assert_eq!(merge_offline(&world, "all", &die).0, None, "{act}");
+        if n % 2 == 0 {
+            // Served, and written, before the merge goes on.
+            let mut backend = world.start();
+            world.check(&backend, act);
+            world.write();
+            world.finish(&backend);
+            world.check(&backend, act);
+            backend.kill();
+            world.machine.disconnect();
+        }
+        let (code, said) = merge_offline(&world, "all", &[]);
+        assert_eq!(code, Some(0), "{act}: {said}");
+        assert_equal(&fs::read(&world.site.image).unwrap(), &world.disk, act);
+    }
 }
 
 /// Snapshots, merges and SIGKILL at any instant, while requests are in flight.
