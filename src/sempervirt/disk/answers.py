@@ -93,6 +93,13 @@ class Timeline(Answer):
     first_completion: int | None
 
 
+class Latency(Answer):
+    """How long requests took: how many in each power of two of ns, see crates/histogram."""
+
+    sum_ns: int
+    octaves: tuple[int, ...]
+
+
 class Queue(Answer):
     """One virtqueue: `thread` works on it; the rest counts since the process began."""
 
@@ -114,6 +121,7 @@ class Queue(Answer):
     kicks: int
     polls: int
     calls: int
+    latency: Latency | None = None
 
 
 class Counters(Answer):
@@ -314,6 +322,11 @@ class Layers(Answer):
     task: LayerTask | None
     last_error: str | None
 
+    @property
+    def newest(self) -> int:
+        """The number of the newest layer, 0 when there is none."""
+        return self.layers[-1].id if self.layers else 0
+
     def state_of(self, snapshot: int) -> LayerState | None:
         """The state of the layer above a snapshot; None when there is none of that number."""
         return next((layer.state for layer in self.layers if layer.id == snapshot), None)
@@ -337,6 +350,14 @@ class Pins(Answer):
     """`pin` and `unpin`."""
 
     pins: tuple[Pin, ...]
+
+
+class Undone(Answer):
+    """`undo`; not `taken_back`: the layer has blocks, or a merge goes on below it, and the layer
+    stays until it is merged.
+    """
+
+    taken_back: bool
 
 
 class Quiesced(Answer):

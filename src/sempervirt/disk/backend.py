@@ -169,7 +169,7 @@ class Blkd:
         # A read-only disk has no holder.
         if launch.title is not None and not options.read_only:
             argv += launch.title.argv()
-        if launch.wait_for_lock:
+        if launch.wait_for_lock and not options.read_only:
             argv.append("--spare")
         return [*argv, *self.extra]
 

@@ -10,6 +10,7 @@ import logging
 import signal
 import socket
 from dataclasses import replace
+from pathlib import Path
 from typing import Protocol
 
 from sempervirt.core.errors import CommandFailed, Unavailable
@@ -26,6 +27,7 @@ from sempervirt.disk.setup import DiskSetup
 from sempervirt.disk.state import Exited, Ready, Serving, Start, State, SupervisionEvent
 from sempervirt.host.owner import Work
 from sempervirt.host.process import Exit
+from sempervirt.host.refusals import describe_end
 from sempervirt.host.sockets import turn_away
 
 log = logging.getLogger(__name__)
@@ -76,14 +78,26 @@ class Backends:
         """What one of the processes answered that could not be understood; "" if none did."""
         return next((m.complaint for m in self._members.values() if m.complaint), "")
 
-    def set_title(self, title: ImageTitle) -> None:
-        """From now on processes are started with this title."""
+    def set_title(self, title: ImageTitle | None) -> None:
+        """From now on processes are started with this title, or with none."""
         self._setup = replace(self._setup, title=title)
 
     @property
     def pids(self) -> list[int]:
         """Of all processes, the ones that were started first in front."""
         return [self._members[generation].pid for generation in sorted(self._members)]
+
+    @property
+    def control_sockets(self) -> dict[Path, bool]:
+        """Where the processes can be asked, if they can be, and whether they have answered yet."""
+        if not self._setup.command.has_control:
+            return {}
+        return {member.control: member.pulse.heard for member in self._members.values()}
+
+    def listen_at(self, listener: socket.socket) -> None:
+        """From now on processes are started with this socket, and QEMU connects to it."""
+        self.listener.close()
+        self.listener = listener
 
     def get(self, generation: int | None) -> Running | None:
         """The process of that generation, while it runs."""
@@ -163,7 +177,7 @@ class Backends:
             member.observing.cancel()
         words = member.last_words()
         self.last_end = end, words
-        self._watcher.post(Exited(generation, processes.describe_end(end, words)))
+        self._watcher.post(Exited(generation, describe_end(end, words)))
         self._setup.files.prune(generation)
 
     def record(self, state: State) -> None:

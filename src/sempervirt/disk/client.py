@@ -23,6 +23,7 @@ from sempervirt.disk.answers import (
     SnapshotTaken,
     Status,
     Threads,
+    Undone,
     VerifyStarted,
 )
 from sempervirt.disk.backend import PROGRAM
@@ -30,6 +31,9 @@ from sempervirt.host.control import DEADLINE_S, ControlSocket
 
 # Every page of the guest is compared before an export begins: seconds for each GiB.
 MAP_DEADLINE_S = 600.0
+# How long a snapshot may wait for the requests in flight: at most, and of the time for its answer.
+PAUSE_MAX_MS = 2000
+PAUSE_SHARE = 0.75
 
 
 class BackendClient:
@@ -64,13 +68,19 @@ class BackendClient:
         await self._socket.ask_for(Claimed, "claim", epoch=epoch, claim=claim)
 
     async def snapshot(self, *, frozen: bool, timeout_s: float = DEADLINE_S) -> SnapshotTaken:
-        """Opens a layer: what was written before is the snapshot, once the layer is sealed.
+        """Opens a layer: what was written before is the snapshot, once the layer is sealed. The
+        requests in flight have a part of `timeout_s`, at most 2 s, to end.
 
         Raises StateConflict when the chain is full; Unavailable, and nothing has changed.
         """
+        within_ms = max(1, min(PAUSE_MAX_MS, int(timeout_s * 1000 * PAUSE_SHARE)))
         return await self._socket.ask_for(
-            SnapshotTaken, "snapshot", frozen=frozen, timeout_s=timeout_s
+            SnapshotTaken, "snapshot", frozen=frozen, within_ms=within_ms, timeout_s=timeout_s
         )
+
+    async def undo(self, snapshot: int, *, timeout_s: float = DEADLINE_S) -> Undone:
+        """Gives up a snapshot that was just taken. Raises InvalidRequest when there is none."""
+        return await self._socket.ask_for(Undone, "undo", snapshot=snapshot, timeout_s=timeout_s)
 
     async def layers(self) -> Layers:
         """The chain of the disk, and what goes on with it."""

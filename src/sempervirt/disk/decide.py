@@ -273,13 +273,14 @@ def _exited(state: State, generation: int, reason: str, now: float, policy: Poli
 def _active_exited(
     state: State, dead: Backend, reason: str, now: float, policy: Policy
 ) -> Decision:
-    if dead.stall is not None and dead.stall.blame is Blame.BACKEND:
+    hung = dead.stall is not None and dead.stall.blame is Blame.BACKEND
+    if dead.stall is not None and hung:
         reason = f"{reason}, because it hung: {dead.stall.evidence}"
     if state.stopping:
         return _stop_further(replace(state, active=None))
     if state.frozen:
         left = replace(state, active=None, last_end=reason, restarts=state.restarts + 1)
-        return left, [TookOver(dead.generation, None, planned=False, reason=reason)]
+        return left, [TookOver(dead.generation, None, planned=False, reason=reason, hung=hung)]
     if not state.served:
         return replace(state, active=None, stopping=True, refused=reason), []
     upgrade = state.upgrade
@@ -301,7 +302,7 @@ def _active_exited(
         effects.append(UpgradeEnded(f"the backend ended meanwhile ({reason})", upgrade.ticket))
     state, more = _succeed(state, now, policy)
     successor = state.active.generation if state.active else None
-    took_over = TookOver(dead.generation, successor, planned, reason)
+    took_over = TookOver(dead.generation, successor, planned, reason, hung)
     return state, [*more, took_over, *effects]
 
 

@@ -6,11 +6,13 @@ path after each take-over. What became of the processes arrives as events (`host
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import socket
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import assert_never
 
 from sempervirt.core.errors import (
@@ -97,6 +99,7 @@ class Disk(Owner[State, SupervisionEvent, Effect]):
         self.image = image
         self.backends = Backends(setup, image, listener, programs, self)
         self._served_bytes: int | None = None
+        self._front_end = False
         self.doubt = ""
         self._replies = Replies()
 
@@ -157,6 +160,17 @@ class Disk(Owner[State, SupervisionEvent, Effect]):
     def journal(self) -> Journal:
         """The last events, for people."""
         return self.history.journal
+
+    @property
+    def logs(self) -> dict[str, Path]:
+        """The logs of who serves (""), who waits ("spare") and who served before ("previous"), as
+        far as there are such.
+        """
+        files, state = self.setup.files, self._state
+        members = {"": state.active, "spare": state.spare}
+        found = {role: files.log(one.generation) for role, one in members.items() if one}
+        before = [log for log in files.logs() if log not in found.values()]
+        return {**found, "previous": before[-1]} if before else found
 
     @property
     def plan(self) -> DevicePlan | None:
@@ -261,8 +275,15 @@ class Disk(Owner[State, SupervisionEvent, Effect]):
         """
         chosen = binary or self.setup.command.binary()
         await check_binary(chosen, self.setup.options)
+        await self._serve_from(self.backends.programs.hold(chosen))
+
+    async def renew(self) -> None:
+        """As `upgrade`, from the program that serves, wherever its file is."""
+        await self._serve_from(self._token)
+
+    async def _serve_from(self, token: str) -> None:
         ticket, ended = self._replies.open()
-        self.post(UpgradeAsked(self.backends.programs.hold(chosen), ticket))
+        self.post(UpgradeAsked(token, ticket))
         await ended
 
     async def rebind(self, binding: Binding) -> None:
@@ -339,6 +360,14 @@ class Disk(Owner[State, SupervisionEvent, Effect]):
             self.thaw()
             return
         await self.active().give_claim(title.epoch, title.claim)
+
+    def drop_title(self) -> None:
+        """From now on backends are started without a claim: nobody has one on the image any more.
+        The one that serves keeps the image, by its lock.
+        """
+        self.setup = replace(self.setup, title=None)
+        self.backends.set_title(None)
+        self.thaw()
 
     def retire(self) -> None:
         """Tells the active process to drain and to end; the spare takes over."""
@@ -475,7 +504,8 @@ class Disk(Owner[State, SupervisionEvent, Effect]):
     @property
     def connection_expected(self) -> bool:
         """Whether QEMU has been connected once, so that it will connect to the next backend."""
-        return self._state.connected
+        # The QEMU of another manager may be gone, and come again.
+        return self._front_end if self.setup.is_guarded else self._state.connected
 
     def seen(self, generation: int, status: Status) -> None:
         """The active process, of that generation, told its status."""
@@ -485,5 +515,15 @@ class Disk(Owner[State, SupervisionEvent, Effect]):
         if binding is not None and status.thread_map != binding.map:
             self.post(MapSeen(generation, status.thread_map))
         self._served_bytes = status.size_bytes
+        self._front_end = takeover.is_connected(status)
         self.history.seen(generation, status)
+        if status.flush_failed:
+            self._leave_word()
         self.changes.notify()
+
+    def _leave_word(self) -> None:
+        """Of a failed flush, for every later backend, also where somebody has removed the file that
+        this one has left (crates/blkd/src/flushes.rs: that it is there is the word).
+        """
+        with contextlib.suppress(OSError):  # its directory is made again; then at the next status
+            self.setup.files.flush_failed.touch(mode=0o600)

@@ -14,7 +14,6 @@ import secrets
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum
 from functools import partial
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from sempervirt.core.errors import (
 from sempervirt.disk.answers import Layer, LayerState
 from sempervirt.disk.driver import Disk
 from sempervirt.disk.image import ImageState
+from sempervirt.disk.image_format import ImageFormat
 from sempervirt.disk.target import put_in_place, require_free
 from sempervirt.host import process
 from sempervirt.host.answers import Answer, read_answer
@@ -38,13 +38,6 @@ log = logging.getLogger(__name__)
 # For copying a disk; whoever waits longer has a storage problem.
 EXPORT_DEADLINE_S = 12 * 3600.0
 _PROGRAM = "semper-blkd"
-
-
-class ImageFormat(Enum):
-    """Of the file that is made. The values stand in the API."""
-
-    RAW = "raw"
-    QCOW2 = "qcow2"
 
 
 class Exported(Answer):
@@ -85,7 +78,9 @@ async def export(
     reader = f"export-{secrets.token_hex(4)}"
     raw = target if image_format is ImageFormat.RAW else _beside(target, f"{reader}.raw")
     try:
-        done = await _write(disk, snapshot, reader, raw, progress)
+        program = disk.setup.command.binary()
+        source = Source(program, str(disk.image.path), disk.name)
+        done = await write_snapshot(source, snapshot, reader, raw, progress)
         if image_format is ImageFormat.QCOW2:
             await _convert(raw, target, reader)
     finally:
@@ -112,9 +107,25 @@ async def _require_there(disk: Disk, snapshot: int) -> Layer:
     return found
 
 
-async def _write(
-    disk: Disk, snapshot: int, reader: str, target: Path, progress: Callable[[int, int], None]
+@dataclass(frozen=True)
+class Source:
+    """An image that this host or another one serves as the disk `name`; `program` reads it."""
+
+    program: str
+    image: str
+    name: str
+
+
+async def write_snapshot(
+    source: Source,
+    snapshot: int,
+    reader: str,
+    target: Path,
+    progress: Callable[[int, int], None],
 ) -> Exported:
+    """Has semper-blkd write a snapshot to a raw image. Raises Unavailable. A `reader` that died
+    holds the snapshot.
+    """
     lines: list[str] = []
 
     def tell(line: str) -> None:
@@ -126,14 +137,14 @@ async def _write(
                 case _:
                     pass
 
-    argv = [disk.setup.command.binary(), f"--blk-file={disk.image.path}", f"--snapshot={snapshot}"]
+    argv = [source.program, f"--blk-file={source.image}", f"--snapshot={snapshot}"]
     argv += [f"--reader={reader}", f"--export={target}"]
     try:
         await process.run(argv, timeout_s=EXPORT_DEADLINE_S, on_line=tell)
     except CommandFailed as error:
         last = error.tail[-1] if error.tail else str(error)
         raise Unavailable(
-            f"snapshot {snapshot} of disk {disk.name} was not exported: "
+            f"snapshot {snapshot} of disk {source.name} was not exported: "
             f"{last.removeprefix(f'{_PROGRAM}: error: ')}"
         ) from error
     try:

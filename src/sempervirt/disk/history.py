@@ -9,8 +9,9 @@ import logging
 import time
 from collections import deque
 
-from sempervirt.core.events import Journal
+from sempervirt.core.events import EventKind, Journal
 from sempervirt.core.queue_map import Binding, format_map
+from sempervirt.disk.accounts import Accounts
 from sempervirt.disk.answers import LastError, Resized, Status
 from sempervirt.disk.image import Finding, ImageState
 from sempervirt.disk.state import TookOver
@@ -25,14 +26,16 @@ class History:
     """Of the disk `name`, since this agent looks after it; `restarts` has the oldest first."""
 
     def __init__(self, name: str) -> None:
-        self.journal = Journal()
+        self.journal = Journal(name)
         self.restarts: deque[Restart] = deque(maxlen=RESTARTS_KEPT)
         self.upgrade_count = 0
         self.last_error: LastError | None = None
+        self.accounts = Accounts()
         self._name = name
 
     def took_over(self, event: TookOver, successor_pid: int | None) -> None:
         """The active process is another one now, or there is none."""
+        self.accounts.takeovers.add(event.cause)
         self.restarts.append(
             Restart(
                 time=time.time(),
@@ -47,7 +50,14 @@ class History:
         text = f"backend {event.predecessor} ended ({event.reason}); " + (
             f"backend {event.successor} takes over" if event.successor else "backing off"
         )
-        self.journal.note(time.time(), "upgrade" if event.planned else "restart", text)
+        evidence = {
+            "backend": str(event.predecessor),
+            "reason": event.reason,
+            "successor": str(event.successor or ""),
+            "successor_pid": str(successor_pid or ""),
+        }
+        kind: EventKind = "upgrade" if event.planned else "restart"
+        self.journal.note(time.time(), kind, text, evidence)
         level = logging.INFO if event.planned else logging.WARNING
         log.log(level, "takeover disk=%s %s", self._name, text)
 
@@ -68,6 +78,11 @@ class History:
         text = f"{format_map(binding.map)} ({binding.source})"
         self.journal.note(time.time(), "threads", text)
         log.info("threads disk=%s %s", self._name, text)
+
+    def sockets(self, text: str) -> None:
+        """A socket was removed, and is made again."""
+        self.journal.note(time.time(), "restart", text)
+        log.warning("sockets disk=%s %s", self._name, text)
 
     def image(self, finding: Finding) -> None:
         """Something has become of the image, or it is as it was."""
@@ -90,6 +105,7 @@ class History:
 
     def seen(self, generation: int, status: Status) -> None:
         """The active process, of that generation, told its status."""
+        self.accounts.seen(generation, status)
         error = status.last_error
         if error is not None and error != self.last_error:
             self.last_error = error
@@ -101,3 +117,5 @@ class History:
             restart.milestones_ms = milestones(status.timeline_ns, restart.seen_ns)
             restart.replayed = status.counters.replayed
             restart.kept_connection = status.resumed
+            if (replayed_ms := restart.milestones_ms["replayed"]) is not None:
+                self.accounts.stalled(generation, replayed_ms / 1e3)

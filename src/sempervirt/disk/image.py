@@ -118,10 +118,6 @@ class ImageFile:
         """Where a process that inherits the descriptor opens the image."""
         return f"/proc/self/fd/{self.descriptor}"
 
-    def reachable(self) -> Path:
-        """Where other processes open it as long as this one runs."""
-        return PROC / str(os.getpid()) / "fd" / str(self.descriptor)
-
     def look(self, path: Path) -> Sight:
         """Compares it with what is at `path` now."""
         mine = os.fstat(self.descriptor)

@@ -16,15 +16,14 @@ from sempervirt.disk.program import Programs, path_of
 from sempervirt.disk.record import DiskRecord, RecordedProcess, Role
 from sempervirt.disk.running import Running
 from sempervirt.disk.setup import DiskSetup
+from sempervirt.disk.sockets import START_DEADLINE_S, Sockets, listen, replace_backends
 from sempervirt.disk.state import Backend, Begin, Exited, Freeze, State, Tick
 from sempervirt.host import process
 from sempervirt.host.records import remove_record
-from sempervirt.host.sockets import borrow_listener, discard, listen_unix, turn_away
+from sempervirt.host.refusals import refusal
+from sempervirt.host.sockets import borrow_listener, discard, turn_away
 
 log = logging.getLogger(__name__)
-
-# Opening a block device over a network can take seconds.
-START_DEADLINE_S = 30.0
 
 
 async def start_disk(setup: DiskSetup) -> Disk:
@@ -39,7 +38,7 @@ async def start_disk(setup: DiskSetup) -> Disk:
     programs = Programs()
     try:
         token = programs.hold(setup.command.binary())
-        listener = listen_unix(setup.files.socket)
+        listener = listen(setup)
     except SempervirtError:
         programs.keep_only(())
         image.close()
@@ -61,12 +60,13 @@ async def start_disk(setup: DiskSetup) -> Disk:
         raise
     if not disk.state.refused and disk.state.active is not None:
         disk.watch_image()
+        disk.keep(Sockets(disk).keep(), "sockets")
         return disk
     refused = disk.state.refused or disk.state.last_end
     await disk.stop()
     if disk.backends.last_end is None:
         raise Unavailable(f"disk {setup.name}: {refused}")
-    raise processes.refusal(setup.name, *disk.backends.last_end)
+    raise refusal(f"disk {setup.name}", "the backend", *disk.backends.last_end)
 
 
 def _is_up(disk: Disk, *, awaits: bool) -> bool:
@@ -125,7 +125,7 @@ async def adopt_disk(setup: DiskSetup, *, frozen: bool = False) -> Disk:
         restarts=record.restarts,
     )
     if listener is None:
-        listener = listen_unix(setup.files.socket)
+        listener = listen(setup)
         turn_away(listener)
     disk = Disk(setup, image, listener, programs, state)
     disk.doubt = doubt
@@ -134,8 +134,9 @@ async def adopt_disk(setup: DiskSetup, *, frozen: bool = False) -> Disk:
     for item, backend in zip(alive, backends, strict=True):
         _admit(disk, item, backend.binary, active=item is alive[0])
     disk.post(Freeze() if frozen else Tick())
-    if stale:
+    if stale and setup.policy.spare:  # another one's successor has the present socket
         disk.keep(_replace_stale(disk), "replace the backend with a stale socket")
+    disk.keep(Sockets(disk, disk.backends.control_sockets).keep(), "sockets")
     log.info(
         "adopt disk=%s active=%s spare=%s socket=%s",
         setup.name,
@@ -161,8 +162,10 @@ async def _alive(setup: DiskSetup, record: DiskRecord) -> list[RecordedProcess]:
 
 
 def _borrowed(setup: DiskSetup, alive: list[RecordedProcess]) -> socket.socket | None:
-    """The listening socket, from the first process that it can be taken back from."""
-    for item in alive:
+    """The listening socket, from the first process that it can be taken back from; the younger one
+    has the younger socket, if somebody has removed the other one's (`disk.sockets`).
+    """
+    for item in sorted(alive, key=lambda item: item.generation, reverse=True):
         listener = borrow_listener(item.identity.pid, item.listen_fd, setup.files.socket)
         if listener is not None:
             return listener
@@ -214,19 +217,10 @@ def _admit(disk: Disk, item: RecordedProcess, token: str, *, active: bool) -> No
 
 
 async def _replace_stale(disk: Disk) -> None:
-    """From an active process with a stale socket to one with the present socket.
-
-    One that cannot be asked any more, because its control socket was removed as well, is told to
-    end once the spare is ready: it drains, and lets go of the image.
-    """
+    """From an active process with a stale socket to one with the present socket."""
     try:
         if disk.setup.files.control(disk.generation).exists():
             await disk.wait_spare_ready(START_DEADLINE_S)
-            await disk.upgrade(disk.binary)
-        else:
-            await disk.changes.wait_until(
-                lambda: disk.spare_ready, timeout_s=START_DEADLINE_S, what="a spare"
-            )
-            disk.retire()
+        await replace_backends(disk)
     except SempervirtError as error:
         log.error("adopt disk=%s keeps a backend with a stale socket: %s", disk.name, error)  # noqa: TRY400

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -64,13 +65,18 @@ class Listener(Protocol):
         """The process is promoted, and told its status."""
 
 
+def _is_ready(status: Status) -> bool:
+    """A spare that begins while the active process dies never waits: it has the image at once."""
+    return takeover.is_prepared(status) or takeover.holds_image(status)
+
+
 async def observe(running: Running, listener: Listener) -> None:
     """Reports Ready, then, once `running.promoted` is set, Serving and Progressed.
 
     The listener sees every status of a promoted process. Runs until it is cancelled.
     """
     if not running.promoted.is_set():
-        await _answers_when(running, takeover.is_prepared, listener, seen=False)
+        await _answers_when(running, _is_ready, listener, seen=False)
         listener.post(Ready(running.generation))
         await _wait_promoted(running, listener)
         await asyncio.sleep(PROMOTED_S)
@@ -152,6 +158,8 @@ async def _ask(running: Running, listener: Listener, *, seen: bool = False) -> S
     gets to see the status.
     """
     answered, status = True, None
+    if running.pulse.heard and not _can_be_asked(running):
+        return None
     try:
         status = await running.client.status(SILENCE_S)
         running.complaint = ""
@@ -165,6 +173,11 @@ async def _ask(running: Running, listener: Listener, *, seen: bool = False) -> S
     if status is not None and seen:
         listener.seen(running.generation, status)
     return status
+
+
+def _can_be_asked(running: Running) -> bool:
+    """Who cannot be asked since somebody has removed its socket (`disk.sockets`) is not silent."""
+    return os.path.lexists(running.control)
 
 
 def _feel_pulse(

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sempervirt.core.errors import ImageLocked, InvalidRequest, SempervirtError, Unavailable
 from sempervirt.disk.backend import BackendCommand, Launch
 from sempervirt.disk.client import BackendClient
 from sempervirt.disk.liveness import Pulse
@@ -24,22 +23,22 @@ LOGS_KEPT = 5
 FLUSH_FILE_VARIABLE = "SEMPER_BLKD_FLUSH_FILE"
 LAYER_MAP_VARIABLE = "SEMPER_BLKD_LAYER_MAP"
 PEER_FILE_VARIABLE = "SEMPER_BLKD_PEER_FILE"
-_ERROR_LINE = re.compile(r"\S+: error: (?P<cause>.*?)(?:; (?P<remedy>[^;]*))?")
-# Exit codes of semper-blkd.
-_LOCKED, _UNUSABLE = 3, 4
 
 
 @dataclass(frozen=True)
 class DiskFiles:
-    """Where a disk keeps its sockets and logs: RUN/vm/<vm>/disk-<disk>…"""
+    """Where a disk keeps its sockets and logs: RUN/vm/<vm>/disk-<disk>…; `front` is where QEMU
+    connects, if that is elsewhere.
+    """
 
     directory: Path
     disk: str
+    front: Path | None = None
 
     @property
     def socket(self) -> Path:
         """What QEMU connects to."""
-        return self.directory / f"disk-{self.disk}.sock"
+        return self.front or self.directory / f"disk-{self.disk}.sock"
 
     @property
     def touched(self) -> Path:
@@ -171,25 +170,6 @@ def start(
         },
     )
     return Running(generation, token, started, launch.control, log, launch.listen_fd)
-
-
-def describe_end(end: Exit, last_words: str) -> str:
-    """The reason of an end in one line: what the process said, or else how it ended."""
-    match = _ERROR_LINE.fullmatch(last_words)
-    return f"{end}: {match['cause']}" if match else str(end)
-
-
-def refusal(disk: str, end: Exit, last_words: str) -> SempervirtError:
-    """Why the first process of a disk would not serve."""
-    match = _ERROR_LINE.fullmatch(last_words)
-    cause = match["cause"] if match else last_words or str(end)
-    remedy = (match["remedy"] or "") if match else ""
-    message = f"disk {disk}: {cause}"
-    if end.code == _LOCKED:
-        return ImageLocked(message, remedy=remedy or "end the program that uses the image")
-    if end.code == _UNUSABLE:
-        return InvalidRequest(message, remedy=remedy)
-    return Unavailable(f"disk {disk}: the backend ended at once ({end}): {cause}", remedy=remedy)
 
 
 async def kill_orphans(files: DiskFiles, keep: set[int]) -> list[int]:

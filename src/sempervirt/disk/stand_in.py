@@ -20,6 +20,7 @@ from sempervirt.core.errors import OutcomeUnknown, Unavailable
 from sempervirt.disk.backend import Launch
 from sempervirt.disk.setup import DiskSetup
 from sempervirt.host import process
+from sempervirt.host.lending import group_of
 from sempervirt.host.process import Process
 from sempervirt.host.sockets import check_socket_path, listen_unix
 
@@ -50,7 +51,7 @@ class StandIn:
         """
         setup = self._setup
         check_socket_path(self.path)
-        self._listener = listen_unix(self._own)
+        self._listener = listen_unix(self._own, group_of(setup.files.directory))
         launch = Launch(
             binary=setup.command.binary(),
             options=setup.options,

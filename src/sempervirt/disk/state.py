@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Literal
 
 from sempervirt.core.durations import Backoff
 from sempervirt.core.failure import Failure
@@ -350,6 +351,12 @@ class TookOver:
     successor: int | None
     planned: bool
     reason: str
+    hung: bool = False
+
+    @property
+    def cause(self) -> Literal["ended", "hung", "upgrade"]:
+        """In one word."""
+        return "upgrade" if self.planned else "hung" if self.hung else "ended"
 
 
 @dataclass(frozen=True)

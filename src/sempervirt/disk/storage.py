@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import os
 import stat
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
 from sempervirt.core.errors import InvalidRequest
+from sempervirt.host.procfs import unescape
 
 SYS_BLOCK = Path("/sys/dev/block")
 MOUNTS = Path("/proc/self/mountinfo")
@@ -73,37 +75,43 @@ def storage_key(path: Path, *, direct: bool) -> StorageKey:
         ) from error
     if stat.S_ISBLK(status.st_mode):
         return StorageKey(kind="block", device=_identity(status.st_rdev), direct=direct)
-    kind, source = _mount_of(path.resolve(), status.st_dev)
-    if kind in MEMORY:
-        return StorageKey(kind=kind, direct=direct)
+    mount = mount_of(path, status)
+    if mount.kind in MEMORY:
+        return StorageKey(kind=mount.kind, direct=direct)
     # Some file systems (btrfs, overlay, NFS) have no device number of their own.
-    device = _identity(status.st_dev) or _identity_of_source(source)
-    return StorageKey(kind=kind, device=device, direct=direct)
+    device = _identity(status.st_dev) or _identity_of_source(mount.source)
+    return StorageKey(kind=mount.kind, device=device, direct=direct)
 
 
-def _mount_of(path: Path, device: int) -> tuple[str, str]:
-    """(file system type, what is mounted) of the innermost mount above `path`.
+@dataclass(frozen=True)
+class Mount:
+    """A mounted file system: its type, what is mounted, and the options of the file system."""
+
+    kind: str = "unknown"
+    source: str = ""
+    options: frozenset[str] = frozenset()
+
+
+def mount_of(path: Path, status: os.stat_result) -> Mount:
+    """The innermost mount above `path`, of which `status` was taken. Raises OSError.
 
     36 35 98:0 /root /mount/point rw,noatime master:1 - ext3 /dev/root rw
     """
+    path, device = path.resolve(), status.st_dev
     number = f"{os.major(device)}:{os.minor(device)}"
-    best, found = (False, -1), ("unknown", "")
+    best, found = (False, -1), Mount()
     for line in MOUNTS.read_text().splitlines():
         before, _, after = line.partition(" - ")
-        fields, (kind, source, *_) = before.split(), after.split()
-        point = Path(_unescape(fields[4]))
+        fields, (kind, source, *options) = before.split(), after.split()
+        point = Path(unescape(fields[4]))
         if not path.is_relative_to(point):
             continue
         # A mount that is hidden by another has the wrong number; of equals the last is on top.
         rank = (fields[2] == number, len(point.parts))
         if rank >= best:
-            best, found = rank, (kind, _unescape(source))
+            known = frozenset(option for text in options for option in text.split(","))
+            best, found = rank, Mount(kind, unescape(source), known)
     return found
-
-
-def _unescape(text: str) -> str:
-    """The kernel writes blanks and backslashes as octal numbers."""
-    return text.encode("latin-1", "backslashreplace").decode("unicode_escape")
 
 
 def _identity_of_source(source: str) -> str:

@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 
+from sempervirt.host.groups import is_of_a_vm
 from sempervirt.host.procfs import PROC
 
 # By number, from 0 (include/uapi/linux/capability.h).
@@ -78,6 +79,7 @@ class Confinement:
     new_privileges: bool
     system_calls: Seccomp
     own_network: bool
+    limited: bool
 
     @property
     def findings(self) -> list[str]:
@@ -93,6 +95,8 @@ class Confinement:
             found.append("every system call is open to it")
         if not self.own_network:
             found.append("it has the host's network")
+        if not self.limited:
+            found.append("it may take all processors and memory (it is in no group of a VM)")
         return found
 
 
@@ -103,6 +107,7 @@ def confinement_of(pid: int) -> Confinement | None:
     try:
         status = dict(_lines((PROC / str(pid) / "status").read_text()))
         network = (PROC / str(pid) / "ns/net").readlink()
+        groups = (PROC / str(pid) / "cgroup").read_text().splitlines()
     except (FileNotFoundError, ProcessLookupError):
         return None
     return Confinement(
@@ -112,6 +117,7 @@ def confinement_of(pid: int) -> Confinement | None:
         new_privileges=status["NoNewPrivs"] == "0",
         system_calls=list(Seccomp)[int(status["Seccomp"])],
         own_network=network != (PROC / "self/ns/net").readlink(),
+        limited=any(map(is_of_a_vm, groups)),
     )
 
 

@@ -6,10 +6,20 @@ from __future__ import annotations
 
 import os
 import stat
+import tempfile
 from pathlib import Path
 
 from sempervirt.core.errors import Unavailable
 from sempervirt.host.records import make_directory
+
+
+def make_scratch(prefix: str, parent: Path | None = None) -> Path:
+    """A new directory for an agent of a while, which users of VMs go through and do not look into.
+    Raises OSError.
+    """
+    made = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+    made.chmod(0o711)
+    return made
 
 
 def make_private(directory: Path, variable: str, *, linked: bool) -> None:

@@ -1,4 +1,8 @@
-"""Who else than its owner may open a file for reading: by its mode, and the directories above."""
+"""Who else than its owner may open a file for reading: by its mode, and the directories above.
+
+Whoever may read an image may hold a lock on it: the kernel asks for no more, and neither our locks
+nor QEMU's can be had beside some of those (`crates/block/src/lock.rs`).
+"""
 
 from __future__ import annotations
 
@@ -38,6 +42,15 @@ def readers(path: Path) -> list[str]:
         if members and within:
             words.append(f"the group {group} ({', '.join(members)})")
     return words
+
+
+def finding(image: Path, who: list[str]) -> str:
+    """What it means that those may read an image that a VM writes, and what to do."""
+    return (
+        f"{' and '.join(who)} may read it, and whoever reads it may lock it: no backend takes it "
+        f"over then, and the VM does not start again; chmod o-r,g-r {image}; or close a directory "
+        "above it"
+    )
 
 
 def _has_list(path: Path) -> bool:

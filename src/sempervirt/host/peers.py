@@ -46,7 +46,7 @@ def _credentials(connection: socket.socket) -> tuple[int, int, int]:
 
 
 # Programs that work for one VM, and ask an agent for nothing.
-_OF_VMS = ("semper-blkd", "semper-saved", "semper-wired", "qemu-")
+_OF_VMS = ("semper-blkd", "semper-saved", "semper-vfiod", "semper-wired", "qemu-")
 
 
 def works_for_a_vm(pid: int) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 STATE_VARIABLE = "SEMPERVIRT_STATE_DIR"
 RUN_VARIABLE = "SEMPERVIRT_RUN_DIR"
+SYSTEM_RUN_DIR = Path("/run/sempervirt")
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,11 @@ class Places:
     def trust_dir(self) -> Path:
         """Keys and certificates of this host."""
         return self.state_dir / "trust"
+
+    @property
+    def wire_trust_dir(self) -> Path:
+        """A copy of this host's pair and its authority, for the programs of a move."""
+        return self.run_dir / "trust"
 
     def vm_run_dir(self, name: str) -> Path:
         """Sockets and logs of one VM."""
@@ -57,6 +63,6 @@ def default_run_dir(environment: Mapping[str, str] = os.environ) -> Path:
     if chosen := environment.get(RUN_VARIABLE):
         return Path(chosen).absolute()
     if os.geteuid() == 0:
-        return Path("/run/sempervirt")
+        return SYSTEM_RUN_DIR
     base = environment.get("XDG_RUNTIME_DIR") or f"/tmp/sempervirt-{os.geteuid()}"
     return Path(base) / "sempervirt"

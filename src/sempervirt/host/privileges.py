@@ -8,21 +8,52 @@ what the program shall not have, starts it, and ends; nothing runs between fork 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TypeVar
 
 from sempervirt.host.confinement import CAPABILITIES
+from sempervirt.host.landlock import Ground
 
 _PR_CAPBSET_DROP = 24
 _PR_SET_NO_NEW_PRIVS = 38
+# Of util-linux, and what it needs of capabilities; the program that it becomes has none.
+SETPRIV = "setpriv"
+TO_BECOME = ("setgid", "setpcap", "setuid")
+# Of a program with an identity of its own: its group may use what it makes.
+UMASK = 0o007
 
 Started = TypeVar("Started")
 
 
-def with_capabilities(kept: Collection[str], start: Callable[[], Started]) -> Started:
+@dataclass(frozen=True)
+class Identity:
+    """The user and group, of one number, that a program is started as, further groups, and what is
+    left to it of the file system. What it makes is its group's as well.
+    """
+
+    number: int
+    groups: tuple[int, ...]
+    ground: Ground
+
+    def command(self, argv: Sequence[str]) -> list[str]:
+        """What becomes the program: by another program, since Python itself would copy its memory
+        (fork) to run as another user between, which takes longer than all else.
+        """
+        groups = f"--groups={','.join(map(str, self.groups))}" if self.groups else "--clear-groups"
+        return [
+            *(SETPRIV, f"--reuid={self.number}", f"--regid={self.number}", groups),
+            *("--inh-caps=-all", "--bounding-set=-all", "--no-new-privs", "--", *argv),
+        ]
+
+
+def with_capabilities(
+    kept: Collection[str], start: Callable[[], Started], ground: Ground | None = None
+) -> Started:
     """What `start` gives, which starts a program that has `kept` (names as in `CAPABILITIES`) at
-    most, and gains nothing by what it executes. Raises what `start` raises.
+    most, and gains nothing by what it executes; with a `ground` it has nothing else. Raises what
+    `start` raises, OSError.
 
     An agent that may not take capabilities away (it is no root, or its unit leaves it no
     CAP_SETPCAP) passes on what it has.
@@ -30,6 +61,8 @@ def with_capabilities(kept: Collection[str], start: Callable[[], Started]) -> St
 
     def reduced() -> Started:
         _give_up_all_but(kept)
+        if ground is not None:
+            ground.enclose()
         return start()
 
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="start") as thread:

@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sempervirt.core.errors import CommandFailed
-from sempervirt.host.privileges import with_capabilities
-from sempervirt.host.procfs import ProcessId, identify, start_ticks
+from sempervirt.host.privileges import TO_BECOME, UMASK, Identity, with_capabilities
+from sempervirt.host.procfs import PROC, ProcessId, identify, start_ticks
 from sempervirt.host.programs import why_not_started
 from sempervirt.host.records import replace_bytes
 
@@ -33,6 +33,11 @@ _TAIL_BYTES = 16 << 10
 _LINE_BYTES = 8 << 20
 # Begins a line of a log after which another process wrote, or the same one after an interruption.
 _FROM_HERE = "---- "
+# Between a service manager and the agent (sd_notify(3), sd_listen_fds(3)): a disk's program would
+# tell it that the agent is ready.
+_AGENTS_OWN = frozenset(
+    ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES")
+)
 
 
 @dataclass(frozen=True)
@@ -136,6 +141,10 @@ def _exit_of(returncode: int) -> Exit:
     return Exit(signal=-returncode) if returncode < 0 else Exit(code=returncode)
 
 
+def _handed_on() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name not in _AGENTS_OWN}
+
+
 def spawn(
     argv: Sequence[str],
     *,
@@ -145,13 +154,16 @@ def spawn(
     pass_fds: Sequence[int] = (),
     environment: Mapping[str, str] | None = None,
     capabilities: Collection[str] | None = None,
+    identity: Identity | None = None,
+    stdin: int = subprocess.DEVNULL,
 ) -> Process:
     """Starts a process that outlives the agent; its output is appended to `log`, after a line that
     tells the output of this process from that of earlier ones (see `said`).
 
-    `executable` is the file to execute, if not argv[0]; `capabilities` are those that the process
-    has at most (see `host.privileges`), if not those of the agent. Raises CommandFailed when the
-    program cannot be started, or the log cannot be opened.
+    `stdin` is a descriptor, or nothing. `executable` is the file to execute, if not argv[0];
+    `capabilities` are those that the process has at most (see `host.privileges`), if not those of
+    the agent; with an `identity` of its own it has none. Raises CommandFailed when the program
+    cannot be started, or the log cannot be opened.
     """
     with contextlib.suppress(OSError):  # no room: then the process says nothing either
         note_in_log(log, f"{Path(argv[0]).name} started")
@@ -164,27 +176,45 @@ def spawn(
 
             def start() -> subprocess.Popen[bytes]:
                 return subprocess.Popen(
-                    argv,
+                    argv if identity is None else identity.command(argv),
                     executable=executable,
-                    stdin=subprocess.DEVNULL,
+                    stdin=stdin,
                     stdout=output,
                     stderr=subprocess.STDOUT,
                     pass_fds=pass_fds,
-                    env=None if environment is None else {**os.environ, **environment},
+                    env={**_handed_on(), **(environment or {})},
                     start_new_session=True,
+                    umask=UMASK if identity else -1,
                 )
 
-            child = start() if capabilities is None else with_capabilities(capabilities, start)
+            if identity is not None:
+                child = with_capabilities(TO_BECOME, start, identity.ground)
+            elif capabilities is not None:
+                child = with_capabilities(capabilities, start)
+            else:
+                child = start()
     except OSError as error:
         raise _cannot_start(argv, error) from error
+    except RuntimeError as error:  # no thread can be made, for a program with fewer privileges
+        raise _cannot_start(argv, OSError(errno.EAGAIN, str(error))) from error
     # A child that has ended already is a zombie, and keeps its pid until it is waited for.
-    identity = identify(child.pid) or ProcessId(child.pid, 0, "")
+    started = identify(child.pid) or ProcessId(child.pid, 0, "")
     try:
-        return Process(identity, on_exit, child)
+        return Process(started, on_exit, child)
     except OSError as error:  # no file descriptor left to watch it by
         child.kill()
         child.wait()
         raise _cannot_start(argv, error) from error
+
+
+def expose_to_oom(pid: int) -> None:
+    """Lets the kernel end `pid` like any other process when memory is out: what we start would be
+    spared as we are (OOMScoreAdjust=), and a guest is what fills the memory.
+    """
+    path = PROC / str(pid) / "oom_score_adj"
+    with contextlib.suppress(OSError, ValueError):
+        if int(path.read_text()) < 0:
+            path.write_text("0")
 
 
 def adopt(identity: ProcessId, on_exit: Callable[[Exit], None]) -> Process | None:
@@ -225,6 +255,9 @@ async def run(
         )
     except OSError as error:
         raise _cannot_start(argv, error) from error
+    except RuntimeError as error:  # asyncio makes a thread that waits for it, where it has to
+        said = f"cannot start {argv[0]}, or wait for it: {error}"
+        raise CommandFailed(command, 127, [said]) from error
     output: tuple[list[str], list[str]] = ([], [])
     try:
         async with asyncio.timeout(timeout_s):
@@ -323,9 +356,10 @@ def _read_tail(path: Path) -> list[str]:
 def bound_log(path: Path, limit_bytes: int) -> None:
     """Keeps a log that others append to (O_APPEND) below twice the limit, by copy and truncate.
 
-    The last `limit_bytes` go to `path` + ".1". Lines written between copying and truncating are
-    lost: a few microseconds, once in `limit_bytes`. Where there is no room for the copy, all are:
-    the file that takes the room is likely this one. Raises OSError: there is no copy.
+    The last `limit_bytes` go to `path` + ".1". Lines written between reading and truncating are
+    lost: a few microseconds, once in `limit_bytes`. Where there is no room for the copy, the log
+    gives up its own room first: it is likely the file that takes the room. Raises OSError: there
+    is no room even then, and what was read is lost.
     """
     try:
         with path.open("r+b") as file:
@@ -333,9 +367,13 @@ def bound_log(path: Path, limit_bytes: int) -> None:
             if size <= limit_bytes:
                 return
             file.seek(size - limit_bytes)
+            kept, copy = file.read(limit_bytes), path.with_name(path.name + ".1")
             try:
-                replace_bytes(path.with_name(path.name + ".1"), file.read(limit_bytes))
-            finally:
+                replace_bytes(copy, kept)
+            except OSError:
+                file.truncate(0)
+                replace_bytes(copy, kept)
+            else:
                 file.truncate(0)
     except FileNotFoundError:
         return

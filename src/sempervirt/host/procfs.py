@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -34,24 +35,40 @@ class ProcessId:
         return self.boot_id == boot_id() and start_ticks(self.pid) == self.start_ticks
 
 
+def memory_available() -> int:
+    """How much memory programs can still have without others losing theirs, in bytes."""
+    for line in (PROC / "meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
 @cache
 def boot_id() -> str:
     """The kernel's random name for this boot."""
     return (PROC / "sys/kernel/random/boot_id").read_text().strip()
 
 
-# What semper-blkd calls the process that shares its memory, and with it its arguments.
-MEMORY_REAPER = "blkd-reaper"
+# Processes of our programs that have a program's arguments and are not that program: the one that
+# shares a backend's memory.
+HELPERS = ("blkd-reaper",)
 
 
-def start_ticks(pid: int) -> int | None:
-    """When `pid` started, in ticks since boot; None when it does not run."""
+def stat_fields(pid: int) -> list[str] | None:
+    """What /proc/PID/stat says from its third field on (state, parent, …); None when it is gone."""
     try:
         stat = (PROC / str(pid) / "stat").read_text()
     except OSError:
         return None
     # The second field is the command in parentheses, and may itself hold spaces and ")".
-    fields = stat.rpartition(")")[2].split()
+    return stat.rpartition(")")[2].split()
+
+
+def start_ticks(pid: int) -> int | None:
+    """When `pid` started, in ticks since boot; None when it does not run."""
+    fields = stat_fields(pid)
+    if fields is None:
+        return None
     state, ticks = fields[0], fields[19]
     return None if state in "ZX" else int(ticks)
 
@@ -62,29 +79,29 @@ def identify(pid: int) -> ProcessId | None:
     return None if ticks is None else ProcessId(pid, ticks, boot_id())
 
 
-def find_by_argument(pattern: re.Pattern[str]) -> list[int]:
+def find_by_argument(pattern: re.Pattern[str], *, of_all: bool = False) -> list[int]:
     """Pids of processes with an argument that `pattern` matches whole, recorded by anybody or not.
     See `find_processes`.
     """
-    return sorted(found.identity.pid for found in find_processes(pattern))
+    return sorted(found.identity.pid for found in find_processes(pattern, of_all=of_all))
 
 
 @dataclass(frozen=True)
 class Found:
-    """A living process, its arguments, and the match of the one that was looked for."""
+    """A living process, its user, its arguments, and the match of the one that was looked for."""
 
     identity: ProcessId
+    user: int
     arguments: tuple[str, ...]
     match: re.Match[str]
 
 
-def find_processes(pattern: re.Pattern[str]) -> list[Found]:
+def find_processes(pattern: re.Pattern[str], *, of_all: bool = False) -> list[Found]:
     """Living processes with an argument that `pattern` matches whole.
 
-    Only those of this user and of this pid namespace: others may write what they like into their
-    arguments, and the agent of a container has paths of its own. Without the helper by which a
-    backend has its memory taken apart at its end: that process shares the backend's arguments, and
-    ends with the backend.
+    Only those of this pid namespace (the agent of a container has paths of its own), and of this
+    user, unless `of_all`: others may write what they like into their arguments. Without the helpers
+    of our programs, which share a program's arguments and end with the program.
     """
     found = []
     for entry in PROC.iterdir():
@@ -93,11 +110,25 @@ def find_processes(pattern: re.Pattern[str]) -> list[Found]:
         identity = identify(int(entry.name))
         arguments = arguments_of(int(entry.name))
         match = next((m for a in arguments if (m := pattern.fullmatch(a))), None)
-        if identity is None or match is None or not _is_ours(entry):
+        if identity is None or match is None or (user := _user_of(entry)) is None:
             continue
-        if command_name(identity.pid) != MEMORY_REAPER and identity.is_alive():
-            found.append(Found(identity, arguments, match))
+        if user != os.geteuid() and not of_all:
+            continue
+        if command_name(identity.pid) not in HELPERS and identity.is_alive():
+            found.append(Found(identity, user, arguments, match))
     return found
+
+
+def find_helpers(pids: Collection[int]) -> list[tuple[int, int, str]]:
+    """Pid, parent and name of the helpers of those processes of our programs."""
+    found = []
+    for entry in PROC.iterdir():
+        if not entry.name.isdigit() or (name := command_name(int(entry.name))) not in HELPERS:
+            continue
+        fields = stat_fields(int(entry.name))
+        if fields is not None and (parent := int(fields[1])) in pids:
+            found.append((int(entry.name), parent, name))
+    return sorted(found)
 
 
 def arguments_of(pid: int) -> tuple[str, ...]:
@@ -109,15 +140,22 @@ def arguments_of(pid: int) -> tuple[str, ...]:
     return tuple(content.decode(errors="surrogateescape").rstrip("\0").split("\0"))
 
 
-def _is_ours(entry: Path) -> bool:
+def unescape(text: str) -> str:
+    """Of a table of mounts: the kernel writes blanks and backslashes there as octal numbers."""
+    return text.encode("latin-1", "backslashreplace").decode("unicode_escape")
+
+
+def _user_of(entry: Path) -> int | None:
+    """The user of a process of this pid namespace; None when it is of another, or gone."""
+    user = None
     try:
-        if entry.stat().st_uid != os.geteuid():
-            return False
-        return (entry / "ns/pid").readlink() == (PROC / "self/ns/pid").readlink()
+        user = entry.stat().st_uid
+        here = (entry / "ns/pid").readlink() == (PROC / "self/ns/pid").readlink()
     except FileNotFoundError:
-        return False  # it is gone
-    except OSError:
-        return True  # what cannot be told apart is counted
+        return None
+    except OSError:  # what cannot be told apart is counted
+        return os.geteuid() if user is None else user
+    return user if here else None
 
 
 def command_name(pid: int) -> str:

@@ -20,15 +20,20 @@ import math
 import os
 import stat
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 from sempervirt.core.errors import SempervirtError
+from sempervirt.core.printable import has_nul
+from sempervirt.host.late_records import LateRecords
 
 log = logging.getLogger(__name__)
 
 # The longest record is that of a VM with a thousand disks: some hundred kilobytes.
 RECORD_MAX_BYTES = 8 << 20
+# What writes records in this process, if not whoever wants them written (`write_late`).
+_late: LateRecords | None = None
 # For umask: what an agent makes is its own user's.
 PRIVATE = 0o077
 
@@ -63,6 +68,19 @@ def replace_bytes(path: Path, content: bytes, *, durable: bool = False) -> None:
     """Replaces the file at `path`, as `write_record` does with a record. Only its owner may read
     it: records hold command lines of guests' kernels, logs what guests say. Raises OSError.
     """
+    if _late is not None and _late.covers(path):
+        _late.call(path, partial(_replace_bytes, path, content, durable=durable))
+    else:
+        _replace_bytes(path, content, durable=durable)
+
+
+def write_late(late: LateRecords) -> None:
+    """From now on this process writes the records below a directory by a thread of their own."""
+    global _late  # noqa: PLW0603 - there is one agent in a process
+    _late = late
+
+
+def _replace_bytes(path: Path, content: bytes, *, durable: bool) -> None:
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     scratch.unlink(missing_ok=True)  # of a former process with this pid, killed while it wrote
     try:
@@ -124,6 +142,8 @@ def read_record(path: Path, version: int) -> dict[str, Any] | None:
     try:
         content = json.loads(read_file(path).decode(), parse_float=_finite, parse_constant=_refuse)
         json.dumps(content, ensure_ascii=False).encode()  # half of a pair (\\ud800) is no text
+        if has_nul(content):
+            raise ValueError("a text of it holds a NUL")
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
@@ -157,8 +177,12 @@ def remove_record(path: Path) -> bool:
     """Removes a record that may be absent. One that cannot be removed is told in the log: what it
     says is compared with what runs, before anybody believes it. Returns whether it is gone.
     """
+    remove = partial(path.unlink, missing_ok=True)
     try:
-        path.unlink(missing_ok=True)
+        if _late is not None and _late.covers(path):
+            _late.call(path, remove)
+        else:
+            remove()
     except OSError as error:
         log.error("record path=%s not removed: %s", path, error.strerror)  # noqa: TRY400
         return False

@@ -9,18 +9,25 @@ leads to.
 from __future__ import annotations
 
 import contextlib
+import grp
 import logging
 import os
+import pwd
 import select
 import socket
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from sempervirt.core.errors import InvalidRequest, Unavailable
 from sempervirt.host import descriptors
+from sempervirt.host.lending import lend
 
 # struct sockaddr_un holds 108 bytes, the last one a NUL.
 PATH_MAX_BYTES = 107
+# Who may ask an agent of root, beside root (packaging/sempervirt.sysusers).
+GROUP = "sempervirt"
 # How the addresses of connections begin that stand for nobody, as in crates/blkd/src/door.rs.
 PLUG = "\0semper-plug-"
 TRIES = 8
@@ -39,8 +46,45 @@ def check_socket_path(path: Path) -> Path:
     return path
 
 
-def listen_unix(path: Path, mode: int = 0o600) -> socket.socket:
-    """A listening socket at `path`; an earlier one there is unlinked.
+@dataclass(frozen=True)
+class Access:
+    """Who may connect to a socket: by name, or as a number; None leaves it to this user."""
+
+    owner: str | None = None
+    group: str | None = None
+    mode: int = 0o600
+
+    def give(self, path: Path) -> None:
+        """Gives a socket away. Raises InvalidRequest for one who is not there, Unavailable."""
+        uid = _number(self.owner, lambda name: pwd.getpwnam(name).pw_uid, "user")
+        gid = _number(self.group, lambda name: grp.getgrnam(name).gr_gid, "group")
+        try:
+            path.chmod(self.mode)  # first: what is another user's needs CAP_FOWNER for it
+            if (uid, gid) != (-1, -1):
+                os.chown(path, uid, gid)
+        except OSError as error:
+            raise Unavailable(
+                f"{path} cannot be given to {self.owner or ''}:{self.group or ''}: "
+                f"{error.strerror}",
+                remedy="only root can give sockets away (CAP_CHOWN)",
+            ) from error
+
+
+def _number(name: str | None, find: Callable[[str], int], what: str) -> int:
+    if name is None:
+        return -1
+    if name.isdecimal():
+        return int(name)
+    try:
+        return find(name)
+    except KeyError as error:
+        raise InvalidRequest(
+            f"there is no {what} {name} on this host", remedy=f"name another {what}, or a number"
+        ) from error
+
+
+def listen_unix(path: Path, group: int | None = None) -> socket.socket:
+    """A listening socket at `path` for this user, and `group`; an earlier one there is unlinked.
 
     Raises InvalidRequest for a path that is too long, Unavailable when the socket cannot be bound.
     """
@@ -49,12 +93,33 @@ def listen_unix(path: Path, mode: int = 0o600) -> socket.socket:
     try:
         path.unlink(missing_ok=True)
         listener.bind(str(path))
-        path.chmod(mode)
+        path.chmod(0o600)
+        lend(path, group)
         listener.listen(16)
     except OSError as error:
         listener.close()
         raise Unavailable(f"cannot listen on {path}: {error.strerror}") from error
     return listener
+
+
+def share_with_group(path: Path, group: str = GROUP) -> bool:
+    """Lets the members of a group connect to the socket of root's agent, if there is that group;
+    whether they can. The directory can be entered, and not listed.
+    """
+    if os.geteuid() != 0:
+        return False
+    try:
+        gid = grp.getgrnam(group).gr_gid
+    except KeyError:
+        return False
+    try:
+        for place, mode in ((path.parent, 0o711), (path, 0o660)):
+            os.chown(place, -1, gid)
+            place.chmod(mode)
+    except OSError as error:
+        log.warning("the group %s cannot connect to %s: %s", group, path, error.strerror)
+        return False
+    return True
 
 
 def discard(path: Path) -> None:
@@ -93,17 +158,24 @@ def _plug(listener: socket.socket) -> bool:
 
 
 def listen_tcp(address: str) -> socket.socket:
-    """A listening socket at "HOST:PORT". Raises Unavailable when it cannot be bound."""
+    """A listening socket at "HOST:PORT". Raises Unavailable when it cannot be bound.
+
+    What its connections write is sent at once: they have that from the listener, and asyncio sets
+    it for sockets alone that were made with the number of the protocol. Else the second part of an
+    answer waits 40 ms for the peer's acknowledgement of the first.
+    """
     host, _, port = address.rpartition(":")
     host = host.strip("[]")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, int(port)), family=family, backlog=64)
+        listener = socket.create_server((host, int(port)), family=family, backlog=64)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     except OSError as error:
         raise Unavailable(
             f"cannot listen on {address}: {error.strerror or error}",
             remedy="is the address one of this host, and is no other program there?",
         ) from error
+    return listener
 
 
 def borrow_listener(pid: int, fd: int, path: Path) -> socket.socket | None:

@@ -7,13 +7,14 @@ needs the pool next, for the store say, would wait for a medium that is none of 
 
 The thread of a call that hangs cannot be ended; it is left behind until the medium answers. So that
 they do not add up, a path on which `HANGING_MAX` calls hang is not called again until one of them
-has come back.
+has come back. A host that is about to die may refuse to make a thread: `prepare` makes some before.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import queue
 import threading
 import time
 from collections import defaultdict
@@ -31,6 +32,9 @@ HANGING_MAX = 3
 
 # By path: when the calls that have not come back by their deadline were begun.
 _hanging: dict[Path, list[float]] = defaultdict(list)
+# What no thread could be made for, and how many threads wait for that.
+_left_over: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+_prepared = 0
 
 
 async def call_storage(path: Path, call: Callable[[], T], timeout_s: float = DEADLINE_S) -> T:
@@ -67,10 +71,7 @@ async def call_storage(path: Path, call: Callable[[], T], timeout_s: float = DEA
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
             loop.call_soon_threadsafe(deliver, result, failure)
 
-    try:
-        threading.Thread(target=run, name=f"storage {path}", daemon=True).start()
-    except RuntimeError as error:
-        raise Unavailable(f"{path} cannot be looked at: {error}") from error
+    _begin(run, path)
     try:
         async with asyncio.timeout(timeout_s):
             return await asyncio.shield(answer)
@@ -82,6 +83,29 @@ async def call_storage(path: Path, call: Callable[[], T], timeout_s: float = DEA
     finally:
         # Whoever asked may be gone; what the call raises then is nobody's.
         answer.add_done_callback(lambda done: done.cancelled() or done.exception())
+
+
+def prepare(count: int) -> None:
+    """Starts threads that wait, for a host that refuses to make one. Called once in a process."""
+    global _prepared  # noqa: PLW0603 - as `_hanging`, of the process
+    _prepared = count
+    for _ in range(count):
+        threading.Thread(target=_wait, name="storage, waiting", daemon=True).start()
+
+
+def _wait() -> None:
+    while True:
+        _left_over.get()()
+
+
+def _begin(run: Callable[[], None], path: Path) -> None:
+    """In a thread of its own; where none can be made, in one that was prepared and is free."""
+    try:
+        threading.Thread(target=run, name=f"storage {path}", daemon=True).start()
+    except RuntimeError as error:
+        if not _prepared:
+            raise Unavailable(f"{path} cannot be looked at: {error}") from error
+        _left_over.put(run)
 
 
 def _silent(path: Path, since: float) -> Unavailable:

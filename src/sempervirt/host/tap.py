@@ -17,6 +17,7 @@ import re
 import socket
 import struct
 from dataclasses import dataclass
+from pathlib import Path
 
 from sempervirt.host.packets import HEADER_BYTES
 from sempervirt.host.procfs import PROC
@@ -38,6 +39,11 @@ ORDINARY = _TAP | _NO_HEADER | _VNET_HEADER
 _SIOCGIFFLAGS, _UP, _RUNNING = 0x8913, 0x01, 0x40
 _PACKET_BYTES = 68 << 10
 _RTM_DELLINK, _REQUEST_ACK = 17, 5
+_RTM_NEWLINK, _RTM_GETLINK, _NLMSG_ERROR, _REQUEST = 16, 18, 2, 1
+_IFLA_MASTER = 10
+_TUNSETPERSIST = 0x400454CB
+_SIOCSIFFLAGS, _SIOCBRADDIF, _SIOCBRDELIF = 0x8914, 0x89A2, 0x89A3
+_INDEX = struct.Struct("16si20x")
 _LINK = struct.Struct("=IHHIIBxHiII")
 _ACK = struct.Struct("=16xi")
 
@@ -121,7 +127,7 @@ def stands_still(interface: str) -> bool:
     The kernel may notice only later that nobody serves it, or that somebody does again.
     Raises OSError.
     """
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as any_socket:
+    with _any_socket() as any_socket:
         answer = fcntl.ioctl(any_socket, _SIOCGIFFLAGS, _IFREQ.pack(interface.encode(), 0))
     flags = _IFREQ.unpack(answer)[1]
     return bool(flags & _UP and not flags & _RUNNING)
@@ -138,6 +144,76 @@ def files_of(pid: int, interface: str) -> list[int]:
         except FileNotFoundError:  # closed meanwhile
             continue
     return sorted(found)
+
+
+def make(interface: str, *, several: bool) -> None:
+    """Makes a tap that stays without a file that serves it, and brings it up.
+
+    With `several` queues; the host itself says nothing on it (no IPv6). Raises OSError.
+    """
+    file = open_file()
+    try:
+        serve(file, interface, ORDINARY | (MULTI_QUEUE if several else 0))
+        quiet = Path("/proc/sys/net/ipv6/conf") / interface / "disable_ipv6"
+        if quiet.exists():
+            quiet.write_text("1")
+        fcntl.ioctl(file, _TUNSETPERSIST, 1)
+        with _any_socket() as any_socket:
+            flags = _IFREQ.pack(interface.encode(), _UP)
+            fcntl.ioctl(any_socket, _SIOCSIFFLAGS, flags)
+    finally:
+        os.close(file)
+
+
+def join(interface: str, bridge: str) -> None:
+    """Makes an interface a port of a bridge; from now on it is one of no other. Raises OSError."""
+    with _any_socket() as any_socket:
+        if (before := bridge_of(interface)) not in (None, bridge):
+            leave(interface, str(before))
+        request = _INDEX.pack(bridge.encode(), socket.if_nametoindex(interface))
+        try:
+            fcntl.ioctl(any_socket, _SIOCBRADDIF, request)
+        except OSError as error:
+            if error.errno != errno.EBUSY or before != bridge:
+                raise
+
+
+def leave(interface: str, bridge: str) -> None:
+    """Takes an interface from a bridge. Raises OSError."""
+    with _any_socket() as any_socket:
+        request = _INDEX.pack(bridge.encode(), socket.if_nametoindex(interface))
+        fcntl.ioctl(any_socket, _SIOCBRDELIF, request)
+
+
+def bridge_of(interface: str) -> str | None:
+    """The bridge that an interface is a port of. Raises OSError when there is no such interface."""
+    index = socket.if_nametoindex(interface)
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0) as link:
+        link.send(_LINK.pack(_LINK.size, _RTM_GETLINK, _REQUEST, 1, 0, 0, 0, index, 0, 0))
+        answer = link.recv(64 << 10)
+    length, kind = struct.unpack_from("=IH", answer)
+    if kind == _NLMSG_ERROR or kind != _RTM_NEWLINK:
+        raise OSError(errno.ENODEV, os.strerror(errno.ENODEV), interface)
+    at = _LINK.size
+    while at + 4 <= length:
+        size, attribute = struct.unpack_from("=HH", answer, at)
+        if attribute == _IFLA_MASTER:
+            return socket.if_indextoname(struct.unpack_from("=I", answer, at + 4)[0])
+        at += max(4, (size + 3) & ~3)
+    return None
+
+
+def packets_from(interface: str) -> int:
+    """How many packets came from whoever serves a tap. Raises OSError."""
+    for line in Path("/proc/thread-self/net/dev").read_text().splitlines():
+        name, colon, figures = line.partition(":")
+        if colon and name.strip() == interface:
+            return int(figures.split()[1])
+    raise OSError(errno.ENODEV, os.strerror(errno.ENODEV), interface)
+
+
+def _any_socket() -> socket.socket:
+    return socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
 
 
 class Remover:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 from pathlib import Path
 
 # landlock_create_ruleset(2); the same number on every architecture.
@@ -29,9 +28,10 @@ def landlock_version() -> int:
     return max(found, 0)
 
 
-def missing_walls(landlock: int, seccomp: bool, root: bool) -> list[str]:
+def missing_walls(landlock: int, seccomp: bool, no_users: str, no_groups: str) -> list[str]:
     """What the programs of a VM have to do without here, each as a phrase; empty when they have
-    every wall that there is. `landlock` is a version as of `landlock_version`.
+    every wall that there is. `landlock` is a version as of `landlock_version`, `no_users` why VMs
+    have no users of their own, `no_groups` what they are not limited in; "" when nothing is.
     """
     missing = []
     if landlock == 0:
@@ -44,11 +44,13 @@ def missing_walls(landlock: int, seccomp: bool, root: bool) -> list[str]:
         ]
     if not seccomp:
         missing.append("seccomp: not in this kernel")
-    if root:
-        missing.append("a user for each VM: all run as root")
+    if no_users:
+        missing.append(f"a user for each VM: {no_users}")
+    if no_groups:
+        missing.append(f"limits for each VM: {no_groups}")
     return missing
 
 
-def walls_missing_here() -> list[str]:
-    """As `missing_walls`, of this host and the user who asks."""
-    return missing_walls(landlock_version(), _SECCOMP_ACTIONS.exists(), os.geteuid() == 0)
+def walls_missing_here(no_users: str, no_groups: str) -> list[str]:
+    """As `missing_walls`, of this host."""
+    return missing_walls(landlock_version(), _SECCOMP_ACTIONS.exists(), no_users, no_groups)

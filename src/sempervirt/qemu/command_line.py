@@ -9,20 +9,33 @@ from pathlib import Path
 from typing import Any
 
 from sempervirt.core.errors import InvalidRequest, Unavailable
-from sempervirt.core.queue_map import DevicePlan
+from sempervirt.core.queue_map import DevicePlan, counted
 from sempervirt.qemu.files import VmFiles
-from sempervirt.qemu.spec import DiskSpec, NicSpec, VmSpec
+from sempervirt.qemu.spec import DiskSpec, NicSpec, PassthroughSpec, PciSpec, VmSpec
 
 # How long QEMU waits before it connects to a disk's socket again. The socket stays open while
 # backends change, so the first try succeeds, and this is the whole of the delay that QEMU
 # adds to a take-over; 1 ms is the least that the option can say.
 RECONNECT_MS = 1
 
+# Where QEMU finds descriptors that it does not open anew: the mode of the file says nothing then.
+FDSET = "/dev/fdset"
+NOTHING_GIVEN: Mapping[Path, Path] = {}
+
 # The property that binds queues of a device to several iothreads.
 MAPPING = "iothread-vq-mapping"
 
 # Both machines have 32 slots on their first PCI bus, and keep two for the chipset.
 PCI_SLOTS = 30
+# Of the passed-through devices, which need to be found again: from here downwards, each with its
+# shim below it. QEMU gives the others the lowest that are free.
+FIRST_PASSTHROUGH_SLOT = 30
+# By itself QEMU waits for 5 s, and goes on as if it had been answered.
+LOCKING_MS = 120_000
+
+# The first QEMU whose messages for DMA have the lengths that semper-vfiod uses. Nothing that QEMU
+# tells about itself differs, so here the version counts.
+VFIO_USER_VERSION = (11, 1)
 
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
@@ -44,6 +57,22 @@ class Features:
     chardev_options: frozenset[str] = frozenset()
     netdevs: frozenset[str] = frozenset()
     sandbox: bool = False
+
+    @property
+    def passes_through(self) -> bool:
+        """Whether QEMU can hand a device of semper-vfiod to its guest."""
+        digits = self.version.split(".")[:2]
+        if "vfio-user-pci" not in self.devices or not all(part.isdigit() for part in digits):
+            return False
+        return tuple(map(int, digits)) >= VFIO_USER_VERSION
+
+
+@dataclass(frozen=True)
+class DeviceSockets:
+    """Where the mediator of a passed-through device listens: for the device, and for its shim."""
+
+    device: Path
+    shim: Path
 
 
 @dataclass(frozen=True)
@@ -68,6 +97,10 @@ def build(
     block_devices: Collection[Path] = (),
     incoming: Incoming | None = None,
     tap_files: Mapping[int, Sequence[int]] | None = None,
+    absent: Collection[str] = (),
+    isolated: bool = False,
+    device_sockets: Mapping[str, DeviceSockets] | None = None,
+    given: Mapping[Path, Path] = NOTHING_GIVEN,
 ) -> list[str]:
     """The argument vector. Raises Unavailable when this QEMU lacks something needed.
 
@@ -75,7 +108,9 @@ def build(
     device's queues are served, by QEMU's id: "disk-NAME", "net0", …;
     `block_devices` are the images that are no files; `tap_files` are open files of
     /dev/net/tun, one for each pair of queues, for the networks (by position) whose taps QEMU is
-    not to open by itself.
+    not to open by itself. The disks `absent` are plugged in later, by `plug`; an `isolated` guest
+    reaches nobody through user-mode networking. `device_sockets` are those of the passed-through
+    devices, by name. `given` are paths that QEMU opens in the place of others: of descriptors.
     """
     machine = incoming.machine if incoming else spec.machine
     _require(spec, features, machine)
@@ -100,18 +135,26 @@ def build(
     argv += ["-chardev", f"socket,id=monitor,path={_quote(files.monitor)},server=on,wait=off"]
     argv += ["-mon", "chardev=monitor,mode=control"]
     argv += _console(files)
-    argv += _firmware(spec, files)
-    argv += _boot(spec)
+    argv += _firmware(spec, files, given)
+    argv += _boot(spec, given)
+    argv += _descriptors(given)
     for index, disk in enumerate(spec.disks):
         boot = index if spec.kernel is None else None
         plan = plans[disk_id(disk)]
         if disk.backend == "qemu":
-            argv += _own_disk(disk, plan, boot, block_device=disk.image in block_devices)
+            image = given.get(disk.image, disk.image)
+            argv += _own_disk(disk, plan, boot, image, block_device=disk.image in block_devices)
         else:
-            argv += _disk(disk, plan, features, disk_sockets[disk.name], boot)
+            argv += _port(index, disk)
+            if disk.name not in absent:
+                argv += _disk(disk, plan, features, disk_sockets[disk.name], boot)
     for index, nic in enumerate(spec.nics):
         files_of_tap = (tap_files or {}).get(index, ())
-        argv += _nic(index, nic, spec.mac(index), plans[nic_id(index)], files_of_tap)
+        argv += _nic(
+            index, nic, spec.mac(index), plans[nic_id(index)], files_of_tap, isolated=isolated
+        )
+    for index, device in enumerate(spec.passthrough):
+        argv += passthrough_arguments(index, device, (device_sockets or {})[device.name])
     argv += _channels(spec, files)
     if "virtio-rng-pci" in features.devices:
         argv += ["-device", "virtio-rng-pci"]
@@ -122,6 +165,11 @@ def build(
     if incoming is not None:
         argv += ["-S", "-incoming", "defer"]
     return argv
+
+
+def _descriptors(given: Mapping[Path, Path]) -> list[str]:
+    sets = [path.name for path in given.values() if str(path.parent) == FDSET]
+    return [word for number in sets for word in ("-add-fd", f"fd={number},set={number}")]
 
 
 def _require(spec: VmSpec, features: Features, machine: str) -> None:
@@ -138,6 +186,13 @@ def _require(spec: VmSpec, features: Features, machine: str) -> None:
             raise Unavailable(f"this QEMU has no network of type {nic.type}", remedy=remedy)
     if spec.generation_id is not None and "vmgenid" not in features.devices:
         raise Unavailable("this QEMU has no device vmgenid, and the guest has one", remedy=remedy)
+    if spec.passthrough and not features.passes_through:
+        wanted = ".".join(map(str, VFIO_USER_VERSION))
+        raise Unavailable(
+            f"QEMU {features.version} cannot hand the device {spec.passthrough[0].name} to its "
+            f"guest: that needs vfio-user-pci as QEMU {wanted} has it",
+            remedy=f"install QEMU {wanted} or newer (Debian 13: from trixie-backports)",
+        )
     _require_slots(spec, features)
 
 
@@ -145,9 +200,12 @@ def _require_slots(spec: VmSpec, features: Features) -> None:
     """Every device takes a slot of the PCI bus; QEMU itself ends at the first that has none."""
     others = bool(spec.channels) + ("virtio-rng-pci" in features.devices)
     room = PCI_SLOTS - others
-    if len(spec.disks) + len(spec.nics) > room:
+    passed = len(spec.passthrough)
+    if len(spec.disks) + len(spec.nics) + 2 * passed > room:
+        devices = f" and {counted(passed, 'passed-through device')}" if passed else ""
         raise InvalidRequest(
-            f"VM {spec.name} has {len(spec.disks)} disks and {len(spec.nics)} network cards; "
+            f"VM {spec.name} has {len(spec.disks)} disks and {len(spec.nics)} network cards"
+            f"{devices}; "
             f"{room} fit, for the machine has {PCI_SLOTS} free PCI slots and {others} "
             f"{'is' if others == 1 else 'are'} taken by channels and the random number generator",
             remedy="put several file systems on one disk, or spread them over several VMs",
@@ -165,13 +223,15 @@ def _console(files: VmFiles) -> list[str]:
     return ["-chardev", chardev, "-serial", "chardev:console"]
 
 
-def _firmware(spec: VmSpec, files: VmFiles) -> list[str]:
+def _firmware(spec: VmSpec, files: VmFiles, given: Mapping[Path, Path]) -> list[str]:
     if spec.firmware is None:
         return []
+    firmware = given.get(spec.firmware, spec.firmware)
     if spec.firmware_vars is None:
-        return ["-bios", str(spec.firmware)]
-    code = _flash("firmware-code", spec.firmware, read_only=True)
-    return [*code, *_flash("firmware-vars", files.vars, read_only=False)]
+        return ["-bios", str(firmware)]
+    code = _flash("firmware-code", firmware, read_only=True)
+    variables = given.get(files.vars, files.vars)
+    return [*code, *_flash("firmware-vars", variables, read_only=False)]
 
 
 def _flash(name: str, path: Path, *, read_only: bool) -> list[str]:
@@ -181,12 +241,12 @@ def _flash(name: str, path: Path, *, read_only: bool) -> list[str]:
     return ["-blockdev", json.dumps(image)]
 
 
-def _boot(spec: VmSpec) -> list[str]:
+def _boot(spec: VmSpec, given: Mapping[Path, Path]) -> list[str]:
     argv = []
     if spec.kernel:
-        argv += ["-kernel", str(spec.kernel)]
+        argv += ["-kernel", str(given.get(spec.kernel, spec.kernel))]
     if spec.initrd:
-        argv += ["-initrd", str(spec.initrd)]
+        argv += ["-initrd", str(given.get(spec.initrd, spec.initrd))]
     if spec.cmdline:
         argv += ["-append", spec.cmdline]
     return argv
@@ -202,6 +262,44 @@ def nic_id(index: int) -> str:
     return f"net{index}"
 
 
+def device_id(device: PassthroughSpec | PciSpec) -> str:
+    """What QEMU calls a passed-through device."""
+    return f"device-{device.name}"
+
+
+def device_slot(index: int) -> int:
+    """The slot of the passed-through device at that position of the VM file, on bus 0."""
+    return FIRST_PASSTHROUGH_SLOT - 2 * index
+
+
+def shim_slot(index: int) -> int:
+    """The slot of that device's shim."""
+    return device_slot(index) - 1
+
+
+def passthrough_arguments(
+    index: int, device: PassthroughSpec | PciSpec, sockets: DeviceSockets
+) -> list[str]:
+    """A passed-through device, and the shim that takes its doorbells over during a move."""
+    argv = []
+    for name, slot, path in (
+        (device_id(device), device_slot(index), sockets.device),
+        (f"shim-{device.name}", shim_slot(index), sockets.shim),
+    ):
+        properties: dict[str, object] = {
+            "driver": "vfio-user-pci",
+            "id": name,
+            "bus": "pcie.0",
+            "addr": f"{slot:x}.0",
+            "socket": {"type": "unix", "path": str(path)},
+        }
+        if isinstance(device, PciSpec):
+            # All of the guest's memory is locked before the mediator answers.
+            properties["x-msg-timeout"] = LOCKING_MS
+        argv += ["-device", json.dumps(properties)]
+    return argv
+
+
 def _disk(
     disk: DiskSpec, plan: DevicePlan, features: Features, socket: Path, boot: int | None
 ) -> list[str]:
@@ -213,16 +311,63 @@ def _disk(
         else "reconnect=1"
     )
     name = disk_id(disk)
-    chardev = f"socket,id=char-{name},path={_quote(socket)},server=off,{again}"
-    device = f"vhost-user-blk-pci,id={name},chardev=char-{name}"
+    chardev = f"socket,id={_chardev_id(disk)},path={_quote(socket)},server=off,{again}"
+    device = f"vhost-user-blk-pci,id={name},chardev={_chardev_id(disk)}"
     device += f",num-queues={plan.binding.queues},queue-size={disk.queue_size}"
+    if _has_port(disk):
+        device += f",bus={_port_id(disk)},addr=0x0"
     if boot is not None:
         device += f",bootindex={boot}"
     return ["-chardev", chardev, "-device", device]
 
 
+def _chardev_id(disk: DiskSpec) -> str:
+    return f"char-{disk_id(disk)}"
+
+
+def _has_port(disk: DiskSpec) -> bool:
+    """Whether the disk is behind a port of its own: into such a one it can be plugged later."""
+    return disk.keep == "latest"
+
+
+def _port_id(disk: DiskSpec) -> str:
+    return f"port-{disk.name}"
+
+
+def _port(index: int, disk: DiskSpec) -> list[str]:
+    if not _has_port(disk):
+        return []
+    number = index + 1
+    return ["-device", f"pcie-root-port,id={_port_id(disk)},chassis={number},slot={number}"]
+
+
+def plug(
+    disk: DiskSpec, plan: DevicePlan, features: Features, socket: Path
+) -> list[tuple[str, dict[str, Any]]]:
+    """The monitor's commands that plug in a disk which was `absent`, one after the other."""
+    again = "reconnect-ms" if "reconnect-ms" in features.chardev_options else "reconnect"
+    address = {"type": "unix", "data": {"path": str(socket)}}
+    backend = {
+        "type": "socket",
+        "data": {"addr": address, "server": False, again: RECONNECT_MS},
+    }
+    device = {
+        "driver": "vhost-user-blk-pci",
+        "id": disk_id(disk),
+        "chardev": _chardev_id(disk),
+        "num-queues": plan.binding.queues,
+        "queue-size": disk.queue_size,
+        "bus": _port_id(disk),
+        "addr": "0x0",
+    }
+    return [
+        ("chardev-add", {"id": _chardev_id(disk), "backend": backend}),
+        ("device_add", device),
+    ]
+
+
 def _own_disk(
-    disk: DiskSpec, plan: DevicePlan, boot: int | None, *, block_device: bool
+    disk: DiskSpec, plan: DevicePlan, boot: int | None, image: Path, *, block_device: bool
 ) -> list[str]:
     """A disk that QEMU itself serves: threads, image, and the device with its queues."""
     name = disk_id(disk)
@@ -230,7 +375,7 @@ def _own_disk(
     poll = "" if plan.poll_us is None else f",poll-max-ns={plan.poll_us * 1000}"
     for thread in range(plan.binding.threads):
         argv += ["-object", f"iothread,id={_thread_id(name, thread)}{poll}"]
-    argv += ["-blockdev", json.dumps(_image(disk, plan, block_device))]
+    argv += ["-blockdev", json.dumps(_image(disk, plan, image, block_device))]
     properties: dict[str, Any] = {"drive": name, "serial": disk.serial}
     # The guest is told of every error, as by semper-blkd; by itself QEMU pauses it at some.
     properties |= {"rerror": "report", "werror": "report"}
@@ -260,7 +405,7 @@ def _own_disk(
     return [*argv, "-device", json.dumps(device)]
 
 
-def _image(disk: DiskSpec, plan: DevicePlan, block_device: bool) -> dict[str, Any]:
+def _image(disk: DiskSpec, plan: DevicePlan, image: Path, block_device: bool) -> dict[str, Any]:
     """The raw image; QEMU locks it, against semper-blkd too."""
     cache = {"direct": disk.direct, "no-flush": False}
     return {
@@ -271,7 +416,7 @@ def _image(disk: DiskSpec, plan: DevicePlan, block_device: bool) -> dict[str, An
         "cache": cache,
         "file": {
             "driver": "host_device" if block_device else "file",
-            "filename": str(disk.image),
+            "filename": str(image),
             "aio": plan.engine.value,
             "discard": "unmap",
             "cache": cache,
@@ -300,10 +445,16 @@ def _thread_id(name: str, thread: int) -> str:
 
 
 def _nic(
-    index: int, nic: NicSpec, mac: str, plan: DevicePlan, tap_files: Sequence[int]
+    index: int,
+    nic: NicSpec,
+    mac: str,
+    plan: DevicePlan,
+    tap_files: Sequence[int],
+    *,
+    isolated: bool,
 ) -> list[str]:
     name = nic_id(index)
-    netdev = f"user,id={name}"
+    netdev = f"user,id={name}" + (",restrict=on" if isolated else "")
     # An empty romfile: nothing boots from the network, and the ROM may not be installed.
     device = f"virtio-net-pci,netdev={name},mac={mac},romfile="
     pairs = plan.binding.queues

@@ -116,8 +116,8 @@ def _live(state: VmState, event: VmEvent, now: float) -> Decision:
             return replace(state, gone=state.gone | {device}), []
         case Released(status):
             return _released(state, status), []
-        case Ended(exit_code, signal):
-            return _ended(state, exit_code, signal)
+        case Ended(exit_code, signal, with_host):
+            return _ended(state, exit_code, signal, with_host=with_host)
         case Tick():
             return _tick(state, now)
         case _:
@@ -241,12 +241,17 @@ def _qemu_event(state: VmState, name: str, cause: str, now: float) -> VmState:
             return state
 
 
-def _ended(state: VmState, exit_code: int | None, signal: int | None) -> Decision:
+def _ended(
+    state: VmState, exit_code: int | None, signal: int | None, *, with_host: bool
+) -> Decision:
     run, reason = _judge_end(state, exit_code, signal)
+    with_host = with_host and run is Runstate.CRASHED
+    if with_host:
+        reason = "QEMU ended with its host, which was started anew"
     effects: list[VmEffect] = []
     if state.pending is not None:
         effects.append(_refuse(state.pending, Refusal.NOT_DONE, f"the VM ended: {reason}"))
-    end = End(reason, exit_code, signal)
+    end = End(reason, exit_code, signal, with_host)
     ended = replace(state, run=run, why=reason, pending=None, held=None, deadline=None, end=end)
     return ended, effects
 

@@ -34,9 +34,19 @@ async def save(execute: Execute, path: Path) -> None:
     await _wait(execute, f"QEMU did not write its state to {path.name}")
 
 
-async def load(execute: Execute, path: Path) -> None:
-    """Loads the state at `path` into a QEMU that was started for it. Raises as `save`."""
+async def prepare(execute: Execute) -> None:
+    """Has a QEMU that was started for a state be ready to load it. Raises InvalidRequest when this
+    QEMU is too old.
+    """
     await _prepare(execute)
+
+
+async def load(execute: Execute, path: Path, *, prepared: bool = False) -> None:
+    """Loads the state at `path` into a QEMU that was started for it, `prepared` or not. Raises as
+    `save`.
+    """
+    if not prepared:
+        await _prepare(execute)
     await execute("migrate-incoming", {"uri": f"file:{path}"})
     await _wait(execute, "the new QEMU cannot load this state")
 

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, assert_never
@@ -20,8 +20,9 @@ from sempervirt.core.errors import OutcomeUnknown, SempervirtError, StateConflic
 from sempervirt.core.events import Journal
 from sempervirt.host import process
 from sempervirt.host.owner import HOST_CLOCK, Clock, Owner, Replies
+from sempervirt.host.privileges import Identity
 from sempervirt.host.process import Exit, Process
-from sempervirt.host.procfs import ProcessId
+from sempervirt.host.procfs import ProcessId, boot_id
 from sempervirt.qemu.command_line import disk_id
 from sempervirt.qemu.decide import QUIT_DEADLINE_S, decide
 from sempervirt.qemu.files import VmFiles
@@ -82,13 +83,15 @@ class Machine(Owner[VmState, VmEvent, VmEffect]):
         patience: Patience,
         state: VmState = STARTED,
         clock: Clock = HOST_CLOCK,
+        absent: Collection[str] = (),
     ) -> None:
         super().__init__(f"VM {spec.name}", state, clock)
         self.spec = spec
+        self._absent = absent
         self.name = spec.name
         self.files = files
         self.started = time.time()
-        self.journal = Journal()
+        self.journal = Journal(spec.name)
         self._process: Process | None = None
         self._patience = patience
         self._replies = Replies()
@@ -99,17 +102,28 @@ class Machine(Owner[VmState, VmEvent, VmEffect]):
 
     @classmethod
     def launch(
-        cls, spec: VmSpec, files: VmFiles, argv: Sequence[str], patience: Patience, memory_fd: int
+        cls,
+        spec: VmSpec,
+        files: VmFiles,
+        argv: Sequence[str],
+        patience: Patience,
+        inherited: Sequence[int],
+        absent: Collection[str] = (),
+        identity: Identity | None = None,
     ) -> Machine:
-        """Starts QEMU. Raises CommandFailed when the program cannot be started."""
-        machine = cls(spec, files, patience)
+        """Starts QEMU, with `inherited` descriptors and all disks but those `absent`, as `identity`
+        if it has one of its own. Raises CommandFailed when the program cannot be started.
+        """
+        machine = cls(spec, files, patience, absent=absent)
         started = process.spawn(
             argv,
             log=files.log,
             on_exit=machine._exits(),
-            pass_fds=(memory_fd,),
+            pass_fds=inherited,
             capabilities=capabilities(),
+            identity=identity,
         )
+        process.expose_to_oom(started.pid)
         machine._watch(started)
         return machine
 
@@ -149,7 +163,8 @@ class Machine(Owner[VmState, VmEvent, VmEffect]):
             machine._watch(adopted)
         else:
             machine.start()
-            machine.post(Ended(None, None))
+            earlier_boot = identity is not None and identity.boot_id != boot_id()
+            machine.post(Ended(None, None, with_host=earlier_boot))
         return machine
 
     @classmethod
@@ -270,7 +285,7 @@ class Machine(Owner[VmState, VmEvent, VmEffect]):
 
     def _new_link(self) -> Link:
         told = partial(self._told, self._state.qemu)
-        devices = [disk_id(disk) for disk in self.spec.disks]
+        devices = [disk_id(disk) for disk in self.spec.disks if disk.name not in self._absent]
         return Link(
             self.files.monitor,
             self.name,
@@ -424,7 +439,7 @@ class Machine(Owner[VmState, VmEvent, VmEffect]):
 
     async def _bound_logs(self) -> None:
         while True:
-            for path in (self.files.console_log, self.files.log):
+            for path in self.files.all_logs():
                 try:
                     process.bound_log(path, LOG_LIMIT_BYTES)
                 except OSError as error:  # no room, say: the VM runs on, and its log grows

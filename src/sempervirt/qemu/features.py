@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 from sempervirt.core.errors import CommandFailed, OutcomeUnknown, StateConflict, Unavailable
 from sempervirt.host import process
 from sempervirt.host.records import RecordDamaged, read_record, write_record
+from sempervirt.host.storage_call import call_storage
 from sempervirt.qemu.command_line import MAPPING, SANDBOX, Features
 from sempervirt.qemu.qmp import Monitor
 
@@ -29,6 +31,7 @@ log = logging.getLogger(__name__)
 DEADLINE_S = 20.0
 RETRY_S = 0.02
 CACHE_VERSION = 3
+KEEP_S = 2.0
 _FEATURES = TypeAdapter(Features)
 
 QUESTIONS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -68,7 +71,8 @@ async def probe(qemu: str, cache_directory: Path) -> Features:
     except (RecordDamaged, KeyError, ValidationError):
         pass  # what an earlier release or a crash left is asked for again
     features = await _ask(qemu)
-    _keep(cache, stamp, features)
+    with contextlib.suppress(Unavailable):  # QEMU is asked again
+        await call_storage(cache, partial(_keep, cache, stamp, features), KEEP_S)
     return features
 
 

@@ -1,13 +1,15 @@
 """Where a running VM keeps its sockets and logs: RUN/vm/NAME/.
 
 A QEMU that is to take over from another one makes its sockets in a directory below, qN/ (the
-N-th QEMU of this VM). At the switch they are moved to their places; what stays in qN/ is the
-way to the disks.
+N-th QEMU of this VM), and so does the first one where the VM has a user of its own (`vm.user`).
+They are moved to their places later; what stays in qN/ is the way to the disks.
 """
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +33,10 @@ class VmFiles:
     def console(self) -> Path:
         """The guest's first serial port; one client at a time."""
         return self.directory / "console.sock"
+
+    def all_logs(self) -> list[Path]:
+        """Of everything that runs for the VM: what a guest does may be told in any of them."""
+        return list((self.logs or self.directory).glob("*.log"))
 
     @property
     def console_log(self) -> Path:
@@ -72,6 +78,16 @@ class VmFiles:
     def sockets(self, spec: VmSpec) -> list[Path]:
         """What QEMU itself listens on."""
         return [self.monitor, self.console, *(self.channel(c) for c in spec.channels)]
+
+    def take_sockets(self, made: VmFiles, spec: VmSpec) -> None:
+        """Puts the sockets that a QEMU has made where everybody looks for them; what it has made
+        in their place, such as a link, leads nobody elsewhere. Raises OSError.
+        """
+        for old, new in zip(made.sockets(spec), self.sockets(spec), strict=True):
+            with contextlib.suppress(FileNotFoundError):
+                old.replace(new)
+                if not stat.S_ISSOCK(new.lstat().st_mode):  # only now nobody replaces it
+                    new.unlink()
 
     def successor(self, number: int) -> VmFiles:
         """Where the QEMU of that number, which is to take over, has its sockets."""

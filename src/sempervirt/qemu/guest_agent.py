@@ -14,18 +14,20 @@ trusted: whatever it sends, or does not send, comes out as one of the errors bel
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sempervirt.core.errors import OutcomeUnknown, StateConflict, Unavailable
+from sempervirt.core.printable import printable
 from sempervirt.host.peers import require_peer
 
 log = logging.getLogger(__name__)
@@ -35,8 +37,25 @@ ANSWER_MAX_BYTES = 1 << 20
 # What a guest may write for others before it answers: a port of QEMU keeps far less.
 STALE_MAX_BYTES = 4 << 20
 SYNC_S = 2.0
+# A clock that is further off has not been set.
+WRONG_MAX_S = 2.0
 THAW_S = 10.0
 THAW_TRIES = 3
+RUN_POLL_S = 0.02
+# Programs of Linux guests that ask the kernel for RNDADDENTROPY and RNDRESEEDCRNG (random(4)) with
+# the bytes that they are given. Every Debian has perl, and most others have one of the two.
+_PERL = (
+    "local $/; my $b = <STDIN>; open(my $f, '+<', '/dev/urandom') or exit 2; "
+    "ioctl($f, 0x40085203, pack('ll', 8 * length $b, length $b) . $b) or exit 3; "
+    "ioctl($f, 0x5207, 0) or exit 4;"
+)
+_PYTHON = (
+    "import fcntl, struct, sys; b = sys.stdin.buffer.read(); f = open('/dev/urandom', 'rb'); "
+    "fcntl.ioctl(f, 0x40085203, struct.pack('ii', 8 * len(b), len(b)) + b); fcntl.ioctl(f, 0x5207)"
+)
+RESEEDERS = (("perl", ("-e", _PERL)), ("python3", ("-c", _PYTHON)))
+# What a time in nanoseconds has room for, also at the guest: the end of 2262.
+TIME_MAX_NS = (1 << 63) - 1
 
 
 @dataclass(frozen=True)
@@ -114,12 +133,83 @@ class GuestAgent:
             refusal = error.message
         begun = time.time()
         told = await self.ask("guest-get-time", timeout_s=timeout_s)
-        if not isinstance(told, int) or isinstance(told, bool):
+        if not isinstance(told, int) or isinstance(told, bool) or abs(told) > TIME_MAX_NS:
             raise OutcomeUnknown(f"the guest agent of {self.vm} did not say what time it is")
         wrong = told / 1e9 - (begun + time.time()) / 2
-        if refusal and abs(wrong) > timeout_s:
+        if refusal and abs(wrong) > WRONG_MAX_S:
             raise StateConflict(refusal)
         return wrong
+
+    async def exists(self, path: str, timeout_s: float = SYNC_S) -> bool:
+        """Whether the guest has a file or a directory of that name. Raises Unavailable and
+        OutcomeUnknown as `ask`.
+        """
+        try:
+            handle = await self._open(path, "r", timeout_s)
+        except StateConflict:
+            return False
+        await self.ask("guest-file-close", {"handle": handle}, timeout_s=timeout_s)
+        return True
+
+    async def give_random_bytes(self, content: bytes, timeout_s: float = SYNC_S) -> None:
+        """Gives the guest's kernel random bytes, which the kernel mixes in when it next draws a new
+        seed by itself, within a minute: an agent cannot have that done at once. Raises as `ask`.
+        """
+        handle = await self._open("/dev/urandom", "w", timeout_s)
+        try:
+            given = base64.b64encode(content).decode()
+            arguments = {"handle": handle, "buf-b64": given}
+            await self.ask("guest-file-write", arguments, timeout_s=timeout_s)
+        finally:
+            await self.ask("guest-file-close", {"handle": handle}, timeout_s=timeout_s)
+
+    async def reseed(self, content: bytes, timeout_s: float = SYNC_S) -> bool:
+        """Has the guest's kernel take random bytes and draw a new seed of them at once, by a
+        program of the guest that can ask for that; False when there is none, or the agent starts
+        none. Raises Unavailable and OutcomeUnknown as `ask`.
+        """
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        for program, arguments in RESEEDERS:
+            with contextlib.suppress(StateConflict):
+                if await self._run(program, arguments, content, deadline) == 0:
+                    return True
+        return False
+
+    async def _run(
+        self, program: str, arguments: Sequence[str], given: bytes, deadline: float
+    ) -> int | None:
+        """The exit status of a program of the guest; None when it was ended by a signal."""
+
+        def left_s() -> float:
+            return max(0.0, deadline - asyncio.get_running_loop().time())
+
+        asked = {
+            "path": program,
+            "arg": list(arguments),
+            "input-data": base64.b64encode(given).decode(),
+        }
+        told = await self.ask("guest-exec", asked, timeout_s=left_s())
+        match told:
+            case {"pid": int(pid)}:
+                pass
+            case _:
+                raise OutcomeUnknown(f"the guest agent of {self.vm} started {program} as nothing")
+        while True:
+            match await self.ask("guest-exec-status", {"pid": pid}, timeout_s=left_s()):
+                case {"exited": True, "exitcode": int(status)}:
+                    return status
+                case {"exited": True}:
+                    return None
+                case _:
+                    await asyncio.sleep(RUN_POLL_S)
+
+    async def _open(self, path: str, mode: str, timeout_s: float) -> int:
+        handle = await self.ask(
+            "guest-file-open", {"path": path, "mode": mode}, timeout_s=timeout_s
+        )
+        if not isinstance(handle, int) or isinstance(handle, bool):
+            raise OutcomeUnknown(f"the guest agent of {self.vm} opened {path} and gave no handle")
+        return handle
 
     @asynccontextmanager
     async def _connected(self, deadline: float) -> AsyncIterator[_Port]:
@@ -205,7 +295,8 @@ class _Port:
             case {"return": told}:
                 return told
             case {"error": {"desc": str(why)}}:
-                raise StateConflict(f"the guest agent of {self.vm} refused {command}: {why[:300]}")
+                said = printable(why[:300])
+                raise StateConflict(f"the guest agent of {self.vm} refused {command}: {said}")
             case _:
                 raise OutcomeUnknown(
                     f"the guest agent of {self.vm} answered {command} without a meaning"

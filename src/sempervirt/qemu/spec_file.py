@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 
 from sempervirt.core.errors import InvalidRequest, SpecError
 from sempervirt.core.names import suggest
-from sempervirt.qemu.spec import VmSpec
+from sempervirt.qemu.spec import HOST_DEVICE, OUR_DEVICE, PciSpec, VmSpec
 from sempervirt.qemu.toml_lines import Key, find_line
 
 _WHERE = re.compile(r" \(at (?:line (\d+), column \d+|end of document)\)$")
@@ -64,7 +64,7 @@ def _spec_error(error: ValidationError, text: str, file: Path) -> SpecError:
 
 
 def _path(detail: ErrorDetails) -> Sequence[Key]:
-    return detail["loc"]
+    return [part for part in detail["loc"] if part not in (OUR_DEVICE, HOST_DEVICE)]
 
 
 def _dotted(path: Sequence[Key]) -> str:
@@ -74,7 +74,8 @@ def _dotted(path: Sequence[Key]) -> str:
 
 def _message(detail: ErrorDetails) -> str:
     if detail["type"] == "extra_forbidden":
-        hint = suggest(str(detail["loc"][-1]), _known_keys(detail["loc"][:-1]))
+        known = PciSpec if HOST_DEVICE in detail["loc"] else None
+        hint = suggest(str(detail["loc"][-1]), _known_keys(_path(detail)[:-1], known))
         return f"there is no such key{'; ' + hint if hint else ''}"
     if detail["type"] == "missing":
         return "is missing"
@@ -82,14 +83,24 @@ def _message(detail: ErrorDetails) -> str:
     return message[0].lower() + message[1:] if message[:2].istitle() else message
 
 
-def _known_keys(path: Sequence[Key]) -> list[str]:
-    """The keys of the table at `path`."""
+def _known_keys(path: Sequence[Key], known: type[BaseModel] | None) -> list[str]:
+    """The keys of the table at `path`, or of the one that is `known`."""
+    if known is not None:
+        return list(known.model_fields)
     model: type[BaseModel] = VmSpec
     for part in path:
         if isinstance(part, str):
-            arguments = get_args(model.model_fields[part].annotation)
-            model = next(a for a in arguments if isinstance(a, type) and issubclass(a, BaseModel))
+            annotation = model.model_fields[part].annotation
+            model = next(_models(annotation))
     return list(model.model_fields)
+
+
+def _models(annotation: object) -> Iterator[type[BaseModel]]:
+    """The tables that an annotation names, in its order."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _models(part)
 
 
 def _resolve(content: dict[str, Any], directory: Path) -> dict[str, Any]:
@@ -98,13 +109,14 @@ def _resolve(content: dict[str, Any], directory: Path) -> dict[str, Any]:
     for key in ("kernel", "initrd", "firmware", "firmware_vars"):
         if isinstance(resolved.get(key), str):
             resolved[key] = _absolute(resolved[key], directory)
-    if isinstance(resolved.get("disks"), list):
-        resolved["disks"] = [
-            {**disk, "image": _absolute(disk["image"], directory)}
-            if isinstance(disk, dict) and isinstance(disk.get("image"), str)
-            else disk
-            for disk in resolved["disks"]
-        ]
+    for key in ("disks", "passthrough"):
+        if isinstance(resolved.get(key), list):
+            resolved[key] = [
+                {**disk, "image": _absolute(disk["image"], directory)}
+                if isinstance(disk, dict) and isinstance(disk.get("image"), str)
+                else disk
+                for disk in resolved[key]
+            ]
     return resolved
 
 

@@ -45,11 +45,14 @@ class Request(Enum):
 
 @dataclass(frozen=True)
 class End:
-    """How QEMU ended: a sentence, and the exit code or signal if they are known."""
+    """How QEMU ended: a sentence, and the exit code or signal if they are known. `with_host`: it
+    ran before the host was started anew, and nobody had asked for its end until then.
+    """
 
     reason: str
     exit_code: int | None = None
     signal: int | None = None
+    with_host: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,8 @@ class VmState:
 # Events
 
 ON_REQUEST = "killed on request"
+# Its QEMU is ended since a standby takes its place.
+FOR_STANDBY = "a standby takes over"
 
 
 @dataclass(frozen=True)
@@ -144,10 +149,13 @@ class DeviceGone(FromQemu):
 
 @dataclass(frozen=True)
 class Ended(FromQemu):
-    """The process ended; both None when nobody could tell how."""
+    """The process ended; both None when nobody could tell how. `with_host`: the host has been
+    started anew since.
+    """
 
     exit_code: int | None
     signal: int | None
+    with_host: bool = False
 
 
 @dataclass(frozen=True)

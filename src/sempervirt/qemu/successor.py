@@ -15,8 +15,9 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from sempervirt.core.errors import OutcomeUnknown, SempervirtError, Unavailable
+from sempervirt.core.errors import OutcomeUnknown, Unavailable
 from sempervirt.host import process
+from sempervirt.host.privileges import Identity
 from sempervirt.host.process import Exit, Process
 from sempervirt.host.procfs import ProcessId
 from sempervirt.qemu import device_state
@@ -40,9 +41,16 @@ class Successor:
 
     @classmethod
     async def start(
-        cls, name: str, monitor: Path, argv: Sequence[str], log: Path, inherited: Sequence[int]
+        cls,
+        name: str,
+        monitor: Path,
+        argv: Sequence[str],
+        log: Path,
+        inherited: Sequence[int],
+        identity: Identity | None = None,
     ) -> Successor:
-        """Starts QEMU with `inherited` descriptors, and returns when the monitor answers.
+        """Starts QEMU with `inherited` descriptors, as `identity` if it has one of its own, and
+        returns when the monitor answers.
 
         Raises Unavailable with QEMU's own words if the monitor does not; nothing is left then.
         """
@@ -54,7 +62,9 @@ class Successor:
                 on_exit=successor._ended,
                 pass_fds=inherited,
                 capabilities=capabilities(),
+                identity=identity,
             )
+            process.expose_to_oom(successor._process.pid)
             try:
                 await successor._connect()
             except Unavailable as error:
@@ -140,13 +150,3 @@ class Successor:
             else:
                 return
             await asyncio.sleep(CONNECT_POLL_S)
-
-
-async def discard_quietly(successor: Successor | None) -> SempervirtError | None:
-    """Kills the process, if there is one; returns what went wrong."""
-    try:
-        if successor is not None:
-            await successor.discard()
-    except SempervirtError as error:
-        return error
-    return None

@@ -35,7 +35,7 @@ import os
 import struct
 import uuid
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -156,8 +156,15 @@ def read_epoch(path: Path) -> EpochRecord | None:
 
 def identify(path: Path) -> str:
     """The image's id; it is given one if it has none. Raises RecordDamaged, Unavailable."""
+    return present(path).image
+
+
+def present(path: Path) -> EpochRecord:
+    """The record as it is now; the image is given an id if it has none. Raises RecordDamaged,
+    Unavailable.
+    """
     with _locked(path) as descriptor:
-        return _present(path, descriptor).image
+        return _present(path, descriptor)
 
 
 def advance(path: Path, claim: Claim) -> EpochRecord:
@@ -187,6 +194,21 @@ def advance(path: Path, claim: Claim) -> EpochRecord:
                 return record
             case _:
                 return _write(path, descriptor, _held(record, claim))
+
+
+@contextmanager
+def held(path: Path, claim: Claim) -> Iterator[Callable[[Claim], EpochRecord]]:
+    """While the record says that the image is `claim`'s, and nobody else can change that; gives
+    what puts another claim in its place. Raises StaleClaim, RecordDamaged, Unavailable.
+    """
+    with _locked(path) as descriptor:
+        record = _present(path, descriptor)
+        if admit(record, claim) is not Admission.RENEWED:
+            raise StaleClaim(
+                f"{path} is held by {record.holder or 'nobody'} under epoch {record.epoch}, and by "
+                f"{claim.host} under epoch {claim.epoch} no more"
+            )
+        yield lambda following: _write(path, descriptor, _held(record, following))
 
 
 def release(path: Path, claim: Claim) -> None:

@@ -5,6 +5,10 @@ an entry carries the revision of the commit that wrote it. A commit states, for 
 depends on or writes, the revision at which it saw it (0: absent). If one is another by now,
 nothing is written. There is no write without such a statement, so no update can be lost.
 
+A *part* of the store is a key, or a folder: "vms/" is all that stands below it. Who reads or
+watches names the parts that concern him, and pays for no others: a cluster has thousands of VMs,
+and some questions are asked while a guest stands still.
+
 A *lease* ends unless it is renewed, and its entries go with it. It says that a host is alive
 and nothing else: a host whose lease has ended may still run, and may still write. What keeps it
 from doing harm is the epoch that its images check (see `epoch`), never the lease.
@@ -43,13 +47,19 @@ class Entry:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All entries below a prefix, at one revision of the store."""
+    """The entries of the parts that were asked for, at one revision of the store."""
 
     revision: int = 0
     entries: Mapping[str, Entry] = field(default_factory=dict)
+    parts: tuple[str, ...] = ()
 
     def revision_of(self, key: str) -> int:
-        """The revision to expect when `key` is written; 0 when it is absent."""
+        """The revision to expect when `key` is written; 0 when it is absent.
+
+        Raises ValueError for a key that was not asked for: nobody knows whether that is absent.
+        """
+        if not is_within(key, self.parts):
+            raise ValueError(f"{key} is not of what was read: {', '.join(self.parts)}")
         entry = self.entries.get(key)
         return entry.revision if entry else 0
 
@@ -89,8 +99,10 @@ Write = Put | Delete
 class Store(Protocol):
     """See the module. Every method may raise Unavailable."""
 
-    async def read(self, prefix: str = "") -> Snapshot:
-        """All entries whose key begins with `prefix`: never older than what was acknowledged."""
+    async def read(self, *parts: str) -> Snapshot:
+        """The entries of these parts at one instant, all entries if none is named: never older
+        than what was acknowledged.
+        """
         ...
 
     async def commit(self, writes: Sequence[Write], *, expect: Mapping[str, int]) -> int:
@@ -101,8 +113,9 @@ class Store(Protocol):
         """
         ...
 
-    def watch(self, prefix: str = "") -> AsyncGenerator[Snapshot]:
-        """The present state first, then each later one; states that pass quickly may be left out.
+    def watch(self, *parts: str) -> AsyncGenerator[Snapshot]:
+        """The present state of these parts first, then each later one; states that pass quickly may
+        be left out. What one commit wrote in several parts may be told one after the other.
 
         Ends with Unavailable when the store is lost; begin again then.
         """
@@ -128,6 +141,13 @@ class Store(Protocol):
 def boot_clock_s() -> float:
     """Seconds since boot, time asleep included: a lease goes on while its host sleeps."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def is_within(key: str, parts: Sequence[str]) -> bool:
+    """Whether an entry is of one of these parts; of no parts, every entry is."""
+    return not parts or any(
+        key.startswith(part) if part.endswith("/") else key == part for part in parts
+    )
 
 
 def check_writes(writes: Sequence[Write], expect: Mapping[str, int]) -> None:

@@ -8,9 +8,17 @@
     operators/NAME  Operator     a person, with the certificate and the role that count
     vms/NAME        Ownership    which host may run the VM, under which claim
     images/ID       ImageClaim   the newest epoch of an image, and the VM that it was given for
+    proposals/HOST/ID   Proposal     what a host wants changed of the last two (`proposals`)
+    rights/divided  Divided      hosts propose, and none writes what is another's
+    cluster/level   ClusterLevel what every member knows to read (`cluster.level`); absent: 1
 
 Each value is a JSON object with "version": 1. A reader refuses a version that it does not know;
 zero is never written. Revocations stay when their host is removed.
+
+Members may be of several releases. A field that is not known here is kept by whoever changes the
+rest. A form that is not known everywhere is not written before the cluster's level says that it is;
+nor may a reader count a proposal before that which others refuse (`proposals`): two hosts would be
+told that a VM is theirs.
 """
 
 from __future__ import annotations
@@ -20,15 +28,17 @@ from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from sempervirt.host.records import RecordDamaged
+from sempervirt.host.records import RecordDamaged, RecordNewer
 
 VERSION = 1
+# What this release knows (`cluster.level`).
+LEVEL = 2
 
 
 class Value(BaseModel):
-    """The text form of everything that is kept."""
+    """The text form of everything that is kept. Fields of a later release are kept as well."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="allow")
 
     version: Literal[1] = 1
 
@@ -62,7 +72,9 @@ class Host(Value):
 
 class Presence(Value):
     """The agent of a host, alive. `certificate`: what keeps the host's certificate from being
-    renewed, once that is late; "" while all is well.
+    renewed, once that is late; "" while all is well. `out_of_service`: why no VM may come there; ""
+    while VMs may. `level`: what its release knows. An agent of an earlier release says nothing of
+    these.
     """
 
     host: str
@@ -70,6 +82,8 @@ class Presence(Value):
     pid: int
     since: float
     certificate: str = ""
+    out_of_service: str = ""
+    level: int = 1
 
 
 class Token(Value):
@@ -105,6 +119,16 @@ class RevocationList(Value):
     pem: str
 
 
+class Divided(Value):
+    """That it is there says it."""
+
+
+class ClusterLevel(Value):
+    """See `cluster.level`."""
+
+    level: int = Field(ge=1)
+
+
 class Custody(Enum):
     """What the store knows of the runner of a VM.
 
@@ -118,9 +142,17 @@ class Custody(Enum):
     MOVING = "moving"
     UNKNOWN = "unknown"
 
+    @property
+    def is_certain(self) -> bool:
+        """Whether nobody but the owner can run it, or come to."""
+        return self in (Custody.FREE, Custody.OWNED)
+
 
 class Ownership(Value):
-    """Who may run a VM. The epoch of a FREE one is that of its last claim."""
+    """Who may run a VM. The epoch of a FREE one is that of its last claim. `standby` is the host
+    that keeps standbys of the VM, "" if none but its owner does; `left` are images that the VM had
+    before a standby with copies took over: they lack what was written since.
+    """
 
     vm: str
     custody: Custody
@@ -130,6 +162,8 @@ class Ownership(Value):
     images: tuple[str, ...] = ()
     destination: str = ""
     why: str = ""
+    standby: str = ""
+    left: tuple[str, ...] = ()
 
 
 class ImageClaim(Value):
@@ -145,10 +179,17 @@ ValueT = TypeVar("ValueT", bound=Value)
 
 
 def parse(kind: type[ValueT], key: str, text: str) -> ValueT:
-    """The value of an entry. Raises RecordDamaged."""
+    """The value of an entry. Raises RecordDamaged, RecordNewer."""
     try:
         return kind.model_validate_json(text)
     except ValidationError as error:
+        first = error.errors()[0]
+        if first["loc"] == ("version",) and first["type"] == "literal_error":
+            raise RecordNewer(
+                f"{key} in the store has version {first['input']!r:.40}, this program knows "
+                f"{VERSION}",
+                remedy="install the release that wrote it; semper host level tells who is behind",
+            ) from error
         raise RecordDamaged(
             f"{key} in the store cannot be read: {error.errors()[0]['msg']}",
             remedy="use the release that wrote it",

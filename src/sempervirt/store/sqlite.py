@@ -15,7 +15,7 @@ import errno
 import os
 import sqlite3
 import stat
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -50,6 +50,8 @@ CREATE TABLE IF NOT EXISTS leases (
     deadline REAL NOT NULL);
 INSERT INTO revision SELECT 0 WHERE NOT EXISTS (SELECT * FROM revision);
 """
+# No key is empty, or begins with the last character that there is.
+_ALL, _LAST = "", "\U0010ffff"
 _LIVE = "SELECT id FROM leases WHERE boot = :boot AND deadline > :now"
 
 Result = TypeVar("Result")
@@ -82,22 +84,22 @@ class SqliteStore:
             raise
         return cls(path, connection)
 
-    async def read(self, prefix: str = "") -> Snapshot:
+    async def read(self, *parts: str) -> Snapshot:
         """See `Store`."""
-        return await self._run(lambda: self._read(prefix))
+        return await self._run(lambda: self._read(parts))
 
     async def commit(self, writes: Sequence[Write], *, expect: Mapping[str, int]) -> int:
         """See `Store`. OutcomeUnknown only when the medium failed while it was flushed."""
         check_writes(writes, expect)
         return await self._run(lambda: self._commit(writes, expect))
 
-    async def watch(self, prefix: str = "") -> AsyncGenerator[Snapshot]:
+    async def watch(self, *parts: str) -> AsyncGenerator[Snapshot]:
         """See `Store`. Looks four times a second."""
-        last = await self.read(prefix)
+        last = await self.read(*parts)
         yield last
         while True:
             await asyncio.sleep(LOOK_S)
-            present = await self.read(prefix)
+            present = await self.read(*parts)
             if present.entries != last.entries:
                 yield present
             last = present
@@ -161,32 +163,34 @@ class SqliteStore:
         with _translated(self._path):
             return work()
 
-    def _read(self, prefix: str) -> Snapshot:
+    def _read(self, parts: tuple[str, ...]) -> Snapshot:
         with self._transaction("DEFERRED"):
             row = self._connection.execute("SELECT revision FROM revision").fetchone()
             if row is None or type(row[0]) is not int:
                 raise _damaged(self._path, "it has no revision")
             (revision,) = row
-            return Snapshot(revision, self._entries(prefix))
+            return Snapshot(revision, self._entries(parts or (_ALL,)), parts)
 
-    def _entries(self, prefix: str) -> dict[str, Entry]:
-        rows = self._connection.execute(
-            "SELECT key, value, revision FROM entries "
-            f"WHERE substr(key, 1, :length) = :prefix AND (lease IS NULL OR lease IN ({_LIVE})) "
-            "ORDER BY key",
-            {"length": len(prefix), "prefix": prefix, **_now()},
-        )
+    def _entries(self, parts: Iterable[str]) -> dict[str, Entry]:
         entries = {}
-        for key, value, revision in rows:
-            if not (isinstance(key, str) and isinstance(value, str) and isinstance(revision, int)):
-                raise _damaged(self._path, f"its entry {key!r:.40} is none")
-            entries[key] = Entry(value, revision)
+        for part in parts:
+            first, end = _range(part)
+            rows = self._connection.execute(
+                "SELECT key, value, revision FROM entries WHERE key >= :first AND key < :end "
+                f"AND (lease IS NULL OR lease IN ({_LIVE})) ORDER BY key",
+                {"first": first, "end": end, **_now()},
+            )
+            for key, value, revision in rows:
+                texts = isinstance(key, str) and isinstance(value, str)
+                if not (texts and isinstance(revision, int)):
+                    raise _damaged(self._path, f"its entry {key!r:.40} is none")
+                entries[key] = Entry(value, revision)
         return entries
 
     def _commit(self, writes: Sequence[Write], expect: Mapping[str, int]) -> int:
         with self._transaction():
             self._sweep()
-            present = Snapshot(0, self._entries(""))
+            present = Snapshot(0, self._entries(expect))
             changed = [key for key, seen in expect.items() if present.revision_of(key) != seen]
             if changed:
                 raise outdated(changed)
@@ -259,6 +263,13 @@ def _prepare(path: Path, connection: sqlite3.Connection) -> None:
         return
     connection.execute("PRAGMA journal_mode = WAL")
     connection.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {VERSION}; COMMIT;")
+
+
+def _range(part: str) -> tuple[str, str]:
+    """The first key that may be of a part, and the first one after it."""
+    if part == _ALL:
+        return part, _LAST
+    return part, part[:-1] + "0" if part.endswith("/") else part + "\0"
 
 
 def _now() -> dict[str, str | float]:

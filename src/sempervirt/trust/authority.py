@@ -100,6 +100,28 @@ class Authority:
         write_private(directory / KEY_FILE, made._key)
         return made
 
+    @staticmethod
+    def is_in(directory: Path) -> bool:
+        """Whether an authority was made in `directory`."""
+        return (directory / KEY_FILE).exists()
+
+    @classmethod
+    def begun(cls, directory: Path, cluster: str) -> Authority:
+        """The authority of a cluster that is begun: an earlier attempt may have made it.
+
+        Raises StateConflict when the one that is there was made for another name.
+        """
+        if not cls.is_in(directory):
+            return cls.create(directory, cluster)
+        there = cls.load(directory)
+        if there.certificate.subject != _authority_name(cluster, doors=False):
+            raise StateConflict(
+                f"there is an authority in {directory} already, of a cluster with another name",
+                remedy=f"give the name of that cluster, or, if the authority was never in force, "
+                f"remove {directory}",
+            )
+        return there
+
     @classmethod
     def _make(cls, name: x509.Name, now: datetime | None) -> Authority:
         key = ec.generate_private_key(ec.SECP256R1())

@@ -2,6 +2,7 @@
 
     candidates    what can be tried on a storage (pure)
     figures       what a measurement shows, and comparing it in pairs (pure)
+    bounds        what a candidate is held to (pure)
     judgement     who drops out, who wins, and why (pure)
     plan          how many rounds, how long each measurement (pure)
     scratch       the image that is measured on

@@ -15,10 +15,10 @@ from statistics import median
 
 from sempervirt.core.errors import CommandFailed, Unavailable
 from sempervirt.disk.tuning import plan
+from sempervirt.disk.tuning.bounds import Bounds
 from sempervirt.disk.tuning.candidates import Candidate
 from sempervirt.disk.tuning.figures import Figures, Measured
 from sempervirt.disk.tuning.judgement import (
-    Bounds,
     Decision,
     Standing,
     decide,

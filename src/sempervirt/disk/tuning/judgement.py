@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import geometric_mean
 
+from sempervirt.disk.tuning.bounds import Bounds
 from sempervirt.disk.tuning.candidates import Candidate
 from sempervirt.disk.tuning.figures import (
     Figures,
@@ -35,14 +36,6 @@ Best = Mapping[str, Candidate]
 # A first look is coarse: who misses a bound by less than this, in the round that was the kindest,
 # may still hold it. One disturbed round must not throw out the best.
 SLACK = 1.25
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """`latency`: how many times the best p99; `throughput`: which share of the best."""
-
-    latency: float = 2.0
-    throughput: float = 0.8
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from sempervirt.disk.fingerprint import HostFingerprint, fingerprint
 from sempervirt.disk.presets import PresetStore
 from sempervirt.disk.storage import StorageKey, storage_key
 from sempervirt.disk.tuning import driver, plan
+from sempervirt.disk.tuning.bounds import SECONDS, Bounds
 from sempervirt.disk.tuning.candidates import Candidate, blkd_candidates, qemu_candidates
-from sempervirt.disk.tuning.judgement import Bounds
 from sempervirt.disk.tuning.load import PROGRAM, Load, loads
 from sempervirt.disk.tuning.report import (
     PlannedRace,
@@ -34,7 +34,6 @@ from sempervirt.host.programs import find_program
 
 DEVICES: tuple[DeviceType, ...] = ("vhost-user-blk", "virtio-blk", "virtio-scsi", "virtio-net")
 STORAGE_DAEMON = "qemu-storage-daemon"
-SECONDS = 90.0
 SIZE_BYTES = 256 << 20
 SIZE_LEAST, SIZE_MOST = 8 << 20, 16 << 30
 _QUEUES = 4

@@ -16,11 +16,11 @@ from typing import Protocol
 from sempervirt.core.errors import CommandFailed, OutcomeUnknown, Unavailable
 from sempervirt.disk import takeover
 from sempervirt.disk.client import BackendClient
-from sempervirt.disk.running import refusal
 from sempervirt.disk.storage import StorageKey
 from sempervirt.disk.tuning.candidates import Candidate
 from sempervirt.host import process
 from sempervirt.host.process import Exit, Process, said
+from sempervirt.host.refusals import refusal
 
 _START_S = 10.0
 _GRACE_S = 10.0
@@ -135,7 +135,9 @@ async def check_unused(program: str, image: Path, folder: Path, *, read_only: bo
             pass
     except CommandFailed as error:
         words = error.tail[-1] if error.tail else ""
-        raise refusal(image.name, Exit(code=error.exit_code), words) from error
+        raise refusal(
+            f"disk {image.name}", "the backend", Exit(code=error.exit_code), words
+        ) from error
 
 
 @asynccontextmanager
