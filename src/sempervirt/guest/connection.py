@@ -98,7 +98,7 @@ class ProbeConnection:
         self._task: asyncio.Task[None] | None = None
 
     @classmethod
-    async def connect(cls, path: Path, *, deadline_s: float = 10.0) -> Self:
+    async def connect(cls, path: Path, *, deadline_s: float = 60.0) -> Self:
         """Connects to the socket, which QEMU may be about to make. Does not wait for the guest.
 
         Raises Unavailable when nobody listens there by the deadline.
@@ -195,7 +195,7 @@ class ProbeConnection:
         self._writer.write(json.dumps(request).encode() + b"\n")
 
     async def ask(
-        self, command: str, arguments: dict[str, Any], *, deadline_s: float = 30.0
+        self, command: str, arguments: dict[str, Any], *, deadline_s: float = 90.0
     ) -> dict[str, Any]:
         """Sends one command and gives its answer. An argument that is None is left out.
 
@@ -218,7 +218,7 @@ class ProbeConnection:
             self._calls.pop(identity, None)
 
     async def call(
-        self, command: str, *, deadline_s: float = 30.0, **arguments: Any
+        self, command: str, *, deadline_s: float = 90.0, **arguments: Any
     ) -> dict[str, Any]:
         """`ask`, with the arguments by name."""
         return await self.ask(command, arguments, deadline_s=deadline_s)
@@ -235,7 +235,7 @@ class ProbeConnection:
         """The nonce of the boot that greeted last; "" before the first greeting."""
         return self._hello.nonce if self._hello else ""
 
-    async def wait_hello(self, *, other_than: str = "", deadline_s: float = 60.0) -> Hello:
+    async def wait_hello(self, *, other_than: str = "", deadline_s: float = 180.0) -> Hello:
         """Waits for the greeting of a boot whose nonce is not `other_than`, and gives the greeting.
 
         Raises ProbeSilent or ProbeGone.

@@ -68,7 +68,7 @@ class Recipe:
         return digest.hexdigest()
 
 
-def _stripped(program: Path) -> bytes:
+def stripped(program: Path) -> bytes:
     """A program without symbols, where `strip` is installed: a quarter of the size to load."""
     contents = program.read_bytes()
     if shutil.which("strip") is None or not contents.startswith(b"\x7fELF"):
@@ -91,7 +91,7 @@ def make_initramfs(recipe: Recipe) -> bytes:
     # The kernel opens the console for /init before /dev is mounted.
     archive.character_device("dev/console", 5, 1)
     archive.character_device("dev/null", 1, 3)
-    archive.file("init", _stripped(recipe.init), executable=True)
+    archive.file("init", stripped(recipe.init), executable=True)
     archive.file("bin/busybox", recipe.busybox.read_bytes(), executable=True)
     for applet in APPLETS:
         archive.symlink(f"bin/{applet}", "busybox")

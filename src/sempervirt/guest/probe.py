@@ -110,7 +110,7 @@ class ProbeClient(ProbeConnection):
         condition: Callable[[Stats], bool],
         *,
         device: str | None = None,
-        deadline_s: float = 60.0,
+        deadline_s: float = 180.0,
     ) -> Stats:
         """Waits for figures of the writers that fulfil a condition, and gives those figures.
 
@@ -144,7 +144,7 @@ class ProbeClient(ProbeConnection):
         text = base64.b64encode(data).decode()
         await self.call("write_raw", device=device, offset=offset, data_b64=text)
 
-    async def execute(self, *argv: str, deadline_s: float = 60.0) -> Ran:
+    async def execute(self, *argv: str, deadline_s: float = 180.0) -> Ran:
         """Runs a program in the guest; a name without a slash is an applet of busybox."""
         return Ran.model_validate(await self.call("exec", deadline_s=deadline_s, argv=argv))
 
@@ -156,7 +156,7 @@ class ProbeClient(ProbeConnection):
         """From now on the guest echoes TCP at that port of every address."""
         await self.call("tcp_echo_start", port=port)
 
-    async def reboot(self, *, deadline_s: float = 60.0) -> Hello:
+    async def reboot(self, *, deadline_s: float = 180.0) -> Hello:
         """Reboots the guest at once, without sync, and waits for the greeting of the next boot."""
         nonce = self.nonce
         with suppress(ProbeRebooted):

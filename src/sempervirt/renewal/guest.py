@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sempervirt.core.errors import Unavailable
+from sempervirt.host.lending import group_of, lend
 from sempervirt.qemu import device_state
 from sempervirt.qemu.state import Request, Runstate
 from sempervirt.vm.vm import Vm
@@ -40,6 +41,7 @@ class HeldGuest:
 
     async def give(self) -> None:
         """Writes the state of the devices to the file."""
+        lend(self._state, group_of(self._machine.files.directory), make=True)
         await device_state.save(self._machine.execute, self._state)
 
     def ended(self) -> str:

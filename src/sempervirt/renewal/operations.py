@@ -14,6 +14,7 @@ from pathlib import Path
 from sempervirt.core.errors import InvalidRequest, StateConflict
 from sempervirt.core.events import EventKind
 from sempervirt.core.failure import Failure
+from sempervirt.host.storage_call import call_storage
 from sempervirt.qemu.state import Runstate
 from sempervirt.renewal.restart import decide as restarts
 from sempervirt.renewal.restart import ports as restart_ports
@@ -59,6 +60,7 @@ async def restart_qemu(vm: Vm, program: Program) -> RestartReport:
     old QEMU or in the new one, OutcomeUnknown when nobody knows whether it runs in the new one.
     """
     _require_control(vm)
+    vm.require_no_devices("a restart of QEMU")
     vm.ledger.require_idle()
     await vm.require_images_in_place(own=True)
     live = LiveRestart(vm, program)
@@ -105,7 +107,7 @@ async def save_vm(vm: Vm, output: Path) -> Saved:
     or has ended for another reason. Raises RollbackFailed when the VM was not saved and stays
     paused, OutcomeUnknown when it was saved and does not end.
     """
-    if not output.parent.is_dir():
+    if not await call_storage(output, output.parent.is_dir):
         raise InvalidRequest(f"there is no directory {output.parent}", remedy="make it first")
     for disk in vm.disks.values():
         if disk.flush_failed:
@@ -114,6 +116,7 @@ async def save_vm(vm: Vm, output: Path) -> Saved:
                 "guest was told of that",
                 remedy=f"check the storage; then stop {vm.name}, and check its file systems",
             )
+    vm.require_no_devices("a saved state")
     vm.ledger.require_idle()
     await vm.require_images_in_place()
     live = LiveSave(vm, output)

@@ -7,6 +7,7 @@ The machines are the same as for work that was begun here; they start from what 
 from __future__ import annotations
 
 import logging
+import os
 import re
 from pathlib import Path
 from typing import Any, assert_never
@@ -17,7 +18,7 @@ from sempervirt.disk.running import DiskFiles
 from sempervirt.disk.stand_in import lead_to_disk
 from sempervirt.host import process
 from sempervirt.host.owner import HOST_CLOCK
-from sempervirt.host.procfs import ProcessId, find_by_argument, identify
+from sempervirt.host.procfs import ProcessId, find_by_argument, find_processes, identify
 from sempervirt.qemu import device_state, tap
 from sempervirt.qemu.command_line import nic_id
 from sempervirt.qemu.files import VmFiles
@@ -25,7 +26,6 @@ from sempervirt.qemu.qmp import Monitor
 from sempervirt.renewal.driver import RenewalDriver
 from sempervirt.renewal.restart import decide as restarts
 from sempervirt.renewal.restart import ports as restart_ports
-from sempervirt.renewal.restart.adapters import move_sockets
 from sempervirt.renewal.restart.driver import RestartDriver
 from sempervirt.renewal.restore import decide as restores
 from sempervirt.renewal.restore import ports as restore_ports
@@ -38,11 +38,13 @@ from sempervirt.vm.ledger import Ledger
 from sempervirt.vm.work import (
     Arriving,
     Departing,
+    MergingLayers,
     Rescuing,
     Restarting,
     Restoring,
     Saving,
     Snapshotting,
+    Standing,
 )
 
 log = logging.getLogger(__name__)
@@ -85,6 +87,10 @@ async def recover(config: AgentConfig, ledger: Ledger) -> None:
             return
         case Snapshotting():
             return  # `snapshot.Thawing`, which takes as long as a guest likes
+        case Standing():
+            return  # `standby` goes on with it
+        case MergingLayers():
+            return  # the VM has ended, and `Vm` goes on with it
         case Departing() | Arriving():
             return  # `migration` goes on with these
         case _:
@@ -190,8 +196,10 @@ class TwoQemus(LeftQemu):
         super().__init__(ledger, files)
         self._work = work
         self._late = files.successor(work.number)
+        user = ledger.record.user
         self._new = work.qemu or _find(
-            rf"socket,id=monitor,path={re.escape(str(self._late.monitor))},.*"
+            rf"socket,id=monitor,path={re.escape(str(self._late.monitor))},.*",
+            os.geteuid() if user is None or user.number is None else user.number,
         )
 
     @property
@@ -241,7 +249,7 @@ class TwoQemus(LeftQemu):
         except SempervirtError as error:
             log.info("adopt vm=%s %s", self._name, error)
         await self.close()
-        move_sockets(self._late, self._files, self._ledger.record.spec)
+        self._files.take_sockets(self._late, self._ledger.record.spec)
 
     async def link(self) -> None:
         """Nothing: the owner of the QEMU connects to the monitor, when the VM is adopted."""
@@ -253,9 +261,9 @@ class TwoQemus(LeftQemu):
         return late if late.exists() else self._files.monitor
 
 
-def _find(argument: str) -> ProcessId | None:
-    pids = find_by_argument(re.compile(argument))
-    return identify(pids[0]) if pids else None
+def _find(argument: str, user: int) -> ProcessId | None:
+    found = find_processes(re.compile(argument), of_all=True)
+    return next((one.identity for one in found if one.user == user), None)
 
 
 async def _kill(name: str, identity: ProcessId | None) -> None:

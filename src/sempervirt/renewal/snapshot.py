@@ -6,7 +6,9 @@
 
 Whatever fails on the way, the file systems are thawed and the disks resumed: by this agent, or by
 the next one (`Thawing`), to which the record says that they may be frozen; a backend resumes by
-itself when QUIESCE_MS are over. A snapshot is there once it is sealed, which the backend does by
+itself when QUIESCE_MS are over. Then there is a snapshot of none of the disks: those that have a
+layer more than before give it up, while they stand still if they can, as if it had never been. A
+snapshot is there once it is sealed, which the backend does by
 itself (docs/design/snapshots.md): an agent that dies meanwhile does not spoil it.
 """
 
@@ -16,7 +18,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import TypeVar
@@ -25,6 +27,7 @@ from sempervirt.core.errors import (
     InvalidRequest,
     NotFound,
     OutcomeUnknown,
+    RollbackFailed,
     SempervirtError,
     StateConflict,
     Unavailable,
@@ -48,6 +51,8 @@ ANSWER_S = 1.0
 QUIESCE_MS = 2000
 SWITCH_S = 10.0
 SEAL_S = 60.0
+# For giving up snapshots of disks that stand still; and of those that do not.
+UNDO_STILL_S, UNDO_S = 1.0, 10.0
 SEAL_POLL_S = 0.05
 # An agent that comes to a frozen guest tries for so long before it leaves that to a person.
 THAW_AGAIN_S = 60.0
@@ -89,9 +94,15 @@ class Taken:
     disks: tuple[DiskSnapshot, ...]
 
 
-async def snapshot_disks(vm: Vm, names: Sequence[str], freezing: Freezing) -> Taken:
+Noted = Callable[[Mapping[str, int]], None]
+
+
+async def snapshot_disks(
+    vm: Vm, names: Sequence[str], freezing: Freezing, noted: Noted | None = None
+) -> Taken:
     """Takes a snapshot of the disks `names` of `vm`, or of all that the guest can write to; returns
-    when the snapshots are sealed.
+    when the snapshots are sealed. `noted` is told the number of each before the next agent would
+    keep them: one that dies earlier has them given up.
 
     Raises NotFound, InvalidRequest, StateConflict or Unavailable: there is no snapshot of all of
     the disks, and the VM goes on. Raises OutcomeUnknown when nobody knows whether there is one, or
@@ -99,9 +110,35 @@ async def snapshot_disks(vm: Vm, names: Sequence[str], freezing: Freezing) -> Ta
     """
     disks = _chosen(vm, names)
     vm.ledger.require_idle()
-    work = _Snapshot(vm, disks, freezing)
+    work = _Snapshot(vm, disks, freezing, noted)
     vm.employ(work)
     return await work.run()
+
+
+async def snapshot_guarded(
+    disks: Sequence[Disk], names: Sequence[str], freezing: Freezing
+) -> Taken:
+    """As `snapshot_disks`, for a disk whose VM is another manager's: its guest agent is not asked,
+    so the snapshot is what a power failure leaves, and several disks have no instant.
+    """
+    chosen = [disk for disk in disks if not names or disk.setup.short_name in names]
+    if len(chosen) != 1:
+        known = ", ".join(disk.setup.short_name for disk in disks)
+        raise InvalidRequest(
+            "of a VM of another manager one disk can be taken at a time",
+            remedy=f"name one with --disk: {known}",
+        )
+    if freezing is Freezing.REQUIRED:
+        raise StateConflict(
+            "the file systems of a VM of another manager are not frozen by us",
+            remedy="freeze them there (virsh domfsfreeze), take the snapshot, and thaw them",
+        )
+    (disk,) = chosen
+    taken = await disk.active().snapshot(frozen=False, timeout_s=SWITCH_S)
+    await wait_sealed(disk, taken.snapshot)
+    one = DiskSnapshot(disk.name, taken.snapshot, taken.pause_us / 1000)
+    why = "its VM is another manager's, whose guest agent is not asked"
+    return Taken(Consistency.CRASH, why, None, (one,))
 
 
 def _chosen(vm: Vm, names: Sequence[str]) -> list[Disk]:
@@ -135,13 +172,15 @@ def _chosen(vm: Vm, names: Sequence[str]) -> list[Disk]:
 class _Snapshot:
     """One snapshot: a `Renewal`, for as long as it goes on."""
 
-    def __init__(self, vm: Vm, disks: list[Disk], freezing: Freezing) -> None:
+    def __init__(self, vm: Vm, disks: list[Disk], freezing: Freezing, noted: Noted | None) -> None:
         self.over = False
+        self._noted = noted
         self._vm = vm
         self._disks = disks
         self._freezing = freezing
         self._task: asyncio.Task[None] | None = None
         self._switched = asyncio.Event()
+        self._newest: Mapping[str, int] = {}
         self._answer: asyncio.Future[Taken] = asyncio.get_running_loop().create_future()
 
     @property
@@ -187,18 +226,37 @@ class _Snapshot:
             self._answer.exception()  # nobody may wait for it any more
 
     async def _take(self) -> Taken:
-        self._vm.begin(Snapshotting())
+        layers = await self._each("looked at", lambda disk: disk.active().layers())
+        self._newest = {name: one.newest for name, one in layers.items()}
+        self._vm.begin(Snapshotting(newest=self._newest))
         try:
-            frozen = _Frozen(self._vm)
-            async with contextlib.AsyncExitStack() as undo:
-                reason = await self._freeze(frozen, undo)
-                held = reason == ""
-                taken = await self._switch(frozen=held, timeout_s=frozen.left_s if held else None)
-                if held:
-                    reason = await frozen.doubt()
+            return await self._take_all()
+        except SempervirtError as error:
+            if left := await give_up(self._disks, self._newest, UNDO_S):
+                raise RollbackFailed(
+                    f"{error.message}; and there may be a snapshot of some of the disks: {left}",
+                    remedy=error.remedy or "look: semper disk snapshots",
+                ) from error
+            raise
         finally:
+            self._end_work()
+
+    def _end_work(self) -> None:
+        if not self._switched.is_set():
             self._vm.end_work()
             self._switched.set()
+
+    async def _take_all(self) -> Taken:
+        frozen = _Frozen(self._vm, self._newest)
+        async with contextlib.AsyncExitStack() as undo:
+            reason = await self._freeze(frozen, undo)
+            held = reason == ""
+            taken = await self._switch(frozen=held, timeout_s=frozen.left_s if held else None)
+            if held:
+                reason = await frozen.doubt()
+        if self._noted is not None:
+            self._noted({disk.setup.short_name: taken[disk.name].snapshot for disk in self._disks})
+        self._end_work()
         await asyncio.gather(
             *(wait_sealed(disk, taken[disk.name].snapshot) for disk in self._disks)
         )
@@ -243,6 +301,7 @@ class _Snapshot:
             )
             taken = await self._each("snapshot", snapshot)
         except SempervirtError:
+            await give_up(self._disks, self._newest, UNDO_STILL_S)
             await self._resume()
             raise
         if passed := await self._resume():
@@ -292,9 +351,10 @@ class _Snapshot:
 
 
 class _Frozen:
-    """The guest's file systems, from `begin` to `end`."""
+    """The guest's file systems, from `begin` to `end`. `newest` is what `Snapshotting` has."""
 
-    def __init__(self, vm: Vm) -> None:
+    def __init__(self, vm: Vm, newest: Mapping[str, int]) -> None:
+        self._newest = newest
         self.lasted_ms: float | None = None
         self._vm = vm
         self._begun: float | None = None
@@ -313,7 +373,7 @@ class _Frozen:
             return f"the guest is {self._vm.run.value}"
         try:
             await self._agent.ping(ANSWER_S)
-            if not self._vm.advance(Snapshotting(frozen=True)):
+            if not self._vm.advance(Snapshotting(frozen=True, newest=self._newest)):
                 return "the record of the VM cannot be written, so nobody would know of it"
             self._begun = time.monotonic()
             count = await self._agent.freeze(FROZEN_S)
@@ -345,7 +405,7 @@ class _Frozen:
             await self._agent.thaw()
         finally:
             self.lasted_ms = (time.monotonic() - begun) * 1000
-        self._vm.advance(Snapshotting(frozen=False))
+        self._vm.advance(Snapshotting(frozen=False, newest=self._newest))
 
     @property
     def _agent(self) -> GuestAgent:
@@ -360,6 +420,27 @@ def agent_of(vm: Vm) -> GuestAgent | None:
     if channel is None:
         return None
     return GuestAgent(vm.machine.files.channel(channel), vm.name, vm.pid)
+
+
+async def give_up(disks: Iterable[Disk], newest: Mapping[str, int], timeout_s: float) -> str:
+    """Gives up the snapshots that `disks` have beyond `newest`; which disks may have one still, and
+    why, "" when none has.
+    """
+
+    async def undo(disk: Disk) -> None:
+        layers = await disk.active().layers()
+        if layers.newest > newest.get(disk.name, layers.newest):
+            await disk.active().undo(layers.newest, timeout_s=timeout_s)
+
+    disks = list(disks)
+    answers = await asyncio.gather(*(undo(disk) for disk in disks), return_exceptions=True)
+    left = []
+    for disk, answer in zip(disks, answers, strict=True):
+        if isinstance(answer, SempervirtError):
+            left.append(f"{disk.name} ({answer.message})")
+        elif isinstance(answer, BaseException):
+            raise answer
+    return ", ".join(left)
 
 
 async def wait_sealed(disk: Disk, snapshot: int, timeout_s: float = SEAL_S) -> None:
@@ -394,7 +475,8 @@ async def wait_sealed(disk: Disk, snapshot: int, timeout_s: float = SEAL_S) -> N
 
 
 class Thawing:
-    """Ends a snapshot during which the former agent ended: thaws the guest's file systems.
+    """Ends a snapshot during which the former agent ended: thaws the guest's file systems, and
+    gives up what some disks have and others may not.
 
     A `Renewal`: the VM is busy meanwhile, and its journal tells what came of it.
     """
@@ -427,6 +509,13 @@ class Thawing:
                 await agent.thaw(THAW_AGAIN_S)
             except SempervirtError as error:
                 level, text = logging.ERROR, f"{error.message}; {error.remedy}"
-            self._vm.machine.journal.note(time.time(), "snapshot", text)
-            log.log(level, "snapshot vm=%s %s", self._vm.name, text)
+            self._note(level, text)
+        if work.newest and not self._vm.run.is_end:
+            disks = [disk for disk in self._vm.disks.values() if disk.name in work.newest]
+            if left := await give_up(disks, work.newest, UNDO_S):
+                self._note(logging.ERROR, f"there may be a snapshot of some of the disks: {left}")
         self._vm.end_work()
+
+    def _note(self, level: int, text: str) -> None:
+        self._vm.machine.journal.note(time.time(), "snapshot", text)
+        log.log(level, "snapshot vm=%s %s", self._vm.name, text)

@@ -9,7 +9,9 @@ from pathlib import Path
 
 from sempervirt.disk.backend import BackendCommand, Blkd
 from sempervirt.disk.state import Policy
+from sempervirt.host.groups import Groups
 from sempervirt.host.places import Places, default_run_dir, default_state_dir
+from sempervirt.host.users import UserPool
 from sempervirt.qemu.link import Patience
 
 IMAGE_ROOTS_VARIABLE = "SEMPERVIRT_IMAGE_ROOTS"
@@ -25,6 +27,7 @@ IMAGE_ROOTS = (
     "/usr/share/edk2",
     "/usr/share/qemu",
 )
+FENCES = Path("/etc/sempervirt/fence.toml")
 SAVED_ROOTS = ("/var/lib/sempervirt/saved",)
 
 
@@ -41,11 +44,17 @@ def roots_of(
 class AgentConfig(Places):
     """With `keep_vms` the VMs run on when the agent closes; otherwise they are killed.
 
+    Guests may have `guest_memory` bytes altogether; None: as much as there is.
+
     What is asked for over TLS may name files below `image_roots` (images, kernels, firmware) and
     `saved_roots` (saved states), and no others.
 
+    `fences` is a file of this host's operator (`standby.fence_file`).
+
     `backend`, `policy` and `patience` are there for tests. `qemu` is looked up on the PATH
-    if it is not given.
+    if it is not given. `users` are those that VMs have, or why they have none; they go through
+    `users_top`, the run directory of the host (`vm.user.with_users`). `groups` are the control
+    groups that limit VMs, or why there are none (`vm.groups.with_groups`).
     """
 
     keep_vms: bool = False
@@ -55,10 +64,15 @@ class AgentConfig(Places):
     saved_roots: tuple[Path, ...] = field(
         default_factory=lambda: roots_of(SAVED_ROOTS_VARIABLE, SAVED_ROOTS)
     )
+    guest_memory: int | None = None
+    fences: Path = FENCES
     qemu: str | None = None
     backend: BackendCommand = field(default_factory=Blkd)
     policy: Policy = field(default_factory=Policy)
     patience: Patience = field(default_factory=Patience)
+    users: UserPool | str = "they are not asked for"
+    users_top: Path = Path("/")
+    groups: Groups | str = "the agent is part of a command, and no service"
 
     @classmethod
     def default(cls, *, keep_vms: bool = False) -> AgentConfig:

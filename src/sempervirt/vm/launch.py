@@ -9,10 +9,11 @@ A backend that does not end may still write: then the claim is kept, and the rec
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AsyncExitStack
+from contextlib import AbstractContextManager, AsyncExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,23 +25,30 @@ from sempervirt.disk.lifecycle import start_disk
 from sempervirt.disk.setup import DiskSetup
 from sempervirt.disk.volume import Volume
 from sempervirt.host.storage_call import call_storage
+from sempervirt.passthrough.device import Device
+from sempervirt.passthrough.mediator import DeviceSetup
 from sempervirt.qemu import accel, memory
-from sempervirt.qemu.command_line import Incoming, build, disk_id
+from sempervirt.qemu.command_line import DeviceSockets, Incoming, build, disk_id
 from sempervirt.qemu.driver import Machine
 from sempervirt.qemu.facts import HostFacts
 from sempervirt.qemu.files import VmFiles
-from sempervirt.qemu.spec import DiskSpec, VmSpec
+from sempervirt.qemu.given import Given, give_files, give_taps
+from sempervirt.qemu.privileges import ground_of
+from sempervirt.qemu.spec import DiskSpec, PassthroughSpec, VmSpec
 from sempervirt.qemu.state import Runstate
 from sempervirt.store.registry import Claim
 from sempervirt.vm import claims
 from sempervirt.vm.config import AgentConfig
+from sempervirt.vm.ending import merge_at_end
 from sempervirt.vm.firmware import prepare_vars
 from sempervirt.vm.ledger import Ledger
 from sempervirt.vm.planning import offer_of, plan_devices
 from sempervirt.vm.record import VmRecord, record_path
-from sempervirt.vm.setup import disk_setup, inspect_images
+from sempervirt.vm.setup import device_setups, disk_setup, exposed_images, inspect_images
+from sempervirt.vm.taps import return_to_bridges
+from sempervirt.vm.user import keep_user, prepare_run_dir, user_of
 from sempervirt.vm.vm import Vm
-from sempervirt.vm.work import Arriving, Restoring
+from sempervirt.vm.work import Arriving, Restoring, Standing
 
 log = logging.getLogger(__name__)
 
@@ -58,16 +66,31 @@ class Beginning:
     `machine` is the versioned name of the machine whose state QEMU waits for, and `work` what
     brings it. `fill` is called when the images are locked and QEMU is about to start. `host` is
     this host's name in its cluster, and only given with an arrival.
+
+    A standby that boots is `isolated`: its guest reaches nobody. The disks `later` get their claim
+    when it takes over, from this host by the name of `host`; those `absent` are plugged in when the
+    guest is up. `memory_fd` is the memory that a guest has already.
     """
 
     machine: str = ""
-    work: Restoring | Arriving | None = None
+    work: Restoring | Arriving | Standing | None = None
     fill: Fill | None = None
     host: str = ""
+    isolated: bool = False
+    later: frozenset[str] = frozenset()
+    absent: frozenset[str] = frozenset()
+    memory_fd: int | None = None
 
-    def title(self, claim: Claim | None, disk: DiskSpec, volume: Volume) -> ImageTitle | None:
-        """By what right the backend of a disk writes, now or later."""
-        if isinstance(self.work, Arriving):
+    @property
+    def used(self) -> bool:
+        """Whether the guest has run with its images before."""
+        return self.work is not None or self.isolated
+
+    def title(
+        self, claim: Claim | None, disk: DiskSpec | PassthroughSpec, volume: Volume
+    ) -> ImageTitle | None:
+        """By what right the backend of a disk, or a mediator, writes, now or later."""
+        if isinstance(self.work, Arriving) or disk.name in self.later:
             return claims.awaited_title(self.host, disk)
         return claims.title_of(claim, disk, volume)
 
@@ -91,30 +114,84 @@ async def launch(
     if spec.firmware_vars is not None:
         prepare = partial(prepare_vars, config, spec, files)
         await call_storage(spec.firmware_vars, prepare)
-    volumes = await inspect_images(spec, used=beginning.work is not None)
+    volumes = await inspect_images(spec, used=beginning.used)
     plans = plan_devices(spec, await offer_of(config, spec, facts.features))
     accelerator = accel.choose(spec.accel, facts.accelerator)
-    record = VmRecord(spec, accelerator, time.time(), plans=plans, work=beginning.work)
+    arrives = isinstance(beginning.work, Arriving)
+    user = await asyncio.to_thread(
+        user_of, config, spec, facts.qemu, accelerator.kind, arrives=arrives
+    )
+    kept = asyncio.ensure_future(asyncio.to_thread(keep_user, config, user))
+    own = prepare_run_dir(config, files, spec, user)
+    record = VmRecord(spec, accelerator, time.time(), plans=plans, work=beginning.work, user=user)
     ledger = Ledger(record, record_path(config.vm_state_dir(spec.name)), files.peers)
     undo = _Undo(config, ledger)
-    with memory.created(spec.memory) as memory_fd:
+    with _memory(spec, beginning) as memory_fd:
         ledger.create()
         async with AsyncExitStack() as stack:
             stack.push_async_callback(undo.run)
-            if not isinstance(beginning.work, Arriving):  # whose source has a claim
+            # Of one that arrives the source has the claim, of a standby the VM that it is for.
+            if not isinstance(beginning.work, Arriving | Standing):
                 await undo.claim()
             setups = _setups(config, ledger.record, volumes, beginning)
+            devices = _devices(config, ledger.record, volumes, beginning)
             block_devices = {volume.path for volume in volumes.values() if volume.block_device}
-            argv = _argv(facts, ledger.record, files, setups, memory_fd, beginning, block_devices)
             await undo.start_disks(setups)
+            await undo.start_devices(devices)
             if beginning.fill is not None:
                 beginning.fill(files, memory_fd)
-            machine = Machine.launch(spec, files, argv, config.patience, memory_fd)
+            await kept
+            with contextlib.closing(await _given(ledger.record, files)) as given:
+                ground = await ground_of(spec, facts.qemu, config.users_top, given.paths)
+                argv = _argv(
+                    facts,
+                    ledger.record,
+                    own,
+                    setups,
+                    devices,
+                    memory_fd,
+                    beginning,
+                    block_devices,
+                    given,
+                )
+                machine = Machine.launch(
+                    spec,
+                    files,
+                    argv,
+                    config.patience,
+                    (memory_fd, *given.descriptors),
+                    beginning.absent,
+                    user.identity(ground),
+                )
             stack.pop_all()
+    for text in return_to_bridges(config.run_dir, spec):
+        log.warning("run vm=%s %s", spec.name, text)
     # If this is not written, the first record stands, and QEMU is found by its monitor's socket.
     ledger.started(machine.identity)
-    log.info("run vm=%s pid=%s accel=%s", spec.name, machine.pid, accelerator.kind)
-    return Vm(machine, undo.disks, ledger, partial(claims.release, config))
+    whose = user.why or user.number
+    log.info("run vm=%s pid=%s accel=%s user=%s", spec.name, machine.pid, accelerator.kind, whose)
+    release, finish = partial(claims.release, config), partial(merge_at_end, config)
+    return Vm(machine, undo.disks, ledger, release, finish, undo.devices)
+
+
+async def _given(record: VmRecord, files: VmFiles) -> Given:
+    """What a QEMU with a user of its own gets by descriptor. Raises Unavailable."""
+    number = record.user.number if record.user else None
+    if number is None:
+        return Given()
+    given = await call_storage(files.directory, partial(give_files, record.spec, files, number))
+    try:
+        give_taps(given, record.spec, record.plans)
+    except Unavailable:
+        given.close()
+        raise
+    return given
+
+
+def _memory(spec: VmSpec, beginning: Beginning) -> AbstractContextManager[int]:
+    if beginning.memory_fd is not None:
+        return nullcontext(beginning.memory_fd)
+    return memory.created(spec.memory)
 
 
 def _setups(
@@ -135,14 +212,29 @@ def _setups(
     ]
 
 
+def _devices(
+    config: AgentConfig, record: VmRecord, volumes: Mapping[str, Volume], beginning: Beginning
+) -> list[DeviceSetup]:
+    """Of the passed-through devices."""
+    titles = {
+        device.name: beginning.title(record.claim, device, volumes[device.name])
+        for device in record.spec.passthrough
+        if isinstance(device, PassthroughSpec)
+    }
+    incoming = isinstance(beginning.work, Arriving)
+    return device_setups(config, record.spec, titles, incoming=incoming)
+
+
 def _argv(
     facts: HostFacts,
     record: VmRecord,
     files: VmFiles,
     setups: list[DiskSetup],
+    devices: list[DeviceSetup],
     memory_fd: int,
     beginning: Beginning,
     block_devices: set[Path],
+    given: Given,
 ) -> list[str]:
     """QEMU's command line."""
     return build(
@@ -155,7 +247,15 @@ def _argv(
         plans=record.plans,
         memory_fd=memory_fd,
         block_devices=block_devices,
+        tap_files=given.taps,
+        given=given.paths,
         incoming=Incoming(beginning.machine) if beginning.machine else None,
+        absent=beginning.absent,
+        isolated=beginning.isolated,
+        device_sockets={
+            setup.short_name: DeviceSockets(setup.files.socket, setup.files.shim)
+            for setup in devices
+        },
     )
 
 
@@ -164,6 +264,7 @@ class _Undo:
 
     def __init__(self, config: AgentConfig, ledger: Ledger) -> None:
         self.disks: dict[str, Disk] = {}
+        self.devices: dict[str, Device] = {}
         self._config = config
         self._ledger = ledger
         self._claiming: asyncio.Future[Claim | None] | None = None
@@ -182,13 +283,20 @@ class _Undo:
         for setup in setups:
             self.disks[setup.short_name] = await start_disk(setup)
 
+    async def start_devices(self, setups: list[DeviceSetup]) -> None:
+        """Starts the mediators. One that fails has ended when `start_devices` raises."""
+        for setup in setups:
+            self.devices[setup.short_name] = await Device.start(setup)
+
     async def run(self) -> None:
         """Undoes everything, also when whoever asked for the VM does not wait for that."""
         await asyncio.shield(asyncio.ensure_future(self._run()))
 
     async def _run(self) -> None:
         ends = await asyncio.gather(
-            *(disk.stop() for disk in self.disks.values()), return_exceptions=True
+            *(disk.stop() for disk in self.disks.values()),
+            *(device.stop() for device in self.devices.values()),
+            return_exceptions=True,
         )
         for error in ends:
             if isinstance(error, SempervirtError):
@@ -215,7 +323,8 @@ class _Undo:
 
 
 async def wait_started(vm: Vm) -> None:
-    """Waits until QEMU runs the guest, or has it stand still as it was told.
+    """Waits until QEMU runs the guest, or has it stand still as it was told; tells of images that
+    others may lock.
 
     Raises Unavailable with QEMU's last words when QEMU does not get there: it has ended then.
     Raises OutcomeUnknown when QEMU runs and its monitor does not answer.
@@ -230,8 +339,15 @@ async def wait_started(vm: Vm) -> None:
             f"VM {vm.name} did not start: {tail}",
             remedy=f"see its log: semper vm logs {vm.name} --source qemu",
         ) from error
+    if vm.workplace != vm.machine.files.directory and vm.run is not Runstate.UNKNOWN:
+        made = vm.machine.files.successor(vm.record.number)
+        with contextlib.suppress(OSError):  # links lead to the sockets until then
+            vm.machine.files.take_sockets(made, vm.spec)
     if vm.run is Runstate.UNKNOWN:
         raise OutcomeUnknown(
             f"VM {vm.name} was started, and its monitor does not answer: {vm.state.why}",
             remedy=f"look at it: semper vm show {vm.name}; or end it: semper vm kill {vm.name}",
         )
+    for said in await exposed_images(vm.spec):
+        vm.machine.journal.note(time.time(), "image", said)
+        log.warning("run vm=%s %s", vm.name, said)

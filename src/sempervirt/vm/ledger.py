@@ -7,6 +7,7 @@ something is done is written by `create` and `begin`, or by `advance` with a loo
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,7 @@ class Ledger:
         self._record = record
         self._path = path
         self._peers = peers
+        self._excused = False
 
     @property
     def record(self) -> VmRecord:
@@ -42,6 +44,13 @@ class Ledger:
     def name(self) -> str:
         """The VM's name."""
         return self._record.spec.name
+
+    def excuse(self) -> None:
+        """From now on a record that cannot be written stops nothing that goes on with this VM: the
+        host, with what the record would tell the next agent, is about to end. Who may write the
+        images stands beside the images (`store.epoch`).
+        """
+        self._excused = True
 
     def create(self) -> None:
         """Writes the first record, before anything of the VM is started. Raises Unavailable."""
@@ -66,6 +75,12 @@ class Ledger:
     def rewrite(self) -> bool:
         """Writes the record again, which somebody has removed; whether that was done."""
         return self._note(self._record)
+
+    def recreate(self) -> bool:
+        """As `rewrite`, also where the directory of the record was removed with it."""
+        with contextlib.suppress(OSError):  # then the record is not written either, which is told
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+        return self.rewrite()
 
     def note_peers(self) -> None:
         """Lets the backends serve the QEMUs on record; no others. What fails is in the log."""
@@ -130,7 +145,9 @@ class Ledger:
         try:
             record.write(self._path)
         except OSError as error:
-            raise self._unwritten(error) from error
+            if not self._excused:
+                raise self._unwritten(error) from error
+            log.error("record vm=%s not written: %s", self.name, error)  # noqa: TRY400
         self._replace(record)
 
     def _note(self, record: VmRecord) -> bool:
@@ -139,7 +156,7 @@ class Ledger:
             record.write(self._path)
         except OSError as error:
             log.error("record vm=%s not written: %s", self.name, error)  # noqa: TRY400
-            return False
+            return self._excused
         return True
 
     def _replace(self, record: VmRecord) -> None:

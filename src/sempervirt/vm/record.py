@@ -12,14 +12,19 @@
            | {"kind": "restoring", "loaded": false, "resume": false}
            | {"kind": "rescuing", "disk": "root", "resume": true}
            | {"kind": "snapshotting", "frozen": true}
+           | {"kind": "standing", "holder": "a"}
            | {"kind": "departing", "id": "…", "destination": "b", "address": "10.0.0.2:7443",
-              "phase": "precopy", "mode": "precopy", "running": true}
+              "phase": "precopy", "mode": "precopy", "running": true, "by_images": false}
            | {"kind": "arriving", "id": "…", "source": "a", "phase": "promised", "running": true,
-              "epoch": 7, "images": ["…"]} | null,
-     "end": {"run": "stopped", "reason": "…", "exit_code": 0, "signal": null} | null}
+              "epoch": 7, "images": ["…"], "by_images": false} | null,
+     "user": {"number": 2013265937 | null, "why": "", "groups": [2013265920]} | null,
+     "end": {"run": "stopped", "reason": "…", "exit_code": 0, "signal": null, "with_host": false}
+            | null}
 
 `number` counts the QEMUs that this VM has had. `claim` is what the store gave this host, until it
 was released. `work` is what went on with the VM when the record was written (`vm.work`).
+
+`user` is the VM's own (`vm.user`); null: an earlier release, which knew none, has started it.
 
 Neither `qemu` nor `end`: the agent ended between its intention and the start of QEMU.
 """
@@ -40,6 +45,7 @@ from sempervirt.qemu.accel import Accelerator
 from sempervirt.qemu.spec import VmSpec
 from sempervirt.qemu.state import End, Runstate, VmState
 from sempervirt.store.registry import Claim
+from sempervirt.vm.user import VmUser
 from sempervirt.vm.work import Restarting, Work
 
 VERSION = 2
@@ -51,6 +57,7 @@ _QEMU: TypeAdapter[ProcessId | None] = TypeAdapter(ProcessId | None)
 _CLAIM: TypeAdapter[Claim | None] = TypeAdapter(Claim | None)
 _END = TypeAdapter(End)
 _PLANS = TypeAdapter(dict[str, DevicePlan])
+_USER: TypeAdapter[VmUser | None] = TypeAdapter(VmUser | None)
 _WORK: TypeAdapter[Work | None] = TypeAdapter(Work | None)
 
 
@@ -67,6 +74,7 @@ class VmRecord:
     number: int = 1
     claim: Claim | None = None
     work: Work | None = None
+    user: VmUser | None = None
 
     @property
     def qemus(self) -> tuple[ProcessId, ...]:
@@ -87,6 +95,7 @@ class VmRecord:
             "number": self.number,
             "claim": asdict(self.claim) if self.claim else None,
             "work": _WORK.dump_python(self.work, mode="json"),
+            "user": asdict(self.user) if self.user else None,
             "end": end,
         }
         write_record(path, VERSION, content)
@@ -111,6 +120,9 @@ def read_vm_record(path: Path) -> VmRecord | None:
         claim = _CLAIM.validate_python(content.get("claim"))
         number = int(content.get("number", 1))
         started = float(content["started"])
+        user = _USER.validate_python(content.get("user"))
+        if user is not None and user.number is not None and not 1 << 16 <= user.number < 1 << 31:
+            raise ValueError(f"user {user.number} of the VM")
         if not 1 <= number <= NUMBER_MAX or not 0 <= started <= STARTED_MAX:
             raise ValueError(f"QEMU {number} of the VM, started at {started}")
         if claim is not None and claim.vm != spec.name:
@@ -125,6 +137,7 @@ def read_vm_record(path: Path) -> VmRecord | None:
             number=number,
             claim=claim,
             work=_WORK.validate_python(content["work"]),
+            user=user,
         )
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise RecordDamaged(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -12,24 +12,27 @@ from sempervirt.core.errors import InvalidRequest, Unavailable
 from sempervirt.core.queue_map import DevicePlan
 from sempervirt.disk.backend import DiskOptions, ImageTitle
 from sempervirt.disk.running import DiskFiles
-from sempervirt.disk.setup import DiskSetup
+from sempervirt.disk.setup import DiskSetup, supervised
 from sempervirt.disk.volume import Volume, inspect, require_raw
 from sempervirt.host.directories import make_private
+from sempervirt.host.exposure import finding, readers
 from sempervirt.host.places import RUN_VARIABLE, STATE_VARIABLE
 from sempervirt.host.sockets import check_socket_path
 from sempervirt.host.storage_call import DEADLINE_S, call_storage
-from sempervirt.qemu.command_line import disk_id
+from sempervirt.passthrough.mediator import DeviceFiles, DeviceOptions, DeviceSetup, PciOptions
+from sempervirt.qemu.command_line import device_slot, disk_id, shim_slot
 from sempervirt.qemu.files import VmFiles
-from sempervirt.qemu.spec import DiskSpec, VmSpec
+from sempervirt.qemu.spec import DiskSpec, PassthroughSpec, PciSpec, VmSpec
 from sempervirt.store.whole import require_whole
 from sempervirt.vm.claims import awaited_title, title_of
 from sempervirt.vm.config import AgentConfig
 from sempervirt.vm.planning import plans_of_record
 from sempervirt.vm.record import VmRecord
-from sempervirt.vm.work import Arriving
+from sempervirt.vm.work import Arriving, Standing
 
 # While an agent looks at an image nobody supervises the backends of its VM.
 ADOPTION_DEADLINE_S = 1.0
+EXPOSURE_DEADLINE_S = 1.0
 
 
 def prepare_directories(config: AgentConfig) -> None:
@@ -41,19 +44,36 @@ def prepare_directories(config: AgentConfig) -> None:
 
 
 async def inspect_images(spec: VmSpec, *, used: bool) -> dict[str, Volume]:
-    """The images of a VM's disks, by the disk's name. Raises InvalidRequest, StateConflict for one
-    that QEMU itself is to serve and that has layers, and Unavailable for an image whose storage
-    does not answer.
+    """The images of a VM's disks and passed-through devices, by name. Raises InvalidRequest,
+    StateConflict for one that has layers and that QEMU itself or a mediator is to serve, and
+    Unavailable for an image whose storage does not answer.
 
     `used`: the guest has run with these images, so they are raw whatever the guest wrote.
     """
-    volumes = await asyncio.gather(*(_inspected(disk) for disk in spec.disks))
-    for disk in spec.disks:
+    volumes = await asyncio.gather(*(_inspected(disk) for disk in spec.imaged))
+    for disk in spec.imaged:
         if disk.format is None and not used:
             await call_storage(disk.image, partial(require_raw, disk.image))
-        if disk.backend == "qemu":
+        if isinstance(disk, PassthroughSpec):
+            await require_whole(disk.image, "passed through")
+        elif disk.backend == "qemu":
             await require_whole(disk.image, "served by QEMU itself")
-    return {disk.name: volume for disk, volume in zip(spec.disks, volumes, strict=True)}
+    return {disk.name: volume for disk, volume in zip(spec.imaged, volumes, strict=True)}
+
+
+async def exposed_images(spec: VmSpec) -> list[str]:
+    """What others than their owners could do to images that the VM writes, and the remedy. Nothing
+    depends on it, so nobody waits for storage that does not answer.
+    """
+
+    def look(image: Path) -> str:
+        who = readers(image)
+        return f"image {image}: {finding(image, who)}" if who else ""
+
+    written = [disk.image for disk in spec.imaged if not disk.read_only]
+    looks = (call_storage(image, partial(look, image), EXPOSURE_DEADLINE_S) for image in written)
+    said = await asyncio.gather(*looks, return_exceptions=True)
+    return [text for text in said if isinstance(text, str) and text]
 
 
 async def block_devices(spec: VmSpec) -> set[Path]:
@@ -63,7 +83,7 @@ async def block_devices(spec: VmSpec) -> set[Path]:
     return {image for image, device in zip(images, found, strict=True) if device}
 
 
-async def _inspected(disk: DiskSpec, timeout_s: float = DEADLINE_S) -> Volume:
+async def _inspected(disk: DiskSpec | PassthroughSpec, timeout_s: float = DEADLINE_S) -> Volume:
     look = partial(inspect, disk.image, read_only=disk.read_only)
     return await call_storage(disk.image, look, timeout_s)
 
@@ -88,23 +108,67 @@ def disk_setup(
         name=f"{spec.name}/{disk.name}",
         volume=volume,
         plan=plan,
-        options=DiskOptions(
-            image=disk.image,
-            read_only=disk.read_only,
-            queues=plan.binding.queues,
-            engine=plan.engine.value,
-            direct=disk.direct,
-            block_size=disk.block_size,
-            serial=disk.serial,
-            poll_us=plan.poll_us,
-        ),
+        options=served_as(disk, plan),
         command=command,
-        policy=replace(config.policy, spare=config.policy.spare and command.has_spare),
+        policy=supervised(config.policy, command, read_only=disk.read_only),
         files=files,
         record=config.vm_state_dir(spec.name) / f"disk-{disk.name}.json",
         title=title,
         peers=VmFiles(config.vm_run_dir(spec.name)).peers,
     )
+
+
+def served_as(disk: DiskSpec, plan: DevicePlan) -> DiskOptions:
+    """What the backend of a disk is started with: by the VM file, and by its queues' plan."""
+    return DiskOptions(
+        image=disk.image,
+        read_only=disk.read_only,
+        queues=plan.binding.queues,
+        engine=plan.engine.value,
+        direct=disk.direct,
+        block_size=disk.block_size,
+        serial=disk.serial,
+        poll_us=plan.poll_us,
+    )
+
+
+def _device_options(device: PassthroughSpec | PciSpec) -> DeviceOptions | PciOptions:
+    if isinstance(device, PciSpec):
+        return PciOptions(pci=device.pci, profile=device.profile)
+    return DeviceOptions(
+        image=device.image,
+        kind=device.kind,
+        read_only=device.read_only,
+        queues=device.queues,
+        engine=device.engine,
+        direct=device.direct,
+        serial=device.serial,
+    )
+
+
+def device_setups(
+    config: AgentConfig,
+    spec: VmSpec,
+    titles: Mapping[str, ImageTitle | None],
+    *,
+    incoming: bool,
+) -> list[DeviceSetup]:
+    """How the passed-through devices of a VM are mediated; `titles` are by the device's name."""
+    setups = []
+    for index, device in enumerate(spec.passthrough):
+        title = titles.get(device.name)
+        setups.append(
+            DeviceSetup(
+                name=f"{spec.name}/{device.name}",
+                files=DeviceFiles(config.vm_run_dir(spec.name), device.name),
+                options=_device_options(device),
+                slot=device_slot(index),
+                shim_slot=shim_slot(index),
+                title=tuple(title.argv()) if title else (),
+                incoming=incoming,
+            )
+        )
+    return setups
 
 
 async def adopted_setups(config: AgentConfig, record: VmRecord) -> list[DiskSetup]:
@@ -115,6 +179,14 @@ async def adopted_setups(config: AgentConfig, record: VmRecord) -> list[DiskSetu
     spec = record.spec
     settings = read_settings(config) if isinstance(record.work, Arriving) else None
     plans = plans_of_record(spec, record.plans)
+
+    def title(disk: DiskSpec, volume: Volume | None) -> ImageTitle | None:
+        if isinstance(record.work, Standing) and disk.keep == "latest":
+            return awaited_title(record.work.holder, disk)
+        if settings is not None:
+            return awaited_title(settings.host, disk)
+        return title_of(record.claim, disk, volume)
+
     served = [disk for disk in spec.disks if disk.backend == "blkd"]
     volumes = await asyncio.gather(*(_volume_left(disk) for disk in served))
     return [
@@ -124,9 +196,7 @@ async def adopted_setups(config: AgentConfig, record: VmRecord) -> list[DiskSetu
             disk,
             plans[disk_id(disk)],
             volume,
-            awaited_title(settings.host, disk)
-            if settings
-            else title_of(record.claim, disk, volume),
+            title(disk, volume),
         )
         for disk, volume in zip(served, volumes, strict=True)
     ]

@@ -18,7 +18,6 @@ import contextlib
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from sempervirt.core.errors import OutcomeUnknown, SempervirtError
@@ -27,7 +26,7 @@ from sempervirt.disk.driver import Disk
 from sempervirt.disk.evidence import launch_of
 from sempervirt.disk.lifecycle import adopt_disk
 from sempervirt.disk.running import DiskFiles
-from sempervirt.disk.setup import DiskSetup
+from sempervirt.disk.setup import DiskSetup, supervised
 from sempervirt.host import background, process
 from sempervirt.host.peers import write_peers
 from sempervirt.host.process import Exit, Process
@@ -59,7 +58,7 @@ class UnknownVm:
         self.record = record
         self.since = time.time()
         self.files = VmFiles(config.vm_run_dir(name))
-        self.journal = Journal()
+        self.journal = Journal(name)
         self.disks: dict[str, Disk] = {}
         self.end: End | None = None
         self._config = config
@@ -172,7 +171,7 @@ class UnknownVm:
             volume=None,
             options=launch.options,
             command=command,
-            policy=replace(policy, spare=policy.spare and command.has_spare),
+            policy=supervised(policy, command, read_only=launch.options.read_only),
             files=files,
             record=self._state_dir / f"disk-{name}.json",
             title=launch.title,

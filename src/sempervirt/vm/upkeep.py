@@ -11,8 +11,10 @@ import asyncio
 import logging
 import os
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from sempervirt.qemu.state import Runstate
+from sempervirt.vm.user import renew_run_dir
 from sempervirt.vm.vm import Vm
 
 log = logging.getLogger(__name__)
@@ -21,15 +23,15 @@ LOOK_S = 5.0
 _SETTLED = (Runstate.RUNNING, Runstate.PAUSED, Runstate.HALTED)
 
 
-async def keep(vms: Callable[[], Iterable[Vm]]) -> None:
-    """Looks after the VMs until it is cancelled."""
+async def keep(vms: Callable[[], Iterable[Vm]], users_top: Path) -> None:
+    """Looks after the VMs until it is cancelled. `users_top` is as in the agent's settings."""
     while True:
         await asyncio.sleep(LOOK_S)
         for vm in list(vms()):
-            await look(vm)
+            await look(vm, users_top)
 
 
-async def look(vm: Vm) -> None:
+async def look(vm: Vm, users_top: Path) -> None:
     """Looks at the files of one VM, unless it begins, ends, or is worked on."""
     if not _is_settled(vm):
         return
@@ -39,11 +41,11 @@ async def look(vm: Vm) -> None:
     )
     if not gone or not _is_settled(vm):
         return
-    for directory in (record.parent, files.directory):
-        try:
-            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        except OSError as error:
-            log.error("vm name=%s %s cannot be made: %s", vm.name, directory, error)  # noqa: TRY400
+    try:
+        record.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        renew_run_dir(files, vm.record.user, vm.record.number, users_top)
+    except OSError as error:
+        log.error("vm name=%s its directories cannot be made: %s", vm.name, error)  # noqa: TRY400
     if record in gone and vm.ledger.rewrite():
         log.warning("vm name=%s its record %s was gone, and is written again", vm.name, record)
     if files.peers in gone:

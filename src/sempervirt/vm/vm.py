@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
@@ -25,16 +25,18 @@ from sempervirt.disk.driver import Disk
 from sempervirt.disk.image import Finding, ImageState, has_open
 from sempervirt.host import background, process
 from sempervirt.host.storage_call import call_storage
+from sempervirt.passthrough.device import Device
 from sempervirt.qemu.command_line import disk_id
 from sempervirt.qemu.driver import STOP_GRACE_S, Machine
 from sempervirt.qemu.spec import VmSpec
-from sempervirt.qemu.state import ON_REQUEST, End, Runstate, VmState
+from sempervirt.qemu.state import FOR_STANDBY, ON_REQUEST, End, Runstate, VmState
 from sempervirt.store.registry import Claim
 from sempervirt.vm.claims import title_of
+from sempervirt.vm.ending import merges_at_end
 from sempervirt.vm.ledger import Ledger
 from sempervirt.vm.planning import plans_of_record
 from sempervirt.vm.record import VmRecord
-from sempervirt.vm.work import Work
+from sempervirt.vm.work import MergingLayers, Work
 
 log = logging.getLogger(__name__)
 
@@ -96,11 +98,15 @@ class Vm:
         disks: dict[str, Disk],
         ledger: Ledger,
         release: Callable[[Claim], Awaitable[bool]],
+        finish: Callable[[VmRecord], Awaitable[str]],
+        devices: Mapping[str, Device] | None = None,
     ) -> None:
         self.machine = machine
         self.disks = disks
+        self.devices = dict(devices or {})
         self.ledger = ledger
         self._release = release
+        self._finish = finish
         self.progress: Progress | None = None
         self.doubts: list[str] = []
         self.moving: Worker | None = None
@@ -159,8 +165,12 @@ class Vm:
 
     @property
     def ailments(self) -> str:
-        """Which disks are not served, and why; "" when all are."""
-        return "; ".join(disk.ailment for disk in self.disks.values() if disk.ailment)
+        """Which disks and devices are not served, and why; "" when all are."""
+        disks = [disk.ailment for disk in self.disks.values()]
+        devices = [
+            one.ailment or one.failing for one in self.devices.values() if not self.run.is_end
+        ]
+        return "; ".join(ailment for ailment in (*disks, *devices) if ailment)
 
     @property
     def end(self) -> End | None:
@@ -171,6 +181,13 @@ class Vm:
     def pid(self) -> int | None:
         """QEMU's process id, while it runs."""
         return self.machine.pid
+
+    @property
+    def workplace(self) -> Path:
+        """The directory in which the present QEMU makes files."""
+        files, user = self.machine.files, self.record.user
+        own = user is not None and user.number is not None
+        return files.successor(self.record.number).directory if own else files.directory
 
     @property
     def plans(self) -> dict[str, DevicePlan]:
@@ -269,12 +286,14 @@ class Vm:
             kind = next(
                 k for k in (StateConflict, Unavailable, OutcomeUnknown) if isinstance(error, k)
             )
-            ailing = next(disk.name for disk in self.disks.values() if disk.ailment)
-            raise kind(
-                f"{error.message}; {ailments}",
-                remedy=f"mend what that disk lies on, and the VM goes on by itself; look at it: "
-                f"semper disk show {ailing}",
-            ) from error
+            ailing = [disk.name for disk in self.disks.values() if disk.ailment]
+            remedy = (
+                f"mend what that disk lies on, and the VM goes on by itself; look at it: "
+                f"semper disk show {ailing[0]}"
+                if ailing
+                else f"a device that is gone comes back at the next run: semper vm kill {self.name}"
+            )
+            raise kind(f"{error.message}; {ailments}", remedy=remedy) from error
 
     def set_claim(self, claim: Claim) -> None:
         """From now on the images are written by this claim."""
@@ -315,6 +334,18 @@ class Vm:
         for finding in await (self._own_misplaced() if own else self.misplaced_images()):
             raise StateConflict(finding.cause, remedy=finding.remedy)
 
+    def require_no_devices(self, what: str) -> None:
+        """Raises StateConflict when the VM has passed-through devices: QEMU gives their state to no
+        file and to no other QEMU of this host.
+        """
+        if self.spec.passthrough:
+            names = ", ".join(device.name for device in self.spec.passthrough)
+            raise StateConflict(
+                f"VM {self.name} has passed-through devices ({names}), and {what} does not know "
+                "them",
+                remedy=f"move the VM to another host: semper vm migrate {self.name} --to HOST",
+            )
+
     # Work of many steps (`vm.work`)
 
     def begin(self, work: Work) -> None:
@@ -349,6 +380,8 @@ class Vm:
                 await self._freeing
             for disk in self.disks.values():
                 await disk.detach()
+            for device in self.devices.values():
+                device.detach()
         if self._releasing is not None:
             self._releasing.cancel()
         await self.machine.detach()
@@ -362,14 +395,45 @@ class Vm:
         if claim is not None and self._not_freed is None and await self._release(claim):
             self.ledger.set_claim(None)
 
+    def _plan_merges(self) -> None:
+        """Puts on record that the layers of the disks are to be merged, if the VM file says so. A
+        VM that goes on elsewhere, or in a saved state, keeps its layers, and so does one whose QEMU
+        died, or was ended for a standby: whoever takes its place waits for the images.
+        """
+        if self.work is not None or self.run is Runstate.CRASHED:
+            return
+        if self.state.killed_because == FOR_STANDBY:
+            return
+        if any(merges_at_end(disk) for disk in self.spec.disks):
+            # Without the record the next agent leaves the layers as they are.
+            with contextlib.suppress(Unavailable):
+                self.begin(MergingLayers())
+
+    async def _merge_layers(self) -> None:
+        """Merges the layers of the disks into images that no other host can have yet. What another
+        agent has begun is done again.
+        """
+        if not isinstance(self.work, MergingLayers):
+            return
+        if self._not_freed is None and (failed := await self._finish(self.record)):
+            self.machine.journal.note(time.time(), "snapshot", failed)
+            log.error("vm name=%s keeps layers: %s", self.name, failed)
+        self.end_work()
+
     async def _free(self) -> None:
         """Frees the disks after QEMU's end, and writes the end down."""
         await self.machine.wait_ended()
+        if self.record.end is None:
+            self._plan_merges()
         self.ledger.ended(self.state)
         try:
-            await asyncio.gather(*(disk.stop() for disk in self.disks.values()))
+            await asyncio.gather(
+                *(disk.stop() for disk in self.disks.values()),
+                *(device.stop() for device in self.devices.values()),
+            )
         except SempervirtError as error:
             self._not_freed = error
             log.error("vm name=%s its disks are not free: %s", self.name, error)  # noqa: TRY400
+        await self._merge_layers()
         self._releasing = background.start(self.release_claim(), f"{self.name}: release")
         log.info("ended vm=%s state=%s: %s", self.name, self.run.value, self.state.why)

@@ -11,19 +11,30 @@ An agent that begins anew reads the record, and what kind of work it was says ho
 - `Restoring`: the memory is not there and never will be: QEMU is ended; once `loaded`, the guest
   goes on.
 - `Rescuing`: the guest was paused for a copy of a disk, and goes on.
-- `Snapshotting`: the guest's file systems may be frozen, and are thawed.
+- `Snapshotting`: the guest's file systems may be frozen, and are thawed; disks that have a snapshot
+  more than before give it up, for others may have none.
+- `Standing`: QEMU waits, and the VM is no VM yet but a standby; it goes on waiting.
+- `MergingLayers`: the VM has ended, and its disks' layers go into the images.
 - `Departing`, `Arriving`: the machines of the migration go on from the phase.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Annotated, Literal, assert_never
 
 from pydantic import Field
 
 from sempervirt.host.procfs import ProcessId
 from sempervirt.vm.phases import Arrival, Mode, Phase
+
+_RUNS_ON = "it runs on "
+
+
+def has_left(reason: str) -> bool:
+    """Whether a QEMU that ended for that reason ended because its VM has moved (`farewell`)."""
+    return reason.startswith(_RUNS_ON)
 
 
 @dataclass(frozen=True)
@@ -76,16 +87,37 @@ class Rescuing:
 
 @dataclass(frozen=True)
 class Snapshotting:
-    """A snapshot of the disks is being taken. `frozen`: the guest's file systems may be frozen."""
+    """A snapshot of the disks is being taken. `frozen`: the guest's file systems may be frozen;
+    `newest`: the newest layer of each disk before, 0 where there was none.
+    """
 
     frozen: bool = False
+    newest: Mapping[str, int] = field(default_factory=dict)
     kind: Literal["snapshotting"] = "snapshotting"
+
+
+@dataclass(frozen=True)
+class Standing:
+    """QEMU waits to take the place of another one, which runs the VM. Disks that both have await a
+    claim of `holder`, the name of this host.
+    """
+
+    holder: str
+    kind: Literal["standing"] = "standing"
+
+
+@dataclass(frozen=True)
+class MergingLayers:
+    """The VM has ended, and the layers of its disks are being merged into the images."""
+
+    kind: Literal["merging-layers"] = "merging-layers"
 
 
 @dataclass(frozen=True)
 class Departing:
     """A migration away, in `phase`. `address` is that of the destination's
-    agent, "HOST:PORT"; `running`: the guest was not paused.
+    agent, "HOST:PORT"; `running`: the guest was not paused. `by_images`: the store was away, and
+    the epoch records of the images say whose the VM is.
     """
 
     id: str
@@ -94,18 +126,20 @@ class Departing:
     running: bool
     phase: Phase = Phase.PREPARE
     mode: Mode = Mode.PRECOPY
+    by_images: bool = False
     kind: Literal["departing"] = "departing"
 
     @property
     def farewell(self) -> str:
         """Why the QEMU here ends when the VM has moved; "" while it has not."""
-        return f"it runs on {self.destination} now" if self.phase is Phase.DONE else ""
+        return f"{_RUNS_ON}{self.destination} now" if self.phase is Phase.DONE else ""
 
 
 @dataclass(frozen=True)
 class Arriving:
     """A migration to this host, in `phase`. `epoch` is that of the source's
-    claim, `images` are the ids of what it covers; `running`: the guest is to run.
+    claim, `images` are the ids of what it covers; `running`: the guest is to run. `by_images` as of
+    `Departing`.
     """
 
     id: str
@@ -114,11 +148,20 @@ class Arriving:
     epoch: int
     images: tuple[str, ...]
     phase: Arrival = Arrival.PREPARING
+    by_images: bool = False
     kind: Literal["arriving"] = "arriving"
 
 
 Work = Annotated[
-    Restarting | Saving | Restoring | Rescuing | Snapshotting | Departing | Arriving,
+    Restarting
+    | Saving
+    | Restoring
+    | Rescuing
+    | Snapshotting
+    | Standing
+    | MergingLayers
+    | Departing
+    | Arriving,
     Field(discriminator="kind"),
 ]
 
@@ -136,6 +179,10 @@ def in_words(work: Work) -> str:
             return f"a copy of its disk {work.disk}"
         case Snapshotting():
             return "a snapshot of its disks"
+        case Standing():
+            return "its wait as a standby"
+        case MergingLayers():
+            return "the merge of its disks' layers"
         case Departing():
             return f"its migration to {work.destination}"
         case Arriving():

@@ -7,23 +7,26 @@ import contextlib
 import logging
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from sempervirt.core.errors import OutcomeUnknown, SempervirtError, Unavailable
 from sempervirt.disk.stand_in import StandIn
-from sempervirt.host import process
+from sempervirt.host import lending, process
 from sempervirt.host.process import Process
 from sempervirt.host.procfs import ProcessId
 from sempervirt.host.sockets import check_socket_path
+from sempervirt.host.storage_call import call_storage
 from sempervirt.qemu import device_state, memory
 from sempervirt.qemu.command_line import Features, Incoming, build
-from sempervirt.qemu.files import VmFiles
-from sempervirt.qemu.spec import VmSpec
+from sempervirt.qemu.given import Given, give_files
+from sempervirt.qemu.privileges import ground_of
 from sempervirt.qemu.state import Request
 from sempervirt.qemu.successor import Successor
 from sempervirt.qemu.tap import TapStandIn
 from sempervirt.renewal.guest import HeldGuest
 from sempervirt.vm.setup import block_devices
+from sempervirt.vm.user import make_workplace
 from sempervirt.vm.vm import Vm
 
 log = logging.getLogger(__name__)
@@ -62,8 +65,11 @@ class LiveRestart(HeldGuest):
         machine = await device_state.machine_type(self._machine.execute)
         if vm.pid is None:
             raise Unavailable(f"the QEMU of VM {vm.name} has ended")
+        group = lending.group_of(vm.machine.files.directory)
         with contextlib.suppress(FileExistsError):
             files.directory.mkdir(mode=0o700)
+        if group is not None:
+            lending.make_passage(files.directory, group)
         for disk in vm.disks.values():
             stand_in = StandIn(disk.setup, disk.image.require().descriptor, files.directory)
             self._stand_ins.append(stand_in)
@@ -72,15 +78,22 @@ class LiveRestart(HeldGuest):
             if nic.tap is not None:
                 self._taps[index] = TapStandIn.open(nic.tap, vm.pid)
         memory_fd = memory.open_of(vm.pid)
+        given = Given()
         try:
             devices = await block_devices(vm.spec)
-            argv = self._argv(machine, memory_fd, devices)
-            self._successor = await self._start(argv, memory_fd)
+            if group is not None:  # only now: the old QEMU may make files there as well
+                make_workplace(vm.machine.files, vm.record.number + 1, group)
+            if (user := vm.record.user) is not None and user.number is not None:
+                give = partial(give_files, vm.spec, vm.machine.files, user.number)
+                given = await call_storage(files.directory, give)
+            argv = self._argv(machine, memory_fd, devices, given)
+            self._successor = await self._start(argv, memory_fd, given)
         finally:
+            given.close()
             os.close(memory_fd)
         return self._new.process.identity, machine
 
-    def _argv(self, machine: str, memory_fd: int, devices: set[Path]) -> list[str]:
+    def _argv(self, machine: str, memory_fd: int, devices: set[Path], given: Given) -> list[str]:
         vm = self._vm
         return build(
             vm.spec,
@@ -97,13 +110,20 @@ class LiveRestart(HeldGuest):
             memory_fd=memory_fd,
             incoming=Incoming(machine),
             tap_files={index: tap.files for index, tap in self._taps.items()},
+            given=given.paths,
         )
 
-    async def _start(self, argv: list[str], memory_fd: int) -> Successor:
-        files = self._files
-        inherited = [memory_fd, *(file for tap in self._taps.values() for file in tap.files)]
+    async def _start(self, argv: list[str], memory_fd: int, given: Given) -> Successor:
+        vm, files, user = self._vm, self._files, self._vm.record.user
+        taps = (file for tap in self._taps.values() for file in tap.files)
+        inherited = [memory_fd, *given.descriptors, *taps]
+        run_dir = vm.machine.files.directory.parent
+        ground = await ground_of(vm.spec, self._program.path, run_dir, given.paths)
+        identity = user.identity(ground) if user else None
         try:
-            return await Successor.start(self._vm.name, files.monitor, argv, files.log, inherited)
+            return await Successor.start(
+                vm.name, files.monitor, argv, files.log, inherited, identity
+            )
         except Unavailable:
             for stand_in in self._stand_ins:
                 stand_in.check()
@@ -180,7 +200,7 @@ class LiveRestart(HeldGuest):
             await self._new.finish()
         except SempervirtError as error:
             log.info("restart-qemu vm=%s %s", self._vm.name, error)
-        move_sockets(self._files, self._machine.files, self._vm.spec)
+        self._machine.files.take_sockets(self._files, self._vm.spec)
 
     async def link(self) -> None:
         """Connects to the monitor of the new QEMU, in its place. Raises Unavailable."""
@@ -194,10 +214,3 @@ class LiveRestart(HeldGuest):
     def _close_taps(self) -> None:
         for tap in self._taps.values():
             tap.close()
-
-
-def move_sockets(source: VmFiles, target: VmFiles, spec: VmSpec) -> None:
-    """Puts the sockets of a new QEMU where everybody looks for them."""
-    for old, new in zip(source.sockets(spec), target.sockets(spec), strict=True):
-        with contextlib.suppress(FileNotFoundError):
-            old.replace(new)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from sempervirt.core.errors import SempervirtError, Unavailable
 from sempervirt.host import background
+from sempervirt.host.lending import group_of, lend
 from sempervirt.qemu import device_state, saved
 from sempervirt.qemu.files import VmFiles
 from sempervirt.qemu.state import Request
@@ -93,6 +94,7 @@ class LiveRestore(HeldGuest):
 
     async def take(self) -> None:
         """Has QEMU load the state of the devices."""
+        lend(self._state, group_of(self._machine.files.directory))
         await device_state.load(self._machine.execute, self._state)
         self._unpacking.remove_state()
 
