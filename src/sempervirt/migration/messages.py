@@ -4,13 +4,102 @@ from __future__ import annotations
 
 from pydantic import BaseModel, Field
 
+from sempervirt.passthrough.answers import (
+    ConfigHex,
+    Configured,
+    ConfigWrites,
+    StateText,
+    Table,
+    TableHex,
+)
+from sempervirt.passthrough.leaving import Moved
 from sempervirt.qemu.accel import AcceleratorKind
-from sempervirt.qemu.spec import VmSpec
+from sempervirt.qemu.spec import PASSTHROUGH_MAX, VmSpec
 from sempervirt.vm.phases import Arrival, Mode, Phase
 
 
+class DeviceConfiguration(BaseModel):
+    """The configuration of a passed-through device, as the guest has set it: what is to be written,
+    in this order. `table` is the MSI-X table as hex, at `table_address` of the guest's memory; both
+    are None while the guest has not placed it.
+    """
+
+    before: ConfigWrites
+    after: ConfigWrites
+    config: ConfigHex
+    table_bar: int
+    table_offset: int
+    vectors: int
+    table_address: int | None = None
+    table: TableHex | None = None
+
+    @classmethod
+    def of(cls, configured: Configured) -> DeviceConfiguration:
+        """What a mediator has said."""
+        table = configured.msix_table
+        return cls(
+            before=configured.before,
+            after=configured.after,
+            config=configured.config,
+            table_bar=table.bar,
+            table_offset=table.offset,
+            vectors=table.vectors,
+            table_address=table.address,
+            table=table.table,
+        )
+
+    def configured(self) -> Configured:
+        """The inverse of `of`."""
+        return Configured(
+            before=self.before,
+            after=self.after,
+            config=self.config,
+            msix_table=Table(
+                bar=self.table_bar,
+                offset=self.table_offset,
+                vectors=self.vectors,
+                address=self.table_address,
+                table=self.table,
+            ),
+        )
+
+
+class DeviceState(BaseModel):
+    """The last configuration and state of a device that stands still at the source. `writes` and
+    `state` are the mediators' own.
+    """
+
+    configuration: DeviceConfiguration
+    writes: StateText
+    state: StateText
+
+    @classmethod
+    def of(cls, moved: Moved) -> DeviceState:
+        """What the source has."""
+        configuration = DeviceConfiguration.of(moved.configuration)
+        return cls(configuration=configuration, writes=moved.writes, state=moved.state)
+
+    def moved(self) -> Moved:
+        """The inverse of `of`."""
+        return Moved(self.configuration.configured(), self.writes, self.state)
+
+
+class DeviceRounds(BaseModel):
+    """Register writes of the guest since the last round, by device."""
+
+    writes: dict[str, StateText] = Field(max_length=PASSTHROUGH_MAX)
+
+
+class DeviceStates(BaseModel):
+    """The state of every passed-through device of a VM, by device."""
+
+    states: dict[str, DeviceState] = Field(max_length=PASSTHROUGH_MAX)
+
+
 class ArrivalRequest(BaseModel):
-    """Asks a host to prepare for a VM. `images` are the ids of the writable images, by disk."""
+    """Asks a host to prepare for a VM. `images` are the ids of the writable images, by disk.
+    `by_images`: the store does not answer at the source, and the epoch records say whose the VM is.
+    """
 
     id: str = Field(pattern=r"^[0-9a-f]{32}$", description="of this migration, random")
     source: str = Field(description="the host that the VM leaves")
@@ -20,7 +109,13 @@ class ArrivalRequest(BaseModel):
     accelerator: AcceleratorKind
     running: bool = Field(description="whether the guest is to run on; otherwise it is paused")
     postcopy: bool = False
+    by_images: bool = False
     images: dict[str, str]
+    devices: dict[str, DeviceConfiguration] = Field(
+        default_factory=dict,
+        max_length=PASSTHROUGH_MAX,
+        description="configurations of the passed-through devices, by name",
+    )
 
 
 class ArrivalAnswer(BaseModel):

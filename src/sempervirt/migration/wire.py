@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from sempervirt.core.errors import SempervirtError, Unavailable
+from sempervirt.core.errors import CommandFailed, SempervirtError, Unavailable
 from sempervirt.host import process
 from sempervirt.host.answers import AnswerNotUnderstood
 from sempervirt.host.control import ControlSocket
+from sempervirt.host.lending import group_of, lend
 from sempervirt.host.process import Process
-from sempervirt.host.procfs import find_by_argument, identify
+from sempervirt.host.procfs import ProcessId, find_by_argument, identify
 from sempervirt.host.programs import find_program
+from sempervirt.host.records import RecordDamaged, read_record, write_record
+from sempervirt.host.reserve import Reserve
 from sempervirt.migration.wire_status import WireStatus
 from sempervirt.trust.authority import CERTIFICATE_FILE as AUTHORITY_FILE
 from sempervirt.trust.identity import Identity
 
+log = logging.getLogger(__name__)
+
 PROGRAM = "semper-wired"
+VERSION = 1
+# What there is when no program can be started (`fall_back_on`).
+_reserve: Reserve | None = None
 POLL_S = 0.02
 END_GRACE_S = 2.0
 
@@ -30,19 +40,34 @@ FoundT = TypeVar("FoundT")
 
 @dataclass(frozen=True)
 class WireFiles:
-    """Where an end keeps its sockets, beside those of the VM."""
+    """Where an end keeps its sockets, beside those of the VM. QEMU makes files in `workplace`."""
 
     directory: Path
+    workplace: Path
 
     @property
     def stream(self) -> Path:
         """Between QEMU and this end."""
-        return self.directory / "stream.sock"
+        return self.workplace / "stream.sock"
+
+    def share_stream(self) -> None:
+        """Lets the other one of QEMU and this end connect to it. Raises Unavailable."""
+        try:
+            lend(self.stream, group_of(self.directory))
+        except OSError as error:
+            raise Unavailable(
+                f"the stream {self.stream} cannot be shared with QEMU: {error.strerror}"
+            ) from error
 
     @property
     def control(self) -> Path:
         """Tells state and counters."""
         return self.directory / "wired.ctl"
+
+    @property
+    def process(self) -> Path:
+        """Which process it is: {"version": 1, "pid": 1, "start_ticks": 1, "boot_id": "…"}."""
+        return self.directory / "wired.json"
 
     @property
     def log(self) -> Path:
@@ -133,7 +158,9 @@ class Wire:
             *options,
             *(disk.argument() for disk in disks),
         ]
-        wire._process = process.spawn(argv, log=files.log, on_exit=lambda _end: None)
+        wire._process = _started(argv, files.log)
+        with contextlib.suppress(OSError):  # no room: then it is looked for (`_left`)
+            write_record(files.process, VERSION, asdict(wire._process.identity))
         return wire
 
     @property
@@ -182,8 +209,7 @@ class Wire:
         await self.ask()
         if self._process is not None:
             await self._process.end(END_GRACE_S)
-        for path in (self.files.stream, self.files.control):
-            path.unlink(missing_ok=True)
+        _remove(self.files)
 
     def forget(self) -> None:
         """Leaves it running."""
@@ -191,13 +217,56 @@ class Wire:
             self._process.forget()
 
 
+def fall_back_on(reserve: Reserve | None) -> None:
+    """From now on a process of `reserve` is taken when none can be started."""
+    global _reserve  # noqa: PLW0603 - there is one agent in a process
+    _reserve = reserve
+
+
+def waiting(log_file: Path) -> Reserve:
+    """Processes of semper-wired that wait. Raises Unavailable when it is not installed."""
+    return Reserve([find_program(PROGRAM), "wait"], log_file)
+
+
+def _started(argv: Sequence[str], log_file: Path) -> Process:
+    """Raises CommandFailed."""
+    try:
+        return process.spawn(argv, log=log_file, on_exit=lambda _end: None)
+    except CommandFailed as error:
+        taken = _reserve.take(argv[1:], log_file) if _reserve is not None else None
+        if taken is None:
+            raise
+        log.warning("wire: %s; one that waited takes its place", error)
+        return taken
+
+
 async def sweep(files: WireFiles) -> None:
     """Kills an end that an earlier agent left."""
-    pattern = re.compile(rf"--control-socket={re.escape(str(files.control))}")
-    for pid in find_by_argument(pattern):
-        identity = identify(pid)
-        left = identity and process.adopt(identity, lambda _end: None)
+    for identity in _left(files):
+        left = process.adopt(identity, lambda _end: None)
         if left:
             await left.end(0)
-    for path in (files.stream, files.control):
+    _remove(files)
+
+
+def _left(files: WireFiles) -> list[ProcessId]:
+    """The end that an earlier agent left, by its note. All processes are looked at only when there
+    are sockets without a note: on a host whose kernel is about to die the arguments of some never
+    come.
+    """
+    try:
+        note = read_record(files.process, VERSION)
+        if note is not None:
+            return [ProcessId(note["pid"], note["start_ticks"], note["boot_id"])]
+    except (RecordDamaged, KeyError, TypeError, ValueError) as error:
+        log.warning("wire note=%s cannot be used: %s", files.process, error)
+    if not any(path.exists() for path in (files.stream, files.control)):
+        return []
+    pattern = re.compile(rf"--control-socket={re.escape(str(files.control))}")
+    found = (identify(pid) for pid in find_by_argument(pattern))
+    return [identity for identity in found if identity is not None]
+
+
+def _remove(files: WireFiles) -> None:
+    for path in (files.stream, files.control, files.process):
         path.unlink(missing_ok=True)

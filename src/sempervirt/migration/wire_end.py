@@ -21,7 +21,7 @@ class WireEnd:
     """
 
     def __init__(self, vm: Vm, trust: Path, migration: str, peer: str) -> None:
-        self.files = WireFiles(vm.machine.files.directory)
+        self.files = WireFiles(vm.machine.files.directory, vm.workplace)
         self._vm = vm
         self._trust = trust
         self._migration = migration

@@ -11,9 +11,12 @@ from itertools import pairwise
 from sempervirt.cluster.cluster import Cluster
 from sempervirt.core.errors import NotFound
 from sempervirt.migration import stream
+from sempervirt.migration.by_images import ImageWord
 from sempervirt.migration.destination.state import OwnershipSeen
 from sempervirt.migration.events import Side
 from sempervirt.migration.wire_end import WireEnd
+from sempervirt.passthrough.arriving import ArrivingDevices
+from sempervirt.passthrough.ports import PortSpace
 from sempervirt.store.records import Custody, Ownership
 from sempervirt.store.registry import Claim, Registry
 from sempervirt.vm.claims import claim_of, put_on_record, title_of
@@ -34,9 +37,12 @@ class DestinationOwnership:
         self._host = cluster.settings.host
         self._registry = Registry(cluster.store)
         self._work = work
+        self._by_images = ImageWord(vm, self._host, work) if work.by_images else None
 
     async def look(self) -> OwnershipSeen:
         """A VM that the store knows nothing of is not this host's."""
+        if self._by_images is not None:
+            return await self._by_images.look()
         try:
             return self._judge(await self._registry.find(self._vm.name))
         except NotFound:
@@ -61,7 +67,8 @@ class DestinationGuest:
     """QEMU here, its disks and this end of the wire. `forget` drops the VM from the agent."""
 
     def __init__(self, vm: Vm, cluster: Cluster, work: Arriving, forget: Forget) -> None:
-        self.wire = WireEnd(vm, cluster.identity.directory, work.id, work.source)
+        self.wire = WireEnd(vm, cluster.wire_trust, work.id, work.source)
+        self.devices = ArrivingDevices(list(vm.devices.values()), PortSpace(vm.machine.execute))
         self._vm = vm
         self._work = work
         self._forget = forget
@@ -76,6 +83,7 @@ class DestinationGuest:
             title = title_of(claim, vm.spec.disk(name), disk.setup.volume)
             if title is not None:
                 await disk.claim(title)
+        await self.devices.claim(claim.epoch, claim.id)
         marks.append(time.monotonic())
         vm.set_claim(claim)
         steps = [round((end - begin) * 1e3, 1) for begin, end in pairwise(marks)]
@@ -84,6 +92,7 @@ class DestinationGuest:
     async def run(self) -> None:
         """Then the VM is everybody's to use, and its disks have spares again."""
         vm, runs = self._vm, self._work.running
+        await self.devices.resume()
         if runs:
             await stream.let_run(vm.machine.execute)
         vm.machine.release("running" if runs else "paused")

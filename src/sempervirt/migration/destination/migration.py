@@ -33,7 +33,7 @@ from sempervirt.migration.destination.state import (
     ToldToRun,
 )
 from sempervirt.migration.events import Loaded, StreamFailed
-from sempervirt.migration.messages import ArrivalAnswer
+from sempervirt.migration.messages import ArrivalAnswer, ArrivalRequest, DeviceStates
 from sempervirt.qemu.state import Request, Runstate
 from sempervirt.store.registry import Claim
 from sempervirt.vm.phases import Arrival
@@ -71,10 +71,10 @@ class DestinationMigration:
         cluster: Cluster,
         work: Arriving,
         forget: Forget,
-        *,
-        postcopy: bool,
+        request: ArrivalRequest,
     ) -> DestinationMigration:
-        """Has QEMU wait for the stream. Raises Unavailable, StateConflict; `vm` is left then.
+        """Has QEMU wait for the stream. Raises Unavailable, StateConflict, InvalidRequest; `vm` is
+        left then.
 
         Afterwards it waits for `begin`.
         """
@@ -83,8 +83,11 @@ class DestinationMigration:
         await machine.hold(Request.ARRIVE)
         await guest.wire.sweep()
         await stream.prepare_destination(
-            machine.execute, guest.wire.files.stream, postcopy=postcopy
+            machine.execute, guest.wire.files.stream, postcopy=request.postcopy
         )
+        guest.wire.files.share_stream()
+        configured = {name: one.configured() for name, one in request.devices.items()}
+        await guest.devices.prepare(configured)
         migration.address = await guest.wire.start_destination(cluster.settings.address)
         return migration
 
@@ -203,6 +206,30 @@ class DestinationMigration:
             "a promise", lambda state: state.phase is Arrival.PROMISED, PROMISE_S
         )
 
+    async def replay(self, rounds: Mapping[str, str]) -> None:
+        """Sets registers of the passed-through devices as the guest has at the source.
+
+        Raises StateConflict when the memory is here already, InvalidRequest, Unavailable,
+        OutcomeUnknown.
+        """
+        self._require_incoming()
+        await self._guest.devices.replay(rounds)
+
+    async def receive(self, states: DeviceStates) -> None:
+        """The state of every passed-through device; mediators keep it. Raises as `replay`."""
+        self._require_incoming()
+        moved = {name: state.moved() for name, state in states.states.items()}
+        await self._guest.devices.receive(moved)
+
+    def _require_incoming(self) -> None:
+        """Before the rest of the memory, and so before anything was promised."""
+        phase = self.driver.state.phase
+        if phase is not Arrival.INCOMING:
+            raise StateConflict(
+                f"the arrival of VM {self.vm.name} is {phase.value}: it takes the state of devices "
+                "only while it is incoming"
+            )
+
     async def recover(self) -> ArrivalAnswer:
         """Has QEMU take up a stream that broke in postcopy, on a new wire.
 
@@ -212,6 +239,7 @@ class DestinationMigration:
         await wire.end()
         await wire.sweep()
         await stream.take_up(self.vm.machine.execute, wire.files.stream)
+        wire.files.share_stream()
         self.address = await wire.start_destination(self._cluster.settings.address)
         return self.answer()
 
@@ -245,11 +273,13 @@ class DestinationMigration:
                 self.driver.post(SourceSilent())
 
     async def _watch_disks(self) -> None:
-        """A backend that ended before the VM is this host's."""
+        """A backend or a mediator that ended before the VM is this host's."""
         while self.driver.state.phase in (Arrival.PREPARING, Arrival.INCOMING):
             for disk in self.vm.disks.values():
                 if disk.active_pid is None:
                     self.driver.post(StreamFailed(f"the backend of disk {disk.name} ended"))
+            if (gone := self._guest.devices.ended()) is not None:
+                self.driver.post(StreamFailed(f"the mediator of device {gone} ended"))
             await asyncio.sleep(LOOK_S)
 
     def _heard(self, name: str, data: Mapping[str, Any]) -> None:

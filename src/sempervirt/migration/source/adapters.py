@@ -11,11 +11,17 @@ from sempervirt.cluster.cluster import Cluster
 from sempervirt.core.errors import StateConflict, Unavailable
 from sempervirt.disk.driver import Disk
 from sempervirt.migration import stream
-from sempervirt.migration.messages import ArrivalRequest, MovePolicy
+from sempervirt.migration.messages import (
+    ArrivalRequest,
+    DeviceConfiguration,
+    DeviceState,
+    MovePolicy,
+)
 from sempervirt.migration.peer import DestinationPeer
 from sempervirt.migration.source.figures import Figures
 from sempervirt.migration.source.steering import Steering
 from sempervirt.migration.wire_end import WireEnd
+from sempervirt.passthrough.leaving import LeavingDevices
 from sempervirt.qemu import device_state
 from sempervirt.qemu.spec import VmSpec
 from sempervirt.store.records import Custody
@@ -39,7 +45,7 @@ class SourceGuest:
     """QEMU here, and this end of the wire, of a VM that is to move as `work` says."""
 
     def __init__(self, vm: Vm, cluster: Cluster, work: Departing, figures: Figures) -> None:
-        self.wire = WireEnd(vm, cluster.identity.directory, work.id, work.destination)
+        self.wire = WireEnd(vm, cluster.wire_trust, work.id, work.destination)
         self.steering = Steering()
         self.postcopy = False
         # Before, QEMU tells how its last migration ended.
@@ -54,6 +60,7 @@ class SourceGuest:
         await self._connect(address)
         await stream.prepare_source(execute, postcopy=self.postcopy)
         await self.steering.begin(execute)
+        self.wire.files.share_stream()
         await stream.start(execute, self.wire.files.stream)
         self.started = True
 
@@ -73,6 +80,7 @@ class SourceGuest:
     async def recover(self, address: str) -> None:
         """Both QEMUs know what is missing; a new wire carries it."""
         await self._connect(address)
+        self.wire.files.share_stream()
         await stream.go_on(self._vm.machine.execute, self.wire.files.stream)
 
     async def runs(self) -> bool:
@@ -174,6 +182,46 @@ class SourceDisks:
         return [disk for disk in self._vm.disks.values() if not disk.setup.options.read_only]
 
 
+class SourceDevices:
+    """The VM's passed-through devices, on their way to `peer`."""
+
+    def __init__(self, vm: Vm, peer: DestinationPeer) -> None:
+        self.devices = LeavingDevices(list(vm.devices.values()), vm.machine.execute)
+        self._vm = vm
+        self._peer = peer
+
+    async def configurations(self) -> dict[str, DeviceConfiguration]:
+        """As the guest has set them by now."""
+        found = await self.devices.configurations()
+        return {name: DeviceConfiguration.of(one) for name, one in found.items()}
+
+    async def capture(self) -> None:
+        """Captures doorbells, and has QEMU do the devices' DMA."""
+        await self.devices.arm()
+
+    async def send_round(self) -> None:
+        """Gives the destination the register writes since the last call."""
+        if rounds := await self.devices.rounds():
+            await self._peer.replay_devices(rounds)
+
+    async def move(self) -> None:
+        """In one message: the destination has the state of all devices, or that of none."""
+        if not self._vm.devices:
+            return
+        moved = await self.devices.move()
+        await self._peer.receive_devices({name: DeviceState.of(one) for name, one in moved.items()})
+
+    async def go_on(self) -> None:
+        """QEMU may be suspended: it is needed for this."""
+        if self._vm.devices:
+            self._vm.machine.suspend(on=False)
+            await self.devices.take_back()
+
+    def ended(self) -> str | None:
+        """A device whose mediator has ended."""
+        return self.devices.ended()
+
+
 class Transfer:
     """The claim on a VM, on its way from this host to another."""
 
@@ -240,6 +288,7 @@ class Destination:
         claim: Claim,
         policy: MovePolicy,
         figures: Figures,
+        devices: SourceDevices,
     ) -> None:
         self._peer = peer
         self._vm = vm
@@ -248,6 +297,7 @@ class Destination:
         self._claim = claim
         self._policy = policy
         self._figures = figures
+        self._devices = devices
 
     async def prepare(self) -> str:
         """Describes the VM as the guest sees it, and the images by their ids."""
@@ -263,7 +313,9 @@ class Destination:
                 accelerator=vm.record.accelerator.kind,
                 running=self._work.running,
                 postcopy=self._policy.postcopy,
+                by_images=self._work.by_images,
                 images=dict(zip(claimed, claim.images, strict=True)),
+                devices=await self._devices.configurations(),
             )
         )
         return answer.address
@@ -294,4 +346,4 @@ class Destination:
 
 async def _claimed_disks(spec: VmSpec) -> list[str]:
     images = set(await claimed_images(spec))
-    return [disk.name for disk in spec.disks if disk.image in images and not disk.read_only]
+    return [disk.name for disk in spec.imaged if disk.image in images and not disk.read_only]

@@ -4,7 +4,7 @@
     PREPARE ──────► PRECOPY ───────────────────────────┐ postcopy
        │ Prepared     │ GuestStopped                   │
        │              ▼                                ▼
-       │          SWITCHOVER: the guest stands still; Loaded, DisksReleased
+       │          SWITCHOVER: the guest stands still; DevicesMoved, Loaded, DisksReleased
        │              │                                │
        │              ▼                                │
        │           COMMIT: the store is asked once to hand the VM over
@@ -33,6 +33,11 @@ The source alone hands over, and asks at most once. That decides every failure:
   resolve`). Nothing else leads out of UNKNOWN; a destination that is silent proves nothing.
 - **Committed**: the destination owns the VM, whatever becomes of it. The source never runs it
   again. It cannot be cancelled any more.
+
+A VM with passed-through devices moves by the same way. Its devices stand still after the guest
+does, and their state has to be with the destination before QEMU sends the rest: what they write
+last is marked as written then, and whoever promises has everything. Postcopy is not for such a VM:
+a device would write to pages that are not there yet.
 
 In precopy the destination has everything before the store is asked: the source's QEMU may die
 in COMMIT and nothing is lost. In postcopy the guest runs before its memory is there, so the VM
@@ -68,6 +73,7 @@ from sempervirt.migration.source.state import (
     Committed,
     DestinationEnded,
     DestinationGone,
+    DevicesMoved,
     DisksReleased,
     Drained,
     EndSource,
@@ -81,6 +87,7 @@ from sempervirt.migration.source.state import (
     LetRun,
     MakeCertain,
     Migration,
+    MoveDevices,
     NotCommitted,
     PostcopyChosen,
     Prepare,
@@ -113,14 +120,16 @@ TELL_FOR_S = 5.0
 ANEW = "the agent here began anew"
 
 
-def begin(bounds: Bounds, now: float) -> Step:
-    """A migration that was asked for; the store knows it as MOVING."""
-    return Migration(bounds, now + bounds.deadline_s), [Prepare()]
+def begin(bounds: Bounds, now: float, *, devices: bool = False) -> Step:
+    """A migration that was asked for; the store knows it as MOVING. `devices`: the VM has some that
+    are passed through.
+    """
+    return Migration(bounds, now + bounds.deadline_s, devices=devices), [Prepare()]
 
 
-def recover(phase: Phase, mode: Mode, now: float) -> Step:
+def recover(phase: Phase, mode: Mode, now: float, *, devices: bool = False) -> Step:
     """How an agent that begins anew goes on from the record of an earlier one."""
-    state = Migration(Bounds(), now, phase, mode, guest_stopped=True)
+    state = Migration(Bounds(), now, phase, mode, devices=devices, guest_stopped=True)
     match phase:
         case Phase.PREPARE | Phase.PRECOPY | Phase.SWITCHOVER:
             return _abandon(state, ANEW)
@@ -244,7 +253,7 @@ def _on_the_way(state: Migration, event: SourceEvent, now: float) -> Step:
     match state.phase, event:
         case Phase.PREPARE, Prepared(address):
             return replace(state, phase=Phase.PRECOPY), [StartStream(address)]
-        case Phase.PRECOPY, PostcopyChosen() if state.mode is Mode.PRECOPY:
+        case Phase.PRECOPY, PostcopyChosen() if state.mode is Mode.PRECOPY and not state.devices:
             return replace(state, mode=Mode.POSTCOPY), [SwitchToPostcopy()]
         case Phase.PRECOPY, GuestStopped():
             stopped = replace(
@@ -253,21 +262,30 @@ def _on_the_way(state: Migration, event: SourceEvent, now: float) -> Step:
                 guest_stopped=True,
                 until=now + state.bounds.blackout_s,
             )
-            rest = FinishStream() if state.mode is Mode.PRECOPY else AskPromise()
-            return stopped, [rest, ReleaseDisks()]
+            return stopped, [_rest(state), ReleaseDisks()]
         case _:
             return state, []
 
 
+def _rest(state: Migration) -> SourceEffect:
+    """What has to be done first when the guest stands still."""
+    if state.mode is Mode.POSTCOPY:
+        return AskPromise()
+    return MoveDevices() if state.devices else FinishStream()
+
+
 def _switchover(state: Migration, event: SourceEvent) -> Step:
     match event:
+        case DevicesMoved() if state.devices and not state.devices_moved:
+            return replace(state, devices_moved=True), [FinishStream()]
         case Loaded():
             state = replace(state, loaded=True)
         case DisksReleased():
             state = replace(state, disks_released=True)
         case _:
             return state, []
-    if state.loaded and state.disks_released:
+    devices_there = state.devices_moved or not state.devices
+    if state.loaded and state.disks_released and devices_there:
         return replace(state, phase=Phase.COMMIT), [HandOver(state.mode)]
     return state, []
 

@@ -29,6 +29,7 @@ from sempervirt.migration.source.state import (
     CancelAsked,
     Certain,
     Committed,
+    DevicesMoved,
     DisksReleased,
     EndSource,
     Failed,
@@ -39,6 +40,7 @@ from sempervirt.migration.source.state import (
     LetRun,
     MakeCertain,
     Migration,
+    MoveDevices,
     NotCommitted,
     Prepare,
     Prepared,
@@ -66,7 +68,15 @@ log = logging.getLogger(__name__)
 # Cancelling takes a disk back, and ends a migration of QEMU.
 CANCEL_S = 15.0
 # What still goes on towards the destination when the source goes back. None of it may follow.
-FORWARD = (Prepare, StartStream, SwitchToPostcopy, FinishStream, AskPromise, ReleaseDisks)
+FORWARD = (
+    Prepare,
+    StartStream,
+    SwitchToPostcopy,
+    FinishStream,
+    AskPromise,
+    MoveDevices,
+    ReleaseDisks,
+)
 
 
 class SourceDriver(Owner[Migration, SourceEvent, SourceEffect]):
@@ -176,6 +186,8 @@ class SourceDriver(Owner[Migration, SourceEvent, SourceEffect]):
             case Prepare():
                 return Prepared(await ports.destination.prepare())
             case StartStream(address):
+                # The guest stands still for a moment: no disk may be let go for that.
+                await ports.devices.capture()
                 await ports.disks.arm()
                 await ports.guest.start(address)
             case SwitchToPostcopy():
@@ -184,6 +196,9 @@ class SourceDriver(Owner[Migration, SourceEvent, SourceEffect]):
                 await ports.guest.finish_stream()
             case AskPromise():
                 await ports.destination.promise()
+            case MoveDevices():
+                await ports.devices.move()
+                return DevicesMoved()
             case ReleaseDisks():
                 await ports.disks.released()
                 return DisksReleased()
@@ -196,6 +211,7 @@ class SourceDriver(Owner[Migration, SourceEvent, SourceEffect]):
                 return Certain(await ports.ownership.make_certain())
             case GoBack(stopped):
                 await ports.disks.take_back()
+                await ports.devices.go_on()
                 return WentBack(await ports.guest.go_back(stopped=stopped))
             case AbortDestination(why):
                 await ports.destination.abort(why)
@@ -241,7 +257,9 @@ def failure_of(effect: SourceEffect, error: SempervirtError) -> SourceEvent | No
     match effect:
         case Prepare():
             return Refused(reason)
-        case StartStream() | SwitchToPostcopy() | FinishStream() | AskPromise() | ReleaseDisks():
+        case StartStream() | SwitchToPostcopy() | FinishStream() | AskPromise():
+            return StreamFailed(reason)
+        case MoveDevices() | ReleaseDisks():
             return StreamFailed(reason)
         case HandOver():
             if isinstance(error, StaleClaim):

@@ -38,6 +38,7 @@ class Figures:
         if after.phase is Phase.SWITCHOVER and before.phase is not Phase.SWITCHOVER:
             self._stopped_at = time.monotonic()
         for name, was, is_now in (
+            ("devices moved", before.devices_moved, after.devices_moved),
             ("disks released", before.disks_released, after.disks_released),
             ("memory there", before.loaded, after.loaded),
             ("handed over", before.claim is not None, after.claim is not None),

@@ -10,12 +10,15 @@ from typing import assert_never
 
 from sempervirt.cluster import peer
 from sempervirt.cluster.cluster import Cluster
+from sempervirt.core import tallies
 from sempervirt.core.errors import SempervirtError, StateConflict
+from sempervirt.migration.by_images import ImageTransfer
 from sempervirt.migration.messages import MigrationView, MovePolicy, WireView
 from sempervirt.migration.peer import DestinationPeer
 from sempervirt.migration.source import convergence, decide, watch
 from sempervirt.migration.source.adapters import (
     Destination,
+    SourceDevices,
     SourceDisks,
     SourceGuest,
     SourceRecord,
@@ -51,7 +54,11 @@ class SourceMigration:
         self._cluster = cluster
         self._policy = policy
         self._claim = _claim_of(vm)
-        self._transfer = Transfer(Registry(cluster.store), self._claim, work.destination)
+        self._transfer: Transfer | ImageTransfer = (
+            ImageTransfer(vm, self._claim, work.destination)
+            if work.by_images
+            else Transfer(Registry(cluster.store), self._claim, work.destination)
+        )
         self._disks = SourceDisks(vm)
         self._guest = SourceGuest(vm, cluster, work, self.figures)
         self._stack = AsyncExitStack()
@@ -78,7 +85,8 @@ class SourceMigration:
         migration._stack = stack.pop_all()
         # At the deadline `convergence` decides; the machine's own only catches what hangs.
         bounds = Bounds(policy.deadline_s + DEADLINE_GRACE_S, policy.blackout_max_s)
-        migration._go(connection, decide.begin(bounds, time.monotonic()))
+        begun = decide.begin(bounds, time.monotonic(), devices=bool(vm.devices))
+        migration._go(connection, begun)
         return migration
 
     @classmethod
@@ -91,7 +99,8 @@ class SourceMigration:
         migration._stack = stack.pop_all()
         if work.phase is not Phase.POSTCOPY:
             await migration._guest.wire.sweep()
-        migration._go(connection, decide.recover(work.phase, work.mode, time.monotonic()))
+        now, devices = time.monotonic(), bool(vm.devices)
+        migration._go(connection, decide.recover(work.phase, work.mode, now, devices=devices))
         return migration
 
     async def _connect(self, stack: AsyncExitStack) -> DestinationPeer:
@@ -100,11 +109,14 @@ class SourceMigration:
 
     def _go(self, destination: DestinationPeer, begun: Step) -> None:
         vm, host = self.vm, self._cluster.settings.host
+        devices = SourceDevices(vm, destination)
+        claim, policy, figures = self._claim, self._policy, self.figures
         ports = Ports(
-            Destination(destination, vm, host, self.work, self._claim, self._policy, self.figures),
+            Destination(destination, vm, host, self.work, claim, policy, figures, devices),
             self._transfer,
             self._guest,
             self._disks,
+            devices,
             SourceRecord(vm, self.work),
         )
         state, effects = begun
@@ -120,15 +132,31 @@ class SourceMigration:
             watch.watch_destination(driver, destination, self.work.destination), "destination"
         )
         driver.keep(stream.run(), "stream")
+        if vm.devices:
+            driver.keep(watch.follow_devices(driver, devices), "devices")
 
     async def _close_when_over(self) -> None:
         await self.driver.changes.wait_until(
             lambda: self.driver.over, timeout_s=None, what="the end of the migration"
         )
         self.figures.ended = time.time()
+        self._count()
         self.vm.machine.listen(None)
         await self.driver.detach()
         await self._stack.aclose()
+
+    def _count(self) -> None:
+        outcome = {Phase.DONE: "moved", Phase.LOST: "lost"}.get(self.phase, "stayed")
+        tallies.MIGRATIONS.add(outcome)
+        if self.figures.blackout_ms is not None:
+            tallies.MIGRATION_BLACKOUTS.record(self.figures.blackout_ms / 1e3)
+        if (wire := self._guest.wire.status) is not None:
+            tallies.MIGRATION_BYTES.add("stream", wire.stream_bytes)
+            tallies.MIGRATION_BYTES.add("wire", wire.wire_bytes_sent)
+            content = wire.pages - wire.zero_pages - wire.references
+            tallies.MIGRATION_PAGES.add("content", max(0, content))
+            tallies.MIGRATION_PAGES.add("zero", wire.zero_pages)
+            tallies.MIGRATION_PAGES.add("reference", wire.references)
 
     async def detach(self) -> None:
         """Leaves everything as it is, for another agent to go on with.

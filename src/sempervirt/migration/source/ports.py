@@ -89,6 +89,19 @@ class Disks(Protocol):
         """Undoes `arm`."""
 
 
+class Devices(Protocol):
+    """The VM's passed-through devices; of a VM without any, each call does nothing."""
+
+    async def capture(self) -> None:
+        """Before QEMU sends its first page: QEMU sees from now on what the devices write."""
+
+    async def move(self) -> None:
+        """Has the devices stand still, and gives their state to the destination, which keeps it."""
+
+    async def go_on(self) -> None:
+        """Undoes `capture` and `move`: the devices go on here."""
+
+
 class Record(Protocol):
     """What the next agent is told."""
 
@@ -107,4 +120,5 @@ class Ports:
     ownership: Ownership
     guest: Guest
     disks: Disks
+    devices: Devices
     record: Record

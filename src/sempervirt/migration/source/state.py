@@ -44,6 +44,14 @@ class AskPromise:
 
 
 @dataclass(frozen=True)
+class MoveDevices:
+    """Have the passed-through devices stand still, and give their state to the destination, which
+    keeps it. Before QEMU sends the rest, for the devices' last pages belong to that. Leads to
+    DevicesMoved or StreamFailed.
+    """
+
+
+@dataclass(frozen=True)
 class ReleaseDisks:
     """Wait until the backends have let go of the images. Leads to DisksReleased or StreamFailed."""
 
@@ -122,6 +130,7 @@ SourceEffect = (
     | SwitchToPostcopy
     | FinishStream
     | AskPromise
+    | MoveDevices
     | ReleaseDisks
     | HandOver
     | Withdraw
@@ -167,6 +176,11 @@ class Hopeless:
 @dataclass(frozen=True)
 class GuestStopped:
     """The source's processors stand still; what is left goes in one piece."""
+
+
+@dataclass(frozen=True)
+class DevicesMoved:
+    """The destination has the state of every passed-through device, and here they stand still."""
 
 
 @dataclass(frozen=True)
@@ -285,6 +299,7 @@ SourceEvent = (
     | Hopeless
     | GuestStopped
     | Loaded
+    | DevicesMoved
     | DisksReleased
     | Committed
     | NotCommitted
@@ -334,6 +349,7 @@ class Migration:
     `until` bounds the phase; `tell_until`: how long the destination is told, once the VM is its
     own. `claim` is the destination's, once the store has given it. `back`: the guest is this
     host's as before; `settled`: the store says so. `source_ended` is why QEMU ended, "" until then.
+    `devices`: the VM has passed-through devices.
     """
 
     bounds: Bounds
@@ -341,7 +357,9 @@ class Migration:
     phase: Phase = Phase.PREPARE
     mode: Mode = Mode.PRECOPY
     why: str = ""
+    devices: bool = False
     guest_stopped: bool = False
+    devices_moved: bool = False
     loaded: bool = False
     disks_released: bool = False
     source_ended: str = ""

@@ -16,7 +16,7 @@ from sempervirt.migration import stream
 from sempervirt.migration.events import Loaded, StreamFailed
 from sempervirt.migration.messages import ArrivalAnswer
 from sempervirt.migration.peer import DestinationPeer
-from sempervirt.migration.source.adapters import SourceDisks, SourceGuest
+from sempervirt.migration.source.adapters import SourceDevices, SourceDisks, SourceGuest
 from sempervirt.migration.source.convergence import GiveUp, GoPostcopy, RaiseLimit, Sample, Throttle
 from sempervirt.migration.source.driver import SourceDriver
 from sempervirt.migration.source.figures import Figures
@@ -37,6 +37,8 @@ from sempervirt.vm.vm import Vm
 log = logging.getLogger(__name__)
 
 DISKS_S = 0.1
+# Between two rounds of register writes of the passed-through devices.
+ROUND_S = 0.2
 # The destination answers at the latest then, also if nothing has changed.
 ASK_WAIT_S = 1.0
 ASK_AGAIN_S = 0.2
@@ -59,6 +61,24 @@ async def watch_disks(driver: SourceDriver, disks: SourceDisks) -> None:
         disk = disks.ended()
         if disk is not None and driver.state.phase in (Phase.PRECOPY, Phase.SWITCHOVER):
             driver.post(StreamFailed(f"the backend of disk {disk} ended"))
+
+
+async def follow_devices(driver: SourceDriver, devices: SourceDevices) -> None:
+    """Sends what the guest writes to the registers of its devices while its memory goes, and posts
+    that a mediator ended.
+    """
+    while not driver.over:
+        phase = driver.state.phase
+        gone = devices.ended()
+        if gone is not None and phase in (Phase.PRECOPY, Phase.SWITCHOVER):
+            driver.post(StreamFailed(f"the mediator of device {gone} ended"))
+        elif phase is Phase.PRECOPY:
+            try:
+                await devices.send_round()
+            except SempervirtError as error:
+                # The state that is sent at last has every register; a round may be missing.
+                log.info("migrate vm=%s a round of its devices: %s", driver.name, error)
+        await asyncio.sleep(ROUND_S)
 
 
 async def watch_destination(driver: SourceDriver, peer: DestinationPeer, host: str) -> None:
@@ -116,7 +136,7 @@ class StreamWatch:
         """An event of QEMU; `run` finds the same later."""
         if name == "MIGRATION":
             self._judge(str(data.get("status", "")), "")
-        elif name == "RESUME":
+        elif name == "RESUME" and self._guest.started:
             self._driver.post(StreamFailed("QEMU lets the guest run on by itself"))
 
     async def run(self) -> None:
