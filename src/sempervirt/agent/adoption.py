@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import assert_never
@@ -24,7 +23,9 @@ from sempervirt.core.errors import SempervirtError, StateConflict, Unavailable
 from sempervirt.core.names import is_name
 from sempervirt.disk.driver import Disk
 from sempervirt.disk.lifecycle import adopt_disk, sweep_disk
+from sempervirt.disk.setup import DiskSetup
 from sempervirt.host.records import RecordDamaged
+from sempervirt.passthrough.device import Device
 from sempervirt.qemu.driver import Machine
 from sempervirt.qemu.files import VmFiles
 from sempervirt.qemu.state import Request
@@ -32,34 +33,31 @@ from sempervirt.renewal.recovery import recover
 from sempervirt.renewal.snapshot import Thawing
 from sempervirt.vm import claims
 from sempervirt.vm.config import AgentConfig
+from sempervirt.vm.ending import merge_at_end
+from sempervirt.vm.house import Adopted
 from sempervirt.vm.ledger import Ledger
 from sempervirt.vm.processes import NOTHING, Living, living, living_of
 from sempervirt.vm.record import VmRecord, read_vm_record, record_path
-from sempervirt.vm.setup import adopted_setups
+from sempervirt.vm.setup import adopted_setups, device_setups
 from sempervirt.vm.unknown import UnknownVm
+from sempervirt.vm.user import renew_run_dir
 from sempervirt.vm.vm import Vm
 from sempervirt.vm.work import (
     Arriving,
     Departing,
+    MergingLayers,
     Rescuing,
     Restarting,
     Restoring,
     Saving,
     Snapshotting,
+    Standing,
     Work,
 )
 
 log = logging.getLogger(__name__)
 
 _RECORD = re.compile(r"vm\.json|disk-.*\.json")
-
-
-@dataclass
-class Adopted:
-    """The VMs of this host, by name; each is in one of the two."""
-
-    vms: dict[str, Vm] = field(default_factory=dict)
-    unknown: dict[str, UnknownVm] = field(default_factory=dict)
 
 
 async def adopt_all(config: AgentConfig) -> Adopted:
@@ -120,35 +118,47 @@ def _read(config: AgentConfig, name: str) -> VmRecord:
 
 async def _adopt(config: AgentConfig, found: VmRecord, seen: Living) -> Vm:
     spec = found.spec
-    files = VmFiles(config.vm_run_dir(spec.name))
-    ledger = Ledger(found, record_path(config.vm_state_dir(spec.name)), files.peers)
-    release = partial(claims.release, config)
+    files, path = VmFiles(config.vm_run_dir(spec.name)), record_path(config.vm_state_dir(spec.name))
     _require_own(found, seen)
     if found.end is not None:
         if seen.qemus:
             raise StateConflict(f"its record says that it has ended, and there is {seen}")
-        return Vm(Machine.remember(spec, files, found.end), {}, ledger, release)
+        return remembered(config, found, path)
+    ledger = Ledger(found, path, files.peers)
+    release, finish = partial(claims.release, config), partial(merge_at_end, config)
     doubts = _find_qemu(ledger, seen)
     await recover(config, ledger)
     record = ledger.record
     disks: dict[str, Disk] = {}
+    devices: dict[str, Device] = {}
     if record.qemu is not None and record.qemu.is_alive():
-        doubts += _remade(files)
+        doubts += _remade(config, files, record)
         ledger.note_peers()
         disks = await _adopt_disks(config, record)
+        devices = await _adopt_devices(config, record)
         doubts += [f"disk {disk.name}: {disk.doubt}" for disk in disks.values() if disk.doubt]
     else:
         await _sweep_disks(config, record)
+        await _sweep_devices(config, record)
     held, leaving = _held_for(record.work)
     machine = Machine.adopt(spec, files, record.qemu, config.patience, held, leaving)
     machine.started = record.started
     log.info("adopt vm=%s pid=%s", spec.name, machine.pid)
-    vm = Vm(machine, disks, ledger, release)
+    vm = Vm(machine, disks, ledger, release, finish, devices)
     for doubt in doubts:
         vm.doubt(doubt)
     if isinstance(record.work, Snapshotting):
         vm.employ(Thawing(vm, record.work))
     return vm
+
+
+def remembered(config: AgentConfig, record: VmRecord, path: Path) -> Vm:
+    """A VM that has ended, as its record at `path` tells."""
+    assert record.end is not None
+    files = VmFiles(config.vm_run_dir(record.spec.name))
+    ledger = Ledger(record, path, files.peers)
+    release, finish = partial(claims.release, config), partial(merge_at_end, config)
+    return Vm(Machine.remember(record.spec, files, record.end), {}, ledger, release, finish)
 
 
 def _require_own(record: VmRecord, seen: Living) -> None:
@@ -179,11 +189,11 @@ def _find_qemu(ledger: Ledger, seen: Living) -> list[str]:
     return [f"its record names a QEMU that is gone, pid {recorded.pid}; pid {others[0].pid} lives"]
 
 
-def _remade(files: VmFiles) -> list[str]:
+def _remade(config: AgentConfig, files: VmFiles, record: VmRecord) -> list[str]:
     """Makes the run directory of a VM that runs, if somebody has removed it; what is missing."""
     missing = [path for path in (files.directory, files.monitor) if not path.exists()]
     try:
-        files.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        renew_run_dir(files, record.user, record.number, config.users_top)
     except OSError as error:
         raise Unavailable(
             f"{files.directory} cannot be made: {error.strerror}",
@@ -195,9 +205,12 @@ def _remade(files: VmFiles) -> list[str]:
 async def _adopt_disks(config: AgentConfig, record: VmRecord) -> dict[str, Disk]:
     setups = await adopted_setups(config, record)
     moves = isinstance(record.work, Departing | Arriving)
-    disks = await asyncio.gather(
-        *(adopt_disk(setup, frozen=moves and not setup.options.read_only) for setup in setups)
-    )
+
+    def frozen(setup: DiskSetup) -> bool:
+        awaits = setup.title is not None and setup.title.epoch is None
+        return awaits or (moves and not setup.options.read_only)
+
+    disks = await asyncio.gather(*(adopt_disk(setup, frozen=frozen(setup)) for setup in setups))
     return {setup.short_name: disk for setup, disk in zip(setups, disks, strict=True)}
 
 
@@ -208,10 +221,25 @@ def _held_for(work: Work | None) -> tuple[Request | None, str]:
             return Request.DEPART, work.farewell
         case Arriving():
             return Request.ARRIVE, ""
-        case Restarting() | Saving() | Restoring() | Rescuing() | Snapshotting() | None:
+        case Restarting() | Saving() | Restoring() | Rescuing() | Snapshotting():
             return None, ""
+        case MergingLayers() | None:
+            return None, ""
+        case Standing():
+            return None, ""  # nobody else knows of it
         case _:
             assert_never(work)
+
+
+async def _adopt_devices(config: AgentConfig, record: VmRecord) -> dict[str, Device]:
+    """The mediators run already: by what right they write stands in their arguments."""
+    setups = device_setups(config, record.spec, {}, incoming=isinstance(record.work, Arriving))
+    return {setup.short_name: await Device.adopt(setup) for setup in setups}
+
+
+async def _sweep_devices(config: AgentConfig, record: VmRecord) -> None:
+    for setup in device_setups(config, record.spec, {}, incoming=False):
+        await (await Device.adopt(setup)).stop()
 
 
 async def _sweep_disks(config: AgentConfig, record: VmRecord) -> None:

@@ -22,16 +22,23 @@ import time
 from collections.abc import Callable, Hashable
 from typing import assert_never
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, TypeAdapter
 
 from sempervirt.cluster import peer
-from sempervirt.cluster.cluster import Cluster, lend, read_credentials, read_settings
+from sempervirt.cluster.cluster import (
+    Cluster,
+    lend,
+    read_credentials,
+    read_settings,
+    remember,
+)
 from sempervirt.cluster.standing import Age, Standing, age
 from sempervirt.core.durations import format_duration
 from sempervirt.core.errors import SempervirtError, Unavailable
+from sempervirt.host.http import understood
 from sempervirt.host.places import Places
 from sempervirt.host.records import read_record, remove_record, write_record
-from sempervirt.store.etcd import EtcdStore
+from sempervirt.store.guarded import GuardedStore
 from sempervirt.store.records import Host, parse
 from sempervirt.trust.authority import Authority, Issued
 from sempervirt.trust.identity import Identity, KeyRequest
@@ -149,9 +156,10 @@ class OwnCertificate:
         """Another certificate is there: from now on it is shown."""
         cluster = self._cluster
         self.server = await asyncio.to_thread(cluster.server_context)
-        if isinstance(cluster.store, EtcdStore) and cluster.store.is_secure:
+        if isinstance(cluster.store, GuardedStore) and cluster.store.etcd.is_secure:
             tls = await asyncio.to_thread(cluster.identity.store_context)
-            cluster.store.show(tls, await asyncio.to_thread(read_credentials, cluster.config))
+            cluster.store.etcd.show(tls, await asyncio.to_thread(read_credentials, cluster.config))
+        await asyncio.to_thread(remember, cluster.config)
         self._failures, self._try_at = 0, 0.0
         log.info("certificate ends=%s is in force", _utc(issued.not_after))
         await asyncio.to_thread(remove_record, cluster.config.trust_dir / FAILURE_FILE)
@@ -204,7 +212,8 @@ class OwnCertificate:
         asked = await asyncio.to_thread(KeyRequest.made, cluster.settings.host)
         async with peer.connect(cluster, able.name, able.address) as connection:
             body, before = RenewRequest(request=asked.text).model_dump(), time.time()
-            answer = RenewView.model_validate(await connection.call("POST", "/renew", body=body))
+            said = await connection.call("POST", "/renew", body=body)
+            answer = understood(TypeAdapter(RenewView), said, "POST /renew")
         _compare_clocks(able.name, before, answer.time, time.time())
         await asyncio.to_thread(cluster.identity.renew, asked, answer.certificate)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import ssl
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Hashable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
@@ -20,21 +20,29 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from sempervirt.core.errors import InvalidRequest, NotAllowed, NotFound, StateConflict
+from sempervirt.core.errors import InvalidRequest, NotAllowed, NotFound, StateConflict, Unavailable
 from sempervirt.core.names import check_name, suggest
 from sempervirt.host.places import Places
-from sempervirt.host.records import RecordDamaged, read_record, write_record
+from sempervirt.host.records import (
+    RecordDamaged,
+    make_directory,
+    read_record,
+    write_record,
+)
 from sempervirt.store.etcd import Credentials, EtcdStore
 from sempervirt.store.etcd_rights import (
     ROOT_USER,
     admit_host,
     dismiss_host,
+    divide,
     new_credentials,
     secure,
 )
+from sempervirt.store.guarded import GuardedStore
 from sempervirt.store.port import Delete, Put, Snapshot, Store, Write
 from sempervirt.store.records import (
     Certificate,
+    ClusterLevel,
     Host,
     Presence,
     Revocation,
@@ -48,7 +56,8 @@ from sempervirt.trust.authority import HOST_VALID, KEY_FILE, Authority, Issued, 
 from sempervirt.trust.identity import Holder, Identity, KeyRequest, Peer
 from sempervirt.trust.invitation import Invitation, invite
 
-REVOKED, LIST_KEY = "revoked/", "lists/hosts"
+HOSTS, REVOKED, LIST_KEY, ALIVE = "hosts/", "revoked/", "lists/hosts", "alive/"
+OPERATORS, LEVEL_KEY = "operators/", "cluster/level"
 VERSION = 1
 PORT = 7443
 # Clocks of hosts differ by less; a certificate counts as alive for that much longer.
@@ -113,11 +122,11 @@ class Cluster:
 
     async def members(self) -> list[Member]:
         """All hosts, by name."""
-        state = await self.store.read()
-        present = {presence.host: presence for presence in _values(Presence, state, "alive/")}
+        state = await self.store.read(HOSTS, ALIVE, REVOKED)
+        present = {presence.host: presence for presence in _present(state)}
         return [
-            Member(host, present.get(host.name), f"revoked/{host.serial}" in state.entries)
-            for host in _values(Host, state, "hosts/")
+            Member(host, present.get(host.name), REVOKED + host.serial in state.entries)
+            for host in _values(Host, state, HOSTS)
         ]
 
     async def invite(
@@ -145,23 +154,26 @@ class Cluster:
         token = Token(
             host=host, fingerprint=invitation.fingerprint, expires=invitation.expires, names=names
         )
-        state = await self.store.read("tokens/")
         key = f"tokens/{host}"
+        state = await self.store.read(key)
         await self.store.commit([Put(key, token.text())], expect={key: state.revision_of(key)})
         return invitation
 
-    async def admit(self, peer: Peer, request: str, address: str) -> tuple[Issued, Credentials]:
+    async def admit(
+        self, peer: Peer, request: str, address: str, level: int
+    ) -> tuple[Issued, Credentials]:
         """The certificate for a host that shows an invitation, which is used up by it, and who the
         host is to the store: nobody, if the store has no users.
 
-        Raises NotAllowed for an invitation that was used, withdrawn or has expired.
+        Raises NotAllowed for an invitation that was used, withdrawn or has expired, StateConflict
+        for a host whose release does not know the cluster's `level`.
         """
         if peer.holder is not Holder.INVITATION:
             raise NotAllowed("only an invitation asks for a certificate")
         authority = Authority.load(self.identity.directory)
         requested_key(request)
-        state = await self.store.read()
         key = f"tokens/{peer.name}"
+        state = await self.store.read(key, HOSTS + peer.name, REVOKED, LIST_KEY, LEVEL_KEY)
         entry = state.entries.get(key)
         token = parse(Token, key, entry.value) if entry else None
         if token is None or token.fingerprint != peer.fingerprint:
@@ -173,6 +185,11 @@ class Cluster:
             raise NotAllowed(
                 f"this join token for {peer.name} has expired",
                 remedy=f"make another one: semper host add {peer.name}",
+            )
+        if (needed := level_of(state)) > level:
+            raise StateConflict(
+                f"the cluster's level is {needed}, and the release of {peer.name} knows {level}",
+                remedy=f"install a newer release on {peer.name}, then join with the same token",
             )
         issued = authority.issue_host(request, peer.name, token.names, valid=self.host_valid)
         writes = [Delete(key), *_registration(state, peer.name, address, issued)]
@@ -193,8 +210,8 @@ class Cluster:
             raise NotAllowed("only a host has its certificate renewed")
         authority = Authority.load(self.identity.directory)
         requested_key(request)
-        state = await self.store.read()
-        key = f"hosts/{peer.name}"
+        key = HOSTS + peer.name
+        state = await self.store.read(key, REVOKED + peer.serial)
         entry = state.entries.get(key)
         host = parse(Host, key, entry.value) if entry else None
         if (
@@ -225,7 +242,7 @@ class Cluster:
         that the others may ask here. Does nothing if the store knows. Raises StateConflict for a
         change that comes between, Unavailable, OutcomeUnknown, NotAllowed: it may be repeated.
         """
-        key, own = f"hosts/{self.settings.host}", self.identity.certificate
+        key, own = HOSTS + self.settings.host, self.identity.certificate
         state = await self.store.read(key)
         entry = state.entries.get(key)
         if own is None or entry is None:
@@ -266,7 +283,7 @@ class Cluster:
     def _guarded_store(self) -> EtcdStore | None:
         """The store, where it has users."""
         store = self.store
-        return store if isinstance(store, EtcdStore) and store.credentials is not None else None
+        return store.etcd if isinstance(store, GuardedStore) and store.etcd.credentials else None
 
     @property
     def doors(self) -> str:
@@ -274,6 +291,17 @@ class Cluster:
         return Issued(
             Authority.doors(self.identity.directory, self.settings.cluster).certificate
         ).pem
+
+    def client_context(self) -> ssl.SSLContext:
+        """For asking other hosts. Raises StateConflict, Unavailable."""
+        kept = _remembered.get(self.config.cluster_file)
+        return self.identity.client_context() if kept is None else kept.client
+
+    @property
+    def wire_trust(self) -> Path:
+        """Where the programs of a move find this host's pair and its authority."""
+        kept = self.config.cluster_file in _remembered
+        return self.config.wire_trust_dir if kept else self.identity.directory
 
     def server_context(self) -> ssl.SSLContext:
         """For serving other hosts, and whom the doors' authority has signed. Raises Unavailable."""
@@ -288,8 +316,8 @@ class Cluster:
         """
         if host == self.settings.host:
             raise InvalidRequest(f"{host} is this host: revoke it from another one")
-        state = await self.store.read()
-        known = {entry.name: entry for entry in _values(Host, state, "hosts/")}
+        state = await self.store.read(HOSTS, f"tokens/{host}", REVOKED, LIST_KEY)
+        known = {entry.name: entry for entry in _values(Host, state, HOSTS)}
         if host not in known:
             raise NotFound(f"there is no host {host}", remedy=suggest(host, known))
         writes: list[Write] = _revocations(known[host], reason)
@@ -297,7 +325,7 @@ class Cluster:
             writes.append(Delete(f"tokens/{host}"))
         writes += self._listed(Authority.load(self.identity.directory), state, writes)
         # Not if a certificate is renewed in between: it would not be among those.
-        seen = {f"hosts/{host}": state.revision_of(f"hosts/{host}"), **_expected(state, writes)}
+        seen = {HOSTS + host: state.revision_of(HOSTS + host), **_expected(state, writes)}
         await self.store.commit(writes, expect=seen)
         if (guarded := self._guarded_store) is not None:
             await dismiss_host(guarded, host)
@@ -318,10 +346,13 @@ async def begin_cluster(
     behind https has users from then on, unless all hosts are trusted. Certificates of hosts are
     good for `host_valid`.
 
-    May be repeated after Unavailable: what was made stays, and the certificates may serve for
-    etcd itself.
+    May be repeated after Unavailable, also with other addresses: what was made stays, for the
+    certificates may serve for etcd itself. The settings are written last, when the store has the
+    host's entry: before, this host belongs to no cluster.
     """
     _check(host)
+    for endpoint in store:
+        check_endpoint(endpoint)
     present = read_settings(config)
     valid_s = host_valid.total_seconds()
     settings = Settings(cluster, host, check_address(address), tuple(store), valid_s, etcd_files)
@@ -331,29 +362,36 @@ async def begin_cluster(
             remedy=f"see {config.cluster_file}",
         )
     identity = Identity(config.trust_dir)
+    again = present is None and Authority.is_in(config.trust_dir)
     if present is None:
-        authority = Authority.create(config.trust_dir, cluster)
+        authority = Authority.begun(config.trust_dir, cluster)
         asked = KeyRequest.made(host)
         issued = authority.issue_host(asked.text, host, address, valid=host_valid)
         identity.keep(asked, issued.pem, Issued(authority.certificate).pem)
         identity.keep_list(authority.revocation_list([]))
         Authority.doors(config.trust_dir, cluster)
-        if _is_secure(store) and not trust_hosts:
+        if _is_secure(store) and not trust_hosts and read_credentials(config) is None:
             write_credentials(config, new_credentials(ROOT_USER))
-        write_settings(config, settings)
     lend(identity, settings)
     own = identity.certificate
     assert own is not None
     opened = open_store(config, settings)
     try:
-        if isinstance(opened, EtcdStore) and opened.credentials is not None:
-            await secure(opened)
-        state = await opened.read()
-        if f"hosts/{host}" not in state.entries:
+        users = isinstance(opened, GuardedStore) and opened.etcd.credentials is not None
+        if isinstance(opened, GuardedStore) and users:
+            await secure(opened.etcd)
+        state = await opened.read(HOSTS, REVOKED)
+        if isinstance(opened, GuardedStore) and users:
+            known = {entry.name for entry in _values(Host, state, HOSTS)}
+            await divide(opened.etcd, known - {host})
+        # Again: with the same authority, of which the store has an earlier certificate.
+        if again or HOSTS + host not in state.entries:
             writes = _registration(state, host, address, own, authority=True)
             await opened.commit(writes, expect=_expected(state, writes))
     finally:
         await opened.close()
+    if present is None:
+        write_settings(config, settings)
     return own
 
 
@@ -365,8 +403,73 @@ def lend(identity: Identity, settings: Settings) -> None:
         identity.lend(Path(settings.etcd_files))
 
 
+@dataclass(frozen=True)
+class Remembered:
+    """What a connection takes of this host's files. `stamp` changes when the files do."""
+
+    stamp: Hashable
+    settings: Settings
+    client: ssl.SSLContext
+    store: ssl.SSLContext | None
+    credentials: Credentials | None
+
+
+# Of an agent that takes part in its cluster, by where the settings are.
+_remembered: dict[Path, Remembered] = {}
+
+
+def remember(config: Places) -> None:
+    """Keeps in memory what a connection takes of this host's files: from now on none is read for
+    one, and on a host that dies a disk that hangs holds nobody. To be repeated, for files that
+    others change. Raises SempervirtError; what was remembered stays then.
+
+    The programs of a move read the pair themselves: they have a copy in the run directory, which is
+    memory where the system's own is.
+    """
+    files = (config.cluster_file, config.trust_dir / CREDENTIALS_FILE)
+    identity = Identity(config.trust_dir)
+    stamp = identity.stamp(), tuple(_stamp(path) for path in files)
+    kept = _remembered.get(config.cluster_file)
+    if kept is not None and kept.stamp == stamp:
+        return
+    settings = _read_settings(config)
+    if settings is None:
+        forget(config)
+        return
+    try:
+        make_directory(config.wire_trust_dir, 0o700)
+    except OSError as error:
+        raise Unavailable(f"{config.wire_trust_dir} cannot be made: {error.strerror}") from error
+    identity.lend(config.wire_trust_dir)
+    _remembered[config.cluster_file] = Remembered(
+        stamp,
+        settings,
+        identity.client_context(),
+        identity.store_context() if _is_secure(settings.store) else None,
+        read_credentials(config),
+    )
+
+
+def forget(config: Places) -> None:
+    """The files are read again."""
+    _remembered.pop(config.cluster_file, None)
+
+
+def _stamp(path: Path) -> Hashable:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
 def read_settings(config: Places) -> Settings | None:
     """This host's settings, None when it belongs to no cluster. Raises RecordDamaged."""
+    kept = _remembered.get(config.cluster_file)
+    return _read_settings(config) if kept is None else kept.settings
+
+
+def _read_settings(config: Places) -> Settings | None:
     content = read_record(config.cluster_file, VERSION)
     if content is None:
         return None
@@ -384,6 +487,7 @@ def read_settings(config: Places) -> Settings | None:
 
 def write_settings(config: Places, settings: Settings) -> None:
     """Puts the settings in force."""
+    forget(config)
     write_record(config.cluster_file, VERSION, asdict(settings), durable=True)
 
 
@@ -391,8 +495,14 @@ def open_store(config: Places, settings: Settings) -> Store:
     """The store; etcd behind https is shown this host's certificate. Raises Unavailable."""
     if not settings.store:
         return SqliteStore.open(config.state_dir / "store.db")
-    tls = Identity(config.trust_dir).store_context() if _is_secure(settings.store) else None
-    return EtcdStore(settings.store, tls=tls, credentials=read_credentials(config))
+    kept = _remembered.get(config.cluster_file)
+    if kept is not None and kept.settings == settings:
+        tls, credentials = kept.store, kept.credentials
+    else:
+        tls = Identity(config.trust_dir).store_context() if _is_secure(settings.store) else None
+        credentials = read_credentials(config)
+    etcd = EtcdStore(settings.store, tls=tls, credentials=credentials)
+    return etcd if tls is None and credentials is None else GuardedStore(etcd)
 
 
 def _is_secure(store: Sequence[str]) -> bool:
@@ -415,6 +525,7 @@ def read_credentials(config: Places) -> Credentials | None:
 
 def write_credentials(config: Places, credentials: Credentials) -> None:
     """Keeps them, readable by their owner alone."""
+    forget(config)
     path = config.trust_dir / CREDENTIALS_FILE
     write_record(path, VERSION, asdict(credentials), durable=True)
 
@@ -431,11 +542,35 @@ def check_address(address: str) -> str:
     return address
 
 
+def check_endpoint(endpoint: str) -> str:
+    """`endpoint`, if it is the URL of a member of etcd. Raises InvalidRequest."""
+    scheme, separator, address = endpoint.partition("://")
+    if not separator or scheme not in ("http", "https"):
+        raise InvalidRequest(
+            f'the store\'s address "{endpoint}" does not say how it is spoken to',
+            remedy=f"write http://{address or endpoint}, or https:// for an etcd with certificates",
+        )
+    try:
+        check_address(address.rstrip("/"))
+    except InvalidRequest as error:
+        raise InvalidRequest(
+            f'"{endpoint}" is no address of a store',
+            remedy="write the URL of a member of etcd, for example http://10.0.0.1:2379",
+        ) from error
+    return endpoint
+
+
 def _check(host: str) -> None:
     try:
         check_name(host)
     except ValueError as error:
         raise InvalidRequest(str(error)) from error
+
+
+def level_of(state: Snapshot) -> int:
+    """The cluster's level (`cluster.level`), of what was read. Raises RecordDamaged."""
+    entry = state.entries.get(LEVEL_KEY)
+    return parse(ClusterLevel, LEVEL_KEY, entry.value).level if entry is not None else 1
 
 
 def _registration(
@@ -450,10 +585,10 @@ def _registration(
         joined=time.time(),
         authority=authority,
     )
-    writes: list[Write] = [Put(f"hosts/{name}", host.text())]
-    earlier = state.entries.get(f"hosts/{name}")
+    writes: list[Write] = [Put(HOSTS + name, host.text())]
+    earlier = state.entries.get(HOSTS + name)
     if earlier is not None:
-        was = parse(Host, f"hosts/{name}", earlier.value)
+        was = parse(Host, HOSTS + name, earlier.value)
         writes += _revocations(was, "joined again")
     return writes
 
@@ -487,6 +622,25 @@ def _renewed(host: Host, issued: Issued) -> Host:
 
 def _expected(state: Snapshot, writes: Sequence[Write]) -> dict[str, int]:
     return {write.key: state.revision_of(write.key) for write in writes}
+
+
+def _present(state: Snapshot) -> list[Presence]:
+    """Who is alive, by the keys: a host writes its own entry and nobody else's. One that says what
+    cannot be read, or another host's name, is alive and gets no VM; the others are as they are.
+    """
+    found = []
+    for key, entry in state.entries.items():
+        if not key.startswith(ALIVE):
+            continue
+        name, why = key.removeprefix(ALIVE), "it says that it is another host"
+        try:
+            presence = parse(Presence, key, entry.value)
+        except RecordDamaged as error:
+            presence, why = None, error.message
+        if presence is None or presence.host != name:
+            presence = Presence(host=name, boot_id="", pid=0, since=0.0, out_of_service=why)
+        found.append(presence)
+    return found
 
 
 def _values(kind: type[ValueT], state: Snapshot, prefix: str) -> list[ValueT]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from cryptography.hazmat.primitives import serialization
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, TypeAdapter
 
 from sempervirt.cluster.cluster import (
     Settings,
@@ -16,9 +16,10 @@ from sempervirt.cluster.cluster import (
     write_settings,
 )
 from sempervirt.core.errors import NotAllowed, OutcomeUnknown, StateConflict
-from sempervirt.host.http import Connection
+from sempervirt.host.http import Connection, understood
 from sempervirt.host.places import Places
 from sempervirt.store.etcd import Credentials
+from sempervirt.store.records import LEVEL
 from sempervirt.trust.identity import Identity, KeyRequest
 from sempervirt.trust.invitation import Invitation
 
@@ -28,6 +29,7 @@ class JoinRequest(BaseModel):
 
     request: str = Field(max_length=8192, description="a certificate signing request, PEM")
     address: str = Field(max_length=256, description='"HOST:PORT"')
+    level: int = Field(default=1, ge=1, description="what its release knows (semper host level)")
 
 
 class JoinView(BaseModel):
@@ -46,8 +48,9 @@ async def ask_to_join(connection: Connection, request: str, address: str) -> Joi
 
     Raises NotAllowed, InvalidRequest, OutcomeUnknown.
     """
-    body = JoinRequest(request=request, address=address).model_dump()
-    return JoinView.model_validate(await connection.call("POST", "/join", body=body))
+    body = JoinRequest(request=request, address=address, level=LEVEL).model_dump()
+    answer = await connection.call("POST", "/join", body=body)
+    return understood(TypeAdapter(JoinView), answer, "POST /join")
 
 
 async def join_cluster(

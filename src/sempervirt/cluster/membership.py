@@ -12,29 +12,51 @@ import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager, suppress
+from functools import partial
 
 from sempervirt.cluster.certificate import OwnCertificate
-from sempervirt.cluster.cluster import LIST_KEY, Cluster, lend
+from sempervirt.cluster.cluster import (
+    ALIVE,
+    LEVEL_KEY,
+    LIST_KEY,
+    OPERATORS,
+    REVOKED,
+    Cluster,
+    forget,
+    lend,
+    level_of,
+    remember,
+)
+from sempervirt.cluster.service import Service
 from sempervirt.core.durations import Backoff
-from sempervirt.core.errors import SempervirtError
+from sempervirt.core.errors import SempervirtError, StateConflict
 from sempervirt.core.roles import Role
 from sempervirt.host import background
 from sempervirt.host.procfs import boot_id
-from sempervirt.store.port import Lease, Put
-from sempervirt.store.records import Operator, Presence, RevocationList, parse
+from sempervirt.host.records import RecordDamaged
+from sempervirt.host.storage_call import call_storage
+from sempervirt.store.guarded import GuardedStore
+from sempervirt.store.port import Entry, Lease, Put, Snapshot
+from sempervirt.store.records import LEVEL, Operator, Presence, RevocationList, parse
 
 log = logging.getLogger(__name__)
 
 # A host that is cut off counts as silent this long after it was heard last.
 LEASE_S = 10.0
 RENEWALS = 3
+# So soon what another process changes in this host's files, as `semper host renew` does, counts.
+REMEMBER_S = 2.0
 BACKOFF = Backoff(free=0, first_s=0.5, ceiling_s=5.0)
 
 
 class Membership:
-    """Made by `kept`. `revoked` and `operators` are empty until `known` is set."""
+    """Made by `kept`. `revoked` and `operators` are empty until `known` is set. `service` says
+    whether VMs may come to this host.
+    """
 
-    def __init__(self, cluster: Cluster, lease_s: float = LEASE_S) -> None:
+    def __init__(
+        self, cluster: Cluster, lease_s: float = LEASE_S, service: Service | None = None
+    ) -> None:
         self.cluster = cluster
         self.revoked: frozenset[str] = frozenset()
         self.operators: Mapping[str, Operator] = {}
@@ -42,28 +64,39 @@ class Membership:
         self.certificate = OwnCertificate(cluster, self._tell)
         self._trouble = ""
         self._told = asyncio.Event()
+        self._list: Entry | None = None
+        self._listed = asyncio.Event()
         self._lease_s = lease_s
         self._lease: Lease | None = None
         self._since = time.time()
+        self._service = service
+        if service is not None:
+            service.listen(self._told.set)
 
     @classmethod
     @asynccontextmanager
-    async def kept(cls, cluster: Cluster, lease_s: float = LEASE_S) -> AsyncIterator[Membership]:
+    async def kept(
+        cls, cluster: Cluster, lease_s: float = LEASE_S, service: Service | None = None
+    ) -> AsyncIterator[Membership]:
         """Shows that this host is alive until the block is left."""
-        membership = cls(cluster, lease_s)
+        membership = cls(cluster, lease_s, service)
         tasks = [
             background.start(persist(membership._announce, "presence"), "presence"),
             background.start(persist(membership._follow, "revocations"), "revocations"),
-            background.start(persist(membership._follow_operators, "operators"), "operators"),
-            background.start(persist(membership._follow_list, "list of revoked"), "list"),
+            background.start(persist(membership._keep_list, "list of revoked"), "list"),
             background.start(membership.certificate.keep(), "certificate"),
+            background.start(membership._remember(), "memory of the files"),
         ]
+        if isinstance(cluster.store, GuardedStore) and cluster.store.settles:
+            settle = partial(_settle, cluster.store)
+            tasks.append(background.start(persist(settle, "settling"), "settling"))
         try:
             yield membership
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            forget(cluster.config)
             await membership._leave()
 
     def is_revoked(self, serial: str) -> bool:
@@ -101,38 +134,75 @@ class Membership:
             pid=os.getpid(),
             since=self._since,
             certificate=self._trouble,
+            out_of_service=self._service.why_not if self._service is not None else "",
+            level=LEVEL,
         )
-        key = f"alive/{host}"
-        state = await store.read(key)
+        key = ALIVE + host
+        state = await store.read(key, LEVEL_KEY)
+        if (needed := level_of(state)) > LEVEL:
+            raise StateConflict(
+                f"the cluster's level is {needed}, and this release knows {LEVEL}: this host takes "
+                "no part, and no VM comes here",
+                remedy="install the release that the other hosts have (semper host level)",
+            )
         await store.commit([Put(key, entry.text(), lease)], expect={key: state.revision_of(key)})
 
     async def _follow(self, worked: Callable[[], None]) -> None:
-        async with aclosing(self.cluster.store.watch("revoked/")) as states:
+        """All by one watch: each costs the store something for as long as the agent lives."""
+        parts = (REVOKED, OPERATORS, LIST_KEY)
+        async with aclosing(self.cluster.store.watch(*parts)) as states:
             async for state in states:
                 worked()
-                self.revoked = frozenset(key.removeprefix("revoked/") for key in state.entries)
+                keys = [key for key in state.entries if key.startswith(REVOKED)]
+                self.revoked = frozenset(key.removeprefix(REVOKED) for key in keys)
                 self.known.set()
+                self._list = state.entries.get(LIST_KEY)
+                self._listed.set()
+                self._note_operators(state)
 
-    async def _follow_operators(self, worked: Callable[[], None]) -> None:
-        async with aclosing(self.cluster.store.watch("operators/")) as states:
-            async for state in states:
-                worked()
-                found = (parse(Operator, key, entry.value) for key, entry in state.entries.items())
-                self.operators = {operator.name: operator for operator in found}
+    def _note_operators(self, state: Snapshot) -> None:
+        """One that cannot be read leaves them as they were, and keeps nobody from being revoked."""
+        entries = ((key, at) for key, at in state.entries.items() if key.startswith(OPERATORS))
+        try:
+            found = [parse(Operator, key, entry.value) for key, entry in entries]
+        except RecordDamaged as error:
+            log.error("operators: %s", error)  # noqa: TRY400
+            return
+        self.operators = {operator.name: operator for operator in found}
 
-    async def _follow_list(self, worked: Callable[[], None]) -> None:
-        """Keeps what this host's etcd is to refuse, if it has one, in a file."""
-        async with aclosing(self.cluster.store.watch(LIST_KEY)) as states:
-            async for state in states:
-                worked()
-                entry = state.entries.get(LIST_KEY)
-                if entry is not None:
-                    pem = parse(RevocationList, LIST_KEY, entry.value).pem
-                    await asyncio.to_thread(self._keep_list, pem)
+    async def _keep_list(self, worked: Callable[[], None]) -> None:
+        """Keeps what this host's etcd is to refuse, if it has one, in a file. Whatever that takes,
+        nobody waits for it.
+        """
+        kept: Entry | None = None
+        while True:
+            await self._listed.wait()
+            self._listed.clear()
+            entry = self._list
+            if entry is None or entry == kept:
+                continue
+            pem = parse(RevocationList, LIST_KEY, entry.value).pem
+            try:
+                await asyncio.to_thread(self._write_list, pem)
+            except SempervirtError:
+                self._listed.set()  # the next try has it to do
+                raise
+            kept = entry
+            worked()
 
-    def _keep_list(self, pem: str) -> None:
+    def _write_list(self, pem: str) -> None:
         self.cluster.identity.keep_list(pem)
         lend(self.cluster.identity, self.cluster.settings)
+
+    async def _remember(self) -> None:
+        """Files that hang, or are wrong, leave what was remembered in force."""
+        config = self.cluster.config
+        while True:
+            try:
+                await call_storage(config.trust_dir, partial(remember, config))
+            except SempervirtError as error:
+                log.debug("memory of the files: %s", error)
+            await asyncio.sleep(REMEMBER_S)
 
     async def _leave(self) -> None:
         if self._lease is None:
@@ -141,6 +211,18 @@ class Membership:
             await self.cluster.store.revoke(self._lease)
         except SempervirtError as error:
             log.info("presence is left to end by itself: %s", error)
+
+
+async def _settle(store: GuardedStore, worked: Callable[[], None]) -> None:
+    """What hosts have proposed, and counts, no host can take back from then on."""
+    if not await store.is_divided():
+        log.warning(
+            "settling: each host can change whose the VMs of others are, as an earlier release had "
+            "it; when all hosts have this release, repeat on this one: semper host init"
+        )
+    async with aclosing(store.keep_settled()) as turns:
+        async for _ in turns:
+            worked()
 
 
 async def persist(work: Callable[[Callable[[], None]], Awaitable[None]], what: str) -> None:

@@ -8,16 +8,15 @@ from __future__ import annotations
 import time
 from datetime import timedelta
 
-from sempervirt.cluster.cluster import Cluster
+from sempervirt.cluster.cluster import OPERATORS, REVOKED, Cluster
+from sempervirt.core import roles
 from sempervirt.core.errors import InvalidRequest, NotFound
 from sempervirt.core.names import check_name, suggest
-from sempervirt.core.roles import OPERATORS, Role
+from sempervirt.core.roles import Role
 from sempervirt.store.port import Delete, Put, Write
 from sempervirt.store.records import Operator, Revocation, parse
 from sempervirt.trust.authority import Authority
 from sempervirt.trust.operator import OperatorKey, make_operator_key
-
-PREFIX = "operators/"
 
 
 async def add_operator(cluster: Cluster, name: str, role: Role, valid: timedelta) -> OperatorKey:
@@ -25,7 +24,7 @@ async def add_operator(cluster: Cluster, name: str, role: Role, valid: timedelta
 
     Raises InvalidRequest, StateConflict where there is no authority, Unavailable, OutcomeUnknown.
     """
-    if role not in OPERATORS:
+    if role not in roles.OPERATORS:
         raise InvalidRequest(f"{role.value} is no role of a person")
     try:
         check_name(name)
@@ -38,11 +37,11 @@ async def add_operator(cluster: Cluster, name: str, role: Role, valid: timedelta
     entry = Operator.model_validate(
         {"name": name, "role": role.value, "serial": issued.serial, "not_after": issued.not_after}
     )
-    writes: list[Write] = [Put(PREFIX + name, entry.text())]
-    state = await cluster.store.read()
-    earlier = state.entries.get(PREFIX + name)
+    writes: list[Write] = [Put(OPERATORS + name, entry.text())]
+    state = await cluster.store.read(OPERATORS + name, REVOKED)
+    earlier = state.entries.get(OPERATORS + name)
     if earlier is not None:
-        was = parse(Operator, PREFIX + name, earlier.value)
+        was = parse(Operator, OPERATORS + name, earlier.value)
         writes.append(_revocation(was, "has another certificate"))
     await cluster.store.commit(
         writes, expect={write.key: state.revision_of(write.key) for write in writes}
@@ -52,19 +51,19 @@ async def add_operator(cluster: Cluster, name: str, role: Role, valid: timedelta
 
 async def operators(cluster: Cluster) -> list[Operator]:
     """All of them, by name."""
-    state = await cluster.store.read(PREFIX)
+    state = await cluster.store.read(OPERATORS)
     return [parse(Operator, key, entry.value) for key, entry in sorted(state.entries.items())]
 
 
 async def revoke_operator(cluster: Cluster, name: str, reason: str) -> None:
     """Makes an operator a stranger. Raises NotFound, Unavailable, OutcomeUnknown."""
-    state = await cluster.store.read()
-    entry = state.entries.get(PREFIX + name)
+    state = await cluster.store.read(OPERATORS, REVOKED)
+    entry = state.entries.get(OPERATORS + name)
     if entry is None:
-        known = [key.removeprefix(PREFIX) for key in state.entries if key.startswith(PREFIX)]
+        known = [key.removeprefix(OPERATORS) for key in state.entries if key.startswith(OPERATORS)]
         raise NotFound(f"there is no operator {name}", remedy=suggest(name, known))
-    was = parse(Operator, PREFIX + name, entry.value)
-    writes: list[Write] = [Delete(PREFIX + name), _revocation(was, reason)]
+    was = parse(Operator, OPERATORS + name, entry.value)
+    writes: list[Write] = [Delete(OPERATORS + name), _revocation(was, reason)]
     await cluster.store.commit(
         writes, expect={write.key: state.revision_of(write.key) for write in writes}
     )
@@ -73,4 +72,4 @@ async def revoke_operator(cluster: Cluster, name: str, reason: str) -> None:
 def _revocation(operator: Operator, reason: str) -> Put:
     name = f"operator {operator.name}"
     entry = Revocation(serial=operator.serial, host=name, time=time.time(), reason=reason)
-    return Put(f"revoked/{operator.serial}", entry.text())
+    return Put(REVOKED + operator.serial, entry.text())

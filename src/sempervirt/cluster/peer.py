@@ -16,6 +16,6 @@ async def connect(cluster: Cluster, host: str, address: str) -> AsyncIterator[Co
     Each call raises NotAllowed when another than `host` answers there; see `host.http` for the
     rest.
     """
-    tls = cluster.identity.client_context()
+    tls = cluster.client_context()
     async with Connection.to_host(address, host, tls) as connection:
         yield connection
