@@ -19,6 +19,7 @@ PROGRAMS = [
     RustBin("semper-blkd", path="crates/blkd/Cargo.toml", args=["--locked"], debug=False),
     RustBin("semper-load", path="crates/load/Cargo.toml", args=["--locked"], debug=False),
     RustBin("semper-saved", path="crates/saved/Cargo.toml", args=["--locked"], debug=False),
+    RustBin("semper-vfiod", path="crates/vfiod/Cargo.toml", args=["--locked"], debug=False),
     RustBin("semper-wired", path="crates/wired/Cargo.toml", args=["--locked"], debug=False),
     RustBin(
         "semper-probe",

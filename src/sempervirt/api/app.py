@@ -12,7 +12,17 @@ from fastapi import Depends, FastAPI
 
 import sempervirt
 from sempervirt.agent.agent import Agent
-from sempervirt.api import failures, migration
+from sempervirt.api import (
+    evacuation,
+    events,
+    failures,
+    first,
+    guard,
+    metrics,
+    migration,
+    passthrough,
+    standby,
+)
 from sempervirt.api.rights import require_complete, require_right
 from sempervirt.api.routes import router
 from sempervirt.cluster.cluster import Cluster
@@ -39,7 +49,18 @@ def build_app(agent: Agent | None = None, cluster: Cluster | None = None) -> Fas
     )
     app.state.agent = agent
     app.state.cluster = cluster
-    routers = (router, migration.router)
+    app.state.readers = events.Readers()
+    routers = (
+        router,
+        passthrough.router,
+        migration.router,
+        standby.router,
+        first.router,
+        guard.router,
+        evacuation.router,
+        events.router,
+        metrics.router,
+    )
     require_complete(routers)
     for included in routers:
         app.include_router(included)

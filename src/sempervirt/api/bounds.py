@@ -16,6 +16,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from sempervirt.api.failures import to_response
 from sempervirt.core.errors import InvalidRequest
+from sempervirt.core.printable import has_nul
 
 # The largest request has a VM with all its disks: some kilobytes.
 BODY_MAX: Final = 256 << 10
@@ -25,7 +26,7 @@ REQUEST_S: Final = 10.0
 HANDSHAKE_S: Final = 3.0
 
 
-_HALVES: Final = re.compile(rb"\\u[dD][89a-fA-F]")
+_ESCAPED: Final = re.compile(rb"\\u(?:[dD][89a-fA-F]|0000)")
 
 
 @dataclass(frozen=True)
@@ -179,13 +180,23 @@ async def _read(receive: Receive) -> bytes | None:
 
 
 def _is_text(body: bytes) -> bool:
-    """Whether no string in it has half of a pair (\\ud800): nobody could be told of that string,
-    nor could it be the name of anything.
+    """Whether it is UTF-8, and no string in it has half of a pair (\\ud800) or a NUL: nobody could
+    be told of the one, and neither is in the name of anything. Python reads JSON in UTF-16 as well
+    (which has zeros), and halves that are encoded themselves.
     """
-    if not _HALVES.search(body):
+    try:
+        body.decode()
+    except UnicodeDecodeError:
+        return False
+    if b"\0" in body:
+        return False
+    if not _ESCAPED.search(body):
         return True
     try:
-        json.dumps(json.loads(body), ensure_ascii=False).encode()
+        content = json.loads(body)
+        if has_nul(content):
+            return False
+        json.dumps(content, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         return False
     except (ValueError, RecursionError):
@@ -194,7 +205,10 @@ def _is_text(body: bytes) -> bool:
 
 
 def _no_text() -> InvalidRequest:
-    return InvalidRequest("a string of the request has half of a pair, \\ud800 to \\udfff, alone")
+    return InvalidRequest(
+        "the request is not UTF-8, or a string of it has a NUL, or half of a pair, \\ud800 to "
+        "\\udfff, alone"
+    )
 
 
 def _too_large() -> InvalidRequest:

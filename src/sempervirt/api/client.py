@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import ssl
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -10,20 +11,33 @@ from typing import TypeVar
 
 from pydantic import BaseModel, TypeAdapter
 
+from sempervirt.api.event_schemas import AnnouncedView, GapView, read_messages
+from sempervirt.api.guard_schemas import (
+    DecisionView,
+    GuardView,
+    SimulatedView,
+    SimulateRequest,
+)
 from sempervirt.api.schemas import (
     AgentView,
+    DeviceView,
     DiskView,
+    EnableStandbyRequest,
     ExportedView,
     ExportRequest,
+    FailoverRequest,
+    GuardRequest,
     HostView,
     LayersView,
     LogView,
+    LossView,
     MapView,
     MergeRequest,
     MergingView,
     MigrateRequest,
     ObstacleView,
     QemuRestartView,
+    RehearsalView,
     RescuedView,
     RescueRequest,
     ResizedView,
@@ -36,6 +50,7 @@ from sempervirt.api.schemas import (
     SaveRequest,
     SnapshotRequest,
     SnapshotView,
+    StandbyView,
     StopRequest,
     ThreadsRequest,
     UnpinRequest,
@@ -46,7 +61,17 @@ from sempervirt.core.errors import (
     InvalidRequest,
 )
 from sempervirt.core.names import split_disk_name
-from sempervirt.disk.export import ImageFormat
+from sempervirt.disk.image_format import ImageFormat
+from sempervirt.evacuation.messages import (
+    CapacityView,
+    EvacuateRequest,
+    EvacuationView,
+    PlacesView,
+    PlanView,
+    ReturnRequest,
+    ServiceView,
+)
+from sempervirt.guard.signs import SignId
 from sempervirt.host.http import Connection
 from sempervirt.migration.messages import MigrationView
 from sempervirt.qemu.spec import VmSpec
@@ -57,9 +82,14 @@ WORK_TIMEOUT_S = 150.0
 # Comparing all of a guest's memory with its disk.
 MAP_TIMEOUT_S = 660.0
 
+# A stream says that it is alive every 15 s.
+EVENTS_TIMEOUT_S = 60.0
+
 _START = "start one: semperd; or run a VM in the foreground: semper vm run FILE"
 # Packing all of a guest's memory, or copying its disks.
 SAVE_TIMEOUT_S = 3900.0
+# Another host may be asked first.
+ENABLE_TIMEOUT_S = 60.0
 
 View = TypeVar("View", bound=BaseModel)
 
@@ -96,6 +126,38 @@ class Client:
         """What the host offers."""
         return HostView.model_validate(await self._connection.call("GET", "/host"))
 
+    async def metrics(self) -> str:
+        """What Prometheus would read."""
+        return await self._connection.text("/metrics")
+
+    async def plan_evacuation(self, request: EvacuateRequest) -> PlanView:
+        """What would be done to empty the host."""
+        body, path = request.model_dump(mode="json"), "/host/evacuation/plan"
+        answer = await self._connection.call("POST", path, body=body, timeout_s=WORK_TIMEOUT_S)
+        return PlanView.model_validate(answer)
+
+    async def evacuate_host(self, request: EvacuateRequest) -> EvacuationView:
+        """Begins to empty the host."""
+        body = request.model_dump(mode="json")
+        answer = await self._connection.call("POST", "/host/evacuation", body=body)
+        return EvacuationView.model_validate(answer)
+
+    async def evacuation(self) -> EvacuationView:
+        """The last evacuation of the host."""
+        return EvacuationView.model_validate(await self._connection.call("GET", "/host/evacuation"))
+
+    async def cancel_evacuation(self) -> EvacuationView:
+        """Has stay what has not left the host yet."""
+        return EvacuationView.model_validate(
+            await self._connection.call("DELETE", "/host/evacuation")
+        )
+
+    async def return_host(self, *, after_shutdown: bool = False) -> ServiceView:
+        """Puts the host into service again; if that is wanted, only after a shutdown."""
+        body = ReturnRequest(after_shutdown=after_shutdown).model_dump()
+        answer = await self._connection.call("POST", "/host/return", body=body)
+        return ServiceView.model_validate(answer)
+
     async def vms(self) -> list[VmView]:
         """All VMs."""
         return TypeAdapter(list[VmView]).validate_python(await self._connection.call("GET", "/vms"))
@@ -108,6 +170,11 @@ class Client:
         """Starts a VM."""
         body = spec.model_dump(mode="json")
         answer = await self._connection.call("POST", "/vms", body=body, timeout_s=WORK_TIMEOUT_S)
+        return VmView.model_validate(answer)
+
+    async def start_vm(self, name: str) -> VmView:
+        """See `Agent.start_vm`; from a kept state it takes as long as a restore."""
+        answer = await self._connection.call("POST", f"/vms/{name}/start", timeout_s=SAVE_TIMEOUT_S)
         return VmView.model_validate(answer)
 
     async def pause_vm(self, name: str) -> VmView:
@@ -139,8 +206,10 @@ class Client:
         answer = await self._connection.call("POST", path, body=body, timeout_s=WORK_TIMEOUT_S)
         return QemuRestartView.model_validate(answer)
 
-    async def save_vm(self, name: str, file: Path) -> SavedView:
-        """Saves a VM to a file on the agent's host, and ends the VM."""
+    async def save_vm(self, name: str, file: Path | None) -> SavedView:
+        """Saves a VM to a file on the agent's host, by default one that the next start of the VM
+        takes, and ends the VM.
+        """
         body = SaveRequest(file=file).model_dump(mode="json")
         answer = await self._connection.call(
             "POST", f"/vms/{name}/save", body=body, timeout_s=SAVE_TIMEOUT_S
@@ -158,6 +227,20 @@ class Client:
     async def forget_vm(self, name: str) -> None:
         """Drops a VM that has ended."""
         await self._connection.call("DELETE", f"/vms/{name}")
+
+    async def places(self, name: str) -> PlacesView:
+        """Which hosts a VM could move to, the best first."""
+        path = f"/vms/{name}/places"
+        answer = await self._connection.call("GET", path, timeout_s=WORK_TIMEOUT_S)
+        return PlacesView.model_validate(answer)
+
+    async def capacity(self, lost: int) -> CapacityView:
+        """Whether the VMs of the cluster have room when so many hosts are lost."""
+        query = {"lost": lost}
+        answer = await self._connection.call(
+            "GET", "/host/capacity", query=query, timeout_s=WORK_TIMEOUT_S
+        )
+        return CapacityView.model_validate(answer)
 
     async def migration_obstacles(self, name: str, host: str) -> list[ObstacleView]:
         """Every reason that would stop a migration of a VM to another host."""
@@ -185,6 +268,21 @@ class Client:
         answer = await self._connection.call("DELETE", path, timeout_s=WORK_TIMEOUT_S)
         return MigrationView.model_validate(answer)
 
+    async def guard(self) -> GuardView:
+        """How the guard of the host stands."""
+        return GuardView.model_validate(await self._connection.call("GET", "/guard"))
+
+    async def guard_events(self) -> list[DecisionView]:
+        """What the guard has decided."""
+        answer = await self._connection.call("GET", "/guard/events")
+        return TypeAdapter(list[DecisionView]).validate_python(answer)
+
+    async def simulate_sign(self, sign: SignId, *, act: bool) -> SimulatedView:
+        """What the guard would decide; with `act` it is done."""
+        body = SimulateRequest(sign=sign, act=act).model_dump(mode="json")
+        answer = await self._connection.call("POST", "/guard/simulate", body=body)
+        return SimulatedView.model_validate(answer)
+
     async def resolve(self, name: str, owner: str, evidence: str) -> ResolvedView:
         """Gives a VM of which the whereabouts are unknown to a host."""
         body = ResolveRequest(owner=owner, evidence=evidence).model_dump()
@@ -208,6 +306,30 @@ class Client:
         """One disk, VM/DISK."""
         return DiskView.model_validate(await self._connection.call("GET", _disk_path(name)))
 
+    async def guard_disk(self, name: str, request: GuardRequest) -> DiskView:
+        """See `Agent.guard_disk`."""
+        body = request.model_dump(mode="json")
+        path = f"{_disk_path(name)}/guard"
+        answer = await self._connection.call("PUT", path, body=body, timeout_s=WORK_TIMEOUT_S)
+        return DiskView.model_validate(answer)
+
+    async def unguard_disk(self, name: str, *, force: bool) -> None:
+        """See `Guarded.unguard`."""
+        query = {"force": force}
+        path = f"{_disk_path(name)}/guard"
+        await self._connection.call("DELETE", path, query=query, timeout_s=WORK_TIMEOUT_S)
+
+    async def devices(self) -> list[DeviceView]:
+        """The passed-through devices of all running VMs."""
+        return TypeAdapter(list[DeviceView]).validate_python(
+            await self._connection.call("GET", "/passthrough")
+        )
+
+    async def device(self, name: str) -> DeviceView:
+        """One passed-through device, VM/DEVICE."""
+        path = _disk_path(name).replace("/disks/", "/passthrough/", 1)
+        return DeviceView.model_validate(await self._connection.call("GET", path))
+
     async def rescue_disk(self, name: str, target: Path) -> RescuedView:
         """Copies the image of a running disk."""
         body = RescueRequest(to=target).model_dump(mode="json")
@@ -224,6 +346,50 @@ class Client:
         answer = await self._connection.call("POST", path, body=body, timeout_s=SAVE_TIMEOUT_S)
         return SnapshotView.model_validate(answer)
 
+    async def standbys(self) -> list[StandbyView]:
+        """The standbys of all VMs that have some."""
+        answer = await self._connection.call("GET", "/standbys")
+        return [StandbyView.model_validate(one) for one in answer]
+
+    async def standby(self, name: str) -> StandbyView:
+        """The standbys of a VM."""
+        answer = await self._connection.call("GET", f"/vms/{name}/standby")
+        return StandbyView.model_validate(answer)
+
+    async def losses(self, name: str) -> list[LossView]:
+        """What take-overs of a VM have lost."""
+        answer = await self._connection.call("GET", f"/vms/{name}/standby/lost")
+        return [LossView.model_validate(one) for one in answer]
+
+    async def enable_standby(self, name: str, request: EnableStandbyRequest) -> StandbyView:
+        """Has a VM have standbys, kept so; does not wait until one is ready."""
+        body = request.model_dump(mode="json")
+        path = f"/vms/{name}/standby"
+        answer = await self._connection.call("PUT", path, body=body, timeout_s=ENABLE_TIMEOUT_S)
+        return StandbyView.model_validate(answer)
+
+    async def failover_standby(self, name: str, request: FailoverRequest) -> StandbyView:
+        """Has a standby take over; answers when its guest runs."""
+        path, body = f"/vms/{name}/standby/failover", request.model_dump(mode="json")
+        answer = await self._connection.call("POST", path, body=body, timeout_s=SAVE_TIMEOUT_S)
+        return StandbyView.model_validate(answer)
+
+    async def cancel_standby(self, name: str) -> StandbyView:
+        """Calls a take-over off that waits."""
+        answer = await self._connection.call("POST", f"/vms/{name}/standby/cancel")
+        return StandbyView.model_validate(answer)
+
+    async def test_standby(self, name: str) -> RehearsalView:
+        """Has a copy of the newest standby go on, isolated."""
+        path = f"/vms/{name}/standby/test"
+        answer = await self._connection.call("POST", path, timeout_s=SAVE_TIMEOUT_S)
+        return RehearsalView.model_validate(answer)
+
+    async def disable_standby(self, name: str, *, forget: bool) -> None:
+        """Removes the standbys of a VM."""
+        path, query = f"/vms/{name}/standby", {"forget": forget}
+        await self._connection.call("DELETE", path, query=query, timeout_s=SAVE_TIMEOUT_S)
+
     async def layers(self, name: str) -> LayersView:
         """The layers of a disk, VM/DISK."""
         path = f"{_disk_path(name)}/layers"
@@ -232,10 +398,10 @@ class Client:
     async def merge_layers(
         self, name: str, through: int | None, rate_bytes: int | None
     ) -> MergingView:
-        """Gives snapshots of a disk up, and begins to merge."""
+        """Gives snapshots of a disk up, and begins to merge; of an ended VM it merges."""
         body = MergeRequest(through=through, rate_bytes=rate_bytes).model_dump()
         path = f"{_disk_path(name)}/merge"
-        answer = await self._connection.call("POST", path, body=body, timeout_s=WORK_TIMEOUT_S)
+        answer = await self._connection.call("POST", path, body=body, timeout_s=SAVE_TIMEOUT_S)
         return MergingView.model_validate(answer)
 
     async def export_snapshot(
@@ -291,6 +457,20 @@ class Client:
         return MapView.model_validate(
             await self._connection.call("POST", f"{_disk_path(name)}/map/verify")
         )
+
+    async def events(
+        self, *, after: str = "", follow: bool = False
+    ) -> AsyncIterator[AnnouncedView | GapView]:
+        """What happened after the event with that id ("": all that is kept); with `follow` also
+        what happens, until the agent ends.
+        """
+        query, rest = {"after": after, "follow": follow}, ""
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        pieces = self._connection.pieces("/events", query=query, timeout_s=EVENTS_TIMEOUT_S)
+        async for piece in pieces:
+            found, rest = read_messages(rest + decoder.decode(piece))
+            for event in found:
+                yield event
 
     async def export_block_map(self, name: str, *, verify: bool = True) -> AsyncIterator[bytes]:
         """The map as bytes (docs/reference/map-format.md), in pieces."""

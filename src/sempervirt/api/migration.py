@@ -6,7 +6,6 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query, status
 
-from sempervirt.agent import moves
 from sempervirt.agent.agent import Agent
 from sempervirt.api.rights import CallerHere
 from sempervirt.api.routes import AgentHere, VmHere
@@ -21,7 +20,15 @@ from sempervirt.api.schemas import (
 from sempervirt.cluster.cluster import Cluster, read_settings
 from sempervirt.core.errors import NotAllowed
 from sempervirt.host.http import ErrorView
-from sempervirt.migration.messages import ArrivalAnswer, ArrivalRequest, MigrationView, RunRequest
+from sempervirt.migration import moves
+from sempervirt.migration.messages import (
+    ArrivalAnswer,
+    ArrivalRequest,
+    DeviceRounds,
+    DeviceStates,
+    MigrationView,
+    RunRequest,
+)
 from sempervirt.migration.sides import find_destination, side_of
 from sempervirt.qemu.spec import VmSpec
 from sempervirt.vm.phases import Arrival
@@ -29,7 +36,7 @@ from sempervirt.vm.phases import Arrival
 router = APIRouter(prefix="/v1", responses={"default": {"model": ErrorView}}, tags=["migration"])
 
 
-def _host(caller: CallerHere) -> str:
+async def _host(caller: CallerHere) -> str:
     if caller.peer is None:
         raise NotAllowed("only another host of the cluster sends a VM here")
     return caller.peer.name
@@ -44,11 +51,18 @@ async def migration_side(
 ) -> HostSideView:
     """What this host is, has and sees of a VM that may come here. Changes nothing."""
     await caller.require_spec(agent.config, spec)
-    await moves.require_owned(agent, spec.name, source)
+    await moves.require_owned(agent, spec, source)
     present = agent.vms.get(spec.name) or agent.unknown.get(spec.name)
     state = present.run if present else None
     facts = await agent.host()
-    side = await side_of(facts, _own_name(agent), spec, vm_state=state, source=False)
+    side = await side_of(
+        facts,
+        _own_name(agent),
+        spec,
+        vm_state=state,
+        source=False,
+        memory_left=agent.memory_left,
+    )
     return HostSideView(
         name=side.name,
         accelerator=side.accelerator,
@@ -56,12 +70,14 @@ async def migration_side(
         cpu_model=side.cpu_model,
         cpu_flags=sorted(side.cpu_flags),
         memory_available=side.memory_available,
+        processors=side.processors,
         vm_state=side.vm_state,
         images={
             name: ImageSeenView(id=seen.id, block_device=seen.block_device, problem=seen.problem)
             for name, seen in side.images.items()
         },
         missing=list(side.missing),
+        passes_through=side.passes_through,
     )
 
 
@@ -132,6 +148,22 @@ async def get_arrival(
 async def promise_arrival(agent: AgentHere, source: HostThere, migration: str) -> None:
     """From now on this host waits for the outcome."""
     await moves.destination_of(agent, migration, source).promise()
+
+
+@router.post("/arrivals/{migration}/devices/round", status_code=status.HTTP_204_NO_CONTENT)
+async def replay_devices(
+    agent: AgentHere, source: HostThere, migration: str, body: DeviceRounds
+) -> None:
+    """Sets registers of passed-through devices as the guest has set them at the source."""
+    await moves.destination_of(agent, migration, source).replay(body.writes)
+
+
+@router.post("/arrivals/{migration}/devices", status_code=status.HTTP_204_NO_CONTENT)
+async def receive_devices(
+    agent: AgentHere, source: HostThere, migration: str, body: DeviceStates
+) -> None:
+    """The state of every passed-through device; answers when it is kept here."""
+    await moves.destination_of(agent, migration, source).receive(body)
 
 
 @router.post("/arrivals/{migration}/recover")

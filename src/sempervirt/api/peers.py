@@ -58,7 +58,9 @@ def caller_for(peer: Peer, standing: Standing, now: float) -> Caller | None:
 
 
 class Introduced:
-    """An application as one caller sees it. `caller` gives None once the caller is a stranger."""
+    """An application as one caller sees it. `caller` gives None once the caller is a stranger; an
+    answer without an end asks again (`rights.may_still`).
+    """
 
     def __init__(self, app: ASGIApp, caller: Callable[[], Caller | None]) -> None:
         self._app = app
@@ -71,13 +73,16 @@ class Introduced:
             refusal = NotAllowed("this certificate was revoked, or has ended")
             await to_response(refusal)(scope, receive, send)
             return
-        await self._app({**scope, "caller": caller}, receive, send)
+        await self._app({**scope, "caller": caller, "caller_now": self._caller}, receive, send)
 
 
 class LocalProtocol(BoundedProtocol):
-    """HTTP of one connection over the unix socket: root, and the user whose agent this is, but no
-    program of a VM, which as a process of the same user would be let in.
+    """HTTP of one connection over the unix socket: root, the user whose agent this is, and where
+    the socket has been given to a group its members; but no program of a VM, which as a process of
+    the same user would be let in.
     """
+
+    shared = False  # whether the socket is a group's: then the kernel let nobody else connect
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Looks at the process before a byte of the connection is read."""
@@ -85,12 +90,19 @@ class LocalProtocol(BoundedProtocol):
         raw: Any = transport.get_extra_info("socket")
         with socket.socket(fileno=os.dup(raw.fileno())) as connection:
             uid, pid = peer_uid(connection), peer_pid(connection)
-        if uid not in (0, os.geteuid()) or works_for_a_vm(pid):
+        own = uid in (0, os.geteuid())
+        if not (own or self.shared) or works_for_a_vm(pid):
             log.warning("refuse user=%d pid=%d at the socket", uid, pid)
             transport.abort()
             return
-        local = Caller(f"user {uid}", Role.ADMIN)
+        local = Caller(f"user {uid}", Role.ADMIN, bounded=not own)
         self.app = Introduced(self.app, lambda: local)
+
+
+class SharedProtocol(LocalProtocol):
+    """The same at a socket that a group may connect to."""
+
+    shared = True
 
 
 def guarded_protocol(standing: Standing) -> type[BoundedProtocol]:

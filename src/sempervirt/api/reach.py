@@ -1,7 +1,8 @@
 """One who asks, and the files that such a one may name.
 
-Over the unix socket every file and program. Over TLS no program at all, and files below the roots
-of this host alone (`vm.config`), whatever the role: a certificate that was stolen is not root.
+Over the unix socket every file and program, for root and the agent's own user. Over TLS, and for
+the socket's group, no program at all, and files below the roots of this host alone (`vm.config`),
+whatever the role: a certificate that was stolen is not root.
 """
 
 from __future__ import annotations
@@ -25,16 +26,19 @@ SAVED_REMEDY = "put it below one, or name its directory to semperd there: --save
 
 @dataclass(frozen=True)
 class Caller:
-    """Who asks. `peer` is what a certificate has shown; None: over the unix socket."""
+    """Who asks. `peer` is what a certificate has shown; None: over the unix socket. `bounded`: as a
+    member of the socket's group, who may name what one over TLS may name.
+    """
 
     name: str
     role: Role
     peer: Peer | None = None
+    bounded: bool = False
 
     @property
     def local(self) -> bool:
-        """Whether it asks over the unix socket."""
-        return self.peer is None
+        """Whether it is root, or the agent's own user, who may name every file and program."""
+        return self.peer is None and not self.bounded
 
     def require_installed(self, program: Path | None) -> None:
         """Raises NotAllowed for a program that is named from elsewhere."""

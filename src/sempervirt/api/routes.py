@@ -10,6 +10,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query, Request, status
 from fastapi.responses import StreamingResponse
+from pydantic import ValidationError
 
 from sempervirt.agent.agent import Agent
 from sempervirt.api.reach import Caller
@@ -19,6 +20,7 @@ from sempervirt.api.schemas import (
     DiskView,
     ExportedView,
     ExportRequest,
+    GuardRequest,
     HostView,
     LayersView,
     LogView,
@@ -42,11 +44,19 @@ from sempervirt.api.schemas import (
     UpgradeRequest,
     VmView,
 )
-from sempervirt.api.views import agent_view, disk_view, host_view, own_disk_view, vm_view, vm_views
+from sempervirt.api.views import (
+    agent_view,
+    disk_view,
+    host_view,
+    own_disk_view,
+    vm_view,
+    vm_views,
+    waiting_disk_view,
+)
 from sempervirt.cluster.certificate import RenewRequest, RenewView, read_standing
 from sempervirt.cluster.cluster import Cluster, check_address
 from sempervirt.cluster.joining import JoinRequest, JoinView
-from sempervirt.core.errors import InvalidRequest, NotAllowed
+from sempervirt.core.errors import InvalidRequest, NotAllowed, Unavailable
 from sempervirt.core.names import split_disk_name, suggest
 from sempervirt.core.queue_map import Binding, spread
 from sempervirt.disk.running import DiskFiles
@@ -54,8 +64,12 @@ from sempervirt.disk.state import Condition
 from sempervirt.host import process
 from sempervirt.host.http import ErrorView
 from sempervirt.qemu import saved
-from sempervirt.qemu.spec import VmSpec
+from sempervirt.qemu.spec import DiskSpec, VmSpec
 from sempervirt.renewal.restore.plan import Changes, plan_of
+from sempervirt.vm.autostart import kept_state
+from sempervirt.vm.groups import why_no_groups
+from sempervirt.vm.guarded import GuardedDisk
+from sempervirt.vm.user import why_no_users
 from sempervirt.vm.vm import Vm
 
 EJECTED = (
@@ -66,7 +80,8 @@ EJECTED = (
 router = APIRouter(prefix="/v1", responses={"default": {"model": ErrorView}})
 
 
-def _agent(request: Request) -> Agent:
+# Coroutines, all of them: for a plain function a thread is made, which a dying host may refuse.
+async def _agent(request: Request) -> Agent:
     agent = request.app.state.agent
     assert isinstance(agent, Agent)
     return agent
@@ -75,7 +90,7 @@ def _agent(request: Request) -> Agent:
 AgentHere = Annotated[Agent, Depends(_agent)]
 
 
-def _vm(name: str, agent: AgentHere) -> Vm:
+async def _vm(name: str, agent: AgentHere) -> Vm:
     return agent.vm(name)
 
 
@@ -92,7 +107,8 @@ async def get_agent(agent: AgentHere) -> AgentView:
 async def get_host(agent: AgentHere) -> HostView:
     """What the host offers to VMs."""
     standing = await asyncio.to_thread(read_standing, agent.config)
-    return host_view(await agent.host(), standing)
+    no_users, no_groups = why_no_users(agent.config), why_no_groups(agent.config)
+    return host_view(await agent.host(), standing, no_users, no_groups, agent.service.why_not)
 
 
 @router.post("/join", tags=["host"])
@@ -102,7 +118,7 @@ async def join(request: Request, caller: CallerHere, body: JoinRequest) -> JoinV
     if not isinstance(cluster, Cluster) or caller.peer is None:
         raise NotAllowed("hosts join over TLS, with an invitation")
     address = check_address(body.address)
-    issued, credentials = await cluster.admit(caller.peer, body.request, address)
+    issued, credentials = await cluster.admit(caller.peer, body.request, address, body.level)
     settings = cluster.settings
     return JoinView(
         certificate=issued.pem,
@@ -151,6 +167,14 @@ async def forget_vm(agent: AgentHere, name: str) -> None:
     await agent.remove_vm(name)
 
 
+@router.post("/vms/{name}/start", tags=["vm"])
+async def start_vm(agent: AgentHere, name: str) -> VmView:
+    """Starts a VM that has ended, as it was last started, or where its state was kept; answers when
+    QEMU runs it.
+    """
+    return vm_view(await agent.start_vm(name))
+
+
 @router.post("/vms/{name}/pause", tags=["vm"])
 async def pause_vm(vm: VmHere) -> VmView:
     """Stops the processors."""
@@ -166,8 +190,9 @@ async def resume_vm(vm: VmHere) -> VmView:
 
 
 @router.post("/vms/{name}/stop", tags=["vm"])
-async def stop_vm(vm: VmHere, request: StopRequest) -> VmView:
+async def stop_vm(agent: AgentHere, vm: VmHere, request: StopRequest) -> VmView:
     """Asks the guest to power off; answers when QEMU has ended."""
+    await agent.standbys.call_off(vm.name)
     await vm.stop(request.grace_s)
     return vm_view(vm)
 
@@ -175,6 +200,7 @@ async def stop_vm(vm: VmHere, request: StopRequest) -> VmView:
 @router.post("/vms/{name}/kill", tags=["vm"])
 async def kill_vm(agent: AgentHere, name: str) -> VmView:
     """Ends QEMU at once, and settles a VM that is unknown; answers when its disks are free."""
+    await agent.standbys.call_off(name)
     return vm_view(await agent.kill_vm(name))
 
 
@@ -193,11 +219,21 @@ async def save_vm(
     agent: AgentHere, caller: CallerHere, name: str, request: SaveRequest
 ) -> SavedView:
     """Saves a VM to a file and ends the VM; answers when the file is durable."""
-    await caller.require_new_saved(agent.config, request.file)
-    done = await agent.save_vm(name, request.file)
+    if request.file is not None:
+        await caller.require_new_saved(agent.config, request.file)
+    file = request.file or kept_state(agent.config.state_dir, name)
+    if request.file is None:
+        try:
+            await asyncio.to_thread(file.parent.mkdir, parents=True, exist_ok=True)
+        except OSError as error:
+            raise Unavailable(
+                f"{file.parent} cannot be made: {error.strerror}",
+                remedy="see why; or name a file for the state elsewhere",
+            ) from error
+    done = await agent.save_vm(name, file)
     figures = done.figures.model_dump()
     size = figures.pop("file")
-    return SavedView(vm=name, file=request.file, size=size, paused_ms=done.paused_ms, **figures)
+    return SavedView(vm=name, file=file, size=size, paused_ms=done.paused_ms, **figures)
 
 
 @router.post("/vms/restore", tags=["vm"], status_code=status.HTTP_201_CREATED)
@@ -234,12 +270,17 @@ async def get_vm_log(
     source: str = "console",
     lines: Annotated[int, Query(ge=1, le=10000)] = 100,
 ) -> LogView:
-    """The end of a log: `console`, `qemu`, or the name of a disk."""
+    """The end of a log: `console`, `qemu`, or the name of a disk, for the process that serves it;
+    `DISK:spare` and `DISK:previous` for the one that waits, and the last one that has ended.
+    """
     files = vm.machine.files
     paths = {"console": files.console_log, "qemu": files.log}
     for disk in vm.spec.disks:
         logs = DiskFiles(files.directory, disk.name).logs()
         paths[disk.name] = logs[-1] if logs else files.directory / f"disk-{disk.name}.log"
+        if (served := vm.disks.get(disk.name)) is not None:
+            own = served.logs.items()
+            paths |= {f"{disk.name}:{role}" if role else disk.name: log for role, log in own}
     if source not in paths:
         known = ", ".join(paths)
         raise InvalidRequest(
@@ -255,12 +296,15 @@ async def list_disks(agent: AgentHere) -> list[DiskView]:
         *(disk_view(disk) for disk in agent.disks.values()),
         *(own_disk_view(vm, disk) for vm, disk in agent.own_disks.values()),
     )
+    views += [waiting_disk_view(agent.guarded, name) for name in agent.guarded.waiting]
     return sorted((_unless_ejected(agent, view) for view in views), key=lambda view: view.name)
 
 
 @router.get("/disks/{vm}/{disk}", tags=["disk"])
 async def get_disk(agent: AgentHere, vm: str, disk: str) -> DiskView:
     """One disk."""
+    if f"{vm}/{disk}" in agent.guarded.waiting:
+        return waiting_disk_view(agent.guarded, f"{vm}/{disk}")
     own = agent.own_disks.get(f"{vm}/{disk}")
     view = await (own_disk_view(*own) if own else disk_view(agent.disk(f"{vm}/{disk}")))
     return _unless_ejected(agent, view)
@@ -291,6 +335,39 @@ async def resize_disk(agent: AgentHere, vm: str, disk: str, request: ResizeReque
     """Makes a disk larger while its guest runs; answers when all of it is served."""
     done = await agent.resize_disk(f"{vm}/{disk}", request.size_bytes)
     return ResizedView(disk=f"{vm}/{disk}", size_bytes=done.size_bytes, told=done.told)
+
+
+@router.put("/disks/{vm}/{disk}/guard", tags=["disk"], status_code=status.HTTP_201_CREATED)
+async def guard_disk(
+    agent: AgentHere, caller: CallerHere, vm: str, disk: str, request: GuardRequest
+) -> DiskView:
+    """Serves an image to the QEMU of another manager; answers when it is served."""
+    if request.socket is not None and not caller.local:
+        raise NotAllowed("where the socket is, is not chosen from elsewhere", remedy="leave it out")
+    await caller.require_images(agent.config, [request.image])
+    options = request.model_dump(exclude={"socket", "owner", "group", "mode"}, exclude_none=True)
+    try:
+        described = DiskSpec.model_validate({"name": disk, **options})
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        raise InvalidRequest(f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}") from error
+    wanted = GuardedDisk(
+        vm=vm,
+        disk=described,
+        socket=request.socket,
+        owner=request.owner,
+        group=request.group,
+        mode=request.mode,
+    )
+    return await disk_view(await agent.guard_disk(wanted))
+
+
+@router.delete("/disks/{vm}/{disk}/guard", tags=["disk"], status_code=status.HTTP_204_NO_CONTENT)
+async def unguard_disk(
+    agent: AgentHere, vm: str, disk: str, *, force: Annotated[bool, Query()] = False
+) -> None:
+    """Ends the backends of such a disk; answers when the image is free."""
+    await agent.guarded.unguard(f"{vm}/{disk}", force=force)
 
 
 @router.post("/disks/{vm}/{disk}/rescue", tags=["disk"])
@@ -325,11 +402,11 @@ async def get_layers(agent: AgentHere, vm: str, disk: str) -> LayersView:
 @router.post("/disks/{vm}/{disk}/merge", tags=["disk"])
 async def merge_layers(agent: AgentHere, vm: str, disk: str, request: MergeRequest) -> MergingView:
     """Gives snapshots up and begins to merge; answers at once, and the layers tell how far it is:
-    those that are merged are gone.
+    those that are merged are gone. For a VM that has ended it answers when they are.
     """
     name = f"{vm}/{disk}"
-    done = await agent.disk(name).active().merge(request.through, request.rate_bytes)
-    return MergingView(disk=name, merging=list(done.merging))
+    layers, done = await agent.merge_layers(name, request.through, request.rate_bytes)
+    return MergingView(disk=name, merging=list(layers), done=done)
 
 
 @router.post("/disks/{vm}/{disk}/unpin", tags=["disk"])

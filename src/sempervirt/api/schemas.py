@@ -5,21 +5,32 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sempervirt.cluster.standing import Standing
 from sempervirt.core.events import EventKind
+from sempervirt.core.names import NAME_MAX
 from sempervirt.core.queue_map import DeviceType, Engine
 from sempervirt.disk.answers import LayerState
-from sempervirt.disk.export import ImageFormat
 from sempervirt.disk.image import ImageState
+from sempervirt.disk.image_format import ImageFormat
 from sempervirt.disk.rescue import How
 from sempervirt.disk.state import Condition
 from sempervirt.migration.messages import MigrationView, MovePolicy
+from sempervirt.passthrough.answers import MediatorState, SpareState
 from sempervirt.qemu.accel import AcceleratorKind
-from sempervirt.qemu.spec import VmSpec
+from sempervirt.qemu.spec import AUTO_QUEUES_MAX, QUEUES_MAX, VmSpec
 from sempervirt.qemu.state import Runstate
 from sempervirt.renewal.snapshot import Consistency, Freezing
+from sempervirt.standby.state import First, Life, Step
+from sempervirt.standby.values import (
+    EVERY_MAX_S,
+    EVERY_MIN_S,
+    KEEP_MAX,
+    TEST_MAX_S,
+    TEST_MIN_S,
+    Tier,
+)
 
 API_VERSION = 1
 
@@ -60,6 +71,9 @@ class HostView(BaseModel):
     )
     certificate: Standing | None = Field(
         default=None, description="what the host shows to the others; null outside of a cluster"
+    )
+    out_of_service: str = Field(
+        default="", description='why no VM may start here or come here; "": VMs may'
     )
 
 
@@ -168,6 +182,9 @@ class DiskView(BaseModel):
     generation: int
     restart_count: int
     upgrade_count: int
+    socket: Path | None = Field(
+        default=None, description="of a disk of another manager's VM: where its QEMU connects"
+    )
     queues: QueuesView | None = Field(description="as they are to be served")
     restarts: list[RestartView]
     last_error: dict[str, Any] | None
@@ -176,6 +193,60 @@ class DiskView(BaseModel):
         default="", description='why the backend did not say how it is; "": it did'
     )
     events: list[EventView]
+
+
+class GuardRequest(BaseModel):
+    """Serve an image to the QEMU of another manager. `socket` is where QEMU connects, by default a
+    place of the agent's; owner and group by name, or as a number.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    image: Path
+    format: Literal["raw"] | None = None
+    read_only: bool = False
+    queues: int = Field(default=AUTO_QUEUES_MAX, ge=1, le=QUEUES_MAX)
+    queues_per_thread: int | None = Field(default=None, ge=1, le=QUEUES_MAX)
+    engine: Engine = "auto"
+    direct: bool = False
+    block_size: Literal[512, 4096] | None = None
+    serial: str = Field(default="", max_length=20, pattern=r"^[\x21-\x7e]*$")
+    socket: Path | None = None
+    owner: str | None = Field(default=None, max_length=64)
+    group: str | None = Field(default=None, max_length=64)
+    mode: int = Field(default=0o660, ge=0, le=0o777)
+
+
+class DeviceView(BaseModel):
+    """A passed-through device of a running VM. `mediator` is its mediator's own status, if that
+    answers.
+    """
+
+    name: str
+    kind: Literal["nvme", "pci"]
+    image: Path | None = Field(description="of a device that we are; null for one of the host")
+    pci: str | None = Field(default=None, description="the address of a PCI device on the host")
+    read_only: bool
+    slot: int = Field(description="on the guest's PCI bus 0")
+    pid: int | None = Field(description="of the mediator, while it lives")
+    state: MediatorState | None
+    spare: SpareState | None = Field(
+        default=None, description="who goes on when the mediator dies; null: it does not say"
+    )
+    takeovers: int = Field(
+        default=0, description="deaths of mediators that a spare survived, since the agent began"
+    )
+    ailment: str = Field(description='why the device is gone; "" while it is not')
+    failing: str = Field(
+        default="", description='what is wrong with the data of the device; "" while nothing is'
+    )
+    obstacles: list[str] = Field(
+        description="what keeps it from being moved, as far as this host knows by itself"
+    )
+    mediator: dict[str, Any] | None
+    silence: str = Field(
+        default="", description='why the mediator did not say how it is; "": it did'
+    )
 
 
 class MapMemoryView(BaseModel):
@@ -264,9 +335,11 @@ class QemuRestartView(BaseModel):
 
 
 class SaveRequest(BaseModel):
-    """The file to save to, on the agent's host."""
+    """The file to save to, on the agent's host; without one the agent keeps the state, and the next
+    start of the VM goes on from there.
+    """
 
-    file: Path
+    file: Path | None = None
 
 
 class SavedView(BaseModel):
@@ -377,10 +450,13 @@ class MergeRequest(BaseModel):
 
 
 class MergingView(BaseModel):
-    """The layers of a disk, VM/DISK, that are being merged now, one after the other."""
+    """The layers of a disk, VM/DISK, that are being merged now, one after the other. `done`: the
+    VM has ended, and they are in the image.
+    """
 
     disk: str
     merging: list[int]
+    done: bool = False
 
 
 class ExportRequest(BaseModel):
@@ -491,9 +567,11 @@ class HostSideView(BaseModel):
     cpu_model: str
     cpu_flags: list[str]
     memory_available: int
+    processors: int
     vm_state: Runstate | None = Field(description="of a VM of that name there, if there is one")
     images: dict[str, ImageSeenView]
     missing: list[str]
+    passes_through: bool = Field(description="its QEMU can take passed-through devices")
 
 
 class MigrateRequest(BaseModel):
@@ -516,3 +594,130 @@ class ResolvedView(BaseModel):
     vm: str
     owner: str
     message: str
+
+
+class EnableStandbyRequest(BaseModel):
+    """How the standbys of a VM are kept."""
+
+    every_s: float = Field(default=600, ge=EVERY_MIN_S, le=EVERY_MAX_S, allow_inf_nan=False)
+    keep: int = Field(default=1, ge=1, le=KEEP_MAX, description="so many that are ready")
+    tier: Tier = Tier.READY
+    on: str = Field(default="", max_length=NAME_MAX, description='on that host; "": on this one')
+    test_every_s: float | None = Field(
+        default=None,
+        ge=TEST_MIN_S,
+        le=TEST_MAX_S,
+        allow_inf_nan=False,
+        description="rehearse a take-over so often; null: when somebody asks",
+    )
+
+
+class FailoverRequest(BaseModel):
+    """Have a standby take over."""
+
+    force: bool = Field(default=False, description="also while the VM runs, which is ended then")
+    fresh: bool = Field(default=False, description="by a standby that is made for it, if it runs")
+    i_know: str = Field(
+        default="",
+        max_length=300,
+        description="how it is known that the VM has ended, where nothing can prove that",
+    )
+
+
+class GenerationView(BaseModel):
+    """One standby. `taken`: when its snapshot was, in seconds since 1970; 0 before that."""
+
+    number: int
+    life: Life
+    tier: Tier
+    taken: float
+    consistency: str
+    memory_bytes: int
+    boot_s: float
+    notes: list[str]
+
+
+class StandbyWindowView(BaseModel):
+    """What of a disk would be lost now: what was written in the last `window_s`; null where no
+    standby is ready.
+    """
+
+    disk: str
+    window_s: float | None
+
+
+class StepView(BaseModel):
+    """A step of a take-over, and when it ended, counted from its beginning."""
+
+    name: str
+    after_ms: float
+
+
+class RehearsalView(BaseModel):
+    """A rehearsal with standby `number`. `failure`: why it did not get to its end; "" if it did."""
+
+    number: int
+    time: float
+    steps: list[StepView]
+    notes: list[str]
+    failure: str
+
+
+class TakeOverView(BaseModel):
+    """A take-over by standby `number`; it began at `time`."""
+
+    number: int
+    cause: str
+    time: float
+    step: Step
+    steps: list[StepView]
+    trouble: str
+    notes: list[str]
+
+
+class StandbyView(BaseModel):
+    """The standbys of a VM. `trouble`: why the last one was not made, or did not take over;
+    `images`: what the VM has on its disks now, of which a standby has copies.
+    """
+
+    vm: str
+    every_s: float
+    keep: int
+    tier: Tier
+    first: First
+    why: str
+    closing: bool
+    generations: list[GenerationView]
+    windows: list[StandbyWindowView]
+    images: list[str]
+    trouble: str
+    take_over: TakeOverView | None
+    last_take_over: TakeOverView | None
+    last_rehearsal: RehearsalView | None = None
+    judged: str = Field(description="what the VM is by what is seen of it, and what follows")
+    fence: str = Field(description="how it is proved, before a take-over, that the VM has ended")
+    fences: dict[str, str] = Field(
+        default={}, description="the same by disk, where the VM is on another host"
+    )
+    host: str = Field(default="", description='the host that keeps them; "": no cluster')
+    test_every_s: float | None = None
+
+
+class LostDiskView(BaseModel):
+    """A disk as the VM before a take-over has left it. `there`: its image is still there."""
+
+    disk: str
+    image: Path
+    there: bool
+
+
+class LossView(BaseModel):
+    """What a take-over by standby `standby` has lost: what was written from `since` to `ended`, in
+    seconds since 1970. Images that standbys have made are kept until `kept_until`.
+    """
+
+    standby: int
+    since: float
+    ended: float
+    kept_until: float
+    disks: list[LostDiskView]

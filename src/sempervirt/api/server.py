@@ -32,12 +32,13 @@ from sempervirt.api.bounds import (
     BoundedProtocol,
     Places,
 )
-from sempervirt.api.peers import LocalProtocol, guarded_protocol
+from sempervirt.api.metrics import build_open_app
+from sempervirt.api.peers import LocalProtocol, SharedProtocol, guarded_protocol
 from sempervirt.cluster.membership import Membership
 from sempervirt.core.errors import SempervirtError
 from sempervirt.host import background
 from sempervirt.host.peers import peer_uid
-from sempervirt.host.sockets import listen_tcp, listen_unix
+from sempervirt.host.sockets import listen_tcp, listen_unix, share_with_group
 
 log = logging.getLogger(__name__)
 
@@ -70,8 +71,11 @@ async def serving(agent: Agent, socket_path: Path) -> AsyncIterator[None]:
 
 async def _serve(agent: Agent, path: Path, served: AsyncExitStack) -> None:
     listener = listen_unix(path)
-    server = _Server(build_app(agent), listener, LocalProtocol, LOCAL)
+    protocol = SharedProtocol if share_with_group(path) else LocalProtocol
+    app = build_app(agent)
+    server = _Server(app, listener, protocol, LOCAL)
     await served.enter_async_context(server.running())
+    served.callback(app.state.readers.close)  # first: their streams have no end of their own
 
 
 async def _keep(agent: Agent, path: Path, served: AsyncExitStack) -> None:
@@ -107,7 +111,23 @@ async def serving_hosts(agent: Agent, membership: Membership) -> AsyncIterator[N
         """With the certificate that is in force when somebody connects."""
         return membership.certificate.server or context
 
-    server = _Server(build_app(agent, cluster), listener, protocol, REMOTE, tls)
+    app = build_app(agent, cluster)
+    server = _Server(app, listener, protocol, REMOTE, tls)
+    async with server.running():
+        try:
+            yield
+        finally:
+            app.state.readers.close()
+
+
+@asynccontextmanager
+async def serving_metrics(agent: Agent, address: str) -> AsyncIterator[None]:
+    """Serves the metrics, and nothing else, to whoever can connect to "HOST:PORT".
+
+    Raises Unavailable when the address cannot be bound.
+    """
+    listener = listen_tcp(address)
+    server = _Server(build_open_app(agent), listener, BoundedProtocol, REMOTE)
     async with server.running():
         yield
 

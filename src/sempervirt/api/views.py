@@ -35,6 +35,7 @@ from sempervirt.migration.source.migration import SourceMigration
 from sempervirt.qemu.command_line import disk_id
 from sempervirt.qemu.facts import HostFacts
 from sempervirt.qemu.spec import DiskSpec
+from sempervirt.vm.guarded import Guarded
 from sempervirt.vm.unknown import UnknownVm
 from sempervirt.vm.vm import Vm
 
@@ -53,8 +54,16 @@ def agent_view(agent: Agent) -> AgentView:
     )
 
 
-def host_view(facts: HostFacts, certificate: Standing | None) -> HostView:
-    """What the host offers."""
+def host_view(
+    facts: HostFacts,
+    certificate: Standing | None,
+    no_users: str,
+    no_groups: str,
+    out_of_service: str = "",
+) -> HostView:
+    """What the host offers. `no_users` is why VMs have no users of their own, `no_groups` what they
+    are not limited in; "" when nothing is missing.
+    """
     features = facts.features
     fine = "reconnect-ms" in features.chardev_options
     return HostView(
@@ -67,8 +76,9 @@ def host_view(facts: HostFacts, certificate: Standing | None) -> HostView:
         thread_maps=sorted(features.mapped_devices),
         reconnect="milliseconds" if fine else "whole seconds",
         sandbox=features.sandbox,
-        missing_walls=walls_missing_here(),
+        missing_walls=walls_missing_here(no_users, no_groups),
         certificate=certificate,
+        out_of_service=out_of_service,
     )
 
 
@@ -169,6 +179,7 @@ async def disk_view(disk: Disk) -> DiskView:
         generation=disk.generation,
         restart_count=disk.restart_count,
         upgrade_count=disk.upgrade_count,
+        socket=disk.setup.files.socket if disk.setup.is_guarded else None,
         queues=queues_view(disk.plan) if disk.plan else None,
         restarts=[_restart_view(restart) for restart in disk.restarts],
         last_error=disk.last_error.model_dump(mode="json") if disk.last_error else None,
@@ -180,24 +191,38 @@ async def disk_view(disk: Disk) -> DiskView:
 
 async def own_disk_view(vm: Vm, disk: DiskSpec) -> DiskView:
     """A disk that QEMU itself serves."""
+    view = _unsupervised_view(f"{vm.name}/{disk.name}", disk, Condition.QEMU)
+    size, queues = await _size_bytes(disk), queues_view(vm.plans[disk_id(disk)])
+    return view.model_copy(update={"size_bytes": size, "active_pid": vm.pid, "queues": queues})
+
+
+def waiting_disk_view(guarded: Guarded, name: str) -> DiskView:
+    """A disk of another manager's VM that cannot be served now, with the cause."""
+    wanted, cause = guarded.wanted[name], guarded.waiting[name]
+    view = _unsupervised_view(name, wanted.disk, Condition.FAILING)
+    reason = "; ".join(part for part in (cause.message, cause.remedy) if part)
+    return view.model_copy(update={"reason": reason, "socket": guarded.socket(wanted)})
+
+
+def _unsupervised_view(name: str, disk: DiskSpec, condition: Condition) -> DiskView:
     return DiskView(
-        name=f"{vm.name}/{disk.name}",
-        condition=Condition.QEMU,
+        name=name,
+        condition=condition,
         reason="",
         image=disk.image,
         image_state=ImageState.IN_PLACE,
         image_finding="",
-        size_bytes=await _size_bytes(disk),
+        size_bytes=None,
         read_only=disk.read_only,
         binary="",
         upgrade_available=False,
-        active_pid=vm.pid,
+        active_pid=None,
         spare_pid=None,
         spare_ready=False,
         generation=0,
         restart_count=0,
         upgrade_count=0,
-        queues=queues_view(vm.plans[disk_id(disk)]),
+        queues=None,
         restarts=[],
         last_error=None,
         backend=None,

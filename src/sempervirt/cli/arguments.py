@@ -11,7 +11,6 @@ from sempervirt.cli.completion import disk_names, vm_names
 VmName = Annotated[
     str, typer.Argument(metavar="NAME", help="The VM's name.", autocompletion=vm_names)
 ]
-DiskName = Annotated[
-    str,
-    typer.Argument(metavar="VM/DISK", help="For example web/root.", autocompletion=disk_names),
-]
+_DISK = typer.Argument(metavar="VM/DISK", help="For example web/root.", autocompletion=disk_names)
+DiskName = Annotated[str, _DISK]
+DiskNameIfAny = Annotated[str | None, _DISK]

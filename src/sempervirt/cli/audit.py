@@ -12,12 +12,13 @@ from pydantic import BaseModel
 
 from sempervirt.cli.output import Output, listing, out, print_json
 from sempervirt.host.confinement import Seccomp, confinement_of
-from sempervirt.host.exposure import readers
+from sempervirt.host.exposure import finding, readers
 from sempervirt.host.places import Places
-from sempervirt.host.procfs import find_processes
+from sempervirt.host.procfs import find_helpers, find_processes
 from sempervirt.host.records import RecordDamaged
+from sempervirt.standby.record import places_of
 from sempervirt.vm.processes import living
-from sempervirt.vm.record import read_vm_record, record_path
+from sempervirt.vm.record import VmRecord, read_vm_record, record_path
 
 
 class Audited(BaseModel):
@@ -31,6 +32,7 @@ class Audited(BaseModel):
     new_privileges: bool
     system_calls: Seccomp
     own_network: bool
+    limited: bool
     findings: list[str]
 
 
@@ -55,46 +57,59 @@ def audit(places: Places) -> Audit:
     return Audit(processes=_processes(places), images=_images(places))
 
 
+def _records(places: Places) -> list[VmRecord]:
+    """Of VMs and of standbys, as far as they can be read; the agent tells of the others."""
+    directories = sorted(places.vm_state_dir("x").parent.glob("*"))
+    for _, _, own in places_of(places):
+        directories += sorted(own.vm_state_dir("x").parent.glob("*"))
+    records: list[VmRecord | None] = []
+    for directory in directories:
+        with suppress(RecordDamaged):
+            records.append(read_vm_record(record_path(directory)))
+    return [record for record in records if record is not None]
+
+
 def _images(places: Places) -> list[AuditedImage]:
-    """Whoever may read an image may hold a lock on it: the kernel asks for no more, and neither our
-    locks nor QEMU's can be had beside some of those (`crates/block/src/lock.rs`).
-    """
-    found: list[AuditedImage] = []
-    for directory in sorted(places.vm_state_dir("x").parent.glob("*")):
-        with suppress(RecordDamaged):  # the agent tells of that
-            record = read_vm_record(record_path(directory))
-            written = (
-                [disk.image for disk in record.spec.disks if not disk.read_only] if record else []
-            )
-            found += [
-                _exposed(directory.name, image, who) for image in written if (who := readers(image))
-            ]
-    return found
-
-
-def _exposed(vm: str, image: Path, who: list[str]) -> AuditedImage:
-    remedy = f"chmod o-r,g-r {image}; or close a directory above it"
-    finding = (
-        f"{' and '.join(who)} may read it, and whoever reads it may lock it: no backend takes it "
-        f"over then, and the VM does not start again; {remedy}"
-    )
-    return AuditedImage(vm=vm, image=image, readers=who, finding=finding)
+    return [
+        AuditedImage(
+            vm=record.spec.name, image=disk.image, readers=who, finding=finding(disk.image, who)
+        )
+        for record in _records(places)
+        for disk in record.spec.imaged
+        if not disk.read_only and (who := readers(disk.image))
+    ]
 
 
 def _processes(places: Places) -> list[Audited]:
     found = ((pid, role, confinement_of(pid)) for pid, role in sorted(_roles(places).items()))
+    why = _why_no_user(places)
     return [
-        Audited(pid=pid, role=role, findings=held.findings, **vars(held))
+        Audited(pid=pid, role=role, findings=held.findings + why.get(pid, []), **vars(held))
         for pid, role, held in found
         if held is not None
     ]
 
 
+def _why_no_user(places: Places) -> dict[int, list[str]]:
+    """Why a QEMU has no user of its own, by its pid."""
+    earlier = "an earlier release has started it: semper vm stop, then run"
+    reasons: dict[int, list[str]] = {}
+    for record in _records(places):
+        why = earlier if record.user is None else record.user.why
+        for qemu in record.qemus:
+            reasons[qemu.pid] = [f"it has no user of its own: {why}"] if why else []
+    return reasons
+
+
 def _roles(places: Places) -> dict[int, str]:
     roles: dict[int, str] = {}
-    for vm, found in living(places).items():
+    lives = [*living(places).items()]
+    for vm, number, own in places_of(places):
+        lives += [(f"{vm} (standby {number})", found) for found in living(own).values()]
+    for vm, found in lives:
         roles |= {one.pid: f"QEMU of {vm}" for one in found.qemus}
         roles |= {one.pid: f"stand-in of {vm}" for one in found.stand_ins}
+        roles |= {one.pid: f"mediator of {vm}" for one in found.mediators}
         for disk, backends in found.backends.items():
             roles |= {one.pid: f"backend of {vm}/{disk}" for one in backends}
     # Whoever moves or saves a VM.
@@ -102,7 +117,8 @@ def _roles(places: Places) -> dict[int, str]:
         program = other.arguments[0].rpartition("/")[2]
         if program.startswith("semper-"):
             roles.setdefault(other.identity.pid, program)
-    return roles
+    helpers = find_helpers(roles)
+    return roles | {pid: f"{name} of {roles[parent]}" for pid, parent, name in helpers}
 
 
 def show(places: Places, output: Output) -> None:

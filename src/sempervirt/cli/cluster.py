@@ -6,12 +6,15 @@ import os
 from datetime import timedelta
 from pathlib import Path
 
-from sempervirt.cli.members import MemberState, MemberView
+from sempervirt.cli.member_state import MemberState
+from sempervirt.cli.members import MemberView
 from sempervirt.cli.session import here
 from sempervirt.cluster import operators as operators_of_cluster
 from sempervirt.cluster.certificate import read_standing
 from sempervirt.cluster.cluster import Cluster, Member, Settings, begin_cluster, read_settings
 from sempervirt.cluster.joining import join_cluster
+from sempervirt.cluster.leaving import leave_cluster
+from sempervirt.cluster.level import Levels, raise_level, read_levels
 from sempervirt.cluster.standing import Standing
 from sempervirt.core.errors import SempervirtError, StateConflict, Unavailable
 from sempervirt.core.roles import Role
@@ -21,7 +24,15 @@ from sempervirt.trust.invitation import Invitation, parse_invitation
 from sempervirt.vm.config import AgentConfig
 from sempervirt.vm.setup import prepare_directories
 
-__all__ = ["begin_cluster", "invite", "join_cluster", "members", "parse_invitation", "prepared"]
+__all__ = [
+    "begin_cluster",
+    "invite",
+    "join_cluster",
+    "leave_cluster",
+    "members",
+    "parse_invitation",
+    "prepared",
+]
 
 
 def prepared() -> AgentConfig:
@@ -60,6 +71,12 @@ async def members() -> list[MemberView]:
     """See `Cluster.members`."""
     async with Cluster.opened(here()) as cluster:
         return [_member_view(member) for member in await cluster.members()]
+
+
+async def levels(*, raised: bool) -> Levels:
+    """See `cluster.level`."""
+    async with Cluster.opened(here()) as cluster:
+        return await (raise_level(cluster) if raised else read_levels(cluster))
 
 
 async def revoke(name: str, reason: str) -> None:
@@ -103,6 +120,9 @@ async def revoke_operator(name: str, reason: str) -> None:
 
 def _member_view(member: Member) -> MemberView:
     heard = MemberState.ALIVE if member.presence else MemberState.SILENT
+    out = member.presence.out_of_service if member.presence else ""
+    if out:
+        heard = MemberState.OUT_OF_SERVICE
     return MemberView(
         name=member.host.name,
         state=MemberState.REVOKED if member.revoked else heard,
@@ -111,4 +131,13 @@ def _member_view(member: Member) -> MemberView:
         certificate_trouble=member.presence.certificate if member.presence else "",
         boot_id=member.presence and member.presence.boot_id,
         agent_pid=member.presence and member.presence.pid,
+        out_of_service=out,
     )
+
+
+def own_name(config: Places) -> str:
+    """The name of this host in its cluster. Raises StateConflict."""
+    settings = read_settings(config)
+    if settings is None:
+        raise StateConflict("this host belongs to no cluster", remedy="semper host join")
+    return settings.host

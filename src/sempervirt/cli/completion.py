@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING
 
-from sempervirt.api.client import Client
-from sempervirt.api.schemas import DiskView, VmView
 from sempervirt.cli.session import ask_agent
 from sempervirt.core.errors import SempervirtError
+
+if TYPE_CHECKING:
+    from sempervirt.api.client import Client
+    from sempervirt.api.schemas import DeviceView, DiskView, VmView
+
+    Named = Sequence[VmView | DiskView | DeviceView]
 
 DEADLINE_S = 1.0
 
@@ -23,10 +27,15 @@ def disk_names(incomplete: str) -> list[str]:
     return _names(lambda client: client.disks(), incomplete)
 
 
-def _names(
-    question: Callable[[Client], Awaitable[Sequence[VmView | DiskView]]], incomplete: str
-) -> list[str]:
-    async def _ask(client: Client) -> Sequence[VmView | DiskView]:
+def device_names(incomplete: str) -> list[str]:
+    """Names VM/DEVICE that begin with `incomplete`."""
+    return _names(lambda client: client.devices(), incomplete)
+
+
+def _names(question: Callable[[Client], Awaitable[Named]], incomplete: str) -> list[str]:
+    import asyncio
+
+    async def _ask(client: Client) -> Named:
         async with asyncio.timeout(DEADLINE_S):
             return await question(client)
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from sempervirt.api.schemas import DiskView, RestartView
-from sempervirt.cli import disk_map, snapshots, threads, tune
-from sempervirt.cli.arguments import DiskName
+from sempervirt.cli import disk_map, guarded, snapshots, threads, tune
+from sempervirt.cli.arguments import DiskName, DiskNameIfAny
 from sempervirt.cli.output import (
     Output,
     OutputOption,
@@ -25,11 +24,11 @@ from sempervirt.cli.output import (
 )
 from sempervirt.cli.saved import with_bar
 from sempervirt.cli.session import ask_agent
-from sempervirt.core.errors import InvalidRequest
+from sempervirt.core.errors import InvalidRequest, SempervirtError
 from sempervirt.core.sizes import format_size, parse_size
-from sempervirt.disk.image import ImageState
-from sempervirt.disk.rescue import How
-from sempervirt.disk.state import Condition
+
+if TYPE_CHECKING:
+    from sempervirt.api.schemas import DiskView, RestartView
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -48,6 +47,11 @@ app.command(
 )(snapshots.export)
 app.command("unpin", epilog="Example: semper disk unpin web/root 3 --reader bonn")(snapshots.unpin)
 app.command("tune", epilog="Example: semper disk tune /srv/images")(tune.tune)
+app.command(
+    "guard",
+    epilog="Example: semper disk guard /srv/images/web.raw --name web/vda --group kvm",
+)(guarded.guard)
+app.command("unguard", epilog="Example: semper disk unguard web/vda")(guarded.unguard)
 
 RESTARTS_SHOWN = 8
 UPGRADE_HINT = " (another one is installed: see semper disk upgrade)"
@@ -97,7 +101,10 @@ def show(name: DiskName, output: OutputOption = Output.TABLE) -> None:
 
 @app.command("upgrade", epilog="Example: semper disk upgrade web/root")
 def upgrade(
-    name: DiskName,
+    name: DiskNameIfAny = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="All disks that another binary is installed for.")
+    ] = False,
     binary: Annotated[
         Path | None,
         typer.Option(help="Serve from this binary instead of the installed one."),
@@ -107,15 +114,53 @@ def upgrade(
     """Serve a disk from the newly installed semper-blkd; the guest goes on.
 
     First a spare is started from the new binary. If the spare fails, the present backend goes on
-    serving.
+    serving. With --all one disk after the other; one that cannot be upgraded keeps none from it.
     """
-    absolute = binary.absolute() if binary else None
-    with err.status(f"upgrading {name} …"):
-        view = ask_agent(lambda client: client.upgrade_disk(name, absolute))
+    if (name is None) is not every or (every and binary is not None):
+        raise InvalidRequest(
+            "one disk, or all of them by the installed binary",
+            remedy="write semper disk upgrade VM/DISK, or semper disk upgrade --all",
+        )
+    if name is None:
+        _upgrade_all(output)
+        return
+    view = _upgrade(name, binary.absolute() if binary else None)
     if output is Output.JSON:
         print_json(view)
-        return
-    out.print(f"{name} is served by {view.binary}, pid {view.active_pid}")
+    else:
+        out.print(f"{name} is served by {view.binary}, pid {view.active_pid}")
+
+
+def _upgrade(name: str, binary: Path | None) -> DiskView:
+    with err.status(f"upgrading {name} …"):
+        return ask_agent(lambda client: client.upgrade_disk(name, binary))
+
+
+def _upgrade_all(output: Output) -> None:
+    """All disks that are served by another binary than the installed one. Raises the first error
+    once all have been tried; people are told all of them.
+    """
+    views: list[DiskView] = []
+    failed: list[SempervirtError] = []
+    for disk in ask_agent(lambda client: client.disks()):
+        if not disk.upgrade_available:
+            continue
+        try:
+            view = _upgrade(disk.name, None)
+        except SempervirtError as error:
+            failed.append(error)
+            if output is not Output.JSON:
+                err.print(f"{disk.name} was not upgraded: {error}", soft_wrap=True)
+            continue
+        views.append(view)
+        if output is not Output.JSON:
+            out.print(f"{view.name} is served by {view.binary}, pid {view.active_pid}")
+    if output is Output.JSON:
+        print_json(views)
+    elif not (views or failed):
+        out.print("every disk is served by the installed binary")
+    if failed:
+        raise failed[0]
 
 
 @app.command("resize", epilog="Example: semper disk resize web/root 64G")
@@ -157,6 +202,8 @@ def rescue(
 
     An image that was only renamed is put back to its path without a copy, if --to names that path.
     """
+    from sempervirt.disk.rescue import How
+
     path = to.absolute()
     vm = name.partition("/")[0]
     view = with_bar(f"copying {name}", vm, lambda client: client.rescue_disk(name, path))
@@ -173,6 +220,8 @@ def rescue(
 
 def _note(view: DiskView) -> str:
     """What has become of the image, behind its path."""
+    from sempervirt.disk.image import ImageState
+
     return "" if view.image_state is ImageState.IN_PLACE else f" ({view.image_state.value})"
 
 
@@ -181,6 +230,8 @@ def _size(view: DiskView) -> str:
 
 
 def _rows(view: DiskView) -> list[tuple[str, str | None]]:
+    from sempervirt.disk.state import Condition
+
     backend = view.backend or {}
     if view.condition is Condition.QEMU:
         return _own_rows(view)
@@ -193,6 +244,7 @@ def _rows(view: DiskView) -> list[tuple[str, str | None]]:
         ("", view.image_finding),
         ("active", f"{view.active_pid or 'none'}, generation {view.generation}"),
         ("spare", spare if view.spare_pid else "none"),
+        ("socket", str(view.socket) if view.socket else None),
         ("binary", view.binary + (UPGRADE_HINT if view.upgrade_available else "")),
         ("state", backend.get("state")),
         ("engine", _engine(backend)),

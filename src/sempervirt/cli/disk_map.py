@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from sempervirt.api.client import Client
-from sempervirt.api.schemas import MapVerificationView, MapView
 from sempervirt.cli.arguments import DiskName
 from sempervirt.cli.output import Output, OutputOption, ago, err, facts, out, print_json
 from sempervirt.cli.session import ask_agent
 from sempervirt.core.errors import InvalidRequest
 from sempervirt.core.sizes import format_size
+
+if TYPE_CHECKING:
+    from sempervirt.api.client import Client
+    from sempervirt.api.schemas import MapVerificationView, MapView
 
 POLL_S = 0.2
 STEPS = {"index": "reading blocks", "pages": "comparing pages"}
@@ -66,6 +66,10 @@ def show_map(
 
 async def _verify(client: Client, name: str) -> None:
     """Compares every page with the disk, with a bar until that is done."""
+    import asyncio
+
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
     view = await client.verify_block_map(name)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=err, transient=True) as bar:

@@ -20,16 +20,16 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 
 from sempervirt.agent.agent import Agent
-from sempervirt.agent.moves import resume_all
 from sempervirt.api.client import Client
 from sempervirt.api.schemas import VmView
 from sempervirt.api.server import serving
 from sempervirt.cli.output import err, out, print_json_line
-from sempervirt.cli.session import here
+from sempervirt.cli.session import agent_socket, here
 from sempervirt.cli.watch import Watch
 from sempervirt.core.errors import AgentUnavailable, OutcomeUnknown, StateConflict, Unavailable
 from sempervirt.daemon.logs import log_to_stderr
 from sempervirt.host.records import PRIVATE
+from sempervirt.migration.moves import resume_all
 from sempervirt.qemu.spec import VmSpec
 from sempervirt.qemu.state import Runstate
 from sempervirt.vm.config import AgentConfig
@@ -42,7 +42,7 @@ async def run(spec: VmSpec, *, detach: bool, grace_s: float, json: bool) -> int:
     heard: asyncio.Queue[signal.Signals] = asyncio.Queue()
     async with AsyncExitStack() as stack:
         stack.enter_context(_caught(heard, signal.SIGHUP))
-        client = await stack.enter_async_context(Client.connect(config.socket))
+        client = await stack.enter_async_context(Client.connect(agent_socket(config, usable=True)))
         embedded = not await _agent_answers(client)
         if embedded and detach:
             raise AgentUnavailable(

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, assert_never
+from typing import TYPE_CHECKING, Annotated, assert_never
 
 import typer
 
-from sempervirt.api.client import Client
-from sempervirt.api.schemas import HostView
-from sempervirt.api.views import host_view
-from sempervirt.cli import audit
-from sempervirt.cli.members import MemberState, MemberView
+from sempervirt.cli import evacuate
+from sempervirt.cli.down import down
+from sempervirt.cli.member_state import MemberState
+from sempervirt.cli.members import MemberView
 from sempervirt.cli.output import (
     Output,
     OutputOption,
@@ -29,10 +28,11 @@ from sempervirt.cli.output import (
     styled,
 )
 from sempervirt.cli.session import ask_agent, is_here
-from sempervirt.cluster.standing import Age, Standing
 from sempervirt.core.durations import format_duration
-from sempervirt.qemu.facts import HostProbe
-from sempervirt.vm.config import AgentConfig
+
+if TYPE_CHECKING:
+    from sempervirt.api.schemas import HostView
+    from sempervirt.cluster.standing import Standing
 
 app = typer.Typer(
     no_args_is_help=True, help="What this host offers, and the cluster of hosts that it belongs to."
@@ -58,6 +58,8 @@ def show(output: OutputOption = Output.TABLE) -> None:
 
     Works with or without an agent.
     """
+    import asyncio
+
     view = asyncio.run(_host()) if is_here() else ask_agent(lambda client: client.host())
     if output is Output.JSON:
         print_json(view)
@@ -74,9 +76,16 @@ def show(output: OutputOption = Output.TABLE) -> None:
                 ("sandbox", "yes" if view.sandbox else "no"),
                 ("walls that are missing", "; ".join(view.missing_walls) or "none"),
                 ("certificate", _certificate(view.certificate)),
+                ("out of service", view.out_of_service),
             ]
         )
     )
+
+
+@app.command("metrics", epilog="Example: semper host metrics")
+def metrics() -> None:
+    """Print what Prometheus would read of this host, as OpenMetrics."""
+    typer.echo(ask_agent(lambda client: client.metrics()), nl=False)
 
 
 @app.command("audit", epilog="Example: semper host audit")
@@ -85,20 +94,36 @@ def audit_host(output: OutputOption = Output.TABLE) -> None:
 
     Works with or without an agent, for VMs of the user who asks.
     """
+    from sempervirt.cli import audit
+    from sempervirt.vm.config import AgentConfig
+
     audit.show(AgentConfig.default(), output)
 
 
 async def _host() -> HostView:
+    import asyncio
+
+    from sempervirt.api.client import Client
+    from sempervirt.api.views import host_view
+    from sempervirt.cluster.service import Service
+    from sempervirt.qemu.facts import HostProbe
+    from sempervirt.vm.config import AgentConfig
+    from sempervirt.vm.groups import why_no_groups
+    from sempervirt.vm.user import why_no_users, with_users
+
     config = AgentConfig.default()
     if config.socket.exists():
         async with Client.connect(config.socket) as client:
             return await client.host()
     found = None
     if config.cluster_file.exists():
-        from sempervirt.cli import cluster as work  # noqa: PLC0415 - certificates take long to import
+        from sempervirt.cli import cluster as work
 
         found = await asyncio.to_thread(work.standing, config)
-    return host_view(await HostProbe(config.qemu, config.state_dir / "cache").facts(), found)
+    out_of_service = (await asyncio.to_thread(Service.read, config.state_dir)).why_not
+    facts_here = await HostProbe(config.qemu, config.state_dir / "cache").facts()
+    no_users, no_groups = why_no_users(with_users(config)), why_no_groups(config)
+    return host_view(facts_here, found, no_users, no_groups, out_of_service)
 
 
 @app.command("init", epilog="Example: semper host init a --listen 10.0.0.1:7443")
@@ -137,7 +162,9 @@ def init(
     Other hosts can join only if all of them reach the store: give the addresses of etcd. An agent
     that already runs takes part after its next start.
     """
-    from sempervirt.cli import cluster as work  # noqa: PLC0415 - certificates take long to import
+    import asyncio
+
+    from sempervirt.cli import cluster as work
 
     config = work.prepared()
     begun = work.begin_cluster(
@@ -184,7 +211,9 @@ def add(
     If NAME is a member already, it joins again (semper host renew), and the certificates that it
     had are refused from then on.
     """
-    from sempervirt.cli import cluster as work  # noqa: PLC0415 - certificates take long to import
+    import asyncio
+
+    from sempervirt.cli import cluster as work
 
     invitation = asyncio.run(
         work.invite(name, timedelta(minutes=valid), f"{address}:0" if address else "")
@@ -212,7 +241,9 @@ def join(
     etcd_files: EtcdFiles = None,
 ) -> None:
     """Make this host a member of the cluster that gave the token out."""
-    from sempervirt.cli import cluster as work  # noqa: PLC0415 - certificates take long to import
+    import asyncio
+
+    from sempervirt.cli import cluster as work
 
     invitation = work.parse_invitation(token.read())
     settings = asyncio.run(
@@ -220,6 +251,33 @@ def join(
     )
     out.print(f"this host is {settings.host} of the cluster {settings.cluster}", highlight=False)
     out.print("start its agent anew, and it serves the others: semperd")
+
+
+@app.command("leave", epilog="Example: semper host leave")
+def leave(
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force", help="Also if other hosts need this one's authority, or nobody can tell."
+        ),
+    ] = False,
+) -> None:
+    """Make this host one of no cluster, also after a semper host init that failed midway.
+
+    Its agent must have ended, and no VM may be on record. Keys, settings and the store of a single
+    host are put aside and not deleted: with an authority in it, keep that directory safe.
+    """
+    import asyncio
+
+    from sempervirt.agent.lock import agent_lock
+    from sempervirt.cli import cluster as work
+
+    config = work.prepared()
+    with agent_lock(config.state_dir, config.run_dir):
+        left = asyncio.run(work.leave_cluster(config, force=force))
+    out.print(f"this host belongs to no cluster; what it had is in {left.aside}", highlight=False)
+    if left.host:
+        err.print(f"on another host of {left.cluster}: semper host revoke {left.host}")
 
 
 @app.command("renew", epilog="Example: semper host renew b.token")
@@ -233,7 +291,9 @@ def renew(
     Its agent does that by itself. This is for a host that was off until its certificate had ended,
     or was revoked. An agent that runs takes the certificate into use, and VMs are not touched.
     """
-    from sempervirt.cli import cluster as work  # noqa: PLC0415 - certificates take long to import
+    import asyncio
+
+    from sempervirt.cli import cluster as work
 
     settings = asyncio.run(work.renew(work.parse_invitation(token.read())))
     out.print(
@@ -247,16 +307,58 @@ def list_hosts(output: OutputOption = Output.TABLE) -> None:
 
     A silent host may still run VMs: no VM is taken from a host for being silent.
     """
-    from sempervirt.cli import cluster as work  # noqa: PLC0415 - certificates take long to import
+    import asyncio
+
+    from sempervirt.cli import cluster as work
 
     views = asyncio.run(work.members())
     if output is Output.JSON:
         print_json(views)
         return
-    table = listing("host", "agent", "address", "certificate")
+    table = listing("host", "agent", "address", "certificate", *["why"] * _any_out(views))
     for view in views:
-        table.add_row(view.name, styled(view.state), view.address, _expiry(view))
+        why = [view.out_of_service] if _any_out(views) else []
+        table.add_row(view.name, styled(view.state), view.address, _expiry(view), *why)
     out.print(table)
+
+
+@app.command("level", epilog="Example: semper host level --raise")
+def level(
+    raised: Annotated[
+        bool,
+        typer.Option(
+            "--raise", help="Raise it to what every host knows. It never sinks: no going back."
+        ),
+    ] = False,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Show what every host of the cluster knows to read, and who is behind.
+
+    Until it is raised, each host can go back to the release from which it came.
+    """
+    import asyncio
+    from dataclasses import asdict
+
+    from sempervirt.cli import cluster as work
+
+    found = asyncio.run(work.levels(raised=raised))
+    if output is Output.JSON:
+        typer.echo(json.dumps({**asdict(found), "known": found.known}, indent=2))
+        return
+    out.print(f"the cluster's level is {found.level}", highlight=False)
+    table = listing("host", "knows", "")
+    for one in found.members:
+        knows = "?" if one.knows is None else str(one.knows)
+        why = "it is silent" * (one.knows is None)
+        table.add_row(one.host, knows, why or "behind" * (one in found.behind))
+    out.print(table)
+    if found.known is not None and found.known > found.level:
+        err.print(f"all know {found.known}: semper host level --raise", highlight=False)
+
+
+app.command("evacuate", epilog="Example: semper host evacuate --dry-run")(evacuate.evacuate)
+app.command("return", epilog="Example: semper host return")(evacuate.return_host)
+app.command("down", epilog="Example: semper host down --dry-run")(down)
 
 
 @app.command("revoke", epilog='Example: semper host revoke b --reason "stolen"')
@@ -265,10 +367,16 @@ def revoke(
     reason: Annotated[str, typer.Option(help="Why; the store keeps the reason.")] = "",
 ) -> None:
     """Refuse a host from now on: its certificate counts no more. Its VMs are not touched."""
-    from sempervirt.cli import cluster as work  # noqa: PLC0415 - certificates take long to import
+    import asyncio
+
+    from sempervirt.cli import cluster as work
 
     asyncio.run(work.revoke(name, reason))
     out.print(f"{name} is revoked; to take it back: semper host add {name}", highlight=False)
+
+
+def _any_out(views: Sequence[MemberView]) -> bool:
+    return any(view.out_of_service for view in views)
 
 
 def _directory(path: Path | None) -> str:
@@ -291,6 +399,8 @@ def _expiry(view: MemberView) -> str:
 
 
 def _certificate(found: Standing | None) -> str:
+    from sempervirt.cluster.standing import Age
+
     if found is None:
         return "none: this host belongs to no cluster"
     until = "" if found.ends is None else f"of {found.host}, until {day(found.ends)}"

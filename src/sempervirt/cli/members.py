@@ -1,23 +1,16 @@
-"""The hosts of a cluster as they are printed."""
+"""The hosts and the operators of a cluster as they are printed."""
 
 from __future__ import annotations
 
-from enum import Enum
-
 from pydantic import BaseModel
 
-
-class MemberState(Enum):
-    """Whether a host's agent is heard, and whether the host still belongs to the cluster."""
-
-    ALIVE = "alive"
-    SILENT = "silent"
-    REVOKED = "revoked"
+from sempervirt.cli.member_state import MemberState
 
 
 class MemberView(BaseModel):
     """A host as it is printed. `certificate_ends` is in seconds since the epoch;
-    `certificate_trouble` is what keeps its agent from renewing it, once that is late.
+    `certificate_trouble` is what keeps its agent from renewing it, once that is late;
+    `out_of_service` why no VM may come there, "" while VMs may.
     """
 
     name: str
@@ -27,3 +20,12 @@ class MemberView(BaseModel):
     certificate_trouble: str
     boot_id: str | None
     agent_pid: int | None
+    out_of_service: str = ""
+
+
+class OperatorView(BaseModel):
+    """An operator as it is printed. `certificate_ends` is in seconds since the epoch."""
+
+    name: str
+    role: str
+    certificate_ends: float

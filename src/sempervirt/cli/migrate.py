@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from time import monotonic
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from sempervirt.api.client import Client
-from sempervirt.api.schemas import MigrateRequest
 from sempervirt.cli.arguments import VmName
-from sempervirt.cli.output import Output, OutputOption, err, facts, out, print_json
+from sempervirt.cli.output import Output, OutputOption, err, facts, listing, out, print_json
 from sempervirt.cli.session import ask_agent
 from sempervirt.cli.whereabouts import judge, judge_cancelled, sentence
 from sempervirt.core.errors import (
@@ -22,8 +18,10 @@ from sempervirt.core.errors import (
     OutcomeUnknown,
 )
 from sempervirt.core.sizes import format_size
-from sempervirt.migration.messages import MigrationView, MovePolicy
-from sempervirt.vm.phases import Phase
+
+if TYPE_CHECKING:
+    from sempervirt.api.client import Client
+    from sempervirt.migration.messages import MigrationView
 
 POLL_S = 0.2
 # How long the agent may be silent, as one that is replaced, or may not know who owns the VM.
@@ -90,6 +88,9 @@ def migrate(
     way, or it is too late to cancel; 6 the VM stays here; 7 nobody knows who owns the VM; 10 the
     VM is lost, which only --postcopy risks.
     """
+    from sempervirt.api.schemas import MigrateRequest
+    from sempervirt.migration.messages import MovePolicy
+
     if cancel:
         view = ask_agent(lambda client: client.cancel_migration(name))
         _print(view, output)
@@ -141,6 +142,24 @@ def resolve(
         out.print(view.message, highlight=False)
 
 
+def place(name: VmName, output: OutputOption = Output.TABLE) -> None:
+    """Show which hosts a VM could move to, the best first, and why not to the others.
+
+    The score adds up from the reasons beside it. An evacuation chooses by the same.
+    """
+    found = ask_agent(lambda client: client.places(name))
+    if output is Output.JSON:
+        print_json(found)
+        return
+    if found.stuck:
+        out.print(f"{name} can move nowhere now: {found.stuck}", highlight=False, markup=False)
+    table = listing("host", "score", "why")
+    for host in found.hosts:
+        reasons = [f"{part.points:+.1f} {part.reason}" for part in host.points] or host.against
+        table.add_row(host.host, f"{host.score:.1f}" if host.fits else "no", "; ".join(reasons))
+    out.print(table)
+
+
 def _dry_run(name: str, host: str, output: Output) -> None:
     found = ask_agent(lambda client: client.migration_obstacles(name, host))
     if output is Output.JSON:
@@ -160,6 +179,12 @@ async def _watch(client: Client, view: MigrationView) -> MigrationView:
 
     Raises OutcomeUnknown when the agent is silent, or knows nothing of the move any more.
     """
+    import asyncio
+
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from sempervirt.vm.phases import Phase
+
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -208,6 +233,8 @@ def _silent(view: MigrationView) -> NoReturn:
 
 def about(view: MigrationView) -> str:
     """One line: the phase, and what is sent."""
+    from sempervirt.vm.phases import Phase
+
     parts = [view.phase.value]
     if view.passes:
         parts.append(f"pass {view.passes}, {format_size(view.remaining)} left")

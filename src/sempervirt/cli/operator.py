@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from datetime import timedelta
 from enum import Enum
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from pydantic import BaseModel
 
 from sempervirt.cli.output import Output, OutputOption, day, err, listing, out, print_json
 from sempervirt.core.durations import format_duration
@@ -33,14 +31,6 @@ class OperatorRole(Enum):
     VIEWER = "viewer"
 
 
-class OperatorView(BaseModel):
-    """An operator as it is printed. `certificate_ends` is in seconds since the epoch."""
-
-    name: str
-    role: str
-    certificate_ends: float
-
-
 @app.command("add", epilog="Example: semper operator add alice --role viewer --to alice.pem")
 def add(
     name: OperatorName,
@@ -51,7 +41,9 @@ def add(
     days: Annotated[int, typer.Option(min=1, max=3650, help="How long they are good.")] = 30,
 ) -> None:
     """Make an operator's key, on the host that has the authority. An earlier key counts no more."""
-    from sempervirt.cli import cluster as work  # noqa: PLC0415 - certificates take long to import
+    import asyncio
+
+    from sempervirt.cli import cluster as work
 
     asyncio.run(work.add_operator(name, role.value, timedelta(days=days), to))
     out.print(f"{name} is {role.value}, for {days} days; the key is in {to}", highlight=False)
@@ -63,7 +55,10 @@ def add(
 @app.command("list", epilog="Example: semper operator list --output json")
 def list_operators(output: OutputOption = Output.TABLE) -> None:
     """List the operators, their roles, and when their certificates end."""
-    from sempervirt.cli import cluster as work  # noqa: PLC0415 - certificates take long to import
+    import asyncio
+
+    from sempervirt.cli import cluster as work
+    from sempervirt.cli.members import OperatorView
 
     found = asyncio.run(work.operators())
     views = [
@@ -88,7 +83,9 @@ def revoke(
     reason: Annotated[str, typer.Option(help="Why; the store keeps the reason.")] = "",
 ) -> None:
     """Refuse an operator from now on, on every host."""
-    from sempervirt.cli import cluster as work  # noqa: PLC0415 - certificates take long to import
+    import asyncio
+
+    from sempervirt.cli import cluster as work
 
     asyncio.run(work.revoke_operator(name, reason))
     out.print(f"{name} is revoked; to take the operator back: semper operator add {name}")

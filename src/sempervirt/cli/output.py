@@ -9,19 +9,25 @@ import sys
 import time
 from collections.abc import Sequence
 from enum import Enum
-from typing import Annotated
+from functools import cache
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from pydantic import BaseModel
 from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from sempervirt.cli.members import MemberState
 from sempervirt.core.durations import format_duration
 from sempervirt.core.errors import NotAllowed
-from sempervirt.disk.state import Condition
-from sempervirt.qemu.state import Runstate
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from sempervirt.cli.member_state import MemberState
+    from sempervirt.disk.state import Condition
+    from sempervirt.qemu.state import Runstate
+
+    State = Runstate | Condition | MemberState
 
 out = Console()
 err = Console(stderr=True)
@@ -38,34 +44,43 @@ OutputOption = Annotated[
     Output, typer.Option("--output", "-o", help="How to print the result.", show_default=True)
 ]
 
-State = Runstate | Condition | MemberState
 _GOOD, _ON_THE_WAY, _LOOK, _BAD, _ENDED = "green", "cyan", "yellow", "bold red", "dim"
-_STYLES: dict[State, str] = {
-    Runstate.STARTING: _ON_THE_WAY,
-    Runstate.RUNNING: _GOOD,
-    Runstate.PAUSED: _LOOK,
-    Runstate.HALTED: _LOOK,
-    Runstate.STOPPING: _ON_THE_WAY,
-    Runstate.UNKNOWN: _BAD,
-    Runstate.STOPPED: _ENDED,
-    Runstate.CRASHED: _BAD,
-    Condition.STARTING: _ON_THE_WAY,
-    Condition.GUARDED: _GOOD,
-    Condition.UNGUARDED: _LOOK,
-    Condition.RECOVERING: _ON_THE_WAY,
-    Condition.STALLED: _BAD,
-    Condition.MEDIUM_HANGS: _BAD,
-    Condition.BACKING_OFF: _LOOK,
-    Condition.FAILING: _BAD,
-    Condition.FROZEN: _LOOK,
-    Condition.STOPPING: _ON_THE_WAY,
-    Condition.STOPPED: _ENDED,
-    Condition.QEMU: _LOOK,
-    Condition.EJECTED: _LOOK,
-    MemberState.ALIVE: _GOOD,
-    MemberState.SILENT: _LOOK,
-    MemberState.REVOKED: _BAD,
-}
+
+
+@cache
+def _styles() -> dict[State, str]:
+    """The colour of each state."""
+    from sempervirt.cli.member_state import MemberState
+    from sempervirt.disk.state import Condition
+    from sempervirt.qemu.state import Runstate
+
+    return {
+        Runstate.STARTING: _ON_THE_WAY,
+        Runstate.RUNNING: _GOOD,
+        Runstate.PAUSED: _LOOK,
+        Runstate.HALTED: _LOOK,
+        Runstate.STOPPING: _ON_THE_WAY,
+        Runstate.UNKNOWN: _BAD,
+        Runstate.STOPPED: _ENDED,
+        Runstate.CRASHED: _BAD,
+        Condition.STARTING: _ON_THE_WAY,
+        Condition.GUARDED: _GOOD,
+        Condition.UNGUARDED: _LOOK,
+        Condition.RECOVERING: _ON_THE_WAY,
+        Condition.STALLED: _BAD,
+        Condition.MEDIUM_HANGS: _BAD,
+        Condition.BACKING_OFF: _LOOK,
+        Condition.FAILING: _BAD,
+        Condition.FROZEN: _LOOK,
+        Condition.STOPPING: _ON_THE_WAY,
+        Condition.STOPPED: _ENDED,
+        Condition.QEMU: _LOOK,
+        Condition.EJECTED: _LOOK,
+        MemberState.ALIVE: _GOOD,
+        MemberState.SILENT: _LOOK,
+        MemberState.OUT_OF_SERVICE: _LOOK,
+        MemberState.REVOKED: _BAD,
+    }
 
 
 def echo_secret(text: str) -> None:
@@ -91,6 +106,8 @@ def print_json_line(value: BaseModel) -> None:
 
 def print_json(value: BaseModel | Sequence[BaseModel]) -> None:
     """One JSON document on stdout."""
+    from pydantic import BaseModel
+
     if isinstance(value, BaseModel):
         document: object = value.model_dump(mode="json")
     else:
@@ -100,7 +117,7 @@ def print_json(value: BaseModel | Sequence[BaseModel]) -> None:
 
 def styled(state: State) -> Text:
     """A state in its colour."""
-    return Text(state.value, style=_STYLES[state])
+    return Text(state.value, style=_styles()[state])
 
 
 def listing(*columns: str) -> Table:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
+import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from sempervirt.api.client import Client
-from sempervirt.api.schemas import RestoreRequest, SavedView, VmView
 from sempervirt.cli.arguments import VmName
 from sempervirt.cli.output import Output, OutputOption, err, facts, out, print_json
-from sempervirt.cli.session import ask_agent
-from sempervirt.core.errors import InvalidRequest, SempervirtError
+from sempervirt.cli.session import ask_agent, is_here
+from sempervirt.core.errors import InvalidRequest, SempervirtError, StateConflict
 from sempervirt.core.sizes import format_size
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+    from sempervirt.api.client import Client
+    from sempervirt.api.schemas import SavedView, VmView
 
 PAGE_BYTES = 4096
 POLL_S = 0.2
@@ -34,21 +37,48 @@ File = Annotated[Path, typer.Argument(metavar="FILE", help="The saved state.", s
 
 def save(
     name: VmName,
-    file: File,
+    file: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[FILE]",
+            help="The saved state; by default the agent keeps it for semper vm start.",
+            show_default=False,
+        ),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace FILE, if it exists, without a question.")
+    ] = False,
     output: OutputOption = Output.TABLE,
 ) -> None:
-    """Save a VM, with its memory and devices, to FILE, and end it.
+    """Save a VM, with its memory and devices, to FILE, and end it. Without FILE the next semper vm
+    start goes on from there.
 
     Memory that is a copy of what stands on the VM's disks is not written to FILE: FILE names the
     blocks. So FILE belongs to the disks as they are now, and the VM can be restored as long as
     nobody has written to the disks. If saving fails, the VM goes on.
     """
-    path = file.absolute()
+    path = None if file is None else file.absolute()
+    if path is not None and not force and is_here():  # elsewhere the agent replaces nothing
+        _require_replaceable(path)
     view = with_bar(f"saving {name}", name, lambda client: client.save_vm(name, path))
     if output is Output.JSON:
         print_json(view)
         return
     out.print(facts(_rows(view)))
+
+
+def _require_replaceable(path: Path) -> None:
+    """Asks whether a file that exists may be replaced. Raises StateConflict where nobody can be
+    asked, and typer.Abort for a no.
+    """
+    if not path.exists():
+        return
+    if not sys.stdin.isatty():
+        raise StateConflict(
+            f"{path} exists, and is perhaps the only copy of a VM that was saved",
+            remedy="choose another file, or replace this one: --force",
+        )
+    typer.confirm(f"{path} exists. Replace it?", abort=True, err=True)
 
 
 def restore(
@@ -65,6 +95,8 @@ def restore(
 
     Refused if a disk was written to since the save. FILE is only read.
     """
+    from sempervirt.api.schemas import RestoreRequest
+
     images = dict(_image(text) for text in image or [])
     request = RestoreRequest(file=file.absolute(), name=name, images=images, taps=_taps(tap))
     view = with_bar(f"restoring {file.name}", name, lambda client: client.restore_vm(request))
@@ -97,6 +129,8 @@ def clone(
     clone is the VM that was saved: the same identities, and until the guest is rebooted the same
     addresses of network cards. Do not put clone and original on one network before that.
     """
+    from sempervirt.api.schemas import RestoreRequest
+
     request = RestoreRequest(
         file=file.absolute(),
         name=name,
@@ -127,6 +161,10 @@ def _taps(texts: list[str] | None) -> dict[str, str]:
 
 def with_bar(text: str, name: str | None, request: Callable[[Client], Awaitable[Answer]]) -> Answer:
     """What came of `request`; a bar shows the work on the VM `name`, if the name is known."""
+    import asyncio
+
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
 
     async def _with_bar(client: Client) -> Answer:
@@ -142,6 +180,8 @@ def with_bar(text: str, name: str | None, request: Callable[[Client], Awaitable[
 
 
 async def _follow(client: Client, name: str | None, bar: Progress, task: TaskID) -> None:
+    import asyncio
+
     while name is not None:
         with contextlib.suppress(SempervirtError):  # it is not there yet, or not any more
             work = (await client.vm(name)).work

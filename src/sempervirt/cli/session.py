@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
+import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar, assert_never
+from typing import TYPE_CHECKING, TypeVar, assert_never
 
-from sempervirt.api.client import Client
 from sempervirt.cli.output import day, err
-from sempervirt.cluster.standing import Age, age
 from sempervirt.core.durations import format_duration
 from sempervirt.core.errors import InvalidRequest
-from sempervirt.vm.config import AgentConfig
+from sempervirt.host.places import RUN_VARIABLE, SYSTEM_RUN_DIR
+
+if TYPE_CHECKING:
+    from sempervirt.api.client import Client
+    from sempervirt.vm.config import AgentConfig
 
 Result = TypeVar("Result")
 
@@ -54,6 +56,8 @@ def here() -> AgentConfig:
     """This user's directories, for what is done on this host. Raises InvalidRequest when another
     host was named.
     """
+    from sempervirt.vm.config import AgentConfig
+
     require_here()
     return AgentConfig.default()
 
@@ -74,6 +78,7 @@ def require_here() -> None:
 
 def ask_agent(question: Callable[[Client], Awaitable[Result]]) -> Result:
     """Runs `question` with a client of the agent that was chosen."""
+    import asyncio
 
     async def _ask() -> Result:
         async with _client() as client:
@@ -82,14 +87,31 @@ def ask_agent(question: Callable[[Client], Awaitable[Result]]) -> Result:
     return asyncio.run(_ask())
 
 
+def agent_socket(own: AgentConfig, *, usable: bool = False) -> Path:
+    """Where this user's agent is, or where it would be: a user who runs none asks the one of root.
+    With `usable` only if this user may.
+    """
+    system = SYSTEM_RUN_DIR / own.socket.name
+    if RUN_VARIABLE in os.environ or own.socket.exists():
+        return own.socket
+    try:
+        there = os.access(system, os.W_OK) if usable else system.exists()
+    except PermissionError:  # it may not be looked for: so there is something
+        there = not usable
+    return system if there else own.socket
+
+
 @asynccontextmanager
 async def _client() -> AsyncIterator[Client]:
+    from sempervirt.api.client import Client
+    from sempervirt.vm.config import AgentConfig
+
     elsewhere = _elsewhere.get()
     if elsewhere is None:
-        async with Client.connect(AgentConfig.default().socket) as client:
+        async with Client.connect(agent_socket(AgentConfig.default())) as client:
             yield client
         return
-    from sempervirt.trust.operator import (  # noqa: PLC0415 - certificates take long to import
+    from sempervirt.trust.operator import (
         life_of,
         operator_context,
     )
@@ -103,6 +125,8 @@ async def _client() -> AsyncIterator[Client]:
 
 def _tell_end(key: Path, begins: float, ends: float) -> None:
     """Warns of an operator's certificate that has ended, or is about to: nobody renews it."""
+    from sempervirt.cluster.standing import Age, age
+
     now = time.time()
     again = "ask for another where the authority is: semper operator add NAME"
     match age(begins, ends, now):

@@ -2,37 +2,51 @@
 
 from __future__ import annotations
 
-import asyncio
+from functools import cache
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from sempervirt.api.client import Client
-from sempervirt.api.schemas import LayersView, LayerView
 from sempervirt.cli.arguments import DiskName, VmName
 from sempervirt.cli.output import Output, OutputOption, ago, err, listing, out, print_json
 from sempervirt.cli.saved import with_bar
 from sempervirt.cli.session import ask_agent
 from sempervirt.core.errors import InvalidRequest, Unavailable
 from sempervirt.core.sizes import format_size, parse_size
-from sempervirt.disk.answers import LayerState
-from sempervirt.disk.export import ImageFormat
-from sempervirt.renewal.snapshot import Consistency, Freezing
+from sempervirt.disk.image_format import ImageFormat
+
+if TYPE_CHECKING:
+    from sempervirt.api.client import Client
+    from sempervirt.api.schemas import LayersView, LayerView, MergingView
+    from sempervirt.disk.answers import LayerState
+    from sempervirt.renewal.snapshot import Consistency
 
 POLL_S = 0.2
 
-_WHAT = {
-    LayerState.OPENED: "being taken",
-    LayerState.SEALED: "there",
-    LayerState.LAPSED: "unwanted",
-    LayerState.MERGING: "being merged",
-}
-_WORTH = {
-    Consistency.FILE_SYSTEMS: "the guest's file systems were frozen",
-    Consistency.CRASH: "as after a power failure",
-}
+
+@cache
+def _what() -> dict[LayerState, str]:
+    """What is said of a layer."""
+    from sempervirt.disk.answers import LayerState
+
+    return {
+        LayerState.OPENED: "being taken",
+        LayerState.SEALED: "there",
+        LayerState.LAPSED: "unwanted",
+        LayerState.MERGING: "being merged",
+    }
+
+
+@cache
+def _reliance() -> dict[Consistency, str]:
+    """How far a snapshot can be relied upon."""
+    from sempervirt.renewal.snapshot import Consistency
+
+    return {
+        Consistency.FILE_SYSTEMS: "the guest's file systems were frozen",
+        Consistency.CRASH: "as after a power failure",
+    }
 
 
 def snapshot(
@@ -57,6 +71,8 @@ def snapshot(
     two seconds, which needs qemu-guest-agent in the guest and the channel org.qemu.guest_agent.0 in
     the VM file. A disk has at most four layers: give the oldest up with semper disk merge.
     """
+    from sempervirt.renewal.snapshot import Freezing
+
     freezing = {None: Freezing.AUTO, True: Freezing.REQUIRED, False: Freezing.NEVER}[freeze]
     with err.status(f"taking a snapshot of {name} …"):
         view = ask_agent(lambda client: client.snapshot_vm(name, disk or [], freezing))
@@ -69,7 +85,7 @@ def snapshot(
     out.print(table)
     frozen = "" if view.frozen_ms is None else f", for {view.frozen_ms:.0f} ms"
     why = f": {view.reason}" if view.reason else frozen
-    out.print(f"consistent: {_WORTH[view.consistency]}{why}", soft_wrap=True)
+    out.print(f"consistent: {_reliance()[view.consistency]}{why}", soft_wrap=True)
 
 
 def snapshots(name: DiskName, output: OutputOption = Output.TABLE) -> None:
@@ -99,19 +115,34 @@ def merge(
     ] = False,
     output: OutputOption = Output.TABLE,
 ) -> None:
-    """Give snapshots of a disk up, and merge their layers into the image while the guest runs."""
+    """Give snapshots of a disk up, and merge their layers into the image while the guest runs.
+
+    The layer that takes a running guest's writes stays. When the VM has ended, that layer goes as
+    well, if its own snapshot is given up.
+    """
+    from sempervirt.api.schemas import MergingView
+
     try:
         rate_bytes = None if rate is None else parse_size(rate)
     except ValueError as error:
         raise InvalidRequest(str(error)) from error
 
-    async def merged(client: Client) -> LayersView:
+    async def merged(client: Client) -> LayersView | MergingView:
         begun = await client.merge_layers(name, through, rate_bytes)
+        if begun.done:
+            return begun
         if detach:
             return await client.layers(name)
         return await _followed(client, name, set(begun.merging))
 
-    _show(ask_agent(merged), output)
+    view = ask_agent(merged)
+    if not isinstance(view, MergingView):
+        _show(view, output)
+    elif output is Output.JSON:
+        print_json(view)
+    else:
+        layers = ", ".join(map(str, view.merging))
+        out.print(f"{name}: layers that went into the image: {layers or 'none'}")
 
 
 def export(
@@ -152,6 +183,10 @@ def unpin(
 
 async def _followed(client: Client, disk: str, merging: set[int]) -> LayersView:
     """Shows how far the merge is, until all those layers are gone. Raises Unavailable."""
+    import asyncio
+
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=err, transient=True) as progress:
         shown = progress.add_task(f"merging {disk}", total=None)
@@ -187,7 +222,7 @@ def _show(view: LayersView, output: Output) -> None:
         readers = ", ".join(pin.reader for pin in view.pins if pin.snapshot == layer.id)
         table.add_row(
             str(layer.id),
-            _WHAT[layer.state],
+            _what()[layer.state],
             f"{ago(layer.time)} ago",
             _worth(layer),
             format_size(layer.data_bytes),

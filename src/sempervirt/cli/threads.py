@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from sempervirt.api.schemas import DiskView
 from sempervirt.cli.arguments import DiskName
 from sempervirt.cli.output import Output, OutputOption, err, facts, listing, out, print_json
 from sempervirt.cli.session import ask_agent
 from sempervirt.core.errors import InvalidRequest
 from sempervirt.core.queue_map import ThreadMap, counted, parse_map
+
+if TYPE_CHECKING:
+    from sempervirt.api.schemas import DiskView
 
 Counters = dict[str, object]
 

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import signal
 from collections.abc import Coroutine
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from sempervirt.cli import tune_output
 from sempervirt.cli.output import Output, OutputOption, err, out, print_json
 from sempervirt.core.errors import InvalidRequest, Unavailable
 from sempervirt.core.sizes import format_size, parse_size
-from sempervirt.disk.backend import Blkd
-from sempervirt.disk.tuning import preparation
-from sempervirt.disk.tuning.judgement import Bounds
-from sempervirt.disk.tuning.preparation import Prepared, Request
-from sempervirt.disk.tuning.tune import Tuning, alone
-from sempervirt.host.places import default_state_dir
-from sempervirt.qemu.features import find_qemu
+from sempervirt.disk.tuning.bounds import SECONDS, Bounds
+
+if TYPE_CHECKING:
+    from sempervirt.cli import tune_output
+    from sempervirt.disk.tuning.preparation import Prepared, Request
 
 Result = TypeVar("Result")
 TERMINATED = 128 + signal.SIGTERM
@@ -74,7 +70,7 @@ def tune(
     ] = None,
     seconds: Annotated[
         float, typer.Option(min=1, help="About the longest time for each storage.")
-    ] = preparation.SECONDS,
+    ] = SECONDS,
     size: Annotated[str, typer.Option(help="Size of the scratch image.")] = "256M",
     latency_bound: Annotated[
         float,
@@ -107,6 +103,15 @@ def tune(
     serves the most requests for each second of processor time becomes a preset. VMs that are
     started afterwards use the preset where the VM file says "auto".
     """
+    import asyncio
+
+    from sempervirt.cli import tune_output
+    from sempervirt.disk.backend import Blkd
+    from sempervirt.disk.tuning import preparation
+    from sempervirt.disk.tuning.preparation import Request
+    from sempervirt.disk.tuning.tune import alone
+    from sempervirt.host.places import default_state_dir
+
     if show:
         listed = asyncio.run(preparation.show(default_state_dir(), Blkd().binary(), _qemu()))
         tune_output.print_presets(listed) if output is Output.TABLE else print_json(listed)
@@ -134,6 +139,9 @@ def tune(
 
 
 async def _tune(request: Request, plot: Path | None, *, dry_run: bool, output: Output) -> None:
+    from sempervirt.cli import tune_output
+    from sempervirt.disk.tuning import preparation
+
     if plot is not None:
         tune_output.check_plot(plot)
     prepared = await preparation.prepare(request)
@@ -155,12 +163,17 @@ async def _tune(request: Request, plot: Path | None, *, dry_run: bool, output: O
 
 
 async def _run(prepared: Prepared) -> tune_output.TuneReport:
+    from sempervirt.cli import tune_output
+    from sempervirt.disk.tuning.tune import Tuning
+
     with tune_output.Bar(prepared.plan()) as bar:
         return await Tuning(prepared).run(bar)
 
 
 def _until_signalled(work: Coroutine[Any, Any, Result]) -> Result:
     """Runs `work`. Ctrl-C and SIGTERM cancel it, so that it cleans up, and are then raised."""
+    import asyncio
+
     terminated = False
 
     async def guarded() -> Result:
@@ -184,6 +197,8 @@ def _until_signalled(work: Coroutine[Any, Any, Result]) -> Result:
 
 
 def _qemu() -> str | None:
+    from sempervirt.qemu.features import find_qemu
+
     try:
         return find_qemu()
     except Unavailable:
@@ -191,6 +206,8 @@ def _qemu() -> str | None:
 
 
 def _size(text: str) -> int:
+    from sempervirt.disk.tuning import preparation
+
     try:
         size_bytes = parse_size(text)
     except ValueError as error:

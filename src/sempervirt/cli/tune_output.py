@@ -242,7 +242,7 @@ def check_plot(path: Path) -> None:
     if not path.absolute().parent.is_dir():
         raise InvalidRequest(f"{path.parent} is not a directory", remedy="make it first")
     try:
-        import matplotlib  # noqa: F401, PLC0415
+        import matplotlib  # noqa: F401
     except ImportError as error:
         raise Unavailable(
             "no picture can be drawn: matplotlib is not installed",
@@ -252,7 +252,7 @@ def check_plot(path: Path) -> None:
 
 def draw(report: TuneReport, path: Path) -> None:
     """A panel for each race: requests per processor-second over p99, with the bound."""
-    from matplotlib.figure import Figure  # noqa: PLC0415
+    from matplotlib.figure import Figure
 
     races = [
         (site, device) for site in report.storages for device in site.devices if device.candidates

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sempervirt.api.client import Client
-from sempervirt.api.schemas import VmView
 from sempervirt.cli import console as terminal
 from sempervirt.cli import migrate, saved, tail
 from sempervirt.cli.arguments import VmName
@@ -31,8 +28,10 @@ from sempervirt.cli.session import ask_agent, require_here
 from sempervirt.cli.whereabouts import sentence, why
 from sempervirt.core.errors import StateConflict
 from sempervirt.core.sizes import format_size
-from sempervirt.qemu.spec_file import load_spec
-from sempervirt.qemu.state import Runstate
+
+if TYPE_CHECKING:
+    from sempervirt.api.client import Client
+    from sempervirt.api.schemas import VmView
 
 app = typer.Typer(no_args_is_help=True, help="Run virtual machines, look at them, move them.")
 
@@ -59,8 +58,11 @@ def run(
     is the agent until the VM ends: other terminals can look at the VM, and Ctrl-C powers the VM
     off. With --output json one line is printed when the VM runs, and one when it has ended.
     """
+    import asyncio
+
     # The HTTP server takes longer to import than most commands take to run.
-    from sempervirt.cli import foreground  # noqa: PLC0415
+    from sempervirt.cli import foreground
+    from sempervirt.qemu.spec_file import load_spec
 
     spec = load_spec(file)
     raise typer.Exit(
@@ -95,6 +97,16 @@ def show(name: VmName, output: OutputOption = Output.TABLE) -> None:
     """Show one VM: state and reason, migration, disks, channels, events, and how the VM ended."""
     view = ask_agent(lambda client: client.vm(name))
     _print(view, output)
+
+
+@app.command("start", epilog="Example: semper vm start web")
+def start(name: VmName, output: OutputOption = Output.TABLE) -> None:
+    """Start a VM that has ended, as it was started the last time.
+
+    A VM that was saved without a file, or when its host went down, goes on where it was. For a
+    changed VM file: semper vm run FILE.
+    """
+    _change(name, "starting", lambda client: client.start_vm(name), output)
 
 
 @app.command("stop", epilog="Example: semper vm stop web --grace 30")
@@ -141,9 +153,9 @@ def restart_qemu(
 ) -> None:
     """Move a running VM to a new QEMU process, for example after an upgrade of QEMU.
 
-    The guest stands still for some 50 to 300 milliseconds. Its memory stays in place, and its disks
-    stay served. If the new QEMU cannot take over, the old QEMU goes on. Programs that were
-    connected to the console or to a channel have to connect again.
+    The guest stands still for a moment. Its memory stays in place, and its disks stay served. If
+    the new QEMU cannot take over, the old QEMU goes on. Programs that were connected to the console
+    or to a channel have to connect again.
     """
     program = qemu.absolute() if qemu else None
     with err.status(f"moving {name} to a new QEMU …"):
@@ -162,8 +174,10 @@ app.command("clone", epilog="Example: semper vm clone web.saved web-2 --into /im
 
 
 @app.command("remove", epilog="Example: semper vm remove web")
+@app.command("forget", hidden=True, epilog="Example: semper vm forget web")
 def remove(name: VmName) -> None:
-    """Take a VM that has ended off the list, and delete its logs and its firmware's variables.
+    """Take a VM that has ended off the list, and delete its logs, its firmware's variables and a
+    state that the agent has kept of it.
 
     Images are not touched.
     """
@@ -171,6 +185,7 @@ def remove(name: VmName) -> None:
 
 
 app.command("migrate", epilog="Example: semper vm migrate web --to b")(migrate.migrate)
+app.command("place", epilog="Example: semper vm place web")(migrate.place)
 app.command(
     "resolve",
     epilog='Example: semper vm resolve web --owner b --evidence "a is switched off, I stand there"',
@@ -197,7 +212,12 @@ def console(name: VmName) -> None:
 def logs(
     name: VmName,
     source: Annotated[
-        str, typer.Option("--source", "-s", help="console, qemu, or the name of a disk.")
+        str,
+        typer.Option(
+            "--source",
+            "-s",
+            help="console, qemu, or a disk: who serves it, or DISK:spare, DISK:previous.",
+        ),
     ] = "console",
     lines: Annotated[
         int, typer.Option("--lines", "-n", min=1, max=10000, help="How many lines.")
@@ -254,6 +274,8 @@ def _recorded(view: VmView) -> list[tuple[str, str]]:
 
 
 def _print(view: VmView, output: Output) -> None:
+    from sempervirt.qemu.state import Runstate
+
     if output is Output.JSON:
         print_json(view)
         return

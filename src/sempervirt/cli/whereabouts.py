@@ -5,16 +5,19 @@ Each function names all phases, so that mypy refuses a phase that nobody has a w
 
 from __future__ import annotations
 
-from typing import assert_never
+from typing import TYPE_CHECKING, assert_never
 
-from sempervirt.api.schemas import VmView
 from sempervirt.core.errors import OutcomeUnknown, StateConflict, StateLost, Unavailable
-from sempervirt.migration.messages import MigrationView
-from sempervirt.vm.phases import Phase
+
+if TYPE_CHECKING:
+    from sempervirt.api.schemas import VmView
+    from sempervirt.migration.messages import MigrationView
 
 
 def sentence(view: MigrationView) -> str:
     """Where the VM is now, and what is waited for."""
+    from sempervirt.vm.phases import Phase
+
     source, destination = view.source, view.destination
     match view.phase:
         case Phase.PREPARE:
@@ -50,6 +53,8 @@ def sentence(view: MigrationView) -> str:
 
 def why(view: VmView) -> str:
     """Why a VM is in its state, for a column: what a migration has made of it says the most."""
+    from sempervirt.vm.phases import Phase
+
     migration = view.migration
     if migration is None:
         return view.why
@@ -70,6 +75,8 @@ def judge(view: MigrationView) -> None:
     Raises Unavailable when the VM stays, OutcomeUnknown when nobody knows who owns the VM, and
     StateLost when nobody has it any more. A migration that still goes on is no failure.
     """
+    from sempervirt.vm.phases import Phase
+
     vm, source, destination = view.vm, view.source, view.destination
     match view.phase:
         case Phase.DONE:
@@ -100,6 +107,8 @@ def judge_cancelled(view: MigrationView) -> None:
 
     Raises StateConflict when that came too late, otherwise as `judge`.
     """
+    from sempervirt.vm.phases import Phase
+
     vm, destination = view.vm, view.destination
     match view.phase:
         case Phase.ABANDONED:

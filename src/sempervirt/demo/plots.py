@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from sempervirt.core.errors import Unavailable
+from sempervirt.demo.figure import new_figure
 from sempervirt.demo.script import Act, Deed
 
 BIN_S = 0.05
@@ -66,16 +66,8 @@ def draw_file(
 
     Raises Unavailable without matplotlib.
     """
-    try:
-        # An extra that a host without people to look does not need.
-        from matplotlib.figure import Figure  # noqa: PLC0415
-    except ImportError as error:
-        raise Unavailable(
-            "no picture was drawn: matplotlib is not installed",
-            remedy='install it with: pip install "sempervirt[plot]"',
-        ) from error
     seconds, iops = rebin(completions)
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    figure = new_figure(11, 4.5)
     axes = figure.add_subplot()
     axes.fill_between(seconds, iops, step="post", color="#3b7d4f", alpha=0.35, linewidth=0)
     axes.step(seconds, iops, where="post", color="#3b7d4f", linewidth=0.8)

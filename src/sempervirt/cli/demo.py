@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import os
@@ -11,24 +10,24 @@ import sys
 from collections.abc import Coroutine
 from contextlib import suppress
 from pathlib import Path
-from tempfile import NamedTemporaryFile, gettempdir
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 from rich.console import Console, Group, RenderableType
-from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from sempervirt.cli.demo_guard import demo_guard
+from sempervirt.cli.demo_passthrough import demo_passthrough
+from sempervirt.cli.demo_standby import standby
 from sempervirt.cli.output import Output, OutputOption
 from sempervirt.core.errors import Unavailable
-from sempervirt.demo import plots, report
-from sempervirt.demo.peer import kill_until_lost, with_peer
-from sempervirt.demo.script import Act, Story, play
-from sempervirt.demo.trial import Load, Trial, TrialSetup
-from sempervirt.demo.verdict import Verdict
 from sempervirt.guest.errors import ProbeGone, ProbeSilent
-from sempervirt.guest.reports import Stats
+
+if TYPE_CHECKING:
+    from sempervirt.demo.script import Act, Story
+    from sempervirt.demo.trial import Trial, TrialSetup
+    from sempervirt.demo.verdict import Verdict
+    from sempervirt.guest.reports import Stats
 
 REFRESH_S = 0.25
 # Until the first loss, if there is one; the time is limited as well.
@@ -44,12 +43,16 @@ TriedEngine = Literal["auto", "sync", "nowait", "uring", "mmap"]
 
 def _default_image() -> Path:
     """On a disk: in memory nothing would be in flight for long enough to be struck by a kill."""
+    from tempfile import gettempdir
+
     folder = Path("/var/tmp")
     return (folder if folder.is_dir() else Path(gettempdir())) / f"semper-demo-{os.getpid()}.raw"
 
 
 def _goes_around_cache(folder: Path) -> bool:
     """Whether files there can be opened with O_DIRECT."""
+    from tempfile import NamedTemporaryFile
+
     try:
         with NamedTemporaryFile(dir=folder) as file:
             os.close(os.open(file.name, os.O_RDONLY | os.O_DIRECT))
@@ -62,6 +65,15 @@ class Screen:
     """The live display: what is being done, and what the guest sees meanwhile."""
 
     def __init__(self, story: Story, console: Console, *, live: bool) -> None:
+        from rich.live import Live
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+        )
+
         self.bar = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
@@ -118,6 +130,8 @@ class Screen:
 
 async def _ended_by_signals(work: Coroutine[Any, Any, T]) -> T:
     """`work`, which also tidies up when the terminal hangs up or the program is asked to end."""
+    import asyncio
+
     task = asyncio.ensure_future(work)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGHUP, signal.SIGTERM):
@@ -127,6 +141,8 @@ async def _ended_by_signals(work: Coroutine[Any, Any, T]) -> T:
 
 
 async def _watch(trial: Trial, screen: Screen) -> None:
+    import asyncio
+
     while True:
         with suppress(ProbeSilent):
             screen.show(await trial.probe.stats(), trial.verdict)
@@ -136,6 +152,11 @@ async def _watch(trial: Trial, screen: Screen) -> None:
 async def _run(
     setup: TrialSetup, story: Story, screen: Screen
 ) -> tuple[Trial, list[Act], list[tuple[float, int]]]:
+    import asyncio
+
+    from sempervirt.demo.script import play
+    from sempervirt.demo.trial import Trial
+
     async with Trial(setup) as trial:
         screen.say("starting the writers")
         await trial.start_load()
@@ -153,6 +174,7 @@ async def _run(
 
 
 def demo(
+    context: typer.Context,
     kills: Annotated[int, typer.Option(help="How often the backend is killed.", min=0)] = 20,
     pauses: Annotated[int, typer.Option(help="How often the VM is stopped and continued.")] = 5,
     upgrades: Annotated[int, typer.Option(help="How often the backend is upgraded.")] = 1,
@@ -199,6 +221,15 @@ def demo(
 
     The exit status is 0 only if nothing was lost, nothing hung and nothing was wrong.
     """
+    if context.invoked_subcommand is not None:
+        return
+    import asyncio
+
+    from sempervirt.demo import plots, report
+    from sempervirt.demo.peer import kill_until_lost, with_peer
+    from sempervirt.demo.script import Story
+    from sempervirt.demo.trial import Load, TrialSetup
+
     # Every kill is a warning of the supervision; here they are what was ordered.
     logging.getLogger("sempervirt").setLevel(logging.ERROR)
     console = Console(stderr=output is Output.JSON)
@@ -257,3 +288,10 @@ def demo(
         console.print("[red bold]Something was lost.[/]")
         raise typer.Exit(1)
     console.print("[green bold]Nothing was lost.[/]")
+
+
+app = typer.Typer(invoke_without_command=True)
+app.callback(epilog="Example: semper demo --kills 50 --queues 4")(demo)
+app.command("guard", epilog="Example: semper demo guard")(demo_guard)
+app.command("passthrough", epilog="Example: semper demo passthrough")(demo_passthrough)
+app.command("standby", epilog="Example: semper demo standby --tier file")(standby)

@@ -1,0 +1,1 @@
+"""`semper demo passthrough`: a guest that owns an NVMe controller moves between two QEMUs, live."""
