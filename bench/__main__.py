@@ -26,6 +26,7 @@ from bench.cases import BY_NAME
 from bench.cold.program import check as check_cold
 from bench.cold.program import main as cold
 from bench.kept import KeptError
+from bench.layers.program import main as layers
 from bench.migration.program import main as migrate
 from bench.options import parse
 from bench.results import Results, Sample
@@ -48,6 +49,8 @@ def main() -> int:
             return migrate(rest)
         case ["--suite", "cold", *rest] | ["--suite=cold", *rest]:
             return cold(rest)
+        case ["--suite", "layers", *rest] | ["--suite=layers", *rest]:
+            return layers(rest)
         case _:
             pass
     options = parse()

@@ -99,19 +99,21 @@ class QemuStorageDaemon:
             image = str(storage.image).replace(",", ",,")
             direct = "on" if storage.direct else "off"
             node = f"driver=file,filename={image},aio={self.aio},cache.direct={direct}"
-        export = (
-            f"type=vhost-user-blk,id=export,node-name=disk,writable=on,num-queues={queues},"
-            f"iothread=thread0,addr.type=unix,addr.path={socket}"
-        )
         return [
             self.program,
-            "--object",
-            "iothread,id=thread0",
             "--blockdev",
             f"{node},node-name=disk",
-            "--export",
-            export,
+            *export_of_qsd(queues, socket),
         ]
+
+
+def export_of_qsd(queues: int, socket: Path) -> list[str]:
+    """Options of qemu-storage-daemon that serve its node "disk", with an iothread of its own."""
+    export = (
+        f"type=vhost-user-blk,id=export,node-name=disk,writable=on,num-queues={queues},"
+        f"iothread=thread0,addr.type=unix,addr.path={socket}"
+    )
+    return ["--object", "iothread,id=thread0", "--export", export]
 
 
 @dataclass(frozen=True)

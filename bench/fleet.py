@@ -26,9 +26,9 @@ from sempervirt.qemu.spec import VmSpec
 PROBE = "org.sempervirt.probe"
 MIB = 1 << 20
 IMAGE_BYTES = 16 * MIB
-AGENT_START_S = 30.0
-BOOT_S = 90.0
-GUARDED_S = 60.0
+AGENT_START_S = 120.0
+BOOT_S = 240.0
+GUARDED_S = 240.0
 POLL_S = 0.02
 
 

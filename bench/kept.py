@@ -1,9 +1,9 @@
 """Measurements as a JSON file."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -17,6 +17,10 @@ class KeptError(Exception):
 @dataclass
 class Kept:
     """What a run measured; a dataclass of dataclasses."""
+
+    machine: dict[str, str]
+    settings: dict[str, Any]
+    load_average: tuple[float, float] = field(default=(0.0, 0.0), kw_only=True)
 
     def write(self, path: Path) -> None:
         """Write the file at once, or not at all."""

@@ -17,7 +17,9 @@ class LoadError(Exception):
 
 @dataclass(frozen=True)
 class Figures:
-    """What one measurement showed. In µs; CPU and switches are the backend's, for each I/O."""
+    """What one measurement showed. In µs; CPU and switches are the backend's, for each I/O.
+    `flush_us` is the median of flushes.
+    """
 
     iops: float
     mb_per_s: float
@@ -34,6 +36,7 @@ class Figures:
     sleeps: float
     ios: int
     inflight: bool
+    flush_us: float = 0.0
 
 
 def arguments(case: Case, socket: Path, seconds: float, warmup: float, seed: int) -> list[str]:
@@ -95,4 +98,5 @@ def figures(report: dict[str, Any]) -> Figures:
         sleeps=report["sleeps_per_io"],
         ios=report["ios"],
         inflight=report["inflight"],
+        flush_us=report["flush_latency_us"]["p50"],
     )

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 from bench.cases import BY_NAME
 from bench.kept import Kept
@@ -29,11 +28,8 @@ class Results(Kept):
     """All measurements of a run. `reference` names the backend that ratios refer to."""
 
     reference: str
-    machine: dict[str, str]
-    settings: dict[str, Any]
     labels: dict[str, str]
     samples: list[Sample] = field(default_factory=list)
-    load_average: tuple[float, float] = (0.0, 0.0)
 
     @property
     def suite(self) -> str:

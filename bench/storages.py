@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path
 
 NAMES = ("tmpfs", "cached", "direct", "null")
@@ -137,10 +138,14 @@ def _write(storage: Storage) -> None:
         if storage.sparse:
             image.truncate(storage.size_bytes)
             return
-        block = os.urandom(CHUNK)
-        for start in range(0, storage.size_bytes, CHUNK):
-            # Rotated by its own place, so that no two chunks are the same.
-            turn = (start // CHUNK * 4099) % CHUNK
-            data = block[turn:] + block[:turn]
-            image.write(data[: storage.size_bytes - start])
+        write_blocks(image, storage.size_bytes)
     storage.settle()
+
+
+def write_blocks(file: RawIOBase, size_bytes: int) -> None:
+    """Data that nothing below can compress or share."""
+    block = os.urandom(min(CHUNK, size_bytes))
+    for start in range(0, size_bytes, len(block)):
+        # Rotated by its own place, so that no two chunks are the same.
+        turn = (start // len(block) * 4099) % len(block)
+        file.write((block[turn:] + block[:turn])[: size_bytes - start])

@@ -16,7 +16,7 @@ PORT = 7
 # How often it says something. A message is its own number, so the echo proves their order.
 INTERVAL_S = 0.005
 _MESSAGE = struct.Struct("<Q")
-CONNECT_S = 20.0
+CONNECT_S = 60.0
 
 
 class EchoClient:
@@ -91,7 +91,18 @@ class EchoClient:
                     await asyncio.sleep(INTERVAL_S)  # poll interval
         assert self.alive, self.problem
         assert self._heard, "nothing was heard"
-        assert self._heard[-1] > before, f"nothing was heard for {deadline_s:g} s"
+        heard = self._heard[-1] > before
+        assert heard, f"nothing was heard for {deadline_s:g} s: {self.connection_state()}"
+
+    def connection_state(self) -> str:
+        """What the kernel knows of the connection: who waits for whom, and since when."""
+        info = self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+        kinds, words = struct.unpack("<8B24I", info), ("retransmits", "probes", "backoff")
+        said = [f"{word} {value}" for word, value in zip(words, kinds[2:5], strict=True)]
+        figures = kinds[8:]
+        names = {"rto us": 0, "unacked": 4, "lost": 6, "ms since sent": 9, "since data": 11}
+        said += [f"{word} {figures[index]}" for word, index in names.items()]
+        return ", ".join((f"state {kinds[0]}", *said, f"ms since ack {figures[12]}"))
 
     def silence_ms(self, since: float) -> float:
         """The longest time without an answer since that instant (monotonic seconds)."""

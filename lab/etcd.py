@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from lab.namespaces import inside, within
+from lab.ports import free_port
 from sempervirt.trust.identity import Identity
 
-START_S = 20.0
+START_S = 90.0
 _CACHED = Path(__file__).parents[1] / ".cache/etcd/etcd"
 
 
@@ -37,7 +38,7 @@ class Etcd:
         self._place = Path(
             tempfile.mkdtemp(prefix="sv-etcd-", dir=memory if memory.is_dir() else None)
         )
-        self._client, self._peer = _free_port(), _free_port()
+        self._client, self._peer = free_port(), free_port()
         self._process: subprocess.Popen[bytes] | None = None
         self.url = f"{'https' if trust else 'http'}://{address}:{self._client}"
 
@@ -56,6 +57,12 @@ class Etcd:
     def port(self) -> int:
         """Where it serves clients."""
         return self._client
+
+    @property
+    def pid(self) -> int:
+        """Of the process that runs."""
+        assert self._process is not None
+        return self._process.pid
 
     def start(self) -> None:
         """Returns when it answers."""
@@ -201,11 +208,3 @@ class Relay:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        assert isinstance(port, int)
-        return port

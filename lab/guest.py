@@ -6,6 +6,7 @@ import asyncio
 import bisect
 import itertools
 import os
+import shutil
 import time
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lab.client import PORT, EchoClient, longest_ms
+from lab.layers import laid
 from lab.network import GUEST, TAP
 from lab.world import DEADLINE_S, POLL_S, QEMU, Host, World
 from sempervirt.core.errors import Unavailable
@@ -27,7 +29,7 @@ IMAGE_SIZE = 32 * MIB
 LOAD: dict[str, Any] = {"writers": 4, "span_bytes": 8 * MIB, "flush_every": 32}
 BEAT_MS = 5
 ATTEMPTS = 3
-BOOT_S = 90.0
+BOOT_S = 180.0
 LISTEN_S = 3600.0
 
 
@@ -36,8 +38,17 @@ FIRMWARE = Path("/usr/share/OVMF/OVMF_CODE_4M.fd")
 FIRMWARE_VARS = Path("/usr/share/OVMF/OVMF_VARS_4M.fd")
 
 
-def spec_of(image: Path, memory: str = "192M", *, uefi: bool = False) -> VmSpec:
-    """The VM: one processor, one disk, one tap."""
+# Where scripts/newer-qemu puts a QEMU that can hand devices to its guest.
+NEWER_QEMU = Path(__file__).parents[1] / ".cache/qemu/bin"
+NVME = "nvme0n1"
+
+
+def spec_of(
+    image: Path, memory: str = "192M", *, uefi: bool = False, nvme: Path | None = None
+) -> VmSpec:
+    """The VM: one processor, one disk, one tap; with `nvme` a passed-through controller on that
+    image.
+    """
     guest = guest_image()
     firmware = {"firmware": str(FIRMWARE), "firmware_vars": str(FIRMWARE_VARS)} if uefi else {}
     return VmSpec.model_validate(
@@ -48,6 +59,7 @@ def spec_of(image: Path, memory: str = "192M", *, uefi: bool = False) -> VmSpec:
             "initrd": str(guest.initrd),
             "cmdline": guest.cmdline,
             "disks": [{"name": "root", "image": str(image)}],
+            "passthrough": [{"name": "nvme", "image": str(nvme)}] if nvme else [],
             "nics": [{"type": "tap", "tap": TAP}],
             "channels": [{"name": "org.sempervirt.probe"}],
             **firmware,
@@ -65,17 +77,20 @@ class Guest:
         self._probes: dict[str, ProbeClient] = {}
         self._beats: list[float] = []
         self._heard: dict[str, list[float]] = {host.name: [] for host in world.hosts}
+        # The numbers of the same beats: the guest's own count.
+        self._numbers: dict[str, list[int]] = {host.name: [] for host in world.hosts}
 
     @classmethod
     @asynccontextmanager
-    async def booted(cls, world: World, host: Host, *, uefi: bool = False) -> AsyncIterator[Guest]:
-        """A guest with writers, heartbeat and echo, on a new image, until the block is left."""
-        image = world.images / "disk.raw"
-        image.unlink(missing_ok=True)
-        image.with_name("disk.raw.epoch").unlink(missing_ok=True)
-        image.touch()
-        os.truncate(image, IMAGE_SIZE)
-        guest = cls(world, spec_of(image, uefi=uefi))
+    async def booted(
+        cls, world: World, host: Host, *, uefi: bool = False, nvme: bool = False
+    ) -> AsyncIterator[Guest]:
+        """A guest with writers, heartbeat and echo, on a new image, until the block is left. With
+        `nvme` also on a passed-through controller.
+        """
+        image = _new_image(world, "disk.raw")
+        passed = _new_image(world, "nvme.raw") if nvme else None
+        guest = cls(world, spec_of(image, uefi=uefi, nvme=passed))
         tasks = [asyncio.create_task(guest._listen(host)) for host in world.hosts]
         try:
             await guest._boot(host)
@@ -90,7 +105,8 @@ class Guest:
         self.nonce = probe.nonce
         await probe.network_up("eth0", f"{GUEST}/24")
         await probe.echo_start(PORT)
-        await probe.write_start("vda", **LOAD)
+        for device in self.devices:
+            await probe.write_start(device, **LOAD)
         await probe.heartbeat_start(interval_ms=BEAT_MS)
 
     async def _started(self, host: Host) -> ProbeClient:
@@ -117,9 +133,15 @@ class Guest:
                 if event.name == "beat":
                     self._beats.append(event.received_ns / 1e9)
                     self._heard[host.name].append(self._beats[-1])
+                    self._numbers[host.name].append(int(event.members["seq"]))
             if self._probes.get(host.name) is probe:
                 del self._probes[host.name]
             await probe.close()
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """What its writers write to, by the names that its kernel gives."""
+        return ("vda", NVME) if self.spec.passthrough else ("vda",)
 
     @property
     def image(self) -> Path:
@@ -153,11 +175,16 @@ class Guest:
             return True
         return time.monotonic() < instant + within_s
 
-    def both_heard_s(self, source: Host, destination: Host, since: float) -> float:
-        """For how long it was still heard on the source when it was heard on the destination."""
-        there = [instant for instant in self._heard[destination.name] if instant > since]
-        here = self._heard[source.name]
-        return here[-1] - there[0] if there and here else 0.0
+    def heard_twice(self, source: Host, destination: Host, since: float) -> int:
+        """How often it beat on the source after it had begun to beat on the destination. By its own
+        count, which is in its memory: when it was heard depends on who listens.
+        """
+        there = self._numbers[destination.name][self._after(destination, since) :]
+        here = self._numbers[source.name][self._after(source, since) :]
+        return sum(number >= there[0] for number in here) if there else 0
+
+    def _after(self, host: Host, since: float) -> int:
+        return bisect.bisect_right(self._heard[host.name], since)
 
     async def wait_beat(self, *hosts: Host, deadline_s: float = DEADLINE_S) -> Host:
         """The first of these hosts where its heart is heard from now on. Raises ProbeSilent."""
@@ -178,3 +205,13 @@ class Guest:
         """Stops the writers and reads every block back, on the host where it runs."""
         probe = await self.probe_on(host)
         return await probe.write_stop(device="vda")
+
+
+def _new_image(world: World, name: str) -> Path:
+    image = world.images / name
+    image.unlink(missing_ok=True)
+    image.with_name(f"{name}.epoch").unlink(missing_ok=True)
+    shutil.rmtree(image.with_name(f"{name}.layers"), ignore_errors=True)
+    image.touch()
+    os.truncate(image, IMAGE_SIZE)
+    return laid(image)

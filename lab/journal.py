@@ -44,7 +44,9 @@ class Journal:
     def __init__(self, image: Path, networks: Mapping[int, str]) -> None:
         self._networks = networks
         self._stretches: list[Stretch] = []
-        self._hosts: dict[int, str] = {}
+        # Who has written, and a file that is readable once that process has ended: another one
+        # may have its number then.
+        self._writers: dict[int, tuple[str, int]] = {}
         self._lock = threading.Lock()
         flags = FAN_CLOEXEC | FAN_NONBLOCK | FAN_UNLIMITED_QUEUE
         self._events = _checked(_libc.fanotify_init(flags, os.O_RDONLY | os.O_CLOEXEC))
@@ -70,13 +72,21 @@ class Journal:
             thread.join()
             os.close(journal._wake)
             os.close(journal._events)
+            for _, ended in journal._writers.values():
+                os.close(ended)
 
     def _follow(self) -> None:
         while True:
             ready, _, _ = select.select([self._events, self._wake], [], [])
             if self._wake in ready:
                 return
-            with suppress(BlockingIOError):
+            with self._lock:
+                self._read()
+
+    def _read(self) -> None:
+        """What the kernel has told until now."""
+        with suppress(BlockingIOError):
+            while True:
                 self._take(os.read(self._events, 1 << 16))
 
     def _take(self, data: bytes) -> None:
@@ -88,20 +98,30 @@ class Journal:
             self._note(pid, now)
 
     def _note(self, pid: int, now: float) -> None:
-        if pid not in self._hosts:
-            self._hosts[pid] = self._host_of(pid)
-        with self._lock:
-            last = self._stretches[-1] if self._stretches else None
-            if last is not None and last.pid == pid:
-                self._stretches[-1] = Stretch(last.host, pid, last.first, now)
-            else:
-                self._stretches.append(Stretch(self._hosts[pid], pid, now, now))
+        last = self._stretches[-1] if self._stretches else None
+        if last is not None and last.pid == pid:
+            self._stretches[-1] = Stretch(last.host, pid, last.first, now)
+        else:
+            self._stretches.append(Stretch(self._host_of(pid), pid, now, now))
 
     def _host_of(self, pid: int) -> str:
+        if pid in self._writers:
+            host, ended = self._writers[pid]
+            if not select.select([ended], [], [], 0)[0]:
+                return host
+            del self._writers[pid]
+            os.close(ended)
         try:
-            return self._networks.get(Path(f"/proc/{pid}/ns/net").stat().st_ino, NOBODY)
+            ended = os.pidfd_open(pid)
         except OSError:
             return NOBODY  # it has ended already
+        try:
+            host = self._networks.get(Path(f"/proc/{pid}/ns/net").stat().st_ino, NOBODY)
+        except OSError:
+            os.close(ended)
+            return NOBODY
+        self._writers[pid] = host, ended
+        return host
 
     def order(self, since: float) -> list[str]:
         """The hosts that wrote since an instant, in order; two neighbours are never equal.
@@ -109,6 +129,7 @@ class Journal:
         What has ended before it could be looked at is left out.
         """
         with self._lock:
+            self._read()
             stretches = [s for s in self._stretches if s.last > since and s.host != NOBODY]
         hosts = [stretch.host for stretch in stretches]
         return [host for index, host in enumerate(hosts) if index == 0 or hosts[index - 1] != host]

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TypeVar
 
 CLONE_NEWNET = 0x4000_0000
-END_S = 20.0
+END_S = 90.0
 _libc = ctypes.CDLL(None, use_errno=True)
 
 Result = TypeVar("Result")

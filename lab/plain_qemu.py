@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from sempervirt.guest import ProbeClient
 from sempervirt.guest import image as guest_image
 from sempervirt.qemu.qmp import Monitor
 
-DEADLINE_S = 60.0
-QMP_S = 20.0
+DEADLINE_S = 180.0
+QMP_S = 60.0
 LINE_MAX_BYTES = 1 << 20
 
 
@@ -73,6 +73,7 @@ class PlainHost:
 
     directory: Path
     image: Path
+    program: str = field(default="qemu-system-x86_64", kw_only=True)
 
     def path(self, name: str) -> Path:
         """A file of this host."""
@@ -108,7 +109,7 @@ class PlainHost:
             -device vhost-user-blk-pci,chardev=disk,num-queues={queues}"""
         )
         command = f"""
-            qemu-system-x86_64 -nodefaults -no-user-config -display none -cpu max
+            {self.program} -nodefaults -no-user-config -display none -cpu max
             -accel tcg,thread=multi -m 256M -machine q35,memory-backend=memory
             -object memory-backend-memfd,id=memory,size=256M,share=on
             -kernel {guest.kernel} -initrd {guest.initrd} -append 'console=ttyS0 quiet'

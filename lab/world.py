@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -18,11 +18,18 @@ from lab.namespaces import inside, within
 from lab.network import STORE, Link, Network
 from sempervirt.agent import AgentConfig
 from sempervirt.api.client import Client
-from sempervirt.cluster.cluster import Cluster, begin_cluster
+from sempervirt.cluster.cluster import (
+    Cluster,
+    begin_cluster,
+    read_credentials,
+    write_credentials,
+)
 from sempervirt.cluster.joining import join_cluster
 from sempervirt.guest import location as guest
 from sempervirt.host.procfs import command_name
 from sempervirt.store.etcd import EtcdStore
+from sempervirt.store.etcd_rights import ROOT_USER, new_credentials
+from sempervirt.store.guarded import GuardedStore
 from sempervirt.store.records import Ownership
 from sempervirt.store.registry import Registry
 from sempervirt.trust.invitation import Invitation
@@ -30,10 +37,11 @@ from sempervirt.vm.config import IMAGE_ROOTS
 from sempervirt.vm.setup import prepare_directories
 
 Result = TypeVar("Result")
-DEADLINE_S = 60.0
+DEADLINE_S = 180.0
 PORT = 7443
 POLL_S = 0.05
 SERVES = "serve hosts"
+BIND = 'mount --bind "$1" "$2"; shift 2; exec "$@"'
 QEMU = "qemu-system-x86"
 # Where the kernels and the images of the test guests are.
 GUESTS = Path(__file__).parents[1] / ".cache"
@@ -50,6 +58,12 @@ class Host:
         self.namespace = network.host(name)
         self.address = f"{network.address(name)}:{PORT}"
         self.log = place / name / "semperd.log"
+        # Where its programs are looked for before they are on the PATH.
+        self.programs: Path | None = None
+        # Of the agent that is started next.
+        self.options: tuple[str, ...] = ()
+        # What it has at a path: its own mount of storage that both hosts see.
+        self.view: tuple[Path, Path] | None = None
         self._agent: subprocess.Popen[bytes] | None = None
         self.log.parent.mkdir()
 
@@ -57,7 +71,8 @@ class Host:
         return self.name
 
     @property
-    def _environment(self) -> dict[str, str]:
+    def environment(self) -> dict[str, str]:
+        """Of programs on this host."""
         own = {
             "SEMPERVIRT_STATE_DIR": str(self.config.state_dir),
             "SEMPERVIRT_RUN_DIR": str(self.config.run_dir),
@@ -66,15 +81,25 @@ class Host:
             ),
             "COLUMNS": "160",
         }
+        if self.programs is not None:
+            own["PATH"] = f"{self.programs}:{os.environ['PATH']}"
         return {**os.environ, **own}
+
+    def command(self, name: str, *arguments: str) -> list[str]:
+        """An installed program in this host's namespace; it needs `environment`."""
+        argv = [program(name), *arguments]
+        if self.view is not None:
+            # In the mount namespace that `ip netns exec` makes, and in no other one.
+            argv = ["sh", "-ec", BIND, "sh", *map(str, self.view), *argv]
+        return within(self.namespace, *argv)
 
     async def semper(self, *arguments: str, code: int = 0) -> str:
         """What the command line says on this host; its complaint, if `code` is not 0."""
         process = await asyncio.create_subprocess_exec(
-            *within(self.namespace, program("semper"), *arguments),
+            *self.command("semper", *arguments),
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
-            env=self._environment,
+            env=self.environment,
         )
         async with asyncio.timeout(DEADLINE_S):
             out, err = await process.communicate()
@@ -100,9 +125,9 @@ class Host:
                 await asyncio.sleep(POLL_S)  # poll interval
 
     def _launch(self) -> subprocess.Popen[bytes]:
-        argv = within(self.namespace, program("semperd"))
+        argv = self.command("semperd", *self.options)
         with self.log.open("ab") as output:
-            return subprocess.Popen(argv, stderr=output, env=self._environment)
+            return subprocess.Popen(argv, stderr=output, env=self.environment)
 
     def kill_agent(self) -> None:
         """SIGKILL; the VMs run on."""
@@ -115,6 +140,12 @@ class Host:
         if self._agent is not None:
             self._agent.terminate()
             await asyncio.to_thread(self._agent.wait, DEADLINE_S)
+
+    @property
+    def agent_pid(self) -> int:
+        """Of the agent that was started last."""
+        assert self._agent is not None
+        return self._agent.pid
 
     @property
     def agent_runs(self) -> bool:
@@ -155,7 +186,8 @@ class World:
         """What the store says of a VM. Raises NotFound, Unavailable."""
 
         async def find() -> Ownership:
-            store = EtcdStore([self.etcd.url])
+            etcd = EtcdStore([self.etcd.url], credentials=read_credentials(self.a.config))
+            store = GuardedStore(etcd)
             try:
                 return await Registry(store).find(vm)
             finally:
@@ -169,31 +201,51 @@ class World:
 
     @classmethod
     @asynccontextmanager
-    async def opened(cls, link: Link, *, relayed: bool = False) -> AsyncIterator[World]:
+    async def opened(
+        cls,
+        link: Link,
+        *,
+        relayed: bool = False,
+        programs: Path | None = None,
+        guarded: bool = False,
+        views: Mapping[str, Path] | None = None,
+        options: tuple[str, ...] = (),
+    ) -> AsyncIterator[World]:
         """Two hosts of one cluster, whose agents see each other.
 
-        If it is `relayed`, they reach etcd through `relay`, which can swallow its answers.
+        If it is `relayed`, they reach etcd through `relay`, which can swallow its answers. Both
+        look for QEMU in the directory `programs` first. If it is `guarded`, etcd has users, as
+        behind https. `views` are the directories that the hosts have in the place of `images`, by
+        host; `options` are those of their agents.
         """
         place = Path(tempfile.mkdtemp(prefix="sv-", dir="/tmp"))
         memory = Path(tempfile.mkdtemp(prefix="sv-", dir="/dev/shm"))
         network = await asyncio.to_thread(Network, link, place, memory)
         try:
             world = cls(network, place, memory)
+            for host in world.hosts:
+                host.programs, host.options = programs, options
+                if views is not None:
+                    host.view = (views[host.name], world.images)
             try:
                 await world.relay.start()
-                await world._begin(world.relay.url if relayed else world.etcd.url)
+                store = world.relay.url if relayed else world.etcd.url
+                await world._begin(store, guarded=guarded)
                 yield world
             finally:
                 await world._end()
         finally:
             await asyncio.to_thread(network.close)
 
-    async def _begin(self, store: str) -> None:
+    async def _begin(self, store: str, *, guarded: bool) -> None:
         """What `semper host init`, `add` and `join` do, without a program for each."""
         await asyncio.to_thread(self.etcd.start)
         a, b = self.hosts
         for host in self.hosts:
             prepare_directories(host.config)
+        if guarded:
+            a.config.trust_dir.mkdir(mode=0o700)
+            write_credentials(a.config, new_credentials(ROOT_USER))
         await a.inside(lambda: begin_cluster(a.config, "sempervirt", "a", a.address, [store]))
         await a.start_agent()
         invitation = await a.inside(lambda: _invite(a.config, "b"))

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from bench.kept import Kept
 from bench.ratios import paired
@@ -103,11 +103,8 @@ class Sample:
 class Results(Kept):
     """All measurements of a run; `labels` names the storages."""
 
-    machine: dict[str, str]
-    settings: dict[str, Any]
     labels: dict[str, str]
     samples: list[Sample] = field(default_factory=list)
-    load_average: tuple[float, float] = (0.0, 0.0)
 
     @property
     def failures(self) -> list[Sample]:

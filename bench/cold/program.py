@@ -2,21 +2,19 @@
 
 import argparse
 import sys
-from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 
-from bench import machine, schedule
+from bench import machine, program, schedule
 from bench.backends import BackendError
 from bench.cold import effort, show, trial
 from bench.cold.figures import Effort, Figures, Results, Sample, objections
-from bench.kept import KeptError
-from bench.sections import COLD, MarkersError
+from bench.sections import COLD
 from bench.storages import Storage, StorageError, prepared
 from sempervirt.core.errors import SempervirtError
 
-ROOT = Path(__file__).resolve().parents[2]
 STORAGES = ("tmpfs", "tmpfs-sparse", "cached", "cached-sparse")
 ENGINES = ("auto", "mmap", "sync", "nowait", "uring")
 MODES = ("randread", "randwrite")
@@ -40,14 +38,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--seed", type=int, default=1, metavar="N", help="of the order and the offsets")
     add("--size", type=int, default=1024, metavar="MIB", help="of each image that is not sparse")
     add("--check", action="store_true", help="fail if less is reached than is asked for")
-    add("--directory", type=Path, default=Path(".cache/bench"), help="on a disk")
-    add("--memory", type=Path, default=Path("/dev/shm"), help="on tmpfs")
-    add("--program", type=Path, default=ROOT / "target/release/semper-blkd", help="semper-blkd")
-    add("--load", type=Path, default=ROOT / "target/release/semper-load", help="semper-load")
-    add("--output", type=Path, default=Path("results/bench"), metavar="DIR")
-    add("--from", type=Path, dest="earlier", metavar="FILE",
-        help="measure nothing, show this file of an earlier run")  # fmt: skip
-    add("--update", type=Path, metavar="FILE", help="put the tables between the markers of FILE")
+    program.add_images(add)
+    program.add_results(add)
     options = parser.parse_args(arguments)
     if options.rounds < 1 or options.size < 64:
         parser.error("--rounds or --size is too small")
@@ -60,15 +52,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> int:
     """Do what the command line says; the exit status."""
     options = parse(arguments)
-    console = Console()
-    if not console.is_terminal:
-        console.width = 200
-    try:
-        results = Results.read(options.earlier) if options.earlier else _measure(options, console)
-        if options.update:
-            COLD.write(options.update, show.document(results))
-    except (KeptError, MarkersError, StorageError) as error:
-        print(f"bench: error: {error}", file=sys.stderr)
+    console = program.console()
+    measure = partial(_measure, options, console)
+    results = program.obtain(options, Results, measure, show.document, COLD, StorageError)
+    if results is None:
         return 2
     show.show(results, console)
     found = list(objections(results)) if options.check else results.failures
@@ -106,18 +93,15 @@ def _measure(options: argparse.Namespace, console: Console) -> Results:
             for mode in options.modes
             if not (place.sparse and mode == "randwrite")
         ]
-        stamp = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-cold"
-        before = machine.load_average()
+        keeper = program.Keeper(options.output, "cold")
         order = schedule.interleaved(groups, options.rounds, options.seed)
         for number, (place, mode), engine in order:
             sample = _sample(options, programs, place, mode, engine, number)
             results.samples.append(sample)
-            results.load_average = (before, machine.load_average())
-            # Kept after each: a run is long.
-            results.write(options.output / f"{stamp}.json")
+            keeper.keep(results)
             console.print(_line(sample), soft_wrap=True)
-    (options.output / f"{stamp}.md").write_text(show.document(results) + "\n")
-    console.print(f"wrote {options.output / stamp}.json and .md")
+    keeper.stem.with_suffix(".md").write_text(show.document(results) + "\n")
+    console.print(f"wrote {keeper.stem}.json and .md")
     return results
 
 

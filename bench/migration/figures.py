@@ -50,11 +50,8 @@ class Sample:
 class Results(Kept):
     """All measurements of a run."""
 
-    machine: dict[str, str]
-    settings: dict[str, Any]
     labels: dict[str, str]
     samples: list[Sample] = field(default_factory=list)
-    load_average: tuple[float, float] = (0.0, 0.0)
 
     @property
     def failures(self) -> list[Sample]:

@@ -2,21 +2,19 @@
 
 import argparse
 import asyncio
-import sys
-from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 
-from bench import machine, schedule
-from bench.kept import KeptError
+from bench import machine, program, schedule
 from bench.migration import show
 from bench.migration.figures import Results, Sample
 from bench.migration.guests import GUESTS, Guest
 from bench.migration.trial import Setting, measure
 from bench.migration.waiting import MoveError
 from bench.migration.ways import WAYS, Way
-from bench.sections import MIGRATE, MarkersError
+from bench.sections import MIGRATE
 from lab.network import FAR, GIGABIT, UNLIMITED, Link
 from sempervirt.core.errors import NotFound
 from sempervirt.guest import debian
@@ -43,10 +41,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--memory", type=int, default=512, metavar="MIB", help="of each guest")
     add("--tree", type=Path, metavar="FILE",
         help="a disk with files for the page cache, beside the guest's own")  # fmt: skip
-    add("--output", type=Path, default=Path("results/bench"), metavar="DIR")
-    add("--from", type=Path, dest="earlier", metavar="FILE",
-        help="measure nothing, show this file of an earlier run")  # fmt: skip
-    add("--update", type=Path, metavar="FILE", help="put the tables between the markers of FILE")
+    program.add_results(add)
     options = parser.parse_args(arguments)
     if options.rounds < 1 or options.memory < 128:
         parser.error("--rounds or --memory is too small")
@@ -56,15 +51,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> int:
     """Do what the command line says; the exit status."""
     options = parse(arguments)
-    console = Console()
-    if not console.is_terminal:
-        console.width = 200
-    try:
-        results = Results.read(options.earlier) if options.earlier else _measure(options, console)
-        if options.update:
-            MIGRATE.write(options.update, show.document(results))
-    except (KeptError, MarkersError, NotFound) as error:
-        print(f"bench: error: {error}", file=sys.stderr)
+    console = program.console()
+    measure = partial(_measure, options, console)
+    results = program.obtain(options, Results, measure, show.document, MIGRATE, NotFound)
+    if results is None:
         return 2
     show.show(results, console)
     return int(bool(results.failures))
@@ -92,18 +82,15 @@ def _measure(options: argparse.Namespace, console: Console) -> Results:
         },
     )
     groups = [((link, guest), ways) for link in links for guest in guests]
-    stamp = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-migrate"
-    before = machine.load_average()
+    keeper = program.Keeper(options.output, "migrate")
     for number, (link, guest), way in schedule.interleaved(groups, options.rounds, options.seed):
         sample = _sample(setting, number, link, guest, way)
         results.samples.append(sample)
-        results.load_average = (before, machine.load_average())
-        # Kept after each: a run is long.
-        results.write(options.output / f"{stamp}.json")
+        keeper.keep(results)
         console.print(_line(sample), soft_wrap=True)
-    (options.output / f"{stamp}.md").write_text(show.document(results) + "\n")
-    show.draw(results, options.output / f"{stamp}.svg")
-    console.print(f"wrote {options.output / stamp}.json, .md and .svg")
+    keeper.stem.with_suffix(".md").write_text(show.document(results) + "\n")
+    show.draw(results, keeper.stem.with_suffix(".svg"))
+    console.print(f"wrote {keeper.stem}.json, .md and .svg")
     return results
 
 
