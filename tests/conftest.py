@@ -4,13 +4,25 @@ budgets of the mechanisms.
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from sempervirt.host import background
+from sempervirt.host.groups import OFF, VARIABLE
 
 pytest_plugins = ("tests.budget",)
+# A shell has what it starts in the background ignore Ctrl-C, and so would the programs under test.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+# An agent that a test kills would leave control groups behind, each with a name of its own.
+os.environ.setdefault(VARIABLE, OFF)
+# How long an example takes says nothing on a machine with other work.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 Crash = tuple[str, BaseException]
 
 

@@ -274,6 +274,7 @@ async def run(runs: int, seed: int, *, verify: bool, say: Callable[[Totals], Non
             await campaign.move()
             say(campaign.totals)
     finally:
+        os.environ.pop(VARIABLE, None)
         campaign.end()
         shutil.rmtree(place, ignore_errors=True)
     return campaign.totals

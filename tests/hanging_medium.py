@@ -58,25 +58,30 @@ class HangingMedium:
     image: Path
     backing: Path
     server: subprocess.Popen[bytes]
+    hangs: bool = False
 
     def hang(self) -> None:
         """From now on no call on the file system returns."""
+        self.hangs = True
         self.server.send_signal(signal.SIGSTOP)
 
     def go_on(self) -> None:
         """All calls return, also those that wait."""
+        self.hangs = False
         self.server.send_signal(signal.SIGCONT)
 
     def hang_for(self, seconds: float) -> None:
-        """`hang`, and `go_on` after so long; returns at once."""
+        """`hang`, and `go_on` after so long, or before; returns at once."""
         self.hang()
-        threading.Timer(seconds, self.go_on).start()
+        later = threading.Timer(seconds, self.go_on)
+        later.daemon = True
+        later.start()
 
     def hold_a_read(self) -> None:
         """The next read of one block gets no answer until `let_go`."""
         self.server.send_signal(signal.SIGUSR1)
 
-    def wait_overtaken(self, deadline_s: float = 20.0) -> None:
+    def wait_overtaken(self, deadline_s: float = 90.0) -> None:
         """Blocks until OVERTAKEN_BY requests were answered after the one that is held."""
         told = self.server.stdout
         assert told is not None

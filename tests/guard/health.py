@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from tests.guard.machine import Machine, NoAnswerError
+from sempervirt.demo.guard.emulated import NoAnswerError
+from tests.guard.machine import Machine
 
 # Each ends with status 0 on a host that works. `ps` does not read /proc/PID/cmdline, which waits
 # for ever for a parked thread that holds its process's mmap_lock.
@@ -31,7 +32,7 @@ def faults(machine: Machine) -> list[str]:
         for name, command in CHECKS.items()
     )
     try:
-        said = machine.do(body + " true", deadline_s=CHECK_S * 3)
+        said = machine.do(body + " true", deadline_s=CHECK_S * len(CHECKS))
     except NoAnswerError as error:
         return [f"no answer: {error}"]
     return said.splitlines()

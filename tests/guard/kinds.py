@@ -26,7 +26,7 @@ class Kind:
     """A command that makes the way deadly: a sysctl, usually."""
     after: str = ""
     """Takes that back."""
-    deadline_s: float = 45.0
+    deadline_s: float = 120.0
     quick: bool = False
     """Part of `make test`."""
 
@@ -109,3 +109,8 @@ FATAL = (
     ("irq-restart", of("nmi", "let-happen", "in-nmi")),
     ("observe", of("panic", "let-happen", "observing")),
 )
+
+
+def named(name: str) -> Kind:
+    """One that is survived."""
+    return next(kind for kind in (*SURVIVED, *ALONE) if kind.name == name)

@@ -10,14 +10,16 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lab.layers import laid
 from sempervirt.agent import Agent, AgentConfig
 from sempervirt.api.client import Client
 from sempervirt.core.errors import AgentUnavailable
@@ -30,7 +32,9 @@ from sempervirt.qemu.spec import VmSpec
 from tests.faults import trial_backend
 
 MIB = 1 << 20
-AGENT_START_S = 30.0
+AGENT_START_S = 120.0
+# A process that was killed is there until all of its threads have come to that.
+ENDING_S = 10.0
 Spec = Callable[..., VmSpec]
 
 
@@ -38,12 +42,17 @@ Spec = Callable[..., VmSpec]
 def place() -> Iterator[Path]:
     """A directory with a short path, for unix sockets. No process may outlive the test."""
     directory = Path(tempfile.mkdtemp(prefix="sv-", dir="/tmp"))
+    directory.chmod(0o711)  # users of VMs go through
     try:
         yield directory
     finally:
-        left = find_by_argument(re.compile(rf".*{re.escape(str(directory))}/.*"))
+        pattern = re.compile(rf".*{re.escape(str(directory))}/.*", re.DOTALL)
+        give_up = time.monotonic() + ENDING_S
+        while (left := find_by_argument(pattern, of_all=True)) and time.monotonic() < give_up:
+            time.sleep(0.05)  # poll interval
         for pid in left:
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         shutil.rmtree(directory, ignore_errors=True)
     assert not left, f"processes were left behind: {left}"
 
@@ -54,13 +63,18 @@ def disk_image(place: Path) -> Path:
     path = place / "disk.raw"
     path.touch()
     os.truncate(path, 32 * MIB)
-    return path
+    return laid(path)
 
 
 @pytest.fixture
-def config(place: Path) -> AgentConfig:
-    """An agent of this test alone; its monitors count as silent after 3 s."""
-    patience = Patience(connect_s=3, command_s=3, heartbeat_s=1)
+def patience() -> Patience:
+    """Of agents with QEMUs on a busy machine; `soon_silent` is for tests of silence."""
+    return Patience(connect_s=30, command_s=30, heartbeat_s=1)
+
+
+@pytest.fixture
+def config(place: Path, patience: Patience) -> AgentConfig:
+    """An agent of this test alone."""
     return AgentConfig(place / "s", place / "r", policy=Policy(), patience=patience)
 
 

@@ -12,19 +12,20 @@ from pathlib import Path
 
 import pytest
 
+from lab.open_files import open_files
 from sempervirt.agent import Agent, Vm
 from sempervirt.disk.driver import Disk
 from sempervirt.guest import ProbeClient
 from sempervirt.guest.reports import Ran
 from sempervirt.qemu.spec import VmSpec
 
-pytestmark = [pytest.mark.guest, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.guest
 Spec = Callable[..., VmSpec]
 
 MIB = 1 << 20
 PAGE = 4096
-BOOT_S = 60.0
-READY_S = 15.0
+BOOT_S = 180.0
+READY_S = 90.0
 ASSOCIATED, CONTENT = 2, 3
 
 
@@ -63,9 +64,11 @@ def memory_pages(qemu_pid: int, identity: tuple[int, int]) -> dict[int, bytes]:
     """Every page of the guest's memory that was ever used, by its offset in the memory's file, of
     which device and inode are given.
     """
-    directory = Path(f"/proc/{qemu_pid}/fd")
-    stats = {fd: os.stat(fd) for fd in directory.iterdir()}  # noqa: PTH116
-    held = [fd for fd, stat in stats.items() if (stat.st_dev, stat.st_ino) == identity]
+    held = [
+        descriptor
+        for descriptor, _, found in open_files(qemu_pid)
+        if (found.st_dev, found.st_ino) == identity
+    ]
     found = {}
     file = os.open(held[0], os.O_RDONLY)
     try:

@@ -13,7 +13,7 @@ import stat
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import ExitStack, aclosing, asynccontextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -24,6 +24,7 @@ import pytest
 from cryptography import x509
 
 from lab.etcd import Etcd
+from lab.ports import free_address
 from sempervirt.api.client import Client
 from sempervirt.cli import cluster as commands
 from sempervirt.cluster import certificate, peer
@@ -50,12 +51,11 @@ from sempervirt.trust.keyfiles import (
     write_public,
 )
 from sempervirt.vm.config import AgentConfig
-from tests.integration.test_hosts import Served, free_address, served
+from tests.integration.test_hosts import Served, ask_on, served
 
-pytestmark = pytest.mark.timeout(120)
-DEADLINE_S = 45.0
+DEADLINE_S = 120.0
 HOUR = timedelta(hours=1)
-SECONDS = timedelta(seconds=12)
+SECONDS = timedelta(seconds=20)
 Config = Callable[[str], AgentConfig]
 
 
@@ -175,22 +175,27 @@ def is_lent(trust: Path, directory: Path) -> bool:
 async def outlive(first: Served, second: Served) -> None:
     hosts = {"a": first, "b": second}
     began = {name: host.cluster.identity.certificate for name, host in hosts.items()}
-    inodes = {n: (host.config.trust_dir / "host.pem").stat().st_ino for n, host in hosts.items()}
 
     def all_ended() -> bool:
         return all(one is not None and one.not_after < time.time() - 1 for one in began.values())
 
-    await until("the first certificates have ended", all_ended)
-    for name, host in hosts.items():
-        present = host.cluster.identity.certificate
-        assert present is not None
-        assert present.not_after > time.time()
-        pair = host.config.trust_dir / "host.pem"
-        assert stat.S_IMODE(pair.stat().st_mode) == 0o600
-        assert pair.stat().st_ino != inodes[name]
-        earlier = began[name]
-        assert earlier is not None
-        assert present.certificate.public_key() != earlier.certificate.public_key()
+    with ExitStack() as stack:
+        # Open meanwhile, so that no later file has the number of an earlier one.
+        first_files = {
+            name: stack.enter_context((host.config.trust_dir / "host.pem").open("rb"))
+            for name, host in hosts.items()
+        }
+        await until("the first certificates have ended", all_ended)
+        for name, host in hosts.items():
+            present = host.cluster.identity.certificate
+            assert present is not None
+            assert present.not_after > time.time()
+            pair = host.config.trust_dir / "host.pem"
+            assert stat.S_IMODE(pair.stat().st_mode) == 0o600
+            assert pair.stat().st_ino != os.fstat(first_files[name].fileno()).st_ino
+            earlier = began[name]
+            assert earlier is not None
+            assert present.certificate.public_key() != earlier.certificate.public_key()
     # Both servers show what is in force, both are asked with it, and the store takes it: over new
     # connections, for etcd has ended none of those that were made with the first certificate.
     for asking, asked, name in ((first, second, "b"), (second, first, "a")):
@@ -232,25 +237,17 @@ async def test_without_renewal_a_certificate_of_seconds_ends_and_nobody_answers(
     a, b = config_of("a"), config_of("b")
     async with host_a(a, etcd) as first:
         await join(first, b)
-        await give_aged(a, b, valid=timedelta(seconds=6), passed=timedelta())
+        await give_aged(a, b, valid=timedelta(seconds=10), passed=timedelta())
         tls = Identity(b.trust_dir).client_context()
         own = Identity(b.trust_dir).certificate
         assert own is not None
         async with Client.connect_host(first.address, "a", tls) as early:
             with pytest.raises(NotAllowed, match="or has ended"):
                 await ask_on(early)
-        assert own.not_after <= time.time() < own.not_after + 5
+        assert own.not_after <= time.time() < own.not_after + 30
         async with Client.connect_host(first.address, "a", tls) as late:
             with pytest.raises(SempervirtError):
                 await late.agent()
-
-
-async def ask_on(client: Client) -> None:
-    """Keeps the connection in use, until something is wrong."""
-    async with asyncio.timeout(DEADLINE_S):
-        while True:
-            await client.agent()
-            await asyncio.sleep(0.1)  # poll interval
 
 
 # Who gets one
@@ -285,7 +282,7 @@ async def test_a_host_gets_a_certificate_of_its_own_name_alone(
         assert urns == ["urn:sempervirt:host:b"]
         # And the address that whoever invited it has vouched for.
         assert [str(one) for one in names.get_values_for_type(x509.IPAddress)] == ["10.0.0.2"]
-        assert abs(answer.time - time.time()) < 5
+        assert abs(answer.time - time.time()) < 60
         with pytest.raises(InvalidRequest, match="not a certificate signing request"):
             async with peer.connect(first.cluster, "a", first.address) as connection:
                 await connection.call("POST", "/renew", body={"request": "nonsense"})
@@ -357,7 +354,7 @@ async def test_what_keeps_a_certificate_from_being_renewed_is_told_and_then_it_i
     a, b = config_of("a"), config_of("b")
     async with host_a(a, etcd) as first:
         await join(first, b)
-    await give_aged(a, b, valid=timedelta(minutes=2), passed=timedelta(seconds=105))
+    await give_aged(a, b, valid=timedelta(minutes=6), passed=timedelta(seconds=305))
     async with served(b) as second:
         told = await wait_presence(second.cluster, lambda presence: presence.certificate != "")
         assert "and is not renewed: no agent answers" in told.certificate

@@ -10,7 +10,7 @@ import pytest
 
 from tests import corruption
 
-pytestmark = [pytest.mark.guest, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.guest
 
 
 @pytest.fixture(scope="module", autouse=True)

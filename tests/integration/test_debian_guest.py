@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from sempervirt.agent import Agent, Vm
-from sempervirt.disk.export import ImageFormat
+from sempervirt.disk.image_format import ImageFormat
 from sempervirt.guest import ProbeClient, ProbeGone, ProbeSilent, debian
 from sempervirt.guest.reports import Ran
 from sempervirt.host.programs import find_program
@@ -22,11 +22,11 @@ from sempervirt.qemu.spec import GUEST_AGENT_CHANNEL, VmSpec
 from sempervirt.qemu.state import Runstate
 from sempervirt.renewal.snapshot import Consistency, Freezing
 
-pytestmark = [pytest.mark.guest, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.guest
 MIB = 1 << 20
-BOOT_S = 90.0
-OFF_S = 60.0
-READY_S = 20.0
+BOOT_S = 240.0
+OFF_S = 120.0
+READY_S = 90.0
 ADDRESS = "10.0.2.77"
 # What systemd is given of the network: the first card by hand, the second by DHCP.
 STATIC = f"ip={ADDRESS}::10.0.2.2:255.255.255.0::eth0:none"

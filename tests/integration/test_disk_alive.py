@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import os
 import resource
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +22,7 @@ import pytest
 from lab.client import EchoClient
 from sempervirt.agent import Agent, AgentConfig, Vm
 from sempervirt.api import routes, views
-from sempervirt.core.errors import StateConflict, Unavailable
+from sempervirt.core.errors import SempervirtError, StateConflict, Unavailable
 from sempervirt.disk.backend import Blkd
 from sempervirt.disk.backends import Backends
 from sempervirt.disk.driver import Disk
@@ -33,18 +35,19 @@ from sempervirt.host.storage_call import HANGING_MAX, call_storage
 from sempervirt.host.thread_states import threads_of
 from sempervirt.qemu.spec import DiskSpec, VmSpec
 from sempervirt.qemu.state import Runstate
+from sempervirt.renewal import operations
+from sempervirt.vm import launch
 from tests.guest_network import GUEST, add_tap, own_network, with_tap
 from tests.hanging_medium import HangingMedium, hanging_medium
+from tests.silence import soon_silent
 from tests.unharmed import assert_unharmed
 
-pytestmark = pytest.mark.timeout(300)
+log = logging.getLogger(__name__)
 Spec = Callable[..., VmSpec]
 
 MIB = 1 << 20
-READY_S, BOOT_S = 30.0, 120.0
+READY_S, BOOT_S = 90.0, 180.0
 PAUSE = 100  # requests between two events
-# Longer than anything that is not held up takes on a busy machine.
-PROMPT_S = 2.5
 
 
 @pytest.fixture
@@ -52,16 +55,6 @@ def medium(place: Path) -> Iterator[HangingMedium]:
     """A file system that can be told to hang."""
     with hanging_medium(place, 8 * MIB) as made:
         yield made
-
-
-async def worst_lag_s(until: asyncio.Event) -> float:
-    """How late the event loop ever was, at worst."""
-    worst = 0.0
-    while not until.is_set():
-        before = time.monotonic()
-        await asyncio.sleep(0.01)  # poll interval
-        worst = max(worst, time.monotonic() - before - 0.01)
-    return worst
 
 
 async def directly(_path: Path, call: Callable[[], Any], _timeout_s: float = 0) -> Any:
@@ -84,24 +77,57 @@ async def test_an_image_that_hangs_stops_neither_the_agent_nor_another_disk(
     await agent.run_vm(firmware_spec())
     disk = agent.disks["web/root"]
     await disk.wait_spare_ready(READY_S)
-    done = asyncio.Event()
-    lag = asyncio.create_task(worst_lag_s(done))
-    medium.hang_for(5.0)
+    # An agent that waits for the medium goes on when that does: in the control soon.
+    medium.hang_for(5.0 if in_loop else READY_S)
     asked = asyncio.create_task(routes.list_disks(agent))
     os.kill(active(disk), signal.SIGKILL)
-    begun = time.monotonic()
     await disk.changes.wait_until(
         lambda: disk.restart_count == 1, timeout_s=READY_S, what="the take-over"
     )
-    seen_s = time.monotonic() - begun
     found = {view.name: view for view in await asked}
-    done.set()
-    if in_loop:
-        assert await lag > PROMPT_S
-    else:
-        assert await lag < PROMPT_S
-        assert seen_s < PROMPT_S
+    assert medium.hangs is not in_loop
+    if not in_loop:
         assert found["hangs/data"].size_bytes is None, "it was not told, and not waited for"
+        medium.go_on()
+
+
+async def save(agent: Agent, medium: HangingMedium, _spec: VmSpec) -> None:
+    await agent.save_vm("web", medium.image.with_name("web.saved"))
+
+
+async def boot_from(agent: Agent, medium: HangingMedium, spec: VmSpec) -> None:
+    other = {"name": "other", "disks": (), "kernel": medium.image}
+    await agent.run_vm(spec.model_copy(update=other))
+
+
+@pytest.mark.parametrize("ask", [save, boot_from])
+@pytest.mark.parametrize("in_loop", [False, True], ids=["in a thread of its own", "control"])
+async def test_who_names_a_file_on_a_medium_that_hangs_is_refused_and_holds_nobody_up(
+    agent: Agent,
+    firmware_spec: Spec,
+    medium: HangingMedium,
+    monkeypatch: pytest.MonkeyPatch,
+    ask: Callable[[Agent, HangingMedium, VmSpec], Awaitable[None]],
+    in_loop: bool,
+) -> None:
+    if in_loop:
+        monkeypatch.setattr(operations, "call_storage", directly)
+        monkeypatch.setattr(launch, "call_storage", directly)
+    await agent.run_vm(firmware_spec())
+    await agent.disks["web/root"].wait_spare_ready(READY_S)
+    # Who waits for the medium goes on when that does: in the control soon.
+    medium.hang_for(5.0 if in_loop else READY_S)
+    if in_loop:
+        with contextlib.suppress(SempervirtError):
+            await ask(agent, medium, firmware_spec())
+        assert not medium.hangs
+        return
+    with pytest.raises(Unavailable, match="has not answered"):
+        await ask(agent, medium, firmware_spec())
+    assert medium.hangs
+    medium.go_on()
+    assert agent.vms["web"].run is Runstate.RUNNING
+    assert set(agent.vms) == {"web"}
 
 
 async def poll(reached: Callable[[], bool], timeout_s: float) -> None:
@@ -135,9 +161,14 @@ def active(disk: Disk) -> int:
     return disk.active_pid
 
 
+# So long a silent backend is waited for there: what else it takes is little beside that.
+ANSWER_S = 4.0
+
+
 async def test_a_backend_that_is_silent_is_told_as_such_and_not_waited_for(
-    agent: Agent, firmware_spec: Spec, disk_image: Path
+    agent: Agent, firmware_spec: Spec, disk_image: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(views, "ANSWER_S", ANSWER_S)
     for number in range(3):
         image = disk_image.with_name(f"d{number}.raw")
         image.touch()
@@ -155,7 +186,7 @@ async def test_a_backend_that_is_silent_is_told_as_such_and_not_waited_for(
     finally:
         for pid in stopped:
             os.kill(pid, signal.SIGCONT)
-    assert took_s < views.ANSWER_S + PROMPT_S, "one deadline for all, and not one after the other"
+    assert took_s < 2 * ANSWER_S, "one deadline for all, and not one after the other"
     assert [bool(view.silence) for view in found] == [True, True, False]
     assert str(stopped[0]) in found[0].silence
     assert found[2].backend is not None
@@ -171,17 +202,19 @@ async def test_calls_that_hang_do_not_add_up(medium: HangingMedium) -> None:
             await call_storage(medium.image, medium.image.stat, 0.1)
     begun = time.monotonic()
     with pytest.raises(Unavailable, match="has not answered"):
-        await call_storage(medium.image, medium.image.stat, 5.0)
-    assert time.monotonic() - begun < PROMPT_S, "it was refused at once"
+        await call_storage(medium.image, medium.image.stat, READY_S)
+    assert time.monotonic() - begun < READY_S, "it was refused at once"
     medium.go_on()
-    await poll(lambda: not storage_call._hanging, READY_S)
+    await poll(lambda: medium.image not in storage_call._hanging, READY_S)
     assert (await call_storage(medium.image, medium.image.stat)).st_size == 8 * MIB
 
 
 # With a guest that writes and verifies all the time
 
-FOUND_S = 30.0  # STALL_S, a question or two that are not answered, and a busy machine
+FOUND_S = 90.0  # STALL_S, a question or two that are not answered, and a busy machine
 HANGS_S = 12.0
+# How long a medium hangs after that was found out.
+MEDIUM_S = float(os.environ.get("SEMPERVIRT_MEDIUM_S", "5"))
 
 # Stops one thread of a process as a debugger does, until that process has ended.
 STOP_THREAD = """
@@ -274,8 +307,11 @@ async def test_a_medium_that_hangs_is_told_as_such_and_nothing_is_killed(
         assert disk.ailment.startswith("disk web/root is medium-hangs: the medium hangs, since")
         with pytest.raises(Unavailable):
             await disk.changes.wait_until(
-                lambda: (disk.active_pid, disk.spare_pid) != pids, timeout_s=5, what="a death"
+                lambda: (disk.active_pid, disk.spare_pid) != pids,
+                timeout_s=MEDIUM_S,
+                what="a death",
             )
+        assert disk.condition is Condition.MEDIUM_HANGS
         medium.go_on()
         await disk.wait_spare_ready(READY_S)
         await completed(client, PAUSE)
@@ -300,7 +336,9 @@ async def test_a_spare_that_hangs_is_replaced(agent: Agent, firmware_spec: Spec)
 
 # A disk that has no backend at all, beside one that has
 
-FAILS_S = 8.0
+FAILS_S = float(os.environ.get("SEMPERVIRT_FAILS_S", "12"))
+# What waits for that disk waits until the end; what is only slow, on a busy machine, does not.
+SLOW_S = FAILS_S / 2
 
 WRAPPER = """#!/bin/sh
 case "$*" in
@@ -400,10 +438,16 @@ async def test_while_one_disk_has_no_backend_the_rest_of_the_vm_goes_on(
             slowest_s = max(slowest_s, time.monotonic() - asked)
         gaps = await client.gaps(since_ns=since_ns, device="serial:loaded")
         assert vm.run is Runstate.RUNNING
-        assert slowest_s < PROMPT_S
-        assert gaps.longest_ms() < PROMPT_S * 1e3
+        assert slowest_s < SLOW_S
+        assert gaps.longest_ms() < SLOW_S * 1e3
         assert echo.alive, echo.problem
-        assert echo.silence_ms(lost) < PROMPT_S * 1e3
+        silence_ms = echo.silence_ms(lost)
+        log.info(
+            "for %g s: the other disk's longest gap %.0f ms, slowest answer %.0f ms, network "
+            "silent for %.0f ms",
+            *(FAILS_S, gaps.longest_ms(), slowest_s * 1e3, silence_ms),
+        )
+        assert silence_ms < SLOW_S * 1e3
         shown = views.vm_view(vm).why
         assert "disk web/data is" in shown
         assert f"{gone.path} is there" in shown
@@ -413,6 +457,7 @@ async def test_while_one_disk_has_no_backend_the_rest_of_the_vm_goes_on(
             assert_unharmed(await client.write_stop(device=device))
 
 
+@soon_silent
 @pytest.mark.guest
 async def test_control_a_front_end_that_is_let_in_to_nobody_stops_its_vm(
     breakable: Agent,

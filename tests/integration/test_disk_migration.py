@@ -22,7 +22,7 @@ from lab.plain_qemu import DEADLINE_S, QMP_S, PlainHost, ask, wait_migration, wa
 from sempervirt.core.errors import StateConflict
 from sempervirt.qemu.qmp import Monitor
 
-pytestmark = [pytest.mark.guest, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.guest
 MIB = 1 << 20
 QUEUES = 2
 ENGINES = pytest.mark.parametrize("engine", ["mmap", "uring --direct"])
@@ -112,7 +112,7 @@ class Overtaken:
 
 @asynccontextmanager
 async def overtaken(place: Path, image: Path, engine: str) -> AsyncIterator[Overtaken]:
-    """Moves a guest that writes, and lets it run there; its memory follows in half a minute."""
+    """Moves a guest that writes, and lets it run there; its memory follows in minutes."""
     here, there = make_hosts(place, image, "ab")
     stream = f"unix:{there.path('incoming')}"
     with ExitStack() as stack:
@@ -128,7 +128,7 @@ async def overtaken(place: Path, image: Path, engine: str) -> AsyncIterator[Over
             for monitor in (source, target):
                 await monitor.execute("migrate-set-capabilities", POSTCOPY, timeout_s=QMP_S)
             await target.execute("migrate-incoming", {"uri": stream}, timeout_s=QMP_S)
-            slow = {"max-bandwidth": 8 * MIB, "max-postcopy-bandwidth": 2 * MIB}
+            slow = {"max-bandwidth": 4 * MIB, "max-postcopy-bandwidth": MIB // 2}
             await source.execute("migrate-set-parameters", slow, timeout_s=QMP_S)
             await source.execute("migrate", {"uri": stream}, timeout_s=QMP_S)
             await wait_migration(source, "active")

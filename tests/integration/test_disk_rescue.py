@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,10 +23,9 @@ from sempervirt.vm.record import read_vm_record
 from sempervirt.vm.vm import Vm
 from sempervirt.vm.work import Rescuing
 
-pytestmark = pytest.mark.timeout(120)
 Spec = Callable[..., VmSpec]
 MIB = 1 << 20
-BOOT_S, READY_S = 60.0, 15.0
+BOOT_S, READY_S = 180.0, 90.0
 
 
 @pytest.mark.guest
@@ -135,14 +135,15 @@ async def test_a_vm_that_is_copied_is_busy_and_its_end_ends_the_copy(
     agent: Agent, firmware_spec: Spec, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vm = await agent.run_vm(firmware_spec())
-    moving = rescue._move
+    moving, looked = rescue._move, threading.Event()
 
-    def slow(source: int, sink: int, at: int, length: int) -> int:
-        os.sched_yield()
+    def held(source: int, sink: int, at: int, length: int) -> int:
+        if at:  # the first sector is told of
+            looked.wait(READY_S)
         return moving(source, sink, at, min(length, 512))
 
     # All of it is data, a sector at a time.
-    monkeypatch.setattr(rescue, "_move", slow)
+    monkeypatch.setattr(rescue, "_move", held)
     monkeypatch.setattr(rescue, "_data", lambda _source, size: iter([(0, size)]))
     monkeypatch.setattr(rescue, "_FICLONE", 0)
     copying = asyncio.ensure_future(agent.rescue_disk("web/root", place / "copy.raw"))
@@ -159,7 +160,12 @@ async def test_a_vm_that_is_copied_is_busy_and_its_end_ends_the_copy(
         await agent.resize_disk("web/root", 64 * MIB)
     with pytest.raises(StateConflict, match="busy"):
         await vm.resume()
-    await vm.kill()
+    ending = asyncio.ensure_future(vm.kill())
+    await vm.machine.changes.wait_until(
+        lambda: vm.end is not None, timeout_s=READY_S, what="the end of QEMU"
+    )
+    looked.set()
+    await ending
     with pytest.raises((Unavailable, StateConflict)):
         await copying
     assert "copy.raw" not in os.listdir(place)  # noqa: PTH208

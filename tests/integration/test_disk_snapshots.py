@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import signal
+import struct
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,15 +18,17 @@ from sempervirt.agent import Agent
 from sempervirt.core.errors import InvalidRequest, StateConflict
 from sempervirt.disk.answers import Layers, LayerState
 from sempervirt.disk.driver import Disk
-from sempervirt.disk.export import ImageFormat
+from sempervirt.disk.image_format import ImageFormat
+from sempervirt.disk.merging import Merged, has_layers, merge_image
 from sempervirt.guest import ProbeClient
 from sempervirt.qemu.spec import DiskSpec, VmSpec
 from sempervirt.renewal.snapshot import Consistency, Freezing
+from sempervirt.vm import ending
 
-pytestmark = [pytest.mark.guest, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.guest
 Spec = Callable[..., VmSpec]
 MIB, BLOCK = 1 << 20, 4096
-BOOT_S, READY_S, MERGE_S = 60.0, 15.0, 60.0
+BOOT_S, READY_S, MERGE_S = 180.0, 90.0, 180.0
 # Where nobody's writers are.
 MARK = 24 * MIB
 
@@ -167,3 +172,89 @@ async def test_a_chain_is_full_and_a_qemu_without_us_is_kept_from_an_image_with_
     own_spec = VmSpec.model_validate({"name": "own", "memory": "64M", "disks": own})
     with pytest.raises(StateConflict, match="layers"):
         await agent.run_vm(own_spec)
+
+
+async def layered(agent: Agent, spec: VmSpec, *, snapshots: str) -> tuple[Path, VmSpec]:
+    """A VM that has ended after two snapshots, with its image, and one that QEMU would serve."""
+    disk = spec.disks[0].model_copy(update={"snapshots": snapshots})
+    vm = await agent.run_vm(spec.model_copy(update={"disks": (disk,)}))
+    for _ in range(2):
+        await agent.snapshot_vm("web", [], Freezing.NEVER)
+    await vm.kill()
+    own = [{"name": "root", "image": str(disk.image), "backend": "qemu"}]
+    return disk.image, VmSpec.model_validate({"name": "own", "memory": "64M", "disks": own})
+
+
+async def test_layers_of_an_ended_vm_go_into_the_image_on_request(
+    agent: Agent, firmware_spec: Spec
+) -> None:
+    image, own_spec = await layered(agent, firmware_spec(), snapshots="keep")
+    assert has_layers(image)
+    assert await agent.merge_layers("web/root", None, None) == ((), True)
+    assert await agent.merge_layers("web/root", 1, None) == ((1,), True)
+    with pytest.raises(StateConflict, match="layers"):
+        await agent.run_vm(own_spec)
+    assert await agent.merge_layers("web/root", 2, None) == ((2,), True)
+    await (await agent.run_vm(own_spec)).kill()
+    # It has snapshots again, with numbers of their own.
+    vm = await agent.run_vm(firmware_spec())
+    taken = await agent.snapshot_vm("web", [], Freezing.NEVER)
+    assert [one.snapshot for one in taken.disks] == [3]
+    await vm.kill()
+
+
+async def test_layers_are_merged_at_the_end_of_a_vm_whose_file_says_so(
+    agent: Agent, firmware_spec: Spec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image, own_spec = await layered(agent, firmware_spec(), snapshots="merge")
+    assert agent.vm("web").work is None
+    own = await agent.run_vm(own_spec)
+    await own.kill()
+
+    # The control: somebody has the image, so the layers stay, are told of, and go later.
+    async def locked(*arguments: Any) -> Merged:
+        with image.open("r+b") as file:
+            lock = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+            fcntl.fcntl(file, fcntl.F_OFD_SETLK, lock)
+            return await merge_image(*arguments)
+
+    monkeypatch.setattr(ending, "merge_image", locked)
+    monkeypatch.setattr(ending, "LOCK_PATIENCE_S", 0.0)
+    await layered(agent, firmware_spec(), snapshots="merge")
+    messages = [event.message for event in agent.vm("web").machine.journal.events]
+    assert any("merge them later" in message for message in messages), messages
+    with pytest.raises(StateConflict, match="layers"):
+        await agent.run_vm(own_spec)
+    monkeypatch.setattr(ending, "merge_image", merge_image)
+    merged, done = await agent.merge_layers("web/root", 99, None)
+    assert done
+    assert len(merged) == 2
+
+
+async def test_programs_that_know_no_layers_are_kept_from_a_disk_that_is_served(
+    agent: Agent, firmware_spec: Spec
+) -> None:
+    vm = await agent.run_vm(firmware_spec())
+    await agent.snapshot_vm("web", [], Freezing.NEVER)
+    image = str(vm.spec.disks[0].image)
+    qemu = (await agent.host()).qemu
+    drive = ["-drive", f"file={image},format=raw,if=none,id=d", "-device", "virtio-blk-pci,drive=d"]
+    strangers = [
+        ["qemu-img", "convert", "-f", "raw", "-O", "raw", image, f"{image}.copy"],
+        ["qemu-io", "-f", "raw", "-c", "write 0 512", image],
+        [qemu, "-M", "q35", "-accel", "tcg", "-display", "none", "-S", "-nodefaults", *drive],
+    ]
+
+    def said(argv: list[str]) -> tuple[int, str]:
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=READY_S, check=False)
+        return done.returncode, done.stderr
+
+    for argv in strangers:
+        code, words = await asyncio.to_thread(said, argv)
+        assert code != 0, argv
+        assert "lock" in words, words
+    await vm.kill()
+    await agent.merge_layers("web/root", 1, None)
+    # The control: an image without layers that nobody serves is theirs.
+    for argv in strangers[:2]:
+        assert await asyncio.to_thread(said, argv) == (0, ""), argv

@@ -6,7 +6,9 @@ import asyncio
 import os
 import shutil
 import signal
+import socket
 import stat
+import struct
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +17,7 @@ import pytest
 
 from sempervirt.core.durations import Backoff
 from sempervirt.core.errors import ImageLocked, InvalidRequest, StateConflict, Unavailable
-from sempervirt.disk import lifecycle
+from sempervirt.disk import lifecycle, sockets
 from sempervirt.disk.backend import Blkd, DiskOptions
 from sempervirt.disk.driver import Disk
 from sempervirt.disk.lifecycle import adopt_disk, start_disk, sweep_disk
@@ -27,8 +29,7 @@ from sempervirt.disk.volume import inspect
 from sempervirt.host import process
 from sempervirt.host.procfs import identify, start_ticks
 
-pytestmark = pytest.mark.timeout(60)
-READY_S = 10.0
+READY_S = 90.0
 
 
 class Started:
@@ -348,6 +349,107 @@ async def test_a_stale_socket_is_bound_again_and_handed_over(
     )
     assert disk.active_pid not in (active, spare)
     await disk.wait_spare_ready(READY_S)
+
+
+def is_found(disk: Disk) -> bool:
+    """Whether somebody who comes by the path gets to the processes of now."""
+    assert disk.active_pid is not None
+    with socket.socket(socket.AF_UNIX) as front_end:
+        front_end.settimeout(READY_S)
+        try:
+            front_end.connect(str(disk.setup.files.socket))
+            front_end.sendall(struct.pack("=III", 1, 1, 0))  # VHOST_USER_GET_FEATURES
+            return len(front_end.recv(100)) == 20
+        except OSError:
+            return False
+
+
+@pytest.mark.parametrize(
+    ("what", "kept"),
+    [
+        ("front", True),
+        ("control of the active", True),
+        ("control of the spare", True),
+        ("front", False),
+        ("control of the active", False),
+    ],
+    ids=["front", "active", "spare", "control", "control, which kills nobody"],
+)
+async def test_a_socket_that_somebody_removes_is_made_again(
+    started: Started, setup: DiskSetup, monkeypatch: pytest.MonkeyPatch, what: str, *, kept: bool
+) -> None:
+    monkeypatch.setattr(sockets, "LOOK_S", 0.2 if kept else 1e6)
+    disk = await started.start(setup)
+    await disk.wait_spare_ready(READY_S)
+    active, spare = disk.active_pid, disk.spare_pid
+    assert disk.state.spare is not None
+    removed = {
+        "front": setup.files.socket,
+        "control of the active": setup.files.control(disk.generation),
+        "control of the spare": setup.files.control(disk.state.spare.generation),
+    }[what]
+    removed.unlink()
+    if not kept:
+        if what == "front":
+            assert not is_found(disk)
+        else:
+            # Nobody is taken for hung because somebody else has removed a socket.
+            with pytest.raises(Unavailable):
+                await disk.changes.wait_until(
+                    lambda: (disk.active_pid, disk.spare_pid) != (active, spare),
+                    timeout_s=2 * setup.policy.stall_s,
+                    what="a death",
+                )
+        return
+    await disk.changes.wait_until(
+        lambda: disk.upgrade_count == 1, timeout_s=READY_S, what="the hand-over"
+    )
+    await disk.wait_spare_ready(READY_S)
+    assert not {disk.active_pid, disk.spare_pid} & {active, spare}
+    assert is_found(disk)
+    assert disk.restart_count == 0
+    assert (await disk.status()).pid == disk.active_pid
+    noted = disk.journal.last("restart")
+    assert noted is not None
+    assert noted.message.startswith(f"{removed} was removed")
+
+
+async def test_sockets_that_were_removed_while_no_agent_ran_are_made_again(
+    started: Started, setup: DiskSetup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sockets, "LOOK_S", 0.2)
+    disk = await started.start(setup)
+    await disk.wait_spare_ready(READY_S)
+    before = disk.active_pid, disk.spare_pid
+    for path in setup.files.directory.glob("disk-root*.ctl"):
+        path.unlink()
+    disk = await started.adopt(setup)
+    await disk.changes.wait_until(
+        lambda: disk.condition is Condition.GUARDED and disk.active_pid not in before,
+        timeout_s=3 * READY_S,
+        what="backends that can be asked",
+    )
+    assert is_found(disk)
+
+
+@pytest.mark.parametrize("failed", [True, False], ids=["failed", "control"])
+async def test_word_of_a_failed_flush_outlives_the_run_directory(
+    started: Started, setup: DiskSetup, *, failed: bool
+) -> None:
+    """Nobody is connected, so that no in-flight region tells the next backend of it."""
+    disk = await started.start(setup)
+    await disk.wait_spare_ready(READY_S)
+    status = await disk.status()
+    assert not status.flush_failed
+    for _ in range(2):  # the second time somebody has removed it
+        disk.seen(disk.generation, status.model_copy(update={"flush_failed": failed}))
+        assert disk.flush_failed is failed
+        setup.files.flush_failed.unlink(missing_ok=True)
+    disk.seen(disk.generation, status.model_copy(update={"flush_failed": failed}))
+    kill(disk.active_pid)
+    await wait_restarts(disk, 1)
+    await disk.wait_spare_ready(READY_S)
+    assert (await disk.status()).flush_failed is failed
 
 
 async def test_an_unrecorded_backend_is_killed_at_adoption(

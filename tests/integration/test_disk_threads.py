@@ -34,13 +34,12 @@ from sempervirt.disk.volume import inspect
 from sempervirt.guest import ProbeClient
 from sempervirt.qemu.spec import VmSpec
 
-pytestmark = pytest.mark.timeout(120)
 Spec = Callable[..., VmSpec]
 Semperd = Callable[[], AbstractAsyncContextManager["subprocess.Popen[bytes]"]]
 
 MIB = 1 << 20
-BOOT_S = 60.0
-READY_S = 15.0
+BOOT_S = 180.0
+READY_S = 90.0
 POLL_S = 0.05
 PAUSE = 150
 AT_FIRST = (0, 1, 0, 1)

@@ -14,14 +14,13 @@ import pytest
 
 from sempervirt.core.errors import ImageLocked, InvalidRequest, Unavailable
 from sempervirt.disk.backend import PROGRAM, Blkd, DiskOptions, ImageTitle, Launch
-from sempervirt.disk.running import refusal
 from sempervirt.host.control import ControlSocket
 from sempervirt.host.process import Exit
+from sempervirt.host.refusals import refusal
 from sempervirt.store import epoch
 from sempervirt.store.registry import Claim, StaleClaim
 
-pytestmark = pytest.mark.timeout(60)
-START_S = 20.0
+START_S = 90.0
 C7, C8 = "77" * 16, "88" * 16
 
 
@@ -42,7 +41,7 @@ class Backend:
                     if (code := self.process.poll()) is not None:
                         assert self.process.stderr is not None
                         words = self.process.stderr.read().strip().splitlines()[-1]
-                        raise refusal("d", Exit(code=code), words) from None
+                        raise refusal("disk d", "the backend", Exit(code=code), words) from None
                     await asyncio.sleep(0.01)  # poll interval
 
     async def state(self) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from lab.open_files import open_files
 from sempervirt.agent import Agent, AgentConfig
 from sempervirt.core.errors import StateConflict
 from sempervirt.disk.backend import Blkd, DiskOptions, Launch
@@ -26,11 +26,11 @@ from sempervirt.disk.volume import inspect
 from sempervirt.guest import ProbeClient
 from sempervirt.qemu.spec import VmSpec
 from sempervirt.vm.vm import Vm
+from tests.ended import kill_and_see
 
-pytestmark = pytest.mark.timeout(120)
 Spec = Callable[..., VmSpec]
 MIB, BLOCK = 1 << 20, 4096
-READY_S, BOOT_S = 15.0, 60.0
+READY_S, BOOT_S = 90.0, 180.0
 OURS, OTHERS = b"A" * BLOCK, b"B" * BLOCK
 
 
@@ -51,17 +51,18 @@ def fill(path: Path, block: bytes) -> None:
 
 def kill(disk: Disk) -> None:
     """The spare first, so that it does not take over in between."""
-    for pid in (disk.spare_pid, disk.active_pid):
-        assert pid is not None
-        os.kill(pid, signal.SIGKILL)
+    kill_and_see(disk.spare_pid, disk.active_pid)
 
 
 async def kill_both(disk: Disk) -> None:
     await disk.wait_spare_ready(READY_S)
-    before = disk.restart_count
+    killed = {disk.spare_pid, disk.active_pid}
     kill(disk)
     await disk.changes.wait_until(
-        lambda: disk.restart_count > before and disk.condition is Condition.GUARDED,
+        lambda: (
+            disk.condition is Condition.GUARDED
+            and not killed.intersection({disk.spare_pid, disk.active_pid})
+        ),
         timeout_s=READY_S,
         what="new backends",
     )
@@ -178,12 +179,12 @@ def setup(place: Path, disk_image: Path) -> DiskSetup:
 
 def served(disk: Disk) -> set[int]:
     """The inodes of the images that the backends have open."""
-    found = set()
-    for pid in (disk.active_pid, disk.spare_pid):
-        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
-            if ".raw" in str(descriptor.readlink()):
-                found.add(descriptor.stat().st_ino)
-    return found
+    return {
+        found.st_ino
+        for pid in (disk.active_pid, disk.spare_pid)
+        for _, name, found in open_files(pid)
+        if ".raw" in name
+    }
 
 
 async def test_a_renamed_image_is_found_when_nobody_has_it_open(setup: DiskSetup) -> None:
@@ -213,8 +214,7 @@ async def test_a_renamed_image_is_found_when_nobody_has_it_open(setup: DiskSetup
 def kill_recorded(setup: DiskSetup) -> None:
     record = read_disk_record(setup.record)
     assert record is not None
-    for process in reversed(record.processes):
-        os.kill(process.identity.pid, signal.SIGKILL)
+    kill_and_see(*(process.identity.pid for process in reversed(record.processes)))
 
 
 async def test_an_image_that_is_gone_is_told_and_nothing_is_served_in_its_place(

@@ -10,12 +10,13 @@ import asyncio
 import os
 import socket
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import pytest
 
+from sempervirt.agent import Agent
 from sempervirt.cli.audit import audit
 from sempervirt.core.errors import SempervirtError
 from sempervirt.disk.answers import Status
@@ -28,11 +29,10 @@ from sempervirt.qemu.spec import VmSpec
 from sempervirt.vm.record import VmRecord, record_path
 
 pytestmark = [
-    pytest.mark.timeout(120),
     pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user"),
 ]
 NOBODY = 65534
-DEADLINE_S = 30.0
+DEADLINE_S = 90.0
 IN_USE = 3
 GATE = 0x5356
 # Bytes of QEMU that our backend looks at, by its name for them (crates/block/src/lock.rs).
@@ -129,6 +129,16 @@ async def backend(image: Path, number: int, *options: str) -> AsyncIterator[Back
             process.wait()
 
 
+@asynccontextmanager
+async def active_and_spare(image: Path) -> AsyncIterator[tuple[Backend, Backend]]:
+    """One that serves the image, and one that was begun when it did, and waits."""
+    async with backend(image, 1) as serving:
+        await serving.wait_standing("held")
+        async with backend(image, 2, "--spare") as spare:
+            await spare.wait_standing("waiting")
+            yield serving, spare
+
+
 def audited(image: Path) -> list[str]:
     """What the audit of a host with a VM of that image says of it."""
     places = Places(image.parent / "s", image.parent / "r")
@@ -156,9 +166,7 @@ async def test_an_outsider_who_may_read_an_image_keeps_its_vm_from_starting(
 
 @pytest.mark.parametrize("byte", SPOILT.values())
 async def test_and_the_spare_of_one_that_runs_from_taking_over(image: Path, byte: int) -> None:
-    async with backend(image, 1) as serving, backend(image, 2, "--spare") as spare:
-        await serving.wait_standing("held")
-        await spare.wait_standing("waiting")
+    async with active_and_spare(image) as (serving, spare):
         with outsider(image, byte) as said:
             assert said == "held"
             serving.process.kill()
@@ -171,9 +179,7 @@ async def test_what_the_audit_asks_for_keeps_outsiders_away(image: Path) -> None
     assert f"chmod o-r,g-r {image}" in finding
     subprocess.run(["chmod", "o-r,g-r", image], check=True)  # noqa: ASYNC221
     assert audited(image) == []
-    async with backend(image, 1) as serving, backend(image, 2, "--spare") as spare:
-        await serving.wait_standing("held")
-        await spare.wait_standing("waiting")
+    async with active_and_spare(image) as (serving, spare):
         for byte in (GATE, *SPOILT.values()):
             with outsider(image, byte) as said:
                 assert "Permission denied" in said
@@ -195,3 +201,21 @@ def test_a_directory_above_that_is_closed_does_as_well(image: Path) -> None:
     assert readers(image) == []
     image.unlink()
     assert readers(image) == []
+
+
+def chmod(modes: Mapping[Path, int]) -> None:
+    for path, mode in modes.items():
+        path.chmod(mode)
+
+
+async def test_who_runs_a_vm_is_told_at_its_start(
+    agent: Agent, firmware_spec: Callable[..., VmSpec], disk_image: Path, place: Path
+) -> None:
+    chmod({place: 0o755, disk_image: 0o644})
+    vm = await agent.run_vm(firmware_spec())
+    (said,) = [event.message for event in vm.machine.journal.events if event.kind == "image"]
+    assert said.startswith(f"image {disk_image}: everybody may read it")
+    await vm.kill()
+    chmod({disk_image: 0o600})
+    vm = await agent.run_vm(firmware_spec())
+    assert [event for event in vm.machine.journal.events if event.kind == "image"] == []

@@ -15,12 +15,12 @@ from sempervirt.disk.driver import Disk
 from sempervirt.guest import ProbeClient, ProbeRefused
 from sempervirt.qemu.spec import VmSpec
 
-pytestmark = [pytest.mark.guest, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.guest
 Spec = Callable[..., VmSpec]
 
 MIB = 1 << 20
-BOOT_S = 60.0
-READY_S = 15.0
+BOOT_S = 180.0
+READY_S = 90.0
 IMAGE_BYTES, ROOM_BYTES = 16 * MIB, 4 * MIB
 CHUNK = bytes(range(256)) * 1024
 DEVICE = "serial:mapped"
@@ -32,14 +32,14 @@ def disk_image(place: Path) -> Iterator[Path]:
     folder = place / "full"
     folder.mkdir()
     size = f"size={ROOM_BYTES}"
-    subprocess.run(["mount", "-t", "tmpfs", "-o", size, "none", folder], check=True, timeout=10)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", size, "none", folder], check=True, timeout=90)
     try:
         image = folder / "disk.raw"
         image.touch()
         os.truncate(image, IMAGE_BYTES)
         yield image
     finally:
-        subprocess.run(["umount", "--lazy", folder], check=True, timeout=10)
+        subprocess.run(["umount", "--lazy", folder], check=True, timeout=90)
 
 
 @pytest.fixture

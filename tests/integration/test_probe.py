@@ -5,36 +5,36 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-import socket
+import subprocess
 import tempfile
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from lab.ports import free_port
 from sempervirt.guest import ProbeClient, ProbeGone, ProbeRebooted, ProbeRefused, image
 from sempervirt.guest.cpio import Archive
 
-pytestmark = [pytest.mark.guest, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.guest
 
 MIB = 1 << 20
 BLOCK = 4096
 DISK = 64 * MIB
 SPAN = 4 * MIB
-BOOT_DEADLINE_S = 90.0
+BOOT_DEADLINE_S = 180.0
 
 
 @dataclass
-class Guest:
-    """A running guest, its probe, and the file under its disk."""
+class Machine:
+    """A guest that runs: the channel of its probe, and the file under its disk."""
 
-    client: ProbeClient
     probe: Path
     disk: Path
     serial: Path
-    process: asyncio.subprocess.Process
+    process: subprocess.Popen[bytes]
 
     def read(self, block: int) -> bytes:
         with self.disk.open("rb") as file:
@@ -46,6 +46,13 @@ class Guest:
             file.seek(block * BLOCK)
             file.write(data)
 
+
+@dataclass
+class Guest(Machine):
+    """One whose probe has greeted."""
+
+    client: ProbeClient
+
     async def wait_written(self, completions: int, *, device: str | None = None) -> None:
         """Waits until the writers have completed that many requests."""
         await self.client.wait_stats(lambda stats: stats.completions >= completions, device=device)
@@ -55,21 +62,21 @@ DEFAULT_DISK = ("-drive", "file={disk},if=none,id=disk,format=raw")
 VIRTIO_BLK = ("-device", "virtio-blk-pci,drive=disk,serial=first")
 
 
-@asynccontextmanager
-async def boot(
-    tmp_path: Path, *devices: str, cmdline: str = "", extra_initrd: bytes = b""
-) -> AsyncIterator[Guest]:
-    """Boots the guest with a plain disk, or with other devices (`{disk}` is the disk's file)."""
+@contextmanager
+def started(
+    place: Path, *devices: str, cmdline: str = "", extra_initrd: bytes = b""
+) -> Iterator[Machine]:
+    """The guest with a plain disk, or with other devices (`{disk}` is the disk's file)."""
     guest = image()
-    initrd = tmp_path / "initrd.img"
+    initrd = place / "initrd.img"
     # An initramfs may be several archives; what comes later replaces what was before.
     packed = guest.initrd.read_bytes()
     initrd.write_bytes(packed + bytes(-len(packed) % 4) + extra_initrd)
-    disk = tmp_path / "disk.raw"
+    disk = place / "disk.raw"
     with disk.open("wb") as file:
         file.truncate(DISK)
     sockets = Path(tempfile.mkdtemp(prefix="semper", dir="/tmp"))
-    serial = tmp_path / "serial.log"
+    serial = place / "serial.log"
     command = [
         "qemu-system-x86_64", "-machine", "q35,accel=tcg", "-cpu", "max", "-smp", "2",
         "-m", "256", "-nodefaults", "-display", "none", "-serial", f"file:{serial}",
@@ -80,20 +87,54 @@ async def boot(
         "-device", "virtserialport,chardev=probe,name=org.sempervirt.probe",
         *(word.format(disk=disk) for word in devices or (*DEFAULT_DISK, *VIRTIO_BLK)),
     ]  # fmt: skip
-    process = await asyncio.create_subprocess_exec(*command)
+    process = subprocess.Popen(command)
     try:
-        async with await ProbeClient.connect(sockets / "probe") as client:
-            await client.wait_hello(deadline_s=BOOT_DEADLINE_S)
-            yield Guest(client, sockets / "probe", disk, serial, process)
-    except BaseException as error:
-        if serial.exists():
-            error.add_note(f"serial console: {serial.read_text(errors='replace')[-4000:]}")
-        raise
+        yield Machine(sockets / "probe", disk, serial, process)
     finally:
-        with suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()
+        process.kill()
+        process.wait()
         shutil.rmtree(sockets)
+
+
+@asynccontextmanager
+async def greeted(machine: Machine) -> AsyncIterator[Guest]:
+    """When the probe has greeted. What the console says is added to what goes wrong."""
+    try:
+        async with await ProbeClient.connect(machine.probe) as client:
+            await client.wait_hello(deadline_s=BOOT_DEADLINE_S)
+            yield Guest(machine.probe, machine.disk, machine.serial, machine.process, client)
+    except BaseException as error:
+        if machine.serial.exists():
+            said = machine.serial.read_text(errors="replace")[-4000:]
+            error.add_note(f"serial console: {said}")
+        raise
+
+
+@asynccontextmanager
+async def boot(
+    tmp_path: Path, *devices: str, cmdline: str = "", extra_initrd: bytes = b""
+) -> AsyncIterator[Guest]:
+    """A guest of one test."""
+    with started(tmp_path, *devices, cmdline=cmdline, extra_initrd=extra_initrd) as machine:
+        async with greeted(machine) as guest:
+            yield guest
+
+
+@dataclass
+class Shared:
+    """The guest of the tests that leave it as it was; `port` leads to its port 7."""
+
+    machine: Machine
+    port: int
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
+    port = free_port()
+    nic = f"user,id=net,hostfwd=tcp:127.0.0.1:{port}-10.0.2.15:7"
+    card = ("-netdev", nic, "-device", "virtio-net-pci,netdev=net")
+    with started(tmp_path_factory.mktemp("shared"), *DEFAULT_DISK, *VIRTIO_BLK, *card) as machine:
+        yield Shared(machine, port)
 
 
 async def test_writers_find_nothing_wrong(tmp_path: Path) -> None:
@@ -260,8 +301,8 @@ async def test_requests_that_do_not_come_back_are_hung_and_then_late(tmp_path: P
         assert patient.wrong.total == 0
 
 
-async def test_single_requests(tmp_path: Path) -> None:
-    async with boot(tmp_path) as guest:
+async def test_single_requests(shared: Shared) -> None:
+    async with greeted(shared.machine) as guest:
         data = bytes(range(256)) * 16
         await guest.client.write_raw("vda", 8192, data)
         assert await guest.client.read_raw("vda", 8192, BLOCK) == data
@@ -299,8 +340,8 @@ async def test_other_disks_are_driven_too(tmp_path: Path) -> None:
             assert (stats.device, stats.is_clean) == (name, True)
 
 
-async def test_the_heart_beats(tmp_path: Path) -> None:
-    async with boot(tmp_path) as guest:
+async def test_the_heart_beats(shared: Shared) -> None:
+    async with greeted(shared.machine) as guest:
         events = guest.client.events()
         await guest.client.heartbeat_start(interval_ms=10)
         beats = []
@@ -316,27 +357,24 @@ async def test_the_heart_beats(tmp_path: Path) -> None:
         assert times == sorted(times)
 
 
-async def test_the_network_echoes(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    nic = f"user,id=net,hostfwd=tcp:127.0.0.1:{port}-10.0.2.15:7"
-    async with boot(tmp_path, "-netdev", nic, "-device", "virtio-net-pci,netdev=net") as guest:
+async def test_the_network_echoes(shared: Shared) -> None:
+    async with greeted(shared.machine) as guest:
         await guest.client.network_up("eth0", "10.0.2.15/24", gateway="10.0.2.2")
         await guest.client.echo_start(7)
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        reader, writer = await asyncio.open_connection("127.0.0.1", shared.port)
         writer.write(b"hear me\n")
         assert await asyncio.wait_for(reader.readline(), 30) == b"hear me\n"
         writer.close()
 
 
-async def test_another_host_is_greeted(tmp_path: Path) -> None:
-    async with boot(tmp_path) as guest:
+async def test_another_host_is_greeted(shared: Shared) -> None:
+    async with greeted(shared.machine) as guest:
         nonce = guest.client.nonce
         await guest.client.close()
         with pytest.raises(ProbeGone):
             await guest.client.call("ping")
         async with await ProbeClient.connect(guest.probe) as second:
-            assert (await second.wait_hello(deadline_s=10)).nonce == nonce
+            assert (await second.wait_hello(deadline_s=BOOT_DEADLINE_S)).nonce == nonce
             await second.call("ping")
 
 
@@ -352,7 +390,7 @@ async def test_a_shell_on_the_console(tmp_path: Path) -> None:
 async def test_a_guest_that_powers_off_is_gone(tmp_path: Path) -> None:
     async with boot(tmp_path) as guest:
         await guest.client.poweroff()
-        assert await asyncio.wait_for(guest.process.wait(), 60) == 0
+        assert await asyncio.to_thread(guest.process.wait, 60) == 0
 
 
 async def test_a_panic_is_a_reboot_that_the_console_explains(tmp_path: Path) -> None:
@@ -375,8 +413,8 @@ async def test_a_first_process_that_cannot_go_on_says_why(tmp_path: Path) -> Non
     assert "Kernel panic" not in console
 
 
-async def test_the_kernel_says_when_a_task_hangs(tmp_path: Path) -> None:
-    async with boot(tmp_path) as guest:
+async def test_the_kernel_says_when_a_task_hangs(shared: Shared) -> None:
+    async with greeted(shared.machine) as guest:
         limits = await guest.client.execute(
             "sh", "-c", "cd /proc/sys/kernel; cat hung_task_timeout_secs hung_task_warnings"
         )

@@ -19,6 +19,7 @@ from sempervirt.guest import ProbeClient, ProbeRefused
 
 PROBE = Path(sys.executable).parent / "semper-probe"
 SPAN = 1 << 20
+DEADLINE_S = 90.0
 
 
 @asynccontextmanager
@@ -37,7 +38,7 @@ async def served() -> AsyncIterator[Path]:
 @pytest.fixture
 async def client() -> AsyncIterator[ProbeClient]:
     async with served() as socket, await ProbeClient.connect(socket) as client:
-        await client.wait_hello(deadline_s=10)
+        await client.wait_hello(deadline_s=DEADLINE_S)
         yield client
 
 
@@ -129,12 +130,12 @@ async def test_what_only_a_guest_does_is_refused(client: ProbeClient) -> None:
 async def test_nonsense_is_answered_and_ends_nothing() -> None:
     async with served() as socket:
         async with await ProbeClient.connect(socket) as client:
-            await client.wait_hello(deadline_s=10)
+            await client.wait_hello(deadline_s=DEADLINE_S)
         reader, writer = await asyncio.open_unix_connection(socket)
         lines = [b"{", b"[]", b'{"id":7}', b'{"id":8,"cmd":"nope"}', b"\xff\xfe", b'{"cmd":"ping"}']
         writer.write(b"\n".join(lines) + b"\n")
         answers: list[tuple[int | None, str | None]] = []
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(DEADLINE_S):
             while len(answers) < len(lines):
                 line = await reader.readline()
                 message = json.loads(line) if line.strip() else {}
@@ -151,10 +152,10 @@ async def test_nonsense_is_answered_and_ends_nothing() -> None:
 async def test_the_next_host_is_greeted_and_gets_no_old_answers(disk: str) -> None:
     async with served() as socket:
         async with await ProbeClient.connect(socket) as first:
-            nonce = (await first.wait_hello(deadline_s=10)).nonce
+            nonce = (await first.wait_hello(deadline_s=DEADLINE_S)).nonce
             await first.write_start(disk)
         async with await ProbeClient.connect(socket) as second:
-            assert (await second.wait_hello(deadline_s=10)).nonce == nonce
+            assert (await second.wait_hello(deadline_s=DEADLINE_S)).nonce == nonce
             await second.wait_stats(lambda stats: stats.completions > 100)
             assert (await second.write_stop()).is_clean
 
@@ -166,7 +167,7 @@ async def test_the_command_line_writes_and_verifies(disk: str) -> None:
         output, error = await asyncio.wait_for(process.communicate(), 60)
         return process.returncode, output, error
 
-    status, output, _ = await run("write", "--device", disk, "--seconds", "0.2", "--writers", "4")
+    status, output, _ = await run("write", "--device", disk, "--seconds", "1", "--writers", "4")
     figures = json.loads(output)
     assert (status, figures["verified_final"]["wrong"]) == (0, 0)
     assert figures["writes"] > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
@@ -23,10 +24,9 @@ from sempervirt.qemu.facts import HostFacts, HostProbe
 from sempervirt.qemu.spec import VmSpec
 from sempervirt.vm.vm import Vm
 
-pytestmark = pytest.mark.timeout(120)
 Spec = Callable[..., VmSpec]
 MIB = 1 << 20
-BOOT_S = 60.0
+BOOT_S = 180.0
 REQUESTS = 300
 
 
@@ -244,7 +244,9 @@ async def test_a_disk_that_the_guest_ejects_is_told_as_ejected(
             assert (await conditions(agent))["web/root"] is not Condition.EJECTED
             await probe.execute("/bin/sh", "-c", "echo 0 > /sys/bus/pci/slots/2/power")
             assert [device.serial for device in await probe.list_devices()] == ["stays"]
-        await vm.machine.changes.wait_until(lambda: ejected(agent), timeout_s=10, what="an event")
+        await vm.machine.changes.wait_until(
+            lambda: ejected(agent), timeout_s=BOOT_S, what="an event"
+        )
         expected = {"web/root": Condition.EJECTED, "web/other": Condition.QEMU}
         assert await conditions(agent) == expected
         noted = vm.machine.journal.last("device")
@@ -252,11 +254,17 @@ async def test_a_disk_that_the_guest_ejects_is_told_as_ejected(
         assert noted.message == "disk-root was unplugged by the guest"
     async with Agent.open(config) as agent:
         vm = agent.vm("web")
-        await vm.machine.changes.wait_until(lambda: ejected(agent), timeout_s=10, what="an answer")
+        await vm.machine.changes.wait_until(
+            lambda: ejected(agent), timeout_s=BOOT_S, what="an answer"
+        )
         assert await conditions(agent) == expected
         await agent.restart_qemu("web")
         assert not ejected(agent)
         async with await ProbeClient.connect(vm.channel_path("probe"), deadline_s=BOOT_S) as probe:
             await probe.execute("/bin/sh", "-c", "echo 1 > /sys/bus/pci/rescan")
-            found = {device.serial for device in await probe.list_devices()}
-            assert found == {"gone", "stays"}
+            async with asyncio.timeout(BOOT_S):
+                while True:
+                    found = {device.serial for device in await probe.list_devices()}
+                    if found == {"gone", "stays"}:
+                        break
+                    await asyncio.sleep(0.05)  # poll interval

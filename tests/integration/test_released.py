@@ -18,7 +18,7 @@ from sempervirt.host.control import ControlSocket
 from tests.faults import trial_backend
 
 pytestmark = pytest.mark.timeout(700)  # the trial programs may have to be built
-START_S = 20.0
+START_S = 90.0
 FAULT = {"op": "write", "errno": "OK"}
 # What only builds for tests hold: errors and lost writes on demand, and death on demand.
 FOR_TESTS = (b"fault injection", b"FaultEngine", b"SEMPER_DIE_AT", b"SEMPER_DIE_IN")

@@ -19,11 +19,12 @@ VERSIONS = (
     ("semper-blkd", "--version"),
     ("semper-load", "--version"),
     ("semper-saved", "--version"),
+    ("semper-vfiod", "--version"),
     ("semper-wired", "--version"),
     ("semper-probe", "--version"),
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.slow
 
 
 def run(*command: str | Path) -> str:

@@ -14,6 +14,9 @@ from lab.world import QEMU, Host, World
 
 PROGRAMS = {"qemu": QEMU, "backend": "semper-blkd", "wire": "semper-wired"}
 PROCESSES = tuple(f"{side} {what}" for side in ("source", "destination") for what in PROGRAMS)
+# Of a VM with a passed-through device.
+MEDIATORS = ("source mediator", "destination mediator")
+MEDIATOR = "semper-vfiod"
 AGENTS = ("source agent", "destination agent")
 CUTS = ("link", "source store", "destination store")
 ETCD = "etcd"
@@ -37,6 +40,8 @@ class Sides:
 
 def aim(sides: Sides, victim: str) -> list[int]:
     """The processes that it may hit; looking for them takes longer than some phases."""
+    if victim in MEDIATORS:
+        return sides.host(victim).processes(MEDIATOR)
     if victim not in PROCESSES:
         return []
     return sides.host(victim).processes(PROGRAMS[victim.split()[1]])
@@ -44,7 +49,7 @@ def aim(sides: Sides, victim: str) -> list[int]:
 
 async def strike(sides: Sides, victim: str, aimed: Sequence[int], chance: random.Random) -> str:
     """Does it. Says what was hit, or "" when there was nobody to kill."""
-    if victim in PROCESSES:
+    if victim in (*PROCESSES, *MEDIATORS):
         return _kill(sides.host(victim), aimed, chance) or _kill(
             sides.host(victim), aim(sides, victim), chance
         )

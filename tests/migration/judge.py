@@ -15,6 +15,7 @@ What the hosts say of the VM is then held against that.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from lab.client import EchoClient
@@ -26,8 +27,6 @@ from sempervirt.guest import ProbeGone, ProbeSilent
 from sempervirt.guest.reports import Stats
 
 ABSENT = "absent"
-# What the old guest said last may be read a moment after the new one is heard.
-BOTH_HEARD_S = 0.03
 # States in which a host does not claim that the VM may run there.
 QUIET = (ABSENT, "stopped", "crashed")
 
@@ -41,29 +40,32 @@ class Judge:
     client: EchoClient
     since: float = field(default_factory=time.monotonic)
 
-    async def survived(self, source: Host, destination: Host, home: Host) -> list[str]:
-        """What is wrong with a guest that is said to be at `home` now."""
+    async def survived(
+        self, source: Host, destination: Host, home: Host, devices: Sequence[str] = ("vda",)
+    ) -> list[str]:
+        """What is wrong with a guest that is said to be at `home` now, and to have these disks."""
         problems = self.writers(source, destination)
         try:
-            problems += await self._alive(home)
+            problems += await self._alive(home, devices)
         except (ProbeGone, ProbeSilent) as error:
             problems.append(f"lost: {error}")
             return problems
         if not self.client.alive:
             problems.append(f"the client outside: {self.client.problem}")
-        if (both_s := self.guest.both_heard_s(source, destination, self.since)) > BOTH_HEARD_S:
-            problems.append(f"two guests ran: for {both_s * 1000:.0f} ms on {source} as well")
+        if twice := self.guest.heard_twice(source, destination, self.since):
+            problems.append(f"two guests ran: for {twice} beats on {source} as well")
         return problems + self.writers(source, destination)
 
-    async def _alive(self, home: Host) -> list[str]:
+    async def _alive(self, home: Host, devices: Sequence[str]) -> list[str]:
         guest = self.guest
         since = time.monotonic()
         probe = await guest.probe_on(home)
         problems = []
         if probe.nonce != guest.nonce:
             problems.append(f"lost: the guest on {home} is another boot")
-        problems += faults_of(await probe.write_stop(device="vda"))
-        await probe.write_start("vda", resume=True, **LOAD)
+        for device in devices:
+            problems += faults_of(await probe.write_stop(device=device))
+            await probe.write_start(device, resume=True, **LOAD)
         other = guest.world.other(home)
         if guest.beats_on(other, since):
             problems.append(f"two guests run: on {home} and on {other}")

@@ -15,7 +15,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lab.guest import VM, Guest
+from lab.guest import NEWER_QEMU, NVME, VM, Guest
 from lab.journal import Journal
 from lab.network import GIGABIT, Link
 from lab.world import POLL_S, Host, World
@@ -31,10 +31,12 @@ from tests.migration.phases import ORDER, Phases
 WITHIN_S = {"prepare": 0.3, "precopy": 1.0, "switchover": 0.03, "commit": 0.02, "done": 0.3}
 # The phases in which there is time to look for a process.
 EARLY = ("prepare", "precopy")
-PHASE_S = 30.0
-SETTLE_S = 60.0
+PHASE_S = 90.0
+SETTLE_S = 180.0
+# What the passed-through device is called in the VM (lab.guest).
+NVME_DEVICE = "nvme"
 # A host may say "running" of a guest that was heard, or will be, this close to it.
-HEARD_WITHIN_S = 4.0
+HEARD_WITHIN_S = 8.0
 LOOK_S = 0.1
 
 
@@ -82,6 +84,7 @@ class Outcome:
     at: str = ""
     home: str = ""
     lost: bool = False
+    device_lost: bool = False
     settled_s: float = 0.0
     said: set[str] = field(default_factory=set)
     problems: list[str] = field(default_factory=list)
@@ -99,8 +102,11 @@ class Statement:
 class Stage:
     """A world with a guest in it, which is made anew when it was lost. Made by `set`."""
 
-    def __init__(self, stack: AsyncExitStack, world: World, seed: int) -> None:
+    def __init__(
+        self, stack: AsyncExitStack, world: World, seed: int, *, passthrough: bool
+    ) -> None:
         self._stack = stack
+        self._passthrough = passthrough
         self.world = world
         self.chance = random.Random(seed)
         self._scene = AsyncExitStack()
@@ -108,11 +114,14 @@ class Stage:
 
     @classmethod
     @asynccontextmanager
-    async def set(cls, link: Link, seed: int) -> AsyncIterator[Stage]:
-        """A world of its own, for as long as the block lasts."""
+    async def set(cls, link: Link, seed: int, *, passthrough: bool = False) -> AsyncIterator[Stage]:
+        """A world of its own, for as long as the block lasts; with `passthrough` its guests have an
+        NVMe controller beside their disk.
+        """
         async with AsyncExitStack() as stack:
-            world = await stack.enter_async_context(World.opened(link))
-            stage = cls(stack, world, seed)
+            programs = NEWER_QEMU if passthrough else None
+            world = await stack.enter_async_context(World.opened(link, programs=programs))
+            stage = cls(stack, world, seed, passthrough=passthrough)
             try:
                 yield stage
             finally:
@@ -132,7 +141,9 @@ class Stage:
     async def fill(self, host: Host) -> None:
         """Boots a guest there."""
         await self.clear()
-        guest = await self._scene.enter_async_context(Guest.booted(self.world, host))
+        guest = await self._scene.enter_async_context(
+            Guest.booted(self.world, host, nvme=self._passthrough)
+        )
         journal = self._scene.enter_context(Journal.kept(guest.image, self.world.namespaces))
         client = await self._scene.enter_async_context(guest.outside())
         self._judge = Judge(guest, journal, client)
@@ -142,6 +153,12 @@ class Stage:
         await self._scene.aclose()
         self._scene = AsyncExitStack()
         self._judge = None
+
+    async def end_guest(self, home: str) -> None:
+        """Ends a guest that is whole no more, on the host of that name."""
+        host = next(host for host in self.world.hosts if host.name == home)
+        async with host.client() as client:
+            await client.kill_vm(VM)
 
     async def strike(self, strike: Strike) -> Outcome:
         """One move, struck once, and judged."""
@@ -196,7 +213,16 @@ class Stage:
                 outcome.problems.append(f"lost: on {home}, whose QEMU was not killed")
             outcome.problems += self.judge.writers(sides.source, sides.destination)
             return
-        outcome.problems += await self.judge.survived(sides.source, sides.destination, home)
+        devices = self.judge.guest.devices
+        victim = outcome.strike.victim
+        killed_there = victim in faults.MEDIATORS and sides.host(victim) is home
+        if outcome.hit and killed_there and await _device_gone(home):
+            # Its spare was not ready, or there was none yet: the guest has to go on without it.
+            outcome.device_lost = True
+            devices = tuple(device for device in devices if device != NVME)
+        outcome.problems += await self.judge.survived(
+            sides.source, sides.destination, home, devices
+        )
         left = self.world.other(home)
         if await self.judge.said(left) == "crashed" and outcome.strike.victim != "source qemu":
             outcome.problems.append(f"untrue: {left} says crashed of a VM that is on {home}")
@@ -266,6 +292,12 @@ class Stage:
         return [f"untrue: {said}, and {len(false) - 1} times more"]
 
 
+async def _device_gone(host: Host) -> bool:
+    """Whether the host says that the guest's passed-through device is gone."""
+    async with host.client() as client:
+        return bool((await client.device(f"{VM}/{NVME_DEVICE}")).ailment)
+
+
 async def begin_move(source: Host, destination: Host) -> None:
     """Asks for a move until it is granted: a host that was silent is known again after a while."""
     give_up = time.monotonic() + PHASE_S
@@ -292,6 +324,7 @@ async def campaign(
     *,
     link: Link = GIGABIT,
     keep: Path | None = None,
+    passthrough: bool = False,
 ) -> list[Outcome]:
     """All strikes, one after the other. After a problem everything is made anew.
 
@@ -300,7 +333,8 @@ async def campaign(
     outcomes: list[Outcome] = []
     left = list(strikes)
     while left:
-        async with Stage.set(link, seed + len(outcomes)) as stage:
+        seeded = seed + len(outcomes)
+        async with Stage.set(link, seeded, passthrough=passthrough) as stage:
             sound = True
             while left and sound:
                 outcome = await _try(stage, left.pop(0))
@@ -318,7 +352,9 @@ async def _try(stage: Stage, strike: Strike) -> Outcome:
         if stage.is_empty:
             await stage.fill(stage.chance.choice(stage.world.hosts))
         outcome = await stage.strike(strike)
-        if outcome.lost:
+        if outcome.device_lost:
+            await stage.end_guest(outcome.home)
+        if outcome.lost or outcome.device_lost:
             await stage.clear()
     except (SempervirtError, ProbeGone, ProbeSilent, AssertionError, TimeoutError) as error:
         return Outcome(strike, problems=[f"not finished: {error!r}"])

@@ -11,7 +11,8 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,12 +25,14 @@ from lab.client import EchoClient
 from lab.guest import FIRMWARE_VARS, VM, Guest
 from lab.network import FAR, GIGABIT, UNLIMITED, Link
 from lab.world import POLL_S, QEMU, Host, World
+from sempervirt.cluster.cluster import read_credentials
+from sempervirt.disk.answers import LayerState
 from sempervirt.vm.firmware import vars_path
 from tests.migration.judge import faults_of
 
 LINKS = (UNLIMITED, GIGABIT, FAR)
 PROGRAMS = (QEMU, "semper-blkd", "semper-wired")
-END_S = 10.0
+END_S = 60.0
 MIB = 1 << 20
 
 
@@ -54,33 +57,107 @@ class Report:
 
 
 async def there_and_back(
-    link: Link, count: int, done: Callable[[], None], *, uefi: bool = False
+    link: Link,
+    count: int,
+    done: Callable[[], None],
+    *,
+    uefi: bool = False,
+    guarded: bool = False,
+    snapshot: bool = False,
 ) -> Report:
     """Moves a guest `count` times, alternately, with verified I/O and a TCP client attached.
 
-    With `uefi` the variables of the guest's firmware have to come along.
+    With `uefi` the variables of the guest's firmware have to come along; with `guarded` no host can
+    write what is the other's in the store; with `snapshot` the disk has one, which stays as it is.
     """
     report = Report(link)
     async with (
-        World.opened(link) as world,
+        World.opened(link, guarded=guarded) as world,
         Guest.booted(world, world.a, uefi=uefi) as guest,
         guest.outside() as client,
     ):
         here, there = world.hosts
+        kept = await _snapshot(guest, here) if snapshot else b""
         for _ in range(count):
             variables = _variables(here) if uefi else b""
             if variables == FIRMWARE_VARS.read_bytes():
                 report.problems.append("the firmware has written no variable: nothing is proven")
-            report.moves.append(await _move(guest, client, here, there))
+            async with telling_no_secret(world.hosts, report.problems):
+                report.moves.append(await _move(guest, client, here, there))
             report.problems += await _problems(guest, client, here, there)
             if uefi and variables != _variables(there):
                 report.problems.append(f"the firmware's variables did not come to {there}")
+            if snapshot and await _exported(guest, there) != kept:
+                report.problems.append(f"the snapshot is another one on {there}")
             here, there = there, here
             done()
         stats = await guest.judged(here)
         report.writes = stats.writes
         report.problems += faults_of(stats)
     return report
+
+
+async def _snapshot(guest: Guest, host: Host) -> bytes:
+    """What it has."""
+    await host.semper("disk", "snapshot", VM)
+    return await _exported(guest, host)
+
+
+async def _exported(guest: Guest, host: Host) -> bytes:
+    """The first snapshot of the disk, as a host reads it."""
+    async with host.client() as client:
+        layers = await client.layers(f"{VM}/root")
+    wanted = [layer.id for layer in layers.layers if layer.state is LayerState.SEALED]
+    target = guest.world.images / "exported.raw"
+    target.unlink(missing_ok=True)
+    await host.semper("disk", "export", f"{VM}/root", str(wanted[0]), "--to", str(target))
+    return target.read_bytes()
+
+
+@asynccontextmanager
+async def telling_no_secret(hosts: Sequence[Host], problems: list[str]) -> AsyncIterator[None]:
+    """Adds to the problems each secret of a host that a command line or a log has meanwhile."""
+    told: set[str] = set()
+
+    async def look() -> None:
+        while True:
+            told.update(*map(command_lines, hosts))
+            await asyncio.sleep(POLL_S)  # poll interval
+
+    looking = asyncio.create_task(look())
+    try:
+        yield
+    finally:
+        looking.cancel()
+    assert any("semper-wired" in line for line in told), "nothing was looked at"
+    for host in hosts:
+        said = "".join(told)
+        for path in host.log.parent.rglob("*.log"):
+            with suppress(FileNotFoundError):  # gone with a VM that has left
+                said += path.read_text(errors="replace")
+        problems += [f"a secret of {host} was told" for one in secrets_of(host) if one in said]
+
+
+def command_lines(host: Host) -> set[str]:
+    """Of all that runs there: any user of the host can read them."""
+    found = set()
+    for pid in host.network.pids(host.name):
+        with suppress(OSError):
+            found.add(Path(f"/proc/{pid}/cmdline").read_text(errors="replace"))
+    return found
+
+
+def secrets_of(host: Host) -> list[str]:
+    """Parts of its keys, and its password for the store."""
+    trust = host.config.trust_dir
+    found = [
+        line
+        for path in (*trust.glob("*.key"), trust / "host.pem")
+        for line in path.read_text().partition("PRIVATE KEY-----\n")[2].splitlines()[:2]
+    ]
+    assert found
+    credentials = read_credentials(host.config)
+    return found if credentials is None else [*found, credentials.password]
 
 
 def _variables(host: Host) -> bytes:
@@ -105,12 +182,12 @@ async def _problems(guest: Guest, client: EchoClient, here: Host, there: Host) -
         problems.append("the guest booted anew")
     if not client.alive:
         problems.append(f"the client outside: {client.problem}")
-    problems += [f"{what} is left on {here}" for what in await _left(here, PROGRAMS)]
-    problems += [f"{what} is left on {there}" for what in await _left(there, PROGRAMS[-1:])]
+    problems += [f"{what} is left on {here}" for what in await wait_gone(here, PROGRAMS)]
+    problems += [f"{what} is left on {there}" for what in await wait_gone(there, PROGRAMS[-1:])]
     return problems + faults_of(await probe.stats())
 
 
-async def _left(host: Host, programs: Sequence[str]) -> list[str]:
+async def wait_gone(host: Host, programs: Sequence[str]) -> list[str]:
     """Those of the programs that do not end on a host."""
     give_up = time.monotonic() + END_S
     while True:

@@ -24,7 +24,7 @@ from sempervirt.vm.phases import Arrival, Mode, Phase
 from tests.migration.judge import faults_of
 from tests.migration.phases import Phases
 
-pytestmark = [pytest.mark.root, pytest.mark.guest, pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.root, pytest.mark.guest, pytest.mark.slow]
 LOST = 10
 # Too short for all of the memory to be there: then something has to be decided.
 SOON_POSTCOPY = MovePolicy(deadline_s=1.0, throttle_max=0, postcopy=True)

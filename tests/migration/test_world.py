@@ -21,7 +21,8 @@ from lab.network import FAR, GIGABIT, UNLIMITED, Link, Network
 pytestmark = pytest.mark.root
 PORT = 5000
 CHUNK = 1 << 18
-DEADLINE_S = 20.0
+TRIES = 5
+DEADLINE_S = 90.0
 
 
 @contextmanager
@@ -53,13 +54,13 @@ def megabits(network: Network, size: int) -> float:
 
 
 def round_trip_ms(network: Network) -> float:
-    """The quickest of five bytes there and back."""
+    """The quickest of some bytes there and back, which none is while this machine is busy."""
     with connection(network) as (here, there):
         for end in (here, there):
             end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             end.settimeout(DEADLINE_S)
         times = []
-        for _ in range(5):
+        for _ in range(25):
             started = time.monotonic()
             here.sendall(b"?")
             there.sendall(there.recv(1))
@@ -83,8 +84,11 @@ def test_a_link_is_as_fast_and_as_far_as_it_says(
     network = Network(link)
     try:
         before = network.sent()
-        # A fifth more: the bucket is full at first.
-        assert fastest / 3 < megabits(network, size) < fastest * 1.2 or link is UNLIMITED
+        # A fifth more: the bucket is full at first. On a busy machine it is slow now and then.
+        rates = [megabits(network, size)]
+        while len(rates) < TRIES and link is not UNLIMITED and rates[-1] <= fastest / 3:
+            rates.append(megabits(network, size))
+        assert fastest / 3 < max(rates) < fastest * 1.2 or link is UNLIMITED
         assert network.sent() - before >= size
         assert quickest_ms <= round_trip_ms(network) < quickest_ms + 30
     finally:
@@ -106,6 +110,14 @@ def test_a_connection_outlives_a_cut(link: Link) -> None:
             assert there.recv(1) == b"!"
     finally:
         network.close()
+
+
+def sleeps(pid: str) -> bool:
+    """Whether that process is there, and not another one of its number."""
+    try:
+        return b"sleep" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
 
 
 async def test_a_test_that_is_killed_leaves_nothing(tmp_path: Path) -> None:
@@ -131,5 +143,5 @@ time.sleep(1000)
     os.kill(process.pid, signal.SIGKILL)
     await process.wait()
     async with asyncio.timeout(DEADLINE_S):
-        while namespaces(tag) or Path(f"/proc/{sleeper}").exists() or place.exists():  # noqa: ASYNC110, ASYNC240
+        while namespaces(tag) or sleeps(sleeper) or place.exists():  # noqa: ASYNC110
             await asyncio.sleep(0.05)  # poll interval

@@ -15,7 +15,7 @@ from lab.network import UNLIMITED
 from lab.world import World
 from tests.scenarios.stage import Stage
 
-pytestmark = [pytest.mark.root, pytest.mark.guest, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.root, pytest.mark.guest]
 scenarios(str(Path(__file__).parents[2] / "docs/scenarios"))
 
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
@@ -111,9 +111,14 @@ def restart_qemu(stage: Stage, run: Run) -> None:
     run(stage.restart_qemu(stage.world.a))
 
 
-@when(parsers.parse("the operator moves every VM of host {source} to host {destination}"))
-def empty(stage: Stage, run: Run, source: str, destination: str) -> None:
-    run(stage.empty(stage.host(source), stage.host(destination)))
+@when(parsers.parse("the operator empties host {name}"))
+def empty(stage: Stage, run: Run, name: str) -> None:
+    run(stage.empty(stage.host(name)))
+
+
+@then(parsers.parse("host {name} is out of service"))
+def out_of_service(stage: Stage, run: Run, name: str) -> None:
+    assert "out of service" in run(stage.host(name).semper("host", "show"))
 
 
 @when("etcd is killed")
@@ -133,6 +138,8 @@ def start_store(stage: Stage, run: Run) -> None:
 def taken_over(stage: Stage, limit_s: float) -> None:
     assert stage.takeovers_s
     assert max(stage.takeovers_s) < limit_s, stage.takeovers_s
+    # What the guest asked for is answered: that goes through an emulator on a busy machine.
+    assert max(stage.goes_on_s) < 6 * limit_s, stage.goes_on_s
 
 
 @then("the disk of web is guarded by a spare")
@@ -157,12 +164,12 @@ def harmed(stage: Stage, run: Run) -> None:
 
 @then(parsers.re(r"(?P<name>\w+) runs on host (?P<host>\w)$"))
 def runs_on(stage: Stage, run: Run, name: str, host: str) -> None:
-    assert run(stage.runs(name, stage.host(host)))
+    run(stage.wait_runs(name, stage.host(host)))
 
 
 @then(parsers.parse("web runs on host {host} in another QEMU process"))
 def other_qemu(stage: Stage, run: Run, host: str) -> None:
-    assert run(stage.runs("web", stage.host(host)))
+    run(stage.wait_runs("web", stage.host(host)))
     assert run(stage.other_qemu(stage.host(host)))
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from bench import fleet, idle, scale
 
-pytestmark = [pytest.mark.guest, pytest.mark.timeout(420)]
+pytestmark = pytest.mark.guest
 
 SHAPE = fleet.Shape(vms=2, disks=16, queues=4)
 IDLE_S = 5.0

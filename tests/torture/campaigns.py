@@ -248,7 +248,7 @@ async def crash_point(setup: TrialSetup, binary: Path, plan: Plan, log: Path) ->
         with suppress(Unavailable):
             await trial.disk.changes.wait_until(
                 lambda: deaths_in(log) >= plan.deaths,
-                timeout_s=20 + 5 * plan.deaths,
+                timeout_s=60 + 30 * plan.deaths,
                 what="the deaths",
             )
         await trial.wait_guarded()

@@ -73,15 +73,11 @@ def cells() -> list[Cell]:
 
 
 def few_cells() -> list[Cell]:
-    """Each engine on each of its storages under a heavy load, and once under a light one, so that
-    each layout comes to each engine.
-    """
-    chosen = []
-    for index, (engine, storage) in enumerate(engines_and_storages()):
-        chosen.append(Cell(engine, LAYOUTS[index % len(LAYOUTS)], "heavy", storage))
-        if storage == STORAGES[engine][-1]:
-            chosen.append(Cell(engine, LAYOUTS[(index + 1) % len(LAYOUTS)], "light", storage))
-    return chosen
+    """Each engine on each of its storages, with every layout and, on every fourth, a light load."""
+    return [
+        Cell(engine, LAYOUTS[index % len(LAYOUTS)], "light" if index % 4 == 3 else "heavy", storage)
+        for index, (engine, storage) in enumerate(engines_and_storages())
+    ]
 
 
 def engines_and_storages() -> list[tuple[Engine, str]]:

@@ -105,6 +105,7 @@ def test_log_lines(capsys: pytest.CaptureFixture[str]) -> None:
         log_to_stderr("info")
         logging.getLogger("sempervirt.test").info("run vm=%s", "web")
         logging.getLogger("other").info("not told")
+        root.handlers[0].flush()
     finally:
         root.handlers[:], root.level = before[0], before[1]
         logging.getLogger("sempervirt").setLevel(logging.NOTSET)

@@ -153,3 +153,16 @@ def test_a_gap_is_between_hosts_and_a_jump_between_clocks() -> None:
         "beat to stop": 7, "stop to run": 35, "run to beat": 5,
     }  # fmt: skip
     assert steps_ms(before, [], [55 * MS], after) == {}
+
+
+@pytest.mark.parametrize("pace", [0.8, 1.0, 1.26, 10.8])
+def test_a_clock_that_goes_wrong_jumps_by_no_more_than_it_was_stopped(pace: float) -> None:
+    """As one does that was measured wrongly at boot; it gains seconds while the guest is moved."""
+    seconds = range(0, 60_000, 5)
+    before = [Beat(at * MS, int(at * MS * pace)) for at in seconds]
+    stopped = 60_000 * MS
+    after = [Beat(stopped + (at + 40) * MS, int((stopped + at * MS) * pace)) for at in seconds]
+    assert jump_ms(before, after) == pytest.approx(40, abs=0.5)
+    # The control: by the quickest beats of all, it is seconds.
+    quickest = [min(beat.lag(1.0) for beat in beats) for beats in (before, after)]
+    assert (abs(quickest[1] - quickest[0]) / 1e6 > 1000) is (pace != 1.0)

@@ -3,7 +3,7 @@
 from typer.testing import CliRunner
 
 import sempervirt
-from sempervirt.cli.main import app
+from sempervirt.cli.program import app
 
 
 def test_the_version_is_told_as_option_and_as_command() -> None:

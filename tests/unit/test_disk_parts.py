@@ -28,12 +28,15 @@ from sempervirt.disk import takeover
 from sempervirt.disk.answers import Status, Timeline
 from sempervirt.disk.backend import PROGRAM, Blkd, DiskOptions, ImageTitle, Launch
 from sempervirt.disk.record import DiskRecord, RecordedProcess, Role, read_disk_record
-from sempervirt.disk.running import LOGS_KEPT, DiskFiles, describe_end, refusal
+from sempervirt.disk.running import LOGS_KEPT, DiskFiles
+from sempervirt.disk.setup import supervised
+from sempervirt.disk.state import Policy
 from sempervirt.disk.volume import inspect, require_raw
 from sempervirt.host.control import LINE_MAX_BYTES, ControlSocket
 from sempervirt.host.process import Exit
 from sempervirt.host.procfs import ProcessId
 from sempervirt.host.records import RecordDamaged
+from sempervirt.host.refusals import describe_end, refusal
 from sempervirt.qemu.spec import VmSpec
 from sempervirt.vm.setup import inspect_images
 
@@ -132,6 +135,10 @@ def test_the_command_line_of_a_backend(tmp_path: Path) -> None:
     assert {"--read-only", "--block-size=4096"} <= set(argv)
     assert "--spare" not in argv
     assert not any("thread" in argument or "poll" in argument for argument in argv)
+    # Its successor has no lock to wait for, and would be refused with --spare.
+    assert Blkd().argv(replace(first, wait_for_lock=True)) == argv
+    policy = supervised(Policy(), Blkd(), read_only=True)
+    assert (policy.spare, supervised(Policy(), Blkd(), read_only=False).spare) == (False, True)
 
 
 def test_the_title_of_a_backend(tmp_path: Path) -> None:
@@ -229,7 +236,7 @@ async def test_nobody_listens_or_nobody_answers(address: Path) -> None:
 
     async with await asyncio.start_unix_server(silent, address):
         with pytest.raises(OutcomeUnknown, match="semper-blkd did not answer status"):
-            await ControlSocket(address, PROGRAM).ask("status", timeout_s=0.05)
+            await ControlSocket(address, PROGRAM).ask("status", timeout_s=0.5)
 
 
 def test_a_record_and_back(tmp_path: Path) -> None:
@@ -255,12 +262,14 @@ def test_a_record_and_back(tmp_path: Path) -> None:
 
 def test_why_a_backend_would_not_start() -> None:
     words = "semper-blkd: error: image a.raw is in use by qemu-img (pid 7); stop that first"
-    locked = refusal("web/root", Exit(code=3), words)
+    locked = refusal("disk web/root", "the backend", Exit(code=3), words)
     assert isinstance(locked, ImageLocked)
     assert locked.message == "disk web/root: image a.raw is in use by qemu-img (pid 7)"
     assert locked.remedy == "stop that first"
-    assert isinstance(refusal("d", Exit(code=4), "semper-blkd: error: gone"), InvalidRequest)
-    crashed = refusal("d", Exit(signal=11), "thread panicked")
+    assert isinstance(
+        refusal("disk d", "the backend", Exit(code=4), "semper-blkd: error: gone"), InvalidRequest
+    )
+    crashed = refusal("disk d", "the backend", Exit(signal=11), "thread panicked")
     assert type(crashed) is Unavailable
     assert "killed by SIGSEGV" in crashed.message
     assert "thread panicked" in crashed.message

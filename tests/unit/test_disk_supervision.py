@@ -531,7 +531,7 @@ def test_a_backend_that_hangs_is_killed_and_the_spare_takes_over() -> None:
     assert state.active
     assert state.active.generation == next_one
     reason = "killed by SIGKILL, because it hung: stopped"
-    assert effects == [TookOver(hung, next_one, planned=False, reason=reason)]
+    assert effects == [TookOver(hung, next_one, planned=False, reason=reason, hung=True)]
 
 
 @pytest.mark.parametrize("blame", [Blame.MEDIUM, Blame.UNCLEAR])

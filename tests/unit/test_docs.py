@@ -26,6 +26,9 @@ FILE = re.compile(r"`(test_[\w-]+\.py|[\w-]+\.(?:py|rs))(?:::\w+)?`")
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 # `file.py` (`name`): the file has that name in it.
 NAMED = re.compile(r"`([\w./-]+\.(?:py|rs))` \(`(\w+)`")
+# `tests/unit/test_docs.py::test_places` is a test of that name.
+TEST = re.compile(r"`([\w./-]+\.(?:py|rs))::(\w+)`")
+FAULTS = ROOT / "docs/reference/faults-tried.md"
 # What is made here or at the agent, and is not in a clone.
 MADE = ("dist/", "results/", "STATE_DIR/")
 
@@ -68,6 +71,28 @@ def missing_files(path: Path) -> Iterator[str]:
             yield f"no {word} in {name}"
 
 
+def missing_tests(text: str) -> Iterator[str]:
+    """Tests that a document names as `file::function`, and that are not there."""
+    for name, function in TEST.findall(text):
+        path = ROOT / name
+        kind = "fn" if name.endswith(".rs") else "def"
+        if not path.is_file():
+            yield f"no file: {name}"
+        elif not re.search(rf"^\s*(?:async )?{kind} {function}\b", path.read_text(), re.MULTILINE):
+            yield f"no {function} in {name}"
+
+
+def untested(text: str) -> Iterator[str]:
+    """Rows of tables of faults that name no test, or no control."""
+    for row in text.splitlines():
+        cells = row.strip("|").split("|")
+        if row.startswith("|") and len(cells) == 4 and cells[0].strip() not in ("fault", "---"):
+            if not TEST.search(cells[2]):
+                yield f"no test: {cells[0].strip()}"
+            if not cells[3].strip():
+                yield f"no control: {cells[0].strip()}"
+
+
 def unknown_names(path: Path, known: set[str]) -> Iterator[str]:
     return (f"no file: {name}" for name in FILE.findall(path.read_text()) if name not in known)
 
@@ -97,6 +122,25 @@ def test_the_map_leads_to_every_document() -> None:
     assert [str(path.relative_to(ROOT)) for path in MAPPED if path not in linked] == []
     top = {path for path in PAGES if path.parent == ROOT}
     assert [path.name for path in top if path not in linked] == []
+
+
+def test_each_test_that_a_document_names_is_there() -> None:
+    wrong = {str(path.relative_to(ROOT)): [*missing_tests(path.read_text())] for path in PAGES}
+    assert {path: names for path, names in wrong.items() if names} == {}
+    text = FAULTS.read_text()
+    assert len(TEST.findall(text)) > 100
+    assert [*untested(text)] == []
+
+
+def test_a_test_that_is_not_there_is_seen() -> None:
+    here = "tests/unit/test_docs.py"
+    rows = (
+        f"| fault | now | test | control |\n|---|---|---|---|\n"
+        f"| one | a | `{here}::test_of_nobody`, `tests/gone.py::test_it` | in it |\n"
+        f"| two | a | `{here}::missing_tests` |  |\n| three | a | nobody | in it |\n"
+    )
+    assert [*missing_tests(rows)] == [f"no test_of_nobody in {here}", "no file: tests/gone.py"]
+    assert [*untested(rows)] == ["no control: two", "no test: three"]
 
 
 def test_what_leads_nowhere_is_seen(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from sempervirt.disk.tuning.load import LoadReport
 from sempervirt.host.answers import Answer, AnswerNotUnderstood, read_answer
 from sempervirt.host.control import Bytes
 from sempervirt.migration.wire_status import WireStatus
+from sempervirt.passthrough import answers as vfiod
 from sempervirt.qemu import saved
 
 GOLDEN = Path(__file__).parents[2] / "crates/control/golden"
@@ -37,6 +38,7 @@ MODELS: dict[str, type[Answer]] = {
     "blkd-merge": blkd.Merging,
     "blkd-pin": blkd.Pins,
     "blkd-quiesce": blkd.Quiesced,
+    "blkd-undo": blkd.Undone,
     "blkd-resize": blkd.Resized,
     "blkd-resume": blkd.QueuesResumed,
     "blkd-snapshot": blkd.SnapshotTaken,
@@ -54,6 +56,23 @@ MODELS: dict[str, type[Answer]] = {
     "saved-save": saved.Figures,
     "saved-show": saved.ShownState,
     "saved-show-without-stamp": saved.ShownState,
+    "vfiod-capture": vfiod.Captured,
+    "vfiod-claim": vfiod.MediatorClaimed,
+    "vfiod-configuration": vfiod.Configured,
+    "vfiod-configuration-early": vfiod.Configured,
+    "vfiod-export": vfiod.Exported,
+    "vfiod-import": vfiod.Imported,
+    "vfiod-msix": vfiod.TableWritten,
+    "vfiod-quiesce": vfiod.Drained,
+    "vfiod-release": vfiod.Released,
+    "vfiod-replay": vfiod.Replayed,
+    "vfiod-resume": vfiod.Resumed,
+    "vfiod-round": vfiod.Round,
+    "vfiod-status": vfiod.MediatorStatus,
+    "vfiod-status-claimed": vfiod.MediatorStatus,
+    "vfiod-status-refused": vfiod.MediatorStatus,
+    "vfiod-status-without-image": vfiod.MediatorStatus,
+    "vfiod-touch": vfiod.Touched,
     "wired-status-destination-failed": WireStatus,
     "wired-status-destination-waiting": WireStatus,
     "wired-status-source-connecting": WireStatus,
@@ -69,9 +88,11 @@ NOT_READ = {
     "blkd-map-find-nothing",
     "blkd-map-find-sector",
     "blkd-map-touch",
+    # Read once passed-through devices are part of a VM.
+    "vfiod-capabilities",
 }
 # Read by the control socket itself.
-REFUSED = {"blkd-refused", "wired-refused"}
+REFUSED = {"blkd-refused", "vfiod-refused", "wired-refused"}
 
 
 def golden(name: str) -> dict[str, Any]:
@@ -106,7 +127,7 @@ def test_each_golden_file_has_its_reader_and_each_reader_its_golden_file() -> No
     assert there == set(MODELS) | NOT_READ | REFUSED
     used = {
         model
-        for module in (blkd, saved)
+        for module in (blkd, saved, vfiod)
         for model in vars(module).values()
         if is_answer(model) and model.__module__ == module.__name__
     }

@@ -43,7 +43,7 @@ class FakeProbe:
         )
 
     async def hear(self) -> dict[str, Any]:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(90):
             message: dict[str, Any] = json.loads(await self.reader.readline())
             return message
 

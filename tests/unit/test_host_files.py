@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import socket
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +21,7 @@ from sempervirt.host.sockets import (
     PATH_MAX_BYTES,
     borrow_listener,
     check_socket_path,
+    listen_tcp,
     listen_unix,
 )
 
@@ -55,6 +59,17 @@ def test_a_listening_socket_replaces_an_old_one(short: Path) -> None:
     with listen_unix(path), socket.socket(socket.AF_UNIX) as client:
         client.connect(str(path))
         assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_what_is_written_to_a_connection_is_sent_at_once() -> None:
+    """Answers to other hosts came 44 ms late, each."""
+    with (
+        listen_tcp("127.0.0.1:0") as listener,
+        socket.create_connection(listener.getsockname()) as client,
+        listener.accept()[0] as accepted,
+    ):
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        assert not client.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)  # the control
 
 
 def test_socket_paths_have_a_limit(short: Path) -> None:
@@ -101,8 +116,32 @@ async def test_waiting_for_a_condition() -> None:
             await asyncio.sleep(0)  # poll interval
 
     counting = asyncio.create_task(count())
-    await changes.wait_until(lambda: seen[0] >= 3, timeout_s=5, what="three")
+    await changes.wait_until(lambda: seen[0] >= 3, timeout_s=90, what="three")
     await changes.wait_until(lambda: True, timeout_s=0, what="nothing")
     await counting
     with pytest.raises(Unavailable, match=r"waited 0\.01 s for ten"):
         await changes.wait_until(lambda: seen[0] >= 10, timeout_s=0.01, what="ten")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give a socket away")
+@pytest.mark.skipif(not shutil.which("setpriv"), reason="needs setpriv (util-linux)")
+def test_a_socket_is_given_away_with_the_capabilities_of_the_unit(short: Path) -> None:
+    path = short / "s"
+    unit = (Path(__file__).parents[2] / "packaging" / "semperd.service").read_text()
+    (line,) = [one for one in unit.splitlines() if one.startswith("CapabilityBoundingSet=")]
+    kept = ",".join("+" + name.removeprefix("CAP_").lower() for name in line.split("=")[1].split())
+    give = (
+        "import sys; from pathlib import Path; from sempervirt.host.sockets import *; "
+        "held = listen_unix(Path(sys.argv[1])); "
+        "Access('65534', '1', 0o606).give(Path(sys.argv[1]))"
+    )
+    argv = ["setpriv", f"--bounding-set=-all,{kept}", "--no-new-privs"]
+    ended = subprocess.run(
+        [*argv, sys.executable, "-c", give, str(path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    found = path.stat()
+    assert (found.st_uid, found.st_gid, found.st_mode & 0o777) == (65534, 1, 0o606)

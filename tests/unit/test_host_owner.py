@@ -11,7 +11,7 @@ import pytest
 from sempervirt.core.errors import StateConflict, Unavailable
 from sempervirt.host.owner import Owner, Replies
 
-DEADLINE_S = 10.0
+DEADLINE_S = 90.0
 
 
 @dataclass

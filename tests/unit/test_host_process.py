@@ -18,7 +18,7 @@ from sempervirt.host import process
 from sempervirt.host.process import Exit
 from sempervirt.host.procfs import find_by_argument, identify, start_ticks
 
-DEADLINE_S = 20.0
+DEADLINE_S = 90.0
 
 
 async def test_a_command_and_its_output() -> None:
@@ -39,8 +39,8 @@ async def test_a_failure_carries_command_exit_code_and_last_lines() -> None:
 
 async def test_the_deadline_ends_a_command() -> None:
     with pytest.raises(CommandFailed, match="did not end by its deadline"):
-        await process.run(["sleep", "1000.125"], timeout_s=0.1)
-    assert find_by_argument(re.compile(r"1000\.125")) == []
+        await process.run(["sleep", f"1000.{os.getpid()}"], timeout_s=0.1)
+    assert find_by_argument(re.compile(rf"1000\.{os.getpid()}")) == []
 
 
 async def test_a_hopeless_line_ends_a_command_at_once() -> None:
@@ -50,6 +50,37 @@ async def test_a_hopeless_line_ends_a_command_at_once() -> None:
             timeout_s=DEADLINE_S,
             hopeless="is lost",
         )
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("can't start new thread"), BlockingIOError(11, "try again")]
+)
+async def test_a_host_that_refuses_to_fork_or_to_make_a_thread_ends_no_agent(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    async def refuse(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", refuse)
+    with pytest.raises(CommandFailed, match="cannot start true"):
+        await process.run(["true"], timeout_s=DEADLINE_S)
+
+
+async def test_what_a_service_manager_gives_the_agent_is_not_handed_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    monkeypatch.setenv("LISTEN_FDS", "1")
+    monkeypatch.setenv("HANDED_ON", "yes")
+    log = tmp_path / "log"
+    child = process.spawn(
+        ["env"], log=log, on_exit=lambda _: None, environment={"FURTHER": "as well"}
+    )
+    assert await child.wait() == Exit(code=0)
+    said = log.read_text().splitlines()
+    assert "HANDED_ON=yes" in said
+    assert "FURTHER=as well" in said
+    assert not [line for line in said if line.startswith(("NOTIFY_SOCKET=", "LISTEN_FDS="))]
 
 
 async def test_a_program_that_is_not_there(tmp_path: Path) -> None:
@@ -132,7 +163,7 @@ async def test_a_foreign_process_is_adopted_and_its_end_is_seen() -> None:
     adopted = process.adopt(identity, ends.append)
     assert adopted is not None
     async with asyncio.timeout(DEADLINE_S):
-        assert await adopted.end(5) == Exit()
+        assert await adopted.end(DEADLINE_S) == Exit()
     assert ends == [Exit()]
     assert str(Exit()) == "ended, exit code unknown"
     assert process.adopt(identity, ends.append) is None

@@ -23,7 +23,7 @@ from sempervirt.host.peers import peer_pid, write_peers
 from sempervirt.host.procfs import ProcessId
 from sempervirt.qemu.qmp import Monitor
 
-DEADLINE_S = 20.0
+DEADLINE_S = 90.0
 LISTEN = """
 import socket, sys
 listener = socket.socket(socket.AF_UNIX)

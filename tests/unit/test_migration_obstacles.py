@@ -41,6 +41,12 @@ def found(
     return [obstacle.what for obstacle in obstacles(vm or spec(), runs_with, HERE, there)]
 
 
+def test_a_pci_device_of_the_host_stays_there() -> None:
+    device = {"name": "nvme", "pci": "0000:01:00.0"}
+    (only,) = found(vm=spec(passthrough=[device]), passes_through=True)
+    assert "nvme is the PCI device 0000:01:00.0 of this host" in only
+
+
 def test_nothing_stops_a_vm_between_two_hosts_that_fit() -> None:
     assert found() == []
     assert found(vm_state=Runstate.STOPPED, cpu_flags=frozenset({"sse2", "avx2", "avx512f"})) == []

@@ -101,7 +101,7 @@ def test_a_disk_of_the_wire() -> None:
     assert WireDisk("root", Path("/i.raw")).argument() == "--disk=root=/i.raw"
     whole = WireDisk("root", Path("/i.raw"), direct=True, backend=Path("/b.ctl"))
     assert whole.argument() == "--disk=root=/i.raw,direct,backend=/b.ctl"
-    assert WireFiles(Path("/run/web")).control == Path("/run/web/wired.ctl")
+    assert WireFiles(Path("/run/web"), Path("/run/web/q1")).control == Path("/run/web/wired.ctl")
 
 
 def test_a_host_without_the_wire_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

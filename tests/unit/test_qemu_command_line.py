@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from sempervirt.core.errors import InvalidRequest, Unavailable
 from sempervirt.core.queue_map import Binding, Choice, DevicePlan, Engine
-from sempervirt.qemu.command_line import Features, build, disk_id, nic_id
+from sempervirt.qemu.command_line import Features, build, disk_id, nic_id, plug
 from sempervirt.qemu.files import VmFiles
 from sempervirt.qemu.spec import VmSpec
 
@@ -92,6 +92,9 @@ def command(
     features: Features = FEATURES,
     accel: str = "tcg",
     tap_files: dict[int, list[int]] | None = None,
+    absent: frozenset[str] = frozenset(),
+    *,
+    isolated: bool = False,
     **plans: DevicePlan,
 ) -> list[str]:
     files = VmFiles(Path("/run/vm/web"))
@@ -110,6 +113,8 @@ def command(
         memory_fd=9,
         block_devices={Path("/dev/sdz")},
         tap_files=tap_files,
+        absent=absent,
+        isolated=isolated,
     )
 
 
@@ -129,6 +134,50 @@ def lines(argv: list[str]) -> str:
 
 def test_the_whole_command_line() -> None:
     assert lines(command(spec())) == GOLDEN
+
+
+def test_a_disk_that_is_handed_over_has_a_port_into_which_it_can_be_plugged_later() -> None:
+    vm = spec(
+        disks=[
+            {"name": "root", "image": "/images/web.raw"},
+            {"name": "data", "image": "/images/data.raw", "keep": "latest"},
+        ]
+    )
+    whole = command(vm)
+    later = command(vm, absent=frozenset({"data"}))
+    port = "pcie-root-port,id=port-data,chassis=2,slot=2"
+    device = (
+        "vhost-user-blk-pci,id=disk-data,chardev=char-disk-data,num-queues=2,queue-size=256,"
+        "bus=port-data,addr=0x0"
+    )
+    assert port in whole
+    assert device in whole
+    # But for the disk itself the machine is the same.
+    gone = [part for part in whole if part not in later]
+    assert gone == [whole[whole.index(device) - 2], device]
+    disk = vm.disk("data")
+    chardev, plugged = plug(disk, plan(0, 0), FEATURES, Path("/run/data.sock"))
+    assert chardev == (
+        "chardev-add",
+        {
+            "id": "char-disk-data",
+            "backend": {
+                "type": "socket",
+                "data": {
+                    "addr": {"type": "unix", "data": {"path": "/run/data.sock"}},
+                    "server": False,
+                    "reconnect-ms": 1,
+                },
+            },
+        },
+    )
+    command_line = ",".join(f"{key}={value}" for key, value in plugged[1].items())
+    assert command_line == f"driver={device}"
+
+
+def test_an_isolated_guest_reaches_nobody() -> None:
+    assert "user,id=net0,restrict=on" in command(spec(), isolated=True)
+    assert "user,id=net0" in command(spec())
 
 
 def test_kvm_shows_the_host_processor() -> None:

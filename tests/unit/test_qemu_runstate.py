@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from sempervirt.host.procfs import ProcessId, boot_id
 from sempervirt.qemu.decide import QUIT_DEADLINE_S, decide
+from sempervirt.qemu.driver import Machine
+from sempervirt.qemu.files import VmFiles
+from sempervirt.qemu.link import Patience
+from sempervirt.qemu.spec import VmSpec
 from sempervirt.qemu.state import (
     Accept,
     Asked,
@@ -54,6 +60,7 @@ EVENTS: list[VmEvent] = [
     Ended(1, None),
     Ended(None, 9),
     Ended(None, None),
+    Ended(None, None, with_host=True),
     Released("running"),
     Released("paused"),
     Tick(),
@@ -127,6 +134,30 @@ def run(*events: tuple[VmEvent, float], state: VmState = RUNNING) -> VmState:
     for event, now in events:
         state, _ = decide(state, event, now)
     return state
+
+
+def test_one_that_ended_with_its_host_is_told_apart() -> None:
+    state, _ = decide(RUNNING, Ended(None, None, with_host=True), 100)
+    assert (state.run, state.end and state.end.with_host) == (Runstate.CRASHED, True)
+    # The controls: an agent of the same boot; and one that was about to end it.
+    state, _ = decide(RUNNING, Ended(None, None), 100)
+    assert (state.run, state.end and state.end.with_host) == (Runstate.CRASHED, False)
+    leaving = replace(RUNNING, killed_because="it has gone to host b")
+    state, _ = decide(leaving, Ended(None, None, with_host=True), 100)
+    assert (state.run, state.end and state.end.with_host) == (Runstate.STOPPED, False)
+
+
+@pytest.mark.parametrize(("boot", "with_host"), [("another boot", True), (boot_id(), False)])
+async def test_an_agent_after_a_boot_knows_with_what_its_qemus_have_ended(
+    tmp_path: Path, boot: str, *, with_host: bool
+) -> None:
+    files = VmFiles(tmp_path)
+    machine = Machine.adopt(VmSpec(name="web"), files, ProcessId(4711, 1, boot), Patience())
+    await machine.wait_ended(5.0)
+    end = machine.state.end
+    assert end is not None
+    assert (machine.run, end.with_host) == (Runstate.CRASHED, with_host)
+    await machine.detach()
 
 
 def test_stop_presses_the_button_then_quits_then_kills() -> None:

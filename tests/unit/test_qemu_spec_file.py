@@ -115,6 +115,7 @@ def test_the_default_mac_is_stable_and_local() -> None:
         ("vcpus = 2", "vcpus = ", 4, "not TOML"),
         ("[[nics]]", "[[nics", 18, "not TOML"),
         ('kernel = "vmlinuz"', "", 1, "initrd and cmdline need a kernel"),
+        ('kernel = "vmlinuz"', 'kernel = "vm\\u0000linuz"', 1, "holds a NUL"),
     ],
 )
 def test_errors_name_file_line_and_key(before: str, after: str, line: int, message: str) -> None:

@@ -8,6 +8,8 @@ a backend, which do nothing else; the agent sees no others. `make records` tries
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
 import shutil
 import subprocess
 import tempfile
@@ -17,41 +19,76 @@ from pathlib import Path
 
 import pytest
 
-from sempervirt.agent import Agent, AgentConfig, moves
+from sempervirt.agent import Agent, AgentConfig
 from sempervirt.agent.lock import agent_lock
 from sempervirt.api.schemas import VmView
 from sempervirt.api.views import vm_views
-from sempervirt.cluster.cluster import Settings, open_store, read_settings, write_settings
+from sempervirt.cluster.certificate import read_standing
+from sempervirt.cluster.cluster import (
+    Settings,
+    open_store,
+    read_credentials,
+    read_settings,
+    write_credentials,
+    write_settings,
+)
+from sempervirt.cluster.service import Service
 from sempervirt.core.errors import SempervirtError, StateConflict
 from sempervirt.core.queue_map import Binding, Choice, DevicePlan
 from sempervirt.disk.backend import Blkd, DiskOptions, Launch
 from sempervirt.disk.presets import PresetStore
 from sempervirt.disk.record import DiskRecord, RecordedProcess, Role
 from sempervirt.disk.state import Policy
+from sempervirt.evacuation.decide import begin, recover
+from sempervirt.evacuation.record import EvacuationRecord
+from sempervirt.evacuation.state import Passage
+from sempervirt.evacuation.values import Cause, EvacuationOrder, Fate
+from sempervirt.guard.adapters import HeardRecord
 from sempervirt.host import procfs
 from sempervirt.host.procfs import ProcessId, boot_id, identify
+from sempervirt.host.records import write_record
+from sempervirt.host.users import FIRST, UserPool
+from sempervirt.migration import moves
 from sempervirt.qemu import features
 from sempervirt.qemu.accel import Accelerator
 from sempervirt.qemu.command_line import Features
 from sempervirt.qemu.link import Patience
-from sempervirt.qemu.spec import VmSpec
+from sempervirt.qemu.spec import DiskSpec, VmSpec
 from sempervirt.qemu.state import End, Runstate, VmState
+from sempervirt.standby import decide as standby_decide
+from sempervirt.standby.lost import Loss, LostDisk, drop_lost, losses_of
+from sempervirt.standby.record import (
+    Guest,
+    read_first,
+    read_guest,
+    read_taken,
+    record_of,
+    write_first,
+    write_guest,
+    write_taken,
+)
+from sempervirt.standby.state import First, Generation, Life, TakeOver
+from sempervirt.standby.values import Policy as StandbyPolicy
 from sempervirt.store import epoch
+from sempervirt.store.etcd import Credentials
 from sempervirt.store.port import Put
 from sempervirt.store.records import Custody, Ownership, parse
 from sempervirt.store.registry import Claim
 from sempervirt.store.sqlite import SqliteStore
 from sempervirt.trust.authority import Authority, Issued
 from sempervirt.trust.identity import Identity, KeyRequest
+from sempervirt.vm.autostart import Settled
+from sempervirt.vm.guarded import Guarded, GuardedDisk
 from sempervirt.vm.phases import Arrival
 from sempervirt.vm.record import VmRecord
 from sempervirt.vm.work import Arriving, Departing, Restarting, Restoring, Saving, Work
 from tests.unit.mutations import MUTATIONS, clear, damage
 
-pytestmark = pytest.mark.timeout(max(120, MUTATIONS))
+pytestmark = pytest.mark.timeout(max(600, MUTATIONS))
 
 
-DEADLINE_S = 10.0
+DEADLINE_S = 90.0
+MUTATIONS_LOGGED = 1000
 
 
 @dataclass(frozen=True)
@@ -99,6 +136,16 @@ class World:
     def all_live(self) -> bool:
         """Whether nothing was ended."""
         return all(process.poll() is None for process in self.started)
+
+
+@pytest.fixture(autouse=True)
+def unlogged() -> Iterator[None]:
+    """What is logged is kept by pytest until the end of a test, with the errors and all that these
+    lead to: 100 KB for each agent, 10 GB for a campaign.
+    """
+    logging.disable(logging.CRITICAL if MUTATIONS > MUTATIONS_LOGGED else logging.NOTSET)
+    yield
+    logging.disable(logging.NOTSET)
 
 
 @pytest.fixture
@@ -266,6 +313,9 @@ async def test_the_controls(world: World) -> None:
 # Files of the host as a whole: whoever reads them gets an error that says what is wrong.
 
 Read = Callable[[AgentConfig], Awaitable[None]]
+AT = 1795384877.9
+# A number of a VM's user, which is taken.
+USER = FIRST + 17
 
 
 async def _settings(config: AgentConfig) -> None:
@@ -293,6 +343,70 @@ async def _epoch(config: AgentConfig) -> None:
 
 async def _presets(config: AgentConfig) -> None:
     PresetStore(config.state_dir).read()
+
+
+async def _evacuation(config: AgentConfig) -> None:
+    left = EvacuationRecord(config.state_dir / "evacuation.json").read()
+    if left is not None:
+        recover(left)
+
+
+async def _service(config: AgentConfig) -> None:
+    _ = Service.read(config.state_dir).why_not  # what cannot be read keeps a host out of service
+
+
+async def _renewal(config: AgentConfig) -> None:
+    read_standing(config)
+
+
+async def _credentials(config: AgentConfig) -> None:
+    read_credentials(config)
+
+
+async def _heard(config: AgentConfig) -> None:
+    assert HeardRecord(config.state_dir / "guard.json").ns >= 0
+
+
+async def _autostart(config: AgentConfig) -> None:
+    assert all(isinstance(name, str) for name in Settled(config.state_dir).names)
+
+
+async def _guarded(config: AgentConfig) -> None:
+    guarded = Guarded(config)
+    for wanted in guarded._on_record():
+        guarded._setup(wanted, guarded._read_plan(wanted), None)
+
+
+async def _standby(config: AgentConfig) -> None:
+    state = record_of(config.state_dir, "web").read()
+    if state is not None:
+        recovered, _ = standby_decide.recover(state, {}, 0.0)
+        record_of(config.state_dir, "web").write(recovered)
+
+
+async def _generation(config: AgentConfig) -> None:
+    directory = config.state_dir / "standby/web"
+    read_guest(directory / "3")
+
+
+async def _beside_generations(config: AgentConfig) -> None:
+    read_first(config.state_dir, "web")
+    read_taken(config.state_dir, "web")
+
+
+async def _lost(config: AgentConfig) -> None:
+    image = config.state_dir / "web.raw.standby-2"
+    losses_of(config.state_dir, "web").read()
+    await drop_lost(config.state_dir, (image,), AT)
+    assert image.exists(), "an image of a VM that runs was removed"
+
+
+async def _users(config: AgentConfig) -> None:
+    """Whatever stands there, another VM gets a number, which is nobody else's."""
+    pool = UserPool(config.state_dir / "users", count=64)
+    number = pool.take(config.state_dir / "vm/other")
+    assert number not in (USER, None)
+    pool.release(config.state_dir / "vm/other", ())
 
 
 async def _lock(config: AgentConfig) -> None:
@@ -324,9 +438,45 @@ async def _make(config: AgentConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     await store.close()
     epoch.advance(config.state_dir / "image.epoch", Claim("web", "a", 7, "c" * 32))
     (config.state_dir / "presets.json").write_text('{"version": 1, "presets": [{"device": "x"}]}')
+    order = EvacuationOrder(Cause.GUARD, "its kernel dies", ("b",))
+    begun, _ = begin(order, 1795384877.9, 4711.0)
+    passages = (Passage("web", Fate.MOVES, "b", tried=("c",)), Passage("db", Fate.WAITS, "b"))
+    EvacuationRecord(config.state_dir / "evacuation.json").write(replace(begun, passages=passages))
+    await Service.read(config.state_dir).take_out("its kernel dies")
     with agent_lock(config.state_dir):
         pass
     await features.probe("/bin/true", config.state_dir / "cache")
+    write_credentials(config, Credentials("a", "secret"))
+    identity.keep_list(authority.revocation_list(["0" * 39 + "1"]))
+    write_record(config.trust_dir / "renewal.json", 1, {"failure": "the host b does not answer"})
+    HeardRecord(config.state_dir / "guard.json").keep(19775584000)
+    Settled(config.state_dir).add("web")
+    await _make_of_other_vms(config)
+
+
+async def _make_of_other_vms(config: AgentConfig) -> None:
+    """Of a guarded disk, of a VM's user, and of its standbys."""
+    image = config.state_dir / "web.raw.standby-2"
+    image.touch()
+    os.utime(image, (1.0, 1.0))
+    disk = DiskSpec(name="disk0", image=image)
+    plan = DevicePlan("vhost-user-blk", Binding((0, 0), "preset"), Choice("sync", "preset"))
+    Guarded(config)._write(GuardedDisk(vm="100", disk=disk), plan)
+    (config.state_dir / "users").mkdir()
+    (config.state_dir / f"users/{USER}").write_text(f"{config.state_dir}/vm/web")
+    kept = standby_decide.begin("web", StandbyPolicy())
+    one = Generation(3, Life.READY, snapshots=(("root", 5),), notes=("made",))
+    over = TakeOver(3, "QEMU has ended", AT, 4711.0, steps=(("declared", 0.5),))
+    record_of(config.state_dir, "web").write(
+        replace(kept, first=First.AWAY, generations=(one,), last=3, past=over)
+    )
+    spec = VmSpec.model_validate({"name": "web", "disks": [disk]})
+    (config.state_dir / "standby/web/3").mkdir(parents=True)
+    write_guest(config.state_dir / "standby/web/3", Guest(spec, {"tap0": "br0"}))
+    write_first(config.state_dir, spec)
+    write_taken(config.state_dir, "web", {"root": 5})
+    loss = Loss(2, AT - 8 * 86400.0, AT - 8 * 86400.0, (LostDisk("root", image),))
+    losses_of(config.state_dir, "web").add(loss)
 
 
 FILES: Mapping[str, Read] = {
@@ -336,6 +486,20 @@ FILES: Mapping[str, Read] = {
     "trust/authority.crt": _trust,
     "image.epoch": _epoch,
     "presets.json": _presets,
+    "evacuation.json": _evacuation,
+    "service.json": _service,
+    "guard.json": _heard,
+    "autostart.json": _autostart,
+    "guarded/100/disk0.json": _guarded,
+    "standby/web.json": _standby,
+    "standby/web/3/guest.json": _generation,
+    "standby/web/first.json": _beside_generations,
+    "standby/web/taken.json": _beside_generations,
+    "lost/web.json": _lost,
+    f"users/{USER}": _users,
+    "trust/store.json": _credentials,
+    "trust/renewal.json": _renewal,
+    "trust/revoked.crl": _trust,
     "agent.lock": _lock,
     "cache/*.json": _cache,
 }

@@ -41,9 +41,7 @@ from sempervirt.renewal.restart.state import (
 )
 from sempervirt.vm.work import Restarting
 from tests.unit import renewal_explorer
-from tests.unit.exploration import Outcome, Stopped
-from tests.unit.renewal_explorer import FAILED, LATER, OK, UNKNOWN, Edge, Explorer, Room
-from tests.unit.renewal_mistakes import (
+from tests.unit.driver_mistakes import (
     Mutation,
     drops,
     forgets_record,
@@ -53,6 +51,8 @@ from tests.unit.renewal_mistakes import (
     swallows,
     tells_twice,
 )
+from tests.unit.exploration import Outcome, Stopped
+from tests.unit.renewal_explorer import FAILED, LATER, OK, UNKNOWN, Edge, Explorer, Room
 
 NEW = ProcessId(2, 2, "boot")
 
@@ -302,7 +302,6 @@ def explored(mutate: Mutation = lambda _driver: None, until: str = "") -> Explor
     return Explorer(RestartRoom(), mutate).run(until)
 
 
-@pytest.mark.timeout(300)
 def test_whatever_fails_one_qemu_has_the_guest_and_the_caller_is_told() -> None:
     explorer = explored()
     for wrong in explorer.wrong:

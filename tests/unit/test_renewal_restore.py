@@ -29,9 +29,7 @@ from sempervirt.renewal.restore.state import (
 )
 from sempervirt.vm.work import Restoring
 from tests.unit import renewal_explorer
-from tests.unit.exploration import Outcome, Stopped
-from tests.unit.renewal_explorer import FAILED, OK, UNKNOWN, Edge, Explorer, Room
-from tests.unit.renewal_mistakes import (
+from tests.unit.driver_mistakes import (
     Mutation,
     drops,
     forgets_record,
@@ -39,6 +37,8 @@ from tests.unit.renewal_mistakes import (
     pretends,
     swallows,
 )
+from tests.unit.exploration import Outcome, Stopped
+from tests.unit.renewal_explorer import FAILED, OK, UNKNOWN, Edge, Explorer, Room
 
 BEGUN = Restoring()
 

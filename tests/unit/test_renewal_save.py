@@ -33,15 +33,15 @@ from sempervirt.renewal.save.state import (
 )
 from sempervirt.vm.work import Saving
 from tests.unit import renewal_explorer
-from tests.unit.exploration import Outcome, Stopped
-from tests.unit.renewal_explorer import FAILED, LATER, OK, UNKNOWN, Edge, Explorer, Room
-from tests.unit.renewal_mistakes import (
+from tests.unit.driver_mistakes import (
     Mutation,
     drops,
     forgets_record,
     pretends,
     swallows,
 )
+from tests.unit.exploration import Outcome, Stopped
+from tests.unit.renewal_explorer import FAILED, LATER, OK, UNKNOWN, Edge, Explorer, Room
 
 FIGURES = Figures(memory=8, file=7, zero_pages=1, block_pages=2, data_pages=3)
 

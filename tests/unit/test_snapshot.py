@@ -18,11 +18,19 @@ from sempervirt.core.errors import (
     InvalidRequest,
     NotFound,
     OutcomeUnknown,
+    RollbackFailed,
     StateConflict,
     Unavailable,
 )
 from sempervirt.core.events import Journal
-from sempervirt.disk.answers import Layers, LayerState, QueuesResumed, Quiesced, SnapshotTaken
+from sempervirt.disk.answers import (
+    Layers,
+    LayerState,
+    QueuesResumed,
+    Quiesced,
+    SnapshotTaken,
+    Undone,
+)
 from sempervirt.qemu.accel import Accelerator
 from sempervirt.qemu.files import VmFiles
 from sempervirt.qemu.spec import GUEST_AGENT_CHANNEL, VmSpec
@@ -48,6 +56,8 @@ class FakeDisk:
     states: list[LayerState] = field(default_factory=lambda: [LayerState.SEALED])
     last_error: str | None = None
     upgrade_available: bool = False
+    taken: bool = False
+    fails_before: bool = True  # or nobody knows whether there is a layer
     setup: Any = field(
         default_factory=lambda: SimpleNamespace(command=SimpleNamespace(has_control=1))
     )
@@ -62,20 +72,30 @@ class FakeDisk:
 
     async def snapshot(self, *, frozen: bool, timeout_s: float) -> SnapshotTaken:
         assert timeout_s > 0
+        self.taken = not self.fails_before
         await self._do("snapshot frozen" if frozen else "snapshot")
+        self.taken = True
         return SnapshotTaken(snapshot=3, state=LayerState.OPENED, pause_us=1500)
 
     async def quiesce(self, for_ms: int, *, timeout_s: float) -> Quiesced:
         await self._do("quiesce")
         return Quiesced(quiesced=True, for_ms=for_ms)
 
+    async def undo(self, snapshot: int, *, timeout_s: float) -> Undone:
+        assert snapshot == 3
+        await self._do("undo")
+        self.taken = False
+        return Undone(taken_back=True)
+
     async def resume(self) -> QueuesResumed:
         await self._do("resume")
         return QueuesResumed(held=self.held)
 
     async def layers(self) -> Layers:
-        state = self.states.pop(0) if len(self.states) > 1 else self.states[0]
-        layer = {"id": 3, "state": state.value, "epoch": 1, "time": 1.0, "frozen": False}
+        state, number = LayerState.SEALED, 2
+        if self.taken:
+            state, number = self.states.pop(0) if len(self.states) > 1 else self.states[0], 3
+        layer = {"id": number, "state": state.value, "epoch": 1, "time": 1.0, "frozen": False}
         layer |= {"size_bytes": 4096, "data_bytes": 0, "writes": True}
         content = {
             "layers": [layer],
@@ -186,7 +206,8 @@ async def test_all_disks_at_one_instant_while_the_file_systems_are_frozen(tmp_pa
         "snapshot frozen web/data", "resume web/root", "resume web/data", "fsfreeze-status",
         "fsfreeze-thaw",
     ]  # fmt: skip
-    assert state["record"] == Snapshotting(frozen=True)  # before it was done
+    before = {"web/root": 2, "web/data": 2}
+    assert state["record"] == Snapshotting(frozen=True, newest=before)  # before it was done
     assert not state["frozen"]
     assert vm.on_record() is None
 
@@ -215,8 +236,8 @@ async def test_one_disk_is_an_instant_by_itself(tmp_path: Path) -> None:
 async def test_a_guest_that_does_not_freeze_is_thawed_and_the_answer_says_so(
     tmp_path: Path, answers: dict[str, Any], freezing: Freezing, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "FROZEN_S", 0.3)
-    monkeypatch.setattr(module, "ANSWER_S", 0.3)
+    monkeypatch.setattr(module, "FROZEN_S", 1.0)
+    monkeypatch.setattr(module, "ANSWER_S", 1.0)
     vm = FakeVm(tmp_path)
     async with guest(vm, **answers) as state:
         if freezing is Freezing.REQUIRED:
@@ -244,6 +265,41 @@ async def test_whatever_fails_the_guest_is_thawed_and_every_disk_resumed(
             await taken_of(vm)
     assert not state["frozen"]
     assert vm.log[-3:] == ["resume web/root", "resume web/data", "fsfreeze-thaw"]
+    undone = ["undo web/root"] if what == "snapshot frozen" else []
+    assert [entry for entry in vm.log if entry.startswith("undo")] == undone
+    assert vm.on_record() is None
+
+
+async def test_a_snapshot_of_which_nobody_knows_is_undone_as_well(tmp_path: Path) -> None:
+    async def silent() -> None:
+        raise OutcomeUnknown("no answer")
+
+    vm = FakeVm(tmp_path, agent=False)
+    vm.disks["data"].behaviour["snapshot"] = silent
+    vm.disks["data"].fails_before = False
+    with pytest.raises(OutcomeUnknown, match="no answer"):
+        await taken_of(vm)
+    assert vm.log[-4:] == ["undo web/root", "undo web/data", "resume web/root", "resume web/data"]
+    assert not vm.disks["root"].taken
+
+
+async def test_snapshots_that_cannot_be_undone_are_named(tmp_path: Path) -> None:
+    vm = FakeVm(tmp_path, agent=False)
+    vm.disks["data"].behaviour["snapshot"] = fails
+    vm.disks["root"].behaviour["undo"] = fails
+    with pytest.raises(RollbackFailed, match=r"no room.*some of the disks: web/root \(no room\)"):
+        await taken_of(vm)
+
+
+async def test_the_next_agent_undoes_what_only_some_disks_may_have(tmp_path: Path) -> None:
+    vm = FakeVm(tmp_path, agent=False)
+    work = Snapshotting(newest={"web/root": 2, "web/data": 2})
+    vm.begin(work)
+    vm.disks["root"].taken = True
+    thawing = Thawing(cast(Vm, vm), work)
+    async with asyncio.timeout(90):
+        await until(lambda: thawing.over)
+    assert vm.log == ["undo web/root"]
     assert vm.on_record() is None
 
 
@@ -252,6 +308,7 @@ async def test_disks_that_went_on_by_themselves_are_not_one_instant(tmp_path: Pa
     vm.disks["data"].held = False
     with pytest.raises(Unavailable, match="not of one instant: web/data took requests"):
         await taken_of(vm)
+    assert vm.log[-2:] == ["undo web/root", "undo web/data"]
 
 
 async def test_a_guest_that_thawed_by_itself_is_not_called_frozen(tmp_path: Path) -> None:
@@ -291,7 +348,7 @@ async def test_a_flush_that_does_not_end_is_unknown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vm = FakeVm(tmp_path, agent=False)
-    vm.disks["root"].states = [LayerState.OPENED]
+    vm.disks["root"].states, vm.disks["root"].taken = [LayerState.OPENED], True
     with pytest.raises(OutcomeUnknown, match="may come to be"):
         await module.wait_sealed(cast(Any, vm.disks["root"]), 3, 0.2)
 
@@ -334,7 +391,7 @@ async def test_the_next_agent_thaws_what_may_be_frozen(tmp_path: Path, frozen: b
     async with guest(vm) as state:
         state["frozen"] = frozen
         thawing = Thawing(cast(Vm, vm), Snapshotting(frozen=frozen))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(90):
             await until(lambda: thawing.over)
     assert state["thaws"] == frozen
     assert not state["frozen"]
@@ -346,7 +403,7 @@ async def test_an_agent_that_leaves_leaves_nothing_frozen(tmp_path: Path) -> Non
     vm.disks["root"].states = [LayerState.OPENED]  # for ever
     async with guest(vm) as state:
         asked = asyncio.ensure_future(taken_of(vm))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(90):
             await until(lambda: state["freezes"])
             await cast(Any, vm.worker).detach()
             with pytest.raises(OutcomeUnknown):

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from sempervirt.disk.storage import StorageKey
 from sempervirt.disk.tuning import plan
+from sempervirt.disk.tuning.bounds import Bounds
 from sempervirt.disk.tuning.candidates import Candidate, blkd_candidates, qemu_candidates
 from sempervirt.disk.tuning.figures import CONFIDENCE, RELEVANT, Figures, interval, ratios
-from sempervirt.disk.tuning.judgement import SLACK, Bounds, decide, eliminate, standings
+from sempervirt.disk.tuning.judgement import SLACK, decide, eliminate, standings
 from sempervirt.disk.tuning.load import Latency, LoadReport, ProcessorTime, figures, loads
 
 TMPFS = StorageKey(kind="tmpfs")

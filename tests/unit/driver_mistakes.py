@@ -1,4 +1,4 @@
-"""Mistakes of a driver of `sempervirt.renewal`: an act dropped, done twice, told and not done."""
+"""Mistakes of a driver: an act dropped, done or told twice, told and not done, not on record."""
 
 from __future__ import annotations
 
@@ -50,16 +50,16 @@ def tells_twice(kind: type) -> Mutation:
     return mutate
 
 
-def pretends(kind: type, event: Any) -> Mutation:
-    """An effect is told as done, and is not done."""
+def pretends(kind: type, event: Any, by: str = "perform") -> Mutation:
+    """An effect is told as done, and is not done. `by` is the driver's function that does it."""
 
     def mutate(driver: Any) -> None:
-        real = driver.perform
+        real = getattr(driver, by)
 
         async def perform(effect: Any) -> Any:
             return event if isinstance(effect, kind) else await real(effect)
 
-        driver.perform = perform
+        setattr(driver, by, perform)
 
     return mutate
 

@@ -1,0 +1,1 @@
+"""A host with systemd that is rebooted in order: `python -m tests.guard.reboot`."""

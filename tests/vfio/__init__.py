@@ -1,0 +1,1 @@
+"""Real PCI devices through VFIO, in a machine with an emulated IOMMU."""
