@@ -8,12 +8,8 @@ use crate::draft::{Draft, Packer};
 use crate::format::MAX_STREAM;
 use crate::index::{BlockRef, PageIndex};
 use crate::stream::{Parser, Sink};
+use crate::trust::Trust;
 use crate::{PAGE_SIZE, Page};
-
-/// Mismatches of a disk that are taken for bad luck.
-const LUCK: u64 = 64;
-/// A disk is given up when more than one reference in so many does not match.
-const TRUST: u64 = 2;
 
 /// What an encoder works with.
 #[derive(Clone, Debug)]
@@ -58,13 +54,6 @@ pub struct Counters {
     pub raw_bytes: u64,
     /// References that did not match.
     pub mismatches: u64,
-}
-
-#[derive(Clone, Copy, Debug, Default)]
-struct Trust {
-    referred: u64,
-    mismatched: u64,
-    lost: bool,
 }
 
 /// Turns the stream into drafts of batches. The caller takes them ([`Encoder::pop`]) after each piece.
@@ -166,20 +155,16 @@ impl<I: PageIndex> Work<I> {
         let disk = usize::from(block.disk);
         let readable = self.options.readable.get(disk).is_some_and(|&readable| readable);
         let trust = self.trust.get_mut(disk)?;
-        if !readable || trust.lost {
-            return None;
-        }
-        trust.referred += 1;
-        Some(block)
+        (readable && trust.refer(block.block)).then_some(block)
     }
 
     fn mismatched(&mut self, blocks: &[(BlockRef, Page)]) {
         for (block, page) in blocks {
             self.counters.mismatches += 1;
             self.index.forget(*block, page);
-            let Some(trust) = self.trust.get_mut(usize::from(block.disk)) else { continue };
-            trust.mismatched += 1;
-            trust.lost |= trust.mismatched > LUCK + trust.referred / TRUST;
+            if let Some(trust) = self.trust.get_mut(usize::from(block.disk)) {
+                trust.mismatched(block.block);
+            }
         }
     }
 }

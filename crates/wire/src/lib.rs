@@ -30,6 +30,7 @@ mod link;
 mod stream;
 #[doc(hidden)]
 pub mod synthetic;
+mod trust;
 mod varint;
 mod window;
 
