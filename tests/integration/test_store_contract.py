@@ -464,6 +464,27 @@ async def test_unknown_is_left_by_evidence_alone(store_of_owners: Store) -> None
         await registry.release(old)
 
 
+async def test_images_that_change_while_a_vm_is_settled_are_read_again(
+    store_of_owners: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry, other = Registry(store_of_owners), Registry(store_of_owners)
+    await registry.mark_unknown(await registry.claim("web", "a", ["i1"]), "?")
+    read, meanwhile = store_of_owners.read, [True]
+
+    async def read_late(*keys: str) -> Snapshot:
+        found = await read(*keys)
+        if meanwhile and meanwhile.pop():
+            meanwhile.clear()
+            await other.resolve("web", "b", "first")
+            await other.mark_unknown(await other.claim("web", "b", ["i1", "i2"]), "again")
+        return found
+
+    monkeypatch.setattr(store_of_owners, "read", read_late)
+    new = await registry.resolve("web", "a", "second")
+    assert (set(new.images), meanwhile) == ({"i1", "i2"}, [])
+    assert (await registry.check(new)).owner == "a"
+
+
 async def test_epochs_grow_whatever_is_done(store_of_owners: Store) -> None:
     """Random histories: no two claims share an epoch, and only the newest is good."""
     registry, draw = Registry(store_of_owners), random.Random(4)

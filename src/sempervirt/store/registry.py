@@ -192,14 +192,19 @@ class Registry:
         The evidence (a sentence, kept in the entry) is what shows that it runs nowhere else.
         Raises NotFound, StateConflict.
         """
-        # Which images are its own, its entry says.
-        state = await self._read(vm, (await self.find(vm)).images)
-        present = _ownership(state, vm)
-        if present is None:
-            raise NotFound(f"no host ever owned a VM {vm}")
-        if present.custody is not Custody.UNKNOWN:
-            raise StateConflict(f"VM {vm} is {_described(present)}: there is nothing to settle")
-        return await self._give(state, vm, host, present.images, why=f"settled: {evidence}")
+        images: tuple[str, ...] = ()
+        for _ in range(TRIES):
+            state = await self._read(vm, images)
+            present = _ownership(state, vm)
+            if present is None:
+                raise NotFound(f"no host ever owned a VM {vm}")
+            if present.custody is not Custody.UNKNOWN:
+                raise StateConflict(f"VM {vm} is {_described(present)}: there is nothing to settle")
+            if present.images == images:
+                return await self._give(state, vm, host, images, why=f"settled: {evidence}")
+            # Its entry says which images are its own, and that may have changed since.
+            images = present.images
+        raise Unavailable(f"the images of VM {vm} change again and again")
 
     async def name_standby(self, claim: Claim, host: str) -> None:
         """From now on `host` keeps standbys of the VM, and may take it over; "": nobody else does.
