@@ -56,6 +56,18 @@ def test_two_lost_hosts_share_what_is_left() -> None:
     assert capacity(surveys, 3).losses[0].down != ()
 
 
+def test_a_vm_that_moves_between_two_lost_hosts_counts_once() -> None:
+    surveys = cluster({"a": 0, "b": 0, "c": 4}, {"a": (4,)})
+    arriving = Need("a0", 0, stuck="it is being started")
+    surveys["b"] = Survey(surveys["b"].rooms, (arriving,))
+    both = {loss.hosts: loss for loss in capacity(surveys, 2).losses}["a", "b"]
+    assert (both.vms, both.down) == (1, ())
+    # The control: two VMs of two names are two, and one of them is stuck.
+    surveys["b"] = Survey(surveys["b"].rooms, (Need("b0", 0, stuck="it is being started"),))
+    both = {loss.hosts: loss for loss in capacity(surveys, 2).losses}["a", "b"]
+    assert (both.vms, [left.vm for left in both.down]) == (2, ["b0"])
+
+
 def test_who_could_not_be_asked_is_told() -> None:
     found = capacity(cluster({"a": 4, "b": 4}, {"a": (2,)}), 1, (Absent("c", "it is silent"),))
     assert found.fits

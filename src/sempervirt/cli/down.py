@@ -15,6 +15,7 @@ from sempervirt.core.errors import (
     OutcomeUnknown,
     SempervirtError,
     Unavailable,
+    reason,
 )
 
 if TYPE_CHECKING:
@@ -167,7 +168,7 @@ class _Leaving:
                 async with asyncio.timeout(max(grace_s, self._left_s() / 2)):
                     await self._client.save_vm(spec.name, None)
             except (SempervirtError, TimeoutError) as error:
-                self._tell(spec.name, f"is not saved, so it is powered off: {error}")
+                self._tell(spec.name, f"is not saved, so it is powered off: {reason(error)}")
             else:
                 self._tell(spec.name, "is saved")
                 return

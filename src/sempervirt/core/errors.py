@@ -40,6 +40,13 @@ class SempervirtError(Exception):
         return f"{self.message}; {self.remedy}" if self.remedy else self.message
 
 
+def reason(error: Exception) -> str:
+    """What `error` says, in words also where one of Python's own says nothing."""
+    if said := str(error):
+        return said
+    return "no answer in time" if isinstance(error, TimeoutError) else type(error).__name__
+
+
 class InvalidRequest(SempervirtError):
     """The request can never succeed. Nothing was done."""
 

@@ -19,6 +19,7 @@ from sempervirt.core.errors import (
     SempervirtError,
     StateConflict,
     Unavailable,
+    reason,
 )
 from sempervirt.evacuation.peacetime import Peacetime
 from sempervirt.evacuation.placement import Need, Room
@@ -175,17 +176,21 @@ class ClusterFleet:
             known = self._peacetime
             if known is None or not known.members:
                 raise Unavailable(
-                    f"the store does not say which hosts there are: {error}"
+                    f"the store does not say which hosts there are: {reason(error)}"
                 ) from error
             log.warning(
-                "evacuate without the store, by what was known %.0f s ago: %s", known.age_s, error
+                "evacuate without the store, by what was known %.0f s ago: %s",
+                known.age_s,
+                reason(error),
             )
             return known.members
 
     async def _look_here(self, vm: Vm, facts: HostFacts, own: str) -> _Here:
         if self._starting:
-            side = await side_of(facts, own, vm.spec, vm_state=vm.run, source=True)
-            return _Here(side)
+            try:
+                return _Here(await side_of(facts, own, vm.spec, vm_state=vm.run, source=True))
+            except (SempervirtError, OSError) as error:  # of this VM alone
+                return _Here(stuck=_not_seen(error))
         if vm.run not in (Runstate.RUNNING, Runstate.PAUSED):
             return _Here(stuck=f"it is {vm.run.value}: {vm.state.why}".rstrip(": "))
         broken = vm.name in self._broken
@@ -199,7 +204,7 @@ class ClusterFleet:
             dirtied = await _dirtied(vm) if self._measured else 0.0
             side = await side_of(facts, own, vm.spec, vm_state=vm.run, source=True)
         except (SempervirtError, OSError) as error:  # of this VM alone: the others leave
-            return _Here(stuck=f"it cannot be looked at: {error}")
+            return _Here(stuck=_not_seen(error))
         return _Here(side, dirtied, await asyncio.to_thread(_resident, vm.pid))
 
 
@@ -211,6 +216,10 @@ class _Here:
     dirtied: float = 0.0
     resident_bytes: int | None = None
     stuck: str = ""
+
+
+def _not_seen(error: Exception) -> str:
+    return f"it cannot be looked at: {error}"
 
 
 @dataclass(frozen=True)

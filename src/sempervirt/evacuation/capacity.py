@@ -68,7 +68,9 @@ def capacity(surveys: Mapping[str, Survey], lost: int, absent: tuple[Absent, ...
 
 
 def _loss(surveys: Mapping[str, Survey], rooms: Mapping[str, Room], lost: tuple[str, ...]) -> Loss:
-    needs = tuple(need for host in lost for need in surveys[host].needs)
+    # A VM that moves between two of them is told of by both.
+    told = [need for host in lost for need in surveys[host].needs]
+    needs = tuple({need.vm: need for need in sorted(told, key=lambda one: not one.stuck)}.values())
     left = tuple(room for host, room in sorted(rooms.items()) if host not in lost)
     away = tuple(Absent(host, "it is lost as well") for host in lost)
     return Loss(lost, len(needs), plan(Survey(left, needs, away), _ORDER).left)

@@ -19,7 +19,7 @@ from contextlib import aclosing, suppress
 from sempervirt.cluster import peer
 from sempervirt.cluster.cluster import ALIVE, Cluster, Member
 from sempervirt.cluster.membership import persist
-from sempervirt.core.errors import SempervirtError
+from sempervirt.core.errors import SempervirtError, reason
 from sempervirt.migration.obstacles import HostSide
 from sempervirt.migration.peer import host_side
 from sempervirt.migration.sides import membership_obstacles
@@ -105,7 +105,7 @@ class Peacetime:
             ):
                 self.note(name, vm.name, await host_side(connection, vm.spec))
         except (SempervirtError, TimeoutError, OSError) as error:
-            log.debug("peacetime host=%s: %s", name, error)
+            log.debug("peacetime host=%s: %s", name, reason(error))
 
     def _forget(self, hosts: Collection[str], vms: Collection[str]) -> None:
         self._sides = {

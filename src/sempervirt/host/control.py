@@ -24,6 +24,7 @@ from sempervirt.core.errors import (
     SempervirtError,
     StateConflict,
     Unavailable,
+    reason,
 )
 from sempervirt.host.answers import Answer, AnswerT, read_answer
 from sempervirt.host.peers import require_peer
@@ -88,7 +89,7 @@ class ControlSocket:
                         piece = await reader.read(min(left, PIECE_BYTES))
                 except (OSError, TimeoutError) as error:
                     raise OutcomeUnknown(
-                        f"{self.program} did not finish {command}: {error}"
+                        f"{self.program} did not finish {command}: {reason(error)}"
                     ) from error
                 if not piece:
                     raise OutcomeUnknown(f"{self.program} ended in the middle of {command}")
@@ -104,7 +105,9 @@ class ControlSocket:
             async with asyncio.timeout(timeout_s):
                 reader, writer = await asyncio.open_unix_connection(self.path, limit=LINE_MAX_BYTES)
         except (OSError, TimeoutError) as error:
-            raise Unavailable(f"{self.program} does not listen on {self.path}: {error}") from error
+            raise Unavailable(
+                f"{self.program} does not listen on {self.path}: {reason(error)}"
+            ) from error
         request = {"id": 1, "cmd": command, **arguments}
         try:
             if self.pid is not None:
@@ -116,7 +119,7 @@ class ControlSocket:
                     answer = self._answer(await reader.readline())
             except (OSError, TimeoutError, ValueError, RecursionError) as error:
                 raise OutcomeUnknown(
-                    f"{self.program} did not answer {command} on {self.path}: {error}"
+                    f"{self.program} did not answer {command} on {self.path}: {reason(error)}"
                 ) from error
             yield answer, reader
         finally:

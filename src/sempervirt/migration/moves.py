@@ -21,6 +21,7 @@ from sempervirt.core.errors import (
     SempervirtError,
     StateConflict,
     Unavailable,
+    reason,
 )
 from sempervirt.host.storage_call import call_storage
 from sempervirt.migration.destination.migration import DestinationMigration
@@ -210,7 +211,9 @@ async def require_owned(house: House, spec: VmSpec, host: str) -> None:
     except (Unavailable, TimeoutError) as error:
         images = await claimed_images(spec)
         if not images:
-            raise Unavailable(f"the store does not say whose VM {spec.name} is: {error}") from error
+            raise Unavailable(
+                f"the store does not say whose VM {spec.name} is: {reason(error)}"
+            ) from error
         for image in images:
             record = await call_storage(image, partial(_record_of, image))
             if record is None or record.holder != host:

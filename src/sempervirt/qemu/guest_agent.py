@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sempervirt.core.errors import OutcomeUnknown, StateConflict, Unavailable
+from sempervirt.core.errors import OutcomeUnknown, StateConflict, Unavailable, reason
 from sempervirt.core.printable import printable
 from sempervirt.host.peers import require_peer
 
@@ -220,7 +220,8 @@ class GuestAgent:
                 )
         except (OSError, TimeoutError) as error:
             raise Unavailable(
-                f"the guest agent's port of {self.vm}, {self.path}, cannot be reached: {error}"
+                f"the guest agent's port of {self.vm}, {self.path}, cannot be reached: "
+                f"{reason(error)}"
             ) from error
         try:
             if self.pid is not None:
@@ -256,7 +257,9 @@ class _Port:
                 "can be connected to its port",
             ) from error
         except (OSError, ValueError, EOFError) as error:
-            raise Unavailable(f"the guest agent of {self.vm} cannot be asked: {error}") from error
+            raise Unavailable(
+                f"the guest agent of {self.vm} cannot be asked: {reason(error)}"
+            ) from error
 
     async def _await_number(self, number: int) -> None:
         """Reads until the answer with that number. Raises EOFError, ValueError, OSError."""

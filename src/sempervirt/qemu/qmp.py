@@ -17,7 +17,7 @@ from typing import Any
 
 from qemu.qmp import ExecuteError, QMPClient, QMPError, Runstate
 
-from sempervirt.core.errors import OutcomeUnknown, StateConflict, Unavailable
+from sempervirt.core.errors import OutcomeUnknown, StateConflict, Unavailable, reason
 from sempervirt.host.peers import require_peer
 
 # Each failure that the library logs is also raised, and is told there in our words.
@@ -54,7 +54,7 @@ class Monitor:
             raise OutcomeUnknown(f"the monitor of {name} does not greet") from error
         except (QMPError, OSError, EOFError) as error:
             raise Unavailable(
-                f"the monitor of {name}, {path}, cannot be reached: {error}"
+                f"the monitor of {name}, {path}, cannot be reached: {reason(error)}"
             ) from error
         return cls(client)
 
@@ -79,7 +79,9 @@ class Monitor:
                 f"the monitor did not answer {command} within {timeout_s:g} s"
             ) from error
         except (QMPError, OSError, EOFError) as error:
-            raise OutcomeUnknown(f"the monitor was lost during {command}: {error}") from error
+            raise OutcomeUnknown(
+                f"the monitor was lost during {command}: {reason(error)}"
+            ) from error
 
     def execute_within(self, timeout_s: float) -> Callable[..., Awaitable[Any]]:
         """`execute` with a deadline for each command."""

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 from sempervirt.cluster.cluster import Cluster
-from sempervirt.core.errors import NotAllowed, SempervirtError, StateConflict, Unavailable
+from sempervirt.core.errors import NotAllowed, SempervirtError, StateConflict, Unavailable, reason
 from sempervirt.host.changes import Changes
 from sempervirt.host.places import Places
 from sempervirt.qemu.state import Runstate
@@ -205,7 +205,7 @@ class Offer:
         except (Unavailable, TimeoutError) as error:
             if self._falling.get(name) != keeper:
                 raise Unavailable(
-                    f"the store does not say who keeps standbys of VM {name}: {error}"
+                    f"the store does not say who keeps standbys of VM {name}: {reason(error)}"
                 ) from error
             named = keeper
         if self._falling.get(name, named) != named:  # it keeps them no more

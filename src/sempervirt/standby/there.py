@@ -32,6 +32,7 @@ from sempervirt.core.errors import (
     SempervirtError,
     StateConflict,
     Unavailable,
+    reason,
 )
 from sempervirt.disk.backend import BackendCommand
 from sempervirt.disk.export import Source, write_snapshot
@@ -492,7 +493,7 @@ class FirstThere:
                     known = await cluster.store.read(f"hosts/{owned.owner}")
             except (NotFound, TimeoutError) as error:
                 raise Unavailable(
-                    f"only the store says who owns VM {self._name}: {error}"
+                    f"only the store says who owns VM {self._name}: {reason(error)}"
                 ) from error
             if not owned.custody.is_certain:
                 raise Unavailable(

@@ -27,6 +27,7 @@ from jeepney import (
 from jeepney.io.blocking import DBusConnection, open_dbus_connection
 from jeepney.wrappers import unwrap_msg
 
+from sempervirt.core.errors import reason
 from sempervirt.guard.signs import Sign, SignId
 from sempervirt.guard.sources.source import AbsentError
 
@@ -133,7 +134,7 @@ class Shutdowns:
             self.limit_s = float(limit) / 1e6
         except (DBusErrorResponse, TimeoutError) as error:
             connection.close()
-            raise AbsentError(f"logind does not answer: {error}") from error
+            raise AbsentError(f"logind does not answer: {reason(error)}") from error
         self._connection = connection
         return connection
 
