@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from sempervirt.agent import Agent
-from sempervirt.guest import debian
+from sempervirt.guest import ProbeClient, debian
 from sempervirt.qemu.spec import GUEST_AGENT_CHANNEL, VmSpec
 from sempervirt.standby.values import Policy, Tier
 from tests.integration.test_standby import (
@@ -33,6 +34,14 @@ def program(name: str) -> str:
     found = shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
     assert found is not None
     return found
+
+
+async def unmounted(probe: ProbeClient, place: str) -> None:
+    """Its agent has the place open while it freezes the file systems for the next standby."""
+    async with asyncio.timeout(READY_S):
+        while (told := await probe.execute("umount", place)).status != 0:
+            assert "busy" in told.stderr
+            await asyncio.sleep(0.1)  # poll interval
 
 
 async def test_a_debian_goes_on_with_its_clock_right_and_its_data_disk_clean(
@@ -81,7 +90,7 @@ async def test_a_debian_goes_on_with_its_clock_right_and_its_data_disk_clean(
     assert (await probe.execute("mount", "-t", "ext4", "/dev/vdb", "/mnt")).status == 0
     rows = (await probe.execute("cat", "/mnt/rows")).stdout.split()
     assert rows == [str(row) for row in range(10)]
-    assert (await probe.execute("umount", "/mnt")).status == 0
+    await unmounted(probe, "/mnt")
     await probe.close()
     await vm.kill()
     checked = subprocess.run([program("e2fsck"), "-fn", str(disk_image)], check=False)  # noqa: ASYNC221

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sempervirt.core.errors import InvalidRequest, Unavailable
@@ -103,7 +103,6 @@ def test_every_change_is_named(store: PresetStore) -> None:
     assert found.reason.count(";") == 3
 
 
-@settings(deadline=None)  # a busy machine must not fail it by its slowness
 @given(
     queues=st.integers(1, 64),
     each=st.integers(1, 70),

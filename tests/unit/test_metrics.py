@@ -42,7 +42,7 @@ def status(requests: int) -> Status:
     return Status.model_validate_json(json.dumps(told))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.lists(st.lists(st.integers(0, 1000), min_size=1, max_size=5), min_size=1, max_size=5))
 def test_counters_never_go_back_over_a_backends_death(lives: list[list[int]]) -> None:
     accounts, told = Accounts(), []

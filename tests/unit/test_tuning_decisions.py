@@ -8,7 +8,7 @@ from itertools import product
 from statistics import median
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sempervirt.disk.storage import StorageKey
@@ -27,8 +27,6 @@ STORAGES = (TMPFS, TMPFS.model_copy(update={"direct": True}), CACHED, DIRECT, BL
 LOADS = ("d1", "d32")
 BOUNDS = Bounds()
 
-# A busy machine must not fail a test by its slowness.
-unhurried = settings(deadline=None)
 
 Series = dict[int, dict[str, Figures]]
 
@@ -227,7 +225,6 @@ def cost(field: Field, candidate: Candidate) -> float:
     return math.prod(field[candidate][load].cpu_us for load in LOADS) ** (1 / len(LOADS))
 
 
-@unhurried
 @given(field=fields)
 def test_without_noise_the_objective_is_met_exactly(field: Field) -> None:
     nearly = [c for c in field if holds(field, c, 1 + 1e-9)]
@@ -246,7 +243,6 @@ def test_without_noise_the_objective_is_met_exactly(field: Field) -> None:
     assert all(cost(field, c) >= best * RELEVANT * (1 - 1e-9) for c in simpler)
 
 
-@unhurried
 @given(field=fields)
 def test_halving_loses_nothing_without_noise(field: Field) -> None:
     """The winner of the race is as good as the winner among all."""
@@ -265,7 +261,6 @@ def test_halving_loses_nothing_without_noise(field: Field) -> None:
     assert cost(field, last.winner) <= cost(field, whole.winner) * RELEVANT**2 * (1 + 1e-9)
 
 
-@unhurried
 @given(field=fields, keep=st.integers(1, 16))
 def test_those_that_bounds_are_measured_by_stay(field: Field, keep: int) -> None:
     present, reasons = eliminate(repeat(field, 2), BOUNDS, keep)
@@ -278,7 +273,6 @@ def test_those_that_bounds_are_measured_by_stay(field: Field, keep: int) -> None
         assert most == pytest.approx(max(field[c][load].iops for c in present), rel=1e-9)
 
 
-@unhurried
 @given(field=fields, drift=st.lists(st.floats(0.2, 5), min_size=7, max_size=7), seed=st.integers())
 def test_a_machine_that_changes_its_speed_changes_no_decision(
     field: Field, drift: list[float], seed: int
@@ -370,7 +364,6 @@ def test_on_a_busy_machine_equals_are_seldom_told_apart() -> None:
     assert sum(winner.poll_us == 0 for winner in winners) >= 50
 
 
-@unhurried
 @given(count=st.integers(1, 200))
 def test_stages(count: int) -> None:
     stages = plan.stages(count)
@@ -384,7 +377,6 @@ def test_stages(count: int) -> None:
     assert turns <= plan.TOTAL_ROUNDS * count
 
 
-@unhurried
 @given(
     remaining=st.floats(-5, 1000),
     turns=st.integers(0, 500),
