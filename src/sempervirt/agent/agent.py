@@ -360,7 +360,8 @@ class Agent:
             begun = await self.disk(name).active().merge(through, rate_bytes)
             return begun.merging, False
         with self._name_taken(vm_name):
-            done = await merge_ended(self.config, vm.record, described[0], through)
+            config = self.standbys.config_of(vm)
+            done = await merge_ended(config, vm.record, described[0], through)
         return done.merged, True
 
     async def export_snapshot(
@@ -391,7 +392,8 @@ class Agent:
         if (unknown := self.unknown.get(name)) is not None and unknown.end is not None:
             await unknown.detach()
             del self.unknown[name]
-            await asyncio.to_thread(self._remove_files, name)
+            for directory in unknown.directories:
+                await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
             return
         vm = self.vm(name)
         if not vm.freed:
@@ -401,10 +403,7 @@ class Agent:
         self.standbys.require_no_take_over(name)  # which has to see how the VM has ended
         await vm.detach()
         del self.vms[name]
-        # Of a VM that was a standby once, they are elsewhere.
-        for directory in (vm.ledger.path.parent, vm.machine.files.directory):
-            await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
-        release_user(self.config, name, vm.ledger.path.parent, vm.machine.files.directory)
+        await self._drop_files(vm)
 
     async def remove_vm(self, name: str) -> None:
         """Drops a VM that has ended, with its logs and the variables of its firmware. Raises
@@ -430,10 +429,6 @@ class Agent:
         places = self.config.vm_state_dir(name), self.config.vm_run_dir(name)
         release_user(self.config, name, *places)
 
-    def _remove_files(self, name: str) -> None:
-        shutil.rmtree(self.config.vm_state_dir(name), ignore_errors=True)
-        shutil.rmtree(self.config.vm_run_dir(name), ignore_errors=True)
-
     @contextmanager
     def _name_taken(self, name: str) -> Iterator[None]:
         self._require_free(name)
@@ -456,7 +451,8 @@ class Agent:
                 self.unknown[name] = former
             elif former is not None:
                 record, path = former.record, former.ledger.path
-                vm = self.vms[name] = adoption.remembered(self.config, record, path)
+                config = self.standbys.config_of(former)
+                vm = self.vms[name] = adoption.remembered(config, record, path)
                 vm.ledger.recreate()
                 await vm.wait_freed()
             raise
@@ -505,6 +501,7 @@ class Agent:
         descriptors.require(wanted, f"VM {spec.name}")
         self._require_memory(spec)
         self.launching[spec.name] = spec
+        former = self.vms.get(spec.name)
         try:
             vm = self.vms[spec.name] = await self._begun(spec, beginning)
         finally:
@@ -514,7 +511,15 @@ class Agent:
                 undo.push_async_callback(self._drop, vm)
             await wait_started(vm)
             undo.pop_all()
+        if former is not None and former.ledger.path != vm.ledger.path:
+            await self._drop_files(former)  # of a standby: the next agent would find two of it
         return vm
+
+    async def _drop_files(self, vm: Vm) -> None:
+        """Those of a VM that has ended; of one that was a standby they are elsewhere."""
+        for directory in (vm.ledger.path.parent, vm.machine.files.directory):
+            await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
+        release_user(self.config, vm.name, vm.ledger.path.parent, vm.machine.files.directory)
 
     async def _begun(self, spec: VmSpec, beginning: Beginning) -> Vm:
         facts = await self.host()
@@ -523,6 +528,8 @@ class Agent:
             await ended.detach()
         await self._require_absent(spec.name)
         try:
+            if not isinstance(beginning.work, Arriving):
+                self.standbys.prepare_start(spec)
             return await launch(self.config, facts, spec, beginning)
         except RollbackFailed as error:
             self.unknown[spec.name] = UnknownVm(self.config, spec.name, error, None)

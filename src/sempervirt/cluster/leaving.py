@@ -61,11 +61,12 @@ async def leave_cluster(config: Places, *, force: bool) -> Left:
 
 def _require_no_vms(config: Places) -> None:
     """The store says whose each VM is: one that is on record would belong to nobody."""
-    names = sorted(path.parent.name for path in config.state_dir.glob("vms/*/vm.json"))
+    names = sorted({path.parent.name for path in config.vm_records()})
     if names:
         raise StateConflict(
             f"VMs are on record here: {', '.join(names[:10])}",
-            remedy="move them away, or end them and take them off the list: semper vm remove NAME",
+            remedy="move them away, or end them and take them off the list: semper vm remove NAME; "
+            "standbys: semper standby disable NAME",
         )
 
 

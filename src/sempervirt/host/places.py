@@ -47,6 +47,11 @@ class Places:
         """Records of one VM."""
         return self.state_dir / "vms" / name
 
+    def vm_records(self) -> list[Path]:
+        """The records of all VMs here, also of standbys and of VMs that were one."""
+        patterns = ("vms/*/vm.json", "standby/*/*/vms/*/vm.json")
+        return sorted(path for pattern in patterns for path in self.state_dir.glob(pattern))
+
 
 def default_state_dir(environment: Mapping[str, str] = os.environ) -> Path:
     """$SEMPERVIRT_STATE_DIR, /var/lib/sempervirt for root, $XDG_STATE_HOME/sempervirt."""

@@ -36,6 +36,7 @@ from sempervirt.disk.target import require_free
 from sempervirt.host import background
 from sempervirt.host.dhcp import Requests
 from sempervirt.host.lending import group_of, lend
+from sempervirt.host.places import Places
 from sempervirt.host.procfs import memory_available
 from sempervirt.host.records import RecordDamaged
 from sempervirt.host.storage_call import call_storage
@@ -49,7 +50,7 @@ from sempervirt.standby import initialised, network
 from sempervirt.standby.disks import FirstDisks, KnownFirst, copied, shared
 from sempervirt.standby.lost import OF_A_STANDBY, remove_image
 from sempervirt.standby.ports import Kept, Snapshots
-from sempervirt.standby.record import Guest, read_guest, write_guest
+from sempervirt.standby.record import Guest, below_of, generation_places, read_guest, write_guest
 from sempervirt.standby.values import Tier
 from sempervirt.store import epoch
 from sempervirt.store.registry import Claim, StaleClaim
@@ -125,14 +126,13 @@ class LiveGenerations:
         self._heard: dict[int, list[Requests]] = {}
         self._settling: list[asyncio.Task[None]] = []
 
-    def places(self, number: int) -> AgentConfig:
+    def places(self, number: int) -> Places:
         """Where a generation has its files."""
-        below = Path("standby") / self._name / str(number)
-        return replace(
-            self._config,
-            state_dir=self._config.state_dir / below,
-            run_dir=self._config.run_dir / below,
-        )
+        return generation_places(self._config, self._name, number)
+
+    def config(self, number: int) -> AgentConfig:
+        """How the VM is run that a generation is."""
+        return config_of(self._config, self._name, number)
 
     def has_file(self, number: int) -> bool:
         """Whether the memory and state of a generation are in a file."""
@@ -200,7 +200,7 @@ class LiveGenerations:
             absent=later,
         )
         facts = await self._facts()
-        vm = await launch(places, facts, _identified(spec, facts), beginning)
+        vm = await launch(self.config(number), facts, _identified(spec, facts), beginning)
         self.vms[number] = vm
         await wait_started(vm)
         return await initialised.wait_initialised(vm)
@@ -248,7 +248,7 @@ class LiveGenerations:
         del self.vms[number]
         return Kept(machine, kept_bytes)
 
-    async def _pack(self, vm: Vm, descriptor: int, places: AgentConfig, state: Path) -> int:
+    async def _pack(self, vm: Vm, descriptor: int, places: Places, state: Path) -> int:
         about = places.run_dir / "about"
         await asyncio.to_thread(about.write_text, json.dumps({"standby": self._name}))
         images = {disk.name: disk.image for disk in copied(vm.spec)}
@@ -282,7 +282,7 @@ class LiveGenerations:
             host=self._holder,
             later=frozenset() if alone else await asyncio.to_thread(self._awaiting, spec),
         )
-        vm = await launch(places, facts, spec, beginning)
+        vm = await launch(self.config(number), facts, spec, beginning)
         self.vms[number] = vm
         await wait_started(vm)
         await device_state.prepare(vm.machine.execute)
@@ -349,7 +349,7 @@ class LiveGenerations:
         for directory in (places.run_dir, places.state_dir):
             await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
         of_vm = places.vm_state_dir(self._name), places.vm_run_dir(self._name)
-        release_user(places, self._name, *of_vm)
+        release_user(self._config, self._name, *of_vm)
 
     async def _release_claims(self, number: int) -> None:
         """A claim under which no guest has run: it would keep the first VM from its own disks."""
@@ -512,8 +512,13 @@ class LiveGenerations:
         return notes
 
     def _begin_releasing(self, vm: Vm) -> None:
-        """A claim that the store gave is the VM's for as long as it runs."""
-        if vm.record.claim is not None:
+        """From now on the disks have spares. A claim that the store gave is the VM's for as long as
+        it runs; one that this host gave itself is released first.
+        """
+        if (claim := vm.record.claim) is not None:
+            vm.set_claim(claim)
+            for served in vm.disks.values():
+                served.thaw()
             return
         for disk in shared(vm.spec):
             if disk.name in vm.disks:
@@ -573,6 +578,11 @@ class LiveGenerations:
             await vm.detach()
 
 
+def config_of(config: AgentConfig, name: str, number: int) -> AgentConfig:
+    """How the VM is run that a generation is: its files are its own, the rest is the host's."""
+    return replace(config, below=below_of(name, number))
+
+
 def _identified(spec: VmSpec, facts: HostFacts) -> VmSpec:
     """The VM with a generation ID that no VM has had, if this QEMU has the device for it."""
     present = "vmgenid" in facts.features.devices
@@ -595,7 +605,7 @@ def _image_of(disk: DiskSpec, number: int) -> Path:
     return disk.image.with_name(f"{name}.standby-{number}")
 
 
-def _make(places: AgentConfig, guest: Guest) -> None:
+def _make(places: Places, guest: Guest) -> None:
     for directory in (places.state_dir, places.run_dir):
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     write_guest(places.state_dir, guest)
@@ -643,11 +653,11 @@ def _room(image: Path, copy: Path) -> tuple[int, int, int]:
     return copy.parent.stat().st_dev, there.f_bavail * there.f_frsize, taken
 
 
-def _state_file(places: AgentConfig) -> Path:
+def _state_file(places: Places) -> Path:
     return places.run_dir / "state"
 
 
-def _memory_file(places: AgentConfig) -> Path:
+def _memory_file(places: Places) -> Path:
     return places.state_dir / "memory"
 
 

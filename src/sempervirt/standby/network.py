@@ -83,6 +83,15 @@ def prepare(spec: VmSpec) -> None:
             ) from error
 
 
+def prepare_again(spec: VmSpec, bridges: Bridges) -> None:
+    """Makes those taps of a VM that a standby has brought, and leads them to their bridges. Raises
+    Unavailable.
+    """
+    ours = tuple(nic for nic in spec.nics if nic.tap in bridges)
+    prepare(spec.model_copy(update={"nics": ours}))
+    lead({nic.tap: bridges[nic.tap] for nic in ours if nic.tap is not None})
+
+
 def listen(spec: VmSpec) -> list[Requests]:
     """Hears from now on whether a standby asks for an address on its taps. Where that cannot be
     heard nobody is told of it.

@@ -115,8 +115,13 @@ def numbers_of(places: Places, vm: str) -> list[int]:
 
 def generation_places(places: Places, vm: str, number: int) -> Places:
     """Where one generation has its files."""
-    below = Path(vm) / str(number)
-    return Places(standby_dir(places.state_dir) / below, standby_dir(places.run_dir) / below)
+    below = below_of(vm, number)
+    return Places(places.state_dir / below, places.run_dir / below)
+
+
+def below_of(vm: str, number: int) -> Path:
+    """The same, below the directories of the host."""
+    return standby_dir(Path()) / vm / str(number)
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,7 @@ class Leftovers:
         """The VM that is left of a generation. A standby that nobody can take over is ended; one
         that `serves` is the VM, runs on, and is unknown.
         """
-        adopted = await self._adopt(self._generations.places(number))
+        adopted = await self._adopt(self._generations.config(number))
         for name, unknown in adopted.unknown.items():
             if serves:
                 self._house.unknown.setdefault(name, unknown)

@@ -26,7 +26,12 @@ from sempervirt.host.places import Places
 from sempervirt.host.records import RecordDamaged
 from sempervirt.qemu.spec import VmSpec
 from sempervirt.standby import decide, network
-from sempervirt.standby.adapters import LiveGenerations, number_of, require_possible
+from sempervirt.standby.adapters import (
+    LiveGenerations,
+    config_of,
+    number_of,
+    require_possible,
+)
 from sempervirt.standby.disks import TakeSnapshot, copied
 from sempervirt.standby.driver import StandbyDriver
 from sempervirt.standby.fence_file import Fences, read_fences
@@ -37,7 +42,6 @@ from sempervirt.standby.offer import Offer
 from sempervirt.standby.ports import Ports
 from sempervirt.standby.record import (
     REHEARSALS,
-    generation_places,
     numbers_of,
     on_record,
     read_first,
@@ -53,6 +57,7 @@ from sempervirt.standby.state import Effect, First, Standby
 from sempervirt.standby.there import FirstThere
 from sempervirt.standby.values import Policy
 from sempervirt.vm import claims
+from sempervirt.vm.config import AgentConfig
 from sempervirt.vm.house import House
 from sempervirt.vm.vm import Vm
 
@@ -426,14 +431,31 @@ class Standbys:
         self.kept[name] = Kept(driver, generations, first, watching)
         return self.kept[name]
 
-    def places_of(self, vm: Vm) -> Places:
-        """Where the processes of a VM have their files: one that was a standby has its own."""
-        directory = vm.machine.files.directory
+    def config_of(self, vm: Vm) -> AgentConfig:
+        """How a VM is run: the files of one that was a standby are where they were."""
         for number in numbers_of(self._config, vm.name):
-            places = generation_places(self._config, vm.name, number)
-            if directory.is_relative_to(places.vm_run_dir(vm.name)):
-                return places
+            config = config_of(self._config, vm.name, number)
+            if vm.ledger.path.is_relative_to(config.vm_state_dir(vm.name)):
+                return config
         return self._config
+
+    def places_of(self, vm: Vm) -> Places:
+        """Where the processes of a VM have their files."""
+        return self.config_of(vm).vm_places
+
+    def prepare_start(self, spec: VmSpec) -> None:
+        """A VM that came from a standby has that one's taps, which nobody else makes: also after a
+        start of the host. What cannot be done is in the log: QEMU says what it lacks.
+        """
+        kept = self.kept.get(spec.name)
+        serving = kept.driver.state.serving if kept is not None else None
+        if kept is None or serving is None:
+            return
+        try:
+            guest = read_guest(kept.generations.places(serving.number).state_dir)
+            network.prepare_again(spec, guest.bridges)
+        except SempervirtError as error:
+            log.warning("standby vm=%s %s", spec.name, error)
 
     async def _promote(self, vm: Vm) -> None:
         """`vm`, which was a standby, is the VM of its name; the one before has ended."""

@@ -51,6 +51,9 @@ class AgentConfig(Places):
 
     `fences` is a file of this host's operator (`standby.fence_file`).
 
+    `below` is where the records and sockets of one generation of standbys are, below those of the
+    host: whatever belongs to the host as a whole stays where it is.
+
     `backend`, `policy` and `patience` are there for tests. `qemu` is looked up on the PATH
     if it is not given. `users` are those that VMs have, or why they have none; they go through
     `users_top`, the run directory of the host (`vm.user.with_users`). `groups` are the control
@@ -73,6 +76,20 @@ class AgentConfig(Places):
     users: UserPool | str = "they are not asked for"
     users_top: Path = Path("/")
     groups: Groups | str = "the agent is part of a command, and no service"
+    below: Path = Path()
+
+    def vm_run_dir(self, name: str) -> Path:
+        """Sockets and logs of one VM."""
+        return self.vm_places.vm_run_dir(name)
+
+    def vm_state_dir(self, name: str) -> Path:
+        """Records of one VM."""
+        return self.vm_places.vm_state_dir(name)
+
+    @property
+    def vm_places(self) -> Places:
+        """Where VMs have their files; the cluster, keys, presets and users are the host's."""
+        return Places(self.state_dir / self.below, self.run_dir / self.below)
 
     @classmethod
     def default(cls, *, keep_vms: bool = False) -> AgentConfig:

@@ -177,13 +177,15 @@ async def adopted_setups(config: AgentConfig, record: VmRecord) -> list[DiskSetu
     An image whose storage does not answer must not keep the others from being served.
     """
     spec = record.spec
-    settings = read_settings(config) if isinstance(record.work, Arriving) else None
+    work = record.work
+    settings = read_settings(config) if isinstance(work, Arriving | Standing) else None
     plans = plans_of_record(spec, record.plans)
 
     def title(disk: DiskSpec, volume: Volume | None) -> ImageTitle | None:
-        if isinstance(record.work, Standing) and disk.keep == "latest":
-            return awaited_title(record.work.holder, disk)
-        if settings is not None:
+        # In a cluster a standby gets all of its disks by the one claim of its take-over.
+        if isinstance(work, Standing) and (settings is not None or disk.keep == "latest"):
+            return awaited_title(work.holder, disk)
+        if isinstance(work, Arriving) and settings is not None:
             return awaited_title(settings.host, disk)
         return title_of(record.claim, disk, volume)
 

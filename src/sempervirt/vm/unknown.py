@@ -110,6 +110,11 @@ class UnknownVm:
         return f"{self.cause.remedy}; {end}" if self.cause.remedy else end
 
     @property
+    def directories(self) -> tuple[Path, Path]:
+        """Its records, and its sockets and logs."""
+        return self._state_dir, self.files.directory
+
+    @property
     def pid(self) -> int | None:
         """The process id of a QEMU of it that lives."""
         return next((one.pid for one in self._qemus if one.exit is None), None)
