@@ -289,6 +289,48 @@ async def test_a_claim_that_came_to_nothing_does_not_keep_the_first_vm_from_its_
     assert (released.epoch, released.released) == (claimed.epoch, True)
 
 
+@pytest.mark.parametrize("tier", list(Tier))
+async def test_what_has_loaded_its_state_gives_way_to_one_that_waits_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tier: Tier
+) -> None:
+    said: list[object] = []
+    kept = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+
+    def opened(pid: int) -> int:
+        said.append(f"memory of {pid}")
+        return kept
+
+    async def killed(why: str) -> None:
+        said.append(why)
+
+    async def detached() -> None:
+        """It is."""
+
+    async def starts(number: int, beginning: Any, machine: str) -> None:
+        said.append((number, beginning.memory_fd == kept, machine))
+
+    made = generations(tmp_path, None)
+    loaded: Any = SimpleNamespace(pid=4711, kill=killed, detach=detached)
+    made.vms[1] = loaded
+    monkeypatch.setattr("sempervirt.qemu.memory.open_of", opened)
+    monkeypatch.setattr(made, "_start", starts)
+    await made.stand_again(1, "pc-q35-10.0", tier)
+    called_off = "its take-over was called off"
+    if tier is Tier.READY:  # its memory outlives it
+        assert said == ["memory of 4711", called_off, (1, True, "pc-q35-10.0")]
+        with pytest.raises(OSError, match="Bad file"):
+            os.fstat(kept)
+        # The control: of one that has ended by itself nothing can wait.
+        loaded.pid = None
+        made.vms[1] = loaded
+        with pytest.raises(Unavailable, match="its memory with it"):
+            await made.stand_again(1, "pc-q35-10.0", tier)
+    else:
+        os.close(kept)
+        assert said == [called_off]
+        assert not made.vms
+
+
 async def test_a_standby_in_a_file_has_its_taps_also_after_a_reboot_of_the_host(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

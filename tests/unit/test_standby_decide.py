@@ -20,6 +20,7 @@ from sempervirt.standby.state import (
     Fenced,
     First,
     FirstSeen,
+    Found,
     Frozen,
     Life,
     Load,
@@ -32,6 +33,7 @@ from sempervirt.standby.state import (
     Run,
     Runs,
     Settled,
+    StandAgain,
     Standby,
     Stood,
     Take,
@@ -129,7 +131,7 @@ def test_a_take_over_that_was_called_off_is_declared_by_an_operator_only() -> No
     state, _ = run(state, FirstSeen(First.DEAD, "killed", 70.0), CancelAsked(1))
     assert state.past is not None
     assert (state.take_over, state.past.trouble) == (None, "an operator has called it off")
-    state, effects = run(state, Removed(2), FirstSeen(First.AWAY), FirstSeen(First.DEAD, "killed"))
+    state, effects = run(state, Stood(2), FirstSeen(First.AWAY), FirstSeen(First.DEAD, "killed"))
     assert (state.take_over, effects) == (None, [])
     # What is past the claim is the VM.
     claiming, _ = run(ready(), FirstSeen(First.DEAD, "killed", 9.0), Loaded(1), Fenced())
@@ -138,6 +140,51 @@ def test_a_take_over_that_was_called_off_is_declared_by_an_operator_only() -> No
     # Another death is another matter.
     state, _ = run(state, FirstSeen(First.RUNNING), FirstSeen(First.DEAD, "killed", 100.0))
     assert state.take_over is not None
+
+
+def called_off() -> tuple[Standby, list[Effect]]:
+    """The first VM runs after all, when standby 1 has loaded its state."""
+    state, _ = run(ready(), FirstSeen(First.DEAD, "killed", 70.0), Loaded(1), now=30.0)
+    return run(state, FirstSeen(First.RUNNING), now=31.0)
+
+
+def test_a_take_over_that_is_called_off_spends_no_standby() -> None:
+    state, effects = called_off()
+    assert effects == [StandAgain(1, "pc-q35-10.0", Tier.READY)]
+    assert [one.life for one in state.generations] == [Life.RETURNING]
+    assert "not spent" in state.trouble
+    assert state.past is not None
+    assert any("not spent" in note for note in state.past.notes)
+    # Meanwhile it does not take over, and the next one is made when it was due.
+    due = state.due
+    state, effects = run(state, FirstSeen(First.DEAD, "killed", 71.0), now=32.0)
+    assert (state.take_over, effects) == (None, [])
+    state, effects = run(state, Stood(1, 72.0), now=33.0)
+    assert effects == [Load(1, "pc-q35-10.0", Tier.READY), Fence(kill=False)]
+    assert state.due == due
+
+
+def test_one_that_does_not_wait_once_more_is_replaced_at_once() -> None:
+    state, (again,) = called_off()
+    assert isinstance(again, StandAgain)
+    failure = Failure.named(Unavailable, "no memory")
+    state, effects = run(state, Failed(again, failure), now=32.0)
+    assert effects == [Remove(1)]
+    assert "another one is made: no memory" in state.trouble
+    _, effects = run(state, Tick(), now=32.0)
+    assert effects == [Take(2)]
+
+
+def test_an_agent_that_died_meanwhile_leaves_one_that_waits_or_none() -> None:
+    state, _ = called_off()
+    for found, life in (
+        (Found.WAITS, Life.READY),
+        (Found.KEPT, Life.READY),
+        (Found.LOADED, Life.RETIRING),
+        (Found.NOTHING, Life.RETIRING),
+    ):
+        recovered, _ = machine.recover(state, {1: found}, 100.0)
+        assert [one.life for one in recovered.generations] == [life], found
 
 
 def test_a_vm_that_was_stopped_in_order_is_not_taken_over() -> None:

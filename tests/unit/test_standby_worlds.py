@@ -12,6 +12,7 @@ import asyncio
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -58,6 +59,7 @@ from sempervirt.standby.state import (
     Remove,
     Run,
     Stand,
+    StandAgain,
     Standby,
     Step,
     Stood,
@@ -95,7 +97,7 @@ class Driver(StandbyDriver):
 
     def keep(self, work: Any, name: str) -> asyncio.Task[None]:
         work.close()
-        return cast("asyncio.Task[None]", None)
+        return cast("asyncio.Task[None]", SimpleNamespace(cancel=lambda: None))
 
 
 class Answers:
@@ -133,6 +135,7 @@ class World:
     snapshots: set[int] = field(default_factory=set)  # that take room on the first VM's disks
     taken: Snapshots = ()  # the last ones, which are noted before the next agent would keep them
     called_off: bool = False
+    given_up: int = 0  # take-overs that were called off
     posted: list[Event] = field(default_factory=list)
     fails: SempervirtError | None = None
     though: bool = False
@@ -161,6 +164,8 @@ class World:
     def step(self, event: Event) -> None:
         before = self.state
         self.driver.step(event)
+        if self.is_given_up(before):
+            self.given_up += 1
         match event:
             case CancelAsked() if before.take_over is not None and self.state.take_over is None:
                 self.called_off = True
@@ -169,6 +174,18 @@ class World:
             case _:
                 pass
         self.check()
+
+    def is_given_up(self, before: Standby) -> bool:
+        """Whether a take-over has just been called off. The standby is not spent by that."""
+        was, past = before.take_over, self.state.past
+        if was is None or self.state.take_over is not None or was.step is not Step.DECLARED:
+            return False
+        one = self.state.generation(was.number)
+        if past is None or past.step is not Step.FAILED or "not spent" not in "".join(past.notes):
+            return False
+        if one is None or one.life is not Life.RETURNING:
+            raise Broken("a take-over that was called off has spent its standby")
+        return True
 
     def take_up(self, effect: Effect) -> None:
         """The driver begins an effect."""
@@ -224,6 +241,13 @@ class World:
             raise Broken("a snapshot is kept for nobody")
         if self.called_off and over is not None and not over.forced:
             raise Broken("an operator has called that off")
+        again = {one.number for one in self.begun if isinstance(one, StandAgain)}
+        if {one.number for one in state.generations if one.life is Life.RETURNING} - again:
+            raise Broken("one that is to wait once more is not made to")
+        waiting = {number for number, found in self.there.items() if found is Found.WAITS}
+        taking_over = {over.number} if over is not None else set()
+        if {one.number for one in state.ready} - taking_over - waiting - self.ran:
+            raise Broken("one that cannot take over is taken for ready")
 
     # What happens
 
@@ -352,6 +376,13 @@ class World:
     async def stand(self, number: int, _machine: str, _tier: Tier) -> None:
         self.did(lambda: self.there.update({number: Found.WAITS}))
 
+    async def stand_again(self, number: int, machine: str, tier: Tier) -> None:
+        for one in [one for one in self.begun if isinstance(one, Load) and one.number == number]:
+            self.begun.remove(one)  # the driver has it end first
+        if self.there.get(number, Found.NOTHING) is Found.NOTHING:
+            raise Unavailable("it has ended")
+        await self.stand(number, machine, tier)
+
     async def gone(self, _number: int) -> str:
         raise AssertionError("the world says who has ended")
 
@@ -432,15 +463,17 @@ def quiet(world: World) -> None:
 
 
 def test_no_history_breaks_an_invariant_and_each_comes_to_its_end() -> None:
-    seen = []
+    seen, given_up = [], 0
     for seed in range(HISTORIES):
         world = walk(seed)
         seen.append((world.ran, world.state.past))
+        given_up += world.given_up
         quiet(world)
     # The histories get where they should: a machine that does nothing breaks no invariant.
     assert sum(bool(ran) for ran, _ in seen) > HISTORIES / 4
     assert sum(len(ran) > 1 for ran, _ in seen) > HISTORIES / 20
     assert any(past is not None and past.step is Step.FAILED for _, past in seen)
+    assert given_up > HISTORIES / 20
 
 
 # Mistakes in the machine
@@ -510,6 +543,28 @@ def _makes_two(decide: Real, state: Standby, event: Event, now: float) -> Decisi
     return after, effects
 
 
+def _spends(decide: Real, state: Standby, event: Event, now: float) -> Decision:
+    after, effects = decide(state, event, now)
+    again = {one.number for one in effects if isinstance(one, StandAgain)}
+    generations = tuple(
+        replace(one, life=Life.RETIRING) if one.number in again else one
+        for one in after.generations
+    )
+    kept: list[Effect] = [one for one in effects if not isinstance(one, StandAgain)]
+    kept += [Remove(number) for number in sorted(again)]
+    return replace(after, generations=generations), kept
+
+
+def _is_ready_at_once(decide: Real, state: Standby, event: Event, now: float) -> Decision:
+    after, effects = decide(state, event, now)
+    again = {one.number for one in effects if isinstance(one, StandAgain)}
+    generations = tuple(
+        replace(one, life=Life.READY) if one.number in again else one for one in after.generations
+    )
+    kept: list[Effect] = [one for one in effects if not isinstance(one, StandAgain)]
+    return replace(after, generations=generations), kept
+
+
 # Mistakes in the driver
 
 
@@ -543,6 +598,9 @@ MISTAKES: dict[str, tuple[Mutation, str]] = {
     "runs unnoted": (decides(_runs_unnoted), "the VM itself is removed"),
     "keeps snapshots": (decides(_keeps_snapshots), "a snapshot is kept for nobody"),
     "takes over all the same": (decides(_all_the_same), "an operator has called that off"),
+    "spends what was called off": (decides(_spends), "has spent its standby"),
+    "has it ready at once": (decides(_is_ready_at_once), "called off has spent|taken for ready"),
+    "drops what waits again": (drops(StandAgain), "wait once more is not made to"),
     "tells twice what was given up": (tells_twice(GivenUp), "is told 2 times"),
     "makes two": (decides(_makes_two), "two are made at a time"),
     "drops a boot": (drops(Boot), "one that is made waits for nothing"),

@@ -16,14 +16,16 @@ from sempervirt.api.schemas import FailoverRequest
 from sempervirt.api.standby import failover_standby
 from sempervirt.core.errors import NotFound, StateConflict, Unavailable
 from sempervirt.qemu.spec import VmSpec
+from sempervirt.qemu.state import Runstate
 from sempervirt.standby import decide
 from sempervirt.standby import standbys as standbys_module
+from sempervirt.standby.adapters import LiveGenerations
 from sempervirt.standby.driver import StandbyDriver
 from sempervirt.standby.ports import Ports
 from sempervirt.standby.record import Guest, StandbyRecord, record_of, write_guest
 from sempervirt.standby.standbys import Kept, Standbys, rehearsals_due
-from sempervirt.standby.state import First, Generation, Life, Standby
-from sempervirt.standby.values import Policy
+from sempervirt.standby.state import First, Generation, Life, Standby, Step, TakeOver
+from sempervirt.standby.values import Policy, Tier
 from sempervirt.vm.config import AgentConfig
 from sempervirt.vm.house import Adopted
 from sempervirt.vm.vm import Vm
@@ -215,6 +217,61 @@ async def test_a_standby_that_is_the_vm_and_cannot_be_adopted_runs_on(
     await standbys.open()
     assert bool(killed) is (life is Life.READY)
     assert ("web" in standbys._house.unknown) is (life is Life.SERVING)
+    await standbys.close(keep=True)
+
+
+@pytest.mark.parametrize(("tier", "life"), [(Tier.FILE, Life.READY), (Tier.READY, Life.RETIRING)])
+async def test_a_standby_in_a_file_outlives_the_agent_although_nothing_of_it_runs(
+    standbys: Standbys, tmp_path: Path, tier: Tier, life: Life
+) -> None:
+    """The record of what booted for it says that it has ended, and once counted for all of it."""
+    detached = []
+
+    class Ended:
+        """As much of a `Vm` as is left of it."""
+
+        run = Runstate.STOPPED
+
+        async def kill(self, _why: str) -> None:
+            """It has ended."""
+
+        async def detach(self) -> None:
+            """Notes that."""
+            detached.append(1)
+
+    adopting(standbys, lambda: Adopted(vms={"web": cast("Any", Ended())}))
+    left(tmp_path, 1)
+    (tmp_path / "s/standby/web/1/memory").touch()
+    state = Standby("web", Policy(), generations=(Generation(1, Life.READY, tier),), last=1)
+    record_of(tmp_path / "s", "web").write(state)
+    await standbys.open()
+    (one,) = standbys.require("web").state.generations
+    assert one.life is life
+    assert detached == [1]
+    await standbys.close(keep=True)
+
+
+@pytest.mark.parametrize("there", [True, False])
+async def test_what_a_take_over_had_claimed_is_released_when_nothing_of_it_runs(
+    standbys: Standbys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, there: bool
+) -> None:
+    """As after the death of the host: it would keep the first VM from its own disks."""
+    asked: list[int] = []
+
+    async def release_left(_self: object, number: int) -> None:
+        asked.append(number)
+
+    monkeypatch.setattr(LiveGenerations, "release_left", release_left)
+    adopting(standbys, Adopted)
+    if there:
+        left(tmp_path, 1)
+    over = TakeOver(1, "killed", 5.0, 5.0, step=Step.CLAIMING, loaded=True, fenced=True)
+    generations = (Generation(1, Life.READY),)
+    state = Standby("web", Policy(), generations=generations, last=1, take_over=over)
+    record_of(tmp_path / "s", "web").write(state)
+    await standbys.open()
+    assert asked == [1]
+    assert standbys.require("web").state.take_over is None
     await standbys.close(keep=True)
 
 

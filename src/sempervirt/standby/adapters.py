@@ -267,6 +267,27 @@ class LiveGenerations:
         await self._start(number, Beginning(memory_fd=descriptor), machine)
         self._close_memory(number)
 
+    async def stand_again(self, number: int, machine: str, tier: Tier) -> None:
+        """Ends what has loaded the state, or was about to, and has another QEMU wait for it: the
+        guest has not run, so that its memory is as it was. In tier FILE nothing waits.
+        """
+        if tier is Tier.READY:
+            pid = self._require(number).pid
+            if pid is None:
+                raise Unavailable(f"standby {number} has ended, and its memory with it")
+            self._close_memory(number)
+            self._memories[number] = memory.open_of(pid)
+        await self._end(number, "its take-over was called off")
+        await self.stand(number, machine, tier)
+
+    async def _end(self, number: int, why: str) -> None:
+        """Ends what runs of a generation, if anything does. Raises OutcomeUnknown."""
+        vm = self.vms.get(number)
+        if vm is not None:
+            await vm.kill(why)
+            await vm.detach()
+            del self.vms[number]
+
     async def _start(
         self, number: int, beginning: Beginning, machine: str, *, alone: bool = False
     ) -> Vm:
@@ -335,11 +356,7 @@ class LiveGenerations:
         """
         self._close_memory(number)
         self._stop_listening(number)
-        vm = self.vms.get(number)
-        if vm is not None:
-            await vm.kill("the standby is not needed any more")
-            await vm.detach()
-            del self.vms[number]
+        await self._end(number, "the standby is not needed any more")
         await self._release_claims(number)
         places = self.places(number)
         with contextlib.suppress(RecordDamaged):  # nothing was made of it, or nobody knows what
@@ -406,9 +423,7 @@ class LiveGenerations:
 
     async def _unpacked(self, number: int, machine: str, state: Path, *, alone: bool = False) -> Vm:
         places = self.places(number)
-        if (left := self.vms.pop(number, None)) is not None:  # of an agent that ended meanwhile
-            await left.kill("the standby is loaded anew")
-            await left.detach()
+        await self._end(number, "the standby is loaded anew")  # of an agent that ended meanwhile
         spec = (await asyncio.to_thread(read_guest, places.state_dir)).spec
         network.prepare(spec)  # its taps are not there any more when the host was started anew
         images = {disk.name: disk.image for disk in copied(spec)}

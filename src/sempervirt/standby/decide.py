@@ -5,6 +5,8 @@
                      not made: why is told, and tried again later         ▼                      ▼
                                                                   RETIRING ─► gone             LOST
 
+    READY ─ take-over ─ called off ─► RETURNING ─ what has loaded the state gives way ─► READY
+
     DECLARED ─ state loaded, first VM proven dead ─► CLAIMING ─► RUNNING ─► PROBING ─► DONE
        └──────────────── no generation is left ─────────┴─► FAILED
 
@@ -15,6 +17,9 @@
   first VM has before the proof is there. A proof that is not there yet is tried for again, for as
   long as it takes, or until an operator calls the take-over off. A generation that cannot be loaded
   is retired, and the next older one is tried.
+- A take-over that is called off spends no standby: what has loaded the state, and cannot wait with
+  it, gives way to a QEMU that waits for the same memory and state (RETURNING). Where that fails
+  another standby is made at once.
 - CLAIMING and RUNNING are on record before they are done. CLAIMING is the point of no return: from
   then on the generation is the VM. A guest that then does not run is a VM that an operator sees,
   paused or unknown; no other generation is tried, for the guest may have run.
@@ -74,6 +79,7 @@ from sempervirt.standby.state import (
     Settle,
     Settled,
     Stand,
+    StandAgain,
     Standby,
     Step,
     Stood,
@@ -210,6 +216,8 @@ def recover(state: Standby, found: Mapping[int, Found], now: float) -> Decision:
             one.life is Life.READY and usable and (seen is not Found.LOADED or taking_over)
         ):
             kept.append(one)
+        elif one.life is Life.RETURNING and seen in (Found.KEPT, Found.WAITS):
+            kept.append(replace(one, life=Life.READY))
         else:
             kept.append(replace(one, life=Life.RETIRING, again_at=None, snapshots=()))
             effects.append(Remove(one.number))
@@ -270,10 +278,12 @@ def _made(state: Standby, number: int, life: Life, then: Making) -> Decision:
 def _stood(state: Standby, stood: Stood, now: float) -> Decision:
     number = stood.number
     one = state.generation(number)
-    if one is None or one.life is not Life.STANDING:
+    if one is None or one.life not in (Life.STANDING, Life.RETURNING):
         return state, []
     state = _changed(state, number, life=Life.READY)
-    state = replace(state, due=now + state.policy.every_s, failures=0, trouble="")
+    if one.life is Life.STANDING:
+        state = replace(state, due=now + state.policy.every_s, failures=0)
+    state = replace(state, trouble="")
     effects: list[Effect] = []
     over = state.take_over
     for old in state.ready[: -state.policy.keep]:
@@ -451,6 +461,8 @@ def _failed(  # noqa: C901 one case an effect
             return _not_made(state, number, failure, now)
         case Freeze(number) | Stand(number):
             return _not_made(state, number, failure, now)
+        case StandAgain(number):
+            return _spent(state, number, failure, now)
         case Remove(number):
             what = f"standby {number} is not removed: {failure.message}"
             state = _changed(state, number, again_at=now + RETRY_S)
@@ -485,15 +497,29 @@ def _failed(  # noqa: C901 one case an effect
 
 def _given_up(state: Standby, failure: Failure, now: float) -> Decision:
     """The first VM is not to be taken over any more: it lives, or somebody has started it again.
-    What has loaded the state cannot wait, and goes.
+    What has loaded the state is made to wait for it once more, and can take over then.
     """
     over = state.take_over
     assert over is not None
     if over.step is not Step.DECLARED:
         return _again(state, failure, now), []
-    state, effects = _retire(state, over.number)
-    after, more = _over(state, now, failure)
-    return after, [*effects, *more]
+    one = state.generation(over.number)
+    if one is None or one.life is not Life.READY:
+        return _over(state, now, failure)
+    due, note = state.due, f"standby {one.number} is not spent: it is made to wait once more"
+    state = _changed(_told(state, (note,)), one.number, life=Life.RETURNING)
+    after, effects = _over(state, now, failure)
+    again = StandAgain(one.number, one.machine, one.tier)
+    return replace(after, due=due, trouble=f"{after.trouble}; {note}"), [again, *effects]
+
+
+def _spent(state: Standby, number: int, failure: Failure, now: float) -> Decision:
+    """What was to wait once more does not: another one is made at once."""
+    one = state.generation(number)
+    if one is None or one.life is not Life.RETURNING:
+        return state, []
+    what = f"standby {number} does not wait any more, and another one is made: {failure.message}"
+    return _retire(replace(state, trouble=what, due=now), number)
 
 
 def _again(state: Standby, failure: Failure, now: float) -> Standby:

@@ -52,6 +52,7 @@ from sempervirt.standby.state import (
     Settle,
     Settled,
     Stand,
+    StandAgain,
     Standby,
     Step,
     Stood,
@@ -81,7 +82,7 @@ class StandbyDriver(Owner[Standby, Event, Effect]):
         self._ports = ports
         self._replies = Replies()
         self._undone: Event | None = None
-        self._watched: set[int] = set()
+        self._watched: dict[int, asyncio.Task[None]] = {}
 
     def begin_watching(self) -> None:
         """From now on what becomes of the first VM, and of what waits, is seen. Called once."""
@@ -237,16 +238,19 @@ class StandbyDriver(Owner[Standby, Event, Effect]):
             await first.changed(seen)
 
     def _watch_ready(self) -> None:
-        for one in self.state.ready:
-            if one.number not in self._watched:
-                self._watched.add(one.number)
-                self.keep(self._watch(one.number), f"watch {one.number}")
+        """One that returns has another QEMU then, and the end of the former one says nothing."""
+        ready = [one.number for one in self.state.ready]
+        for number in self._watched.keys() - set(ready):
+            self._watched.pop(number).cancel()
+        for number in ready:
+            if number not in self._watched:
+                self._watched[number] = self.keep(self._watch(number), f"watch {number}")
 
     async def _watch(self, number: int) -> None:
         why = await self._ports.generations.gone(number)
         self.post(Lost(number, why))
 
-    async def _perform(self, effect: Making | Remove | GiveUp | TakingOver) -> Event:
+    async def _perform(self, effect: Making | StandAgain | Remove | GiveUp | TakingOver) -> Event:
         generations = self._ports.generations
         match effect:
             case Take(number):
@@ -264,8 +268,13 @@ class StandbyDriver(Owner[Standby, Event, Effect]):
             case Stand(number, machine, tier):
                 await generations.stand(number, machine, tier)
                 return Stood(number, time.time())
+            case StandAgain(number, machine, tier):
+                await self._give_up(number, Load)
+                await generations.stand_again(number, machine, tier)
+                return Stood(number, time.time())
             case Remove(number):
-                await self._give_up(number)
+                kinds = (Take, Copy, Boot, Settle, Freeze, Stand, StandAgain, Load)
+                await self._give_up(number, *kinds)
                 await generations.remove(number)
                 return Removed(number)
             case GiveUp(snapshots, ours):
@@ -273,16 +282,15 @@ class StandbyDriver(Owner[Standby, Event, Effect]):
             case _:
                 return await self._take_over(effect)
 
-    async def _give_up(self, number: int) -> None:
-        """Ends the work at a generation that is to be removed: whoever removes it has to find all
-        that was started. A snapshot comes to its end by itself, and a file system is not left
-        frozen.
+    async def _give_up(self, number: int, *kinds: type) -> None:
+        """Ends the work of those kinds at a generation that is to be removed, or to wait once more:
+        whoever does that has to find all that was started. A snapshot comes to its end by itself,
+        and a file system is not left frozen.
         """
         mine = {
             task: effect
             for task, effect in self._begun.items()
-            if isinstance(effect, Take | Copy | Boot | Settle | Freeze | Stand | Load)
-            and effect.number == number
+            if isinstance(effect, kinds) and getattr(effect, "number", None) == number
         }
         for task, effect in mine.items():
             if not isinstance(effect, Take):

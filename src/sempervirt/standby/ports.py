@@ -79,6 +79,9 @@ class Generations(Protocol):
     async def stand(self, number: int, machine: str, tier: Tier) -> None:
         """Starts what waits."""
 
+    async def stand_again(self, number: int, machine: str, tier: Tier) -> None:
+        """Ends what has loaded the state, or was about to, and starts what waits for it anew."""
+
     async def gone(self, number: int) -> str:
         """Returns when what waits has ended, or is silent: why. In tier FILE it never returns."""
 

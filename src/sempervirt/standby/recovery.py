@@ -62,6 +62,9 @@ class Leftovers:
             if known is None:
                 await self._remove(number, vm)
                 continue
+            if vm is not None and vm.run.is_end and known.life not in (Life.SERVING, Life.LOST):
+                await vm.detach()  # what booted for it once, or has waited
+                vm = None
             if vm is None:
                 file = generations.has_file(number)
                 found[number] = Found.KEPT if known.tier is Tier.FILE and file else Found.NOTHING
@@ -73,7 +76,9 @@ class Leftovers:
                 if not vm.run.is_end:
                     await generations.settle_served(number)
         over = state.take_over
-        if over is not None and over.step is Step.CLAIMING and over.number not in found:
+        gone = (Found.NOTHING, Found.KEPT)
+        claiming = over is not None and over.step is Step.CLAIMING
+        if over is not None and claiming and found.get(over.number, Found.NOTHING) in gone:
             await generations.release_left(over.number)
         taken = await asyncio.to_thread(read_taken, config.state_dir, name)
         recovered, effects = decide.recover(with_taken(state, taken), found, HOST_CLOCK.now())

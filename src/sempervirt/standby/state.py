@@ -24,6 +24,7 @@ class Life(Enum):
     FREEZING = "freezing"
     STANDING = "standing"  # the QEMU that waits is started
     READY = "ready"
+    RETURNING = "returning"  # its take-over was called off, and it is made to wait once more
     SERVING = "serving"  # it is the VM
     LOST = "lost"  # it was the VM until a newer one took over; its disks are kept
     RETIRING = "retiring"  # its processes and files go
@@ -219,6 +220,17 @@ class Stand:
 
 
 @dataclass(frozen=True)
+class StandAgain:
+    """Have a generation of which the take-over was called off wait for its state once more, by a
+    QEMU of its own with another generation ID. In tier FILE nothing of it runs then.
+    """
+
+    number: int
+    machine: str
+    tier: Tier
+
+
+@dataclass(frozen=True)
 class Remove:
     """End the processes of a generation, and remove its files."""
 
@@ -290,7 +302,7 @@ class Refuse:
 
 Making = Take | Copy | Boot | Settle | Freeze | Stand
 TakingOver = Load | Fence | Claim | Run | Probe
-Effect = Making | Remove | GiveUp | TakingOver | Accept | Refuse
+Effect = Making | StandAgain | Remove | GiveUp | TakingOver | Accept | Refuse
 
 
 # Events
@@ -419,7 +431,7 @@ class Probed:
 class Failed:
     """An effect was not done, or not to its end."""
 
-    effect: Making | Remove | GiveUp | TakingOver
+    effect: Making | StandAgain | Remove | GiveUp | TakingOver
     failure: Failure
 
 
