@@ -21,7 +21,7 @@ import pytest
 from sempervirt.agent import Agent, AgentConfig, Vm
 from sempervirt.api.client import Client
 from sempervirt.cli.audit import audit
-from sempervirt.core.errors import InvalidRequest, StateConflict
+from sempervirt.core.errors import InvalidRequest, StateConflict, Unavailable
 from sempervirt.guest import ProbeClient
 from sempervirt.guest.errors import ProbeGone, ProbeSilent
 from sempervirt.host.places import RUN_VARIABLE, STATE_VARIABLE
@@ -33,6 +33,7 @@ from sempervirt.qemu.spec import (
 )
 from sempervirt.qemu.state import Runstate
 from sempervirt.standby.driver import StandbyDriver
+from sempervirt.standby.first import WatchedFirst
 from sempervirt.standby.state import First, Life, Standby, Step
 from sempervirt.standby.values import EVERY_MIN_S, Policy, Tier
 
@@ -240,6 +241,62 @@ async def test_what_waits_outlives_the_agent_and_nothing_is_left_once_it_is_disa
         assert {name.split(".")[2] for name in left} == {"standby-1"}, left
         assert not there(config.run_dir / "standby" / "web")
         assert not there(config.state_dir / "standby" / "web.json")
+
+
+@pytest.mark.parametrize("tier", [*Tier])
+async def test_a_take_over_that_is_called_off_leaves_a_standby_that_takes_over_later(
+    spec: VmSpec, config: AgentConfig, monkeypatch: pytest.MonkeyPatch, tier: Tier
+) -> None:
+    """The guest goes on from the memory that has been loaded once, and from no second boot."""
+
+    async def unproved(_self: object, *, kill: bool, word: str = "") -> None:
+        raise Unavailable(f"it may still write {kill} {word}")
+
+    keeping = replace(config, keep_vms=True)
+    async with Agent.open(keeping) as agent:
+        first = await agent.run_vm(spec)
+        driver = await agent.standbys.enable(first, Policy(NEVER_S, 1, tier))
+        await wait_ready(driver)
+        generations = agent.standbys.kept["web"].generations
+        waited = generations.vms[1].pid if tier is Tier.READY else None
+        with monkeypatch.context() as patched:
+            patched.setattr(WatchedFirst, "fence", unproved)
+            asked = asyncio.ensure_future(driver.failover(force=True))
+            await driver.changes.wait_until(
+                lambda: bool((over := driver.state.take_over) and over.loaded and over.trouble),
+                timeout_s=OVER_S,
+                what="the state to be loaded",
+            )
+            loaded = generations.vms[1].pid
+            await driver.cancel()
+            with pytest.raises(StateConflict, match="called it off"):
+                await asked
+        assert driver.state.past is not None
+        assert any("not spent" in note for note in driver.state.past.notes)
+        await driver.changes.wait_until(
+            lambda: bool(driver.state.ready), timeout_s=OVER_S, what="it to wait once more"
+        )
+        assert driver.state.last == 1, "another one was made"
+        assert first.run is Runstate.RUNNING
+        if tier is Tier.READY:
+            assert generations.vms[1].pid not in (waited, loaded)
+        else:
+            assert 1 not in generations.vms
+    async with Agent.open(replace(config, keep_vms=False)) as agent:
+        driver = agent.standbys.require("web")
+        assert [(one.number, one.life) for one in driver.state.generations] == [(1, Life.READY)]
+        first = agent.vms["web"]
+        await driver.changes.wait_until(
+            lambda: driver.state.first is First.RUNNING, timeout_s=OVER_S, what="it to be heard"
+        )
+        await driver.failover(force=True)
+        vm = agent.vms["web"]
+        assert vm is not first
+        probe = await connected(vm)
+        await wait_device(probe, "data")
+        await probe.write_raw("serial:data", 0, b"e" * BLOCK)
+        assert await probe.read_raw("serial:data", 0, BLOCK) == b"e" * BLOCK
+        await probe.close()
 
 
 async def test_a_rehearsal_leaves_everything_as_it_is_and_the_take_over_still_works(

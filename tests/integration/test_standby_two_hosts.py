@@ -33,6 +33,11 @@ async def test_a_standby_goes_on_when_its_host_is_gone_and_not_before() -> None:
         assert view.host == "b"
         assert {*view.fences} == {"root", "data"}
         assert all(how.startswith("lock-revoked") for how in view.fences.values()), view.fences
+        # What waits waits for the next agent of b as well.
+        b.kill_agent()
+        await b.start_agent()
+        view = await trial.wait_ready(b)
+        assert [one.number for one in view.generations] == [1]
         # Without its agent its lease ends: a suspicion. Its backends have the locks, so it waits.
         a.kill_agent()
         trouble = await trial.wait_refused(b)
@@ -53,7 +58,9 @@ async def test_a_standby_goes_on_when_its_host_is_gone_and_not_before() -> None:
         async with b.client() as client:
             (loss,) = await client.losses(VM)
         assert [disk.image.name for disk in loss.disks] == ["root.raw"]
+        assert not await trial.goes_on_as_any_vm(b, view.last_take_over.number)
         assert "owned by b" in await trial.come_back(Fate.KILLED)
+        assert "lacks what was written since" in await trial.ended_there()
 
 
 async def test_a_host_that_dies_leaves_a_vm_that_it_cannot_move_to_its_standby() -> None:

@@ -35,11 +35,13 @@ from sempervirt.guest import ProbeClient, ProbeGone, ProbeSilent
 from sempervirt.guest import image as guest_image
 from sempervirt.qemu.spec import VmSpec
 from sempervirt.standby.state import Life, Step
+from sempervirt.store.records import Custody
 from tests.revoking_server import FUSE_TYPE, RevokingServer, revoking_server
 
-VM, DATA = "web", "data"
+VM, ROOT, DATA = "web", "root", "data"
 MIB, BLOCK = 1 << 20, 4096
 BOOT_S, READY_S, OVER_S, BACK_S = 180.0, 400.0, 180.0, 120.0
+SPARE_S = 90.0
 POLL_S = 0.1
 # Rows for ten minutes at least, on a disk that has room for all of them.
 ROWS_MAX, ROW_S = 12_000, 0.05
@@ -123,7 +125,12 @@ class Trial:
         """A guest with a system disk, a data disk that is handed over, and a tap."""
         guest = guest_image()
         disks = [
-            {"name": "root", "image": str(self.world.images / "root.raw"), "direct": True},
+            {
+                "name": ROOT,
+                "image": str(self.world.images / "root.raw"),
+                "serial": ROOT,
+                "direct": True,
+            },
             {
                 "name": DATA,
                 "image": str(self.world.images / "data.raw"),
@@ -261,6 +268,29 @@ class Trial:
         await probe.close()
         return found
 
+    async def goes_on_as_any_vm(self, host: Host, number: int) -> list[str]:
+        """What is wrong with the disks of a VM that was standby `number`: each has a spare, which
+        the guest goes on with when its backend dies.
+        """
+        wrong = []
+        run_dir = host.config.run_dir / "standby" / VM / str(number) / "vm" / VM
+        probe = await connected(run_dir)
+        async with host.client() as client:
+            for name in (ROOT, DATA):
+                give_up = time.monotonic() + SPARE_S
+                while not (disk := await client.disk(f"{VM}/{name}")).spare_ready:
+                    if time.monotonic() > give_up:
+                        break
+                    await asyncio.sleep(POLL_S)  # poll interval
+                if not disk.spare_ready or disk.active_pid is None:
+                    wrong.append(f"disk {name} has no spare: {disk.condition.value} {disk.reason}")
+                    continue
+                os.kill(disk.active_pid, signal.SIGKILL)
+                async with asyncio.timeout(SPARE_S):
+                    await probe.read_raw(f"serial:{name}", 0, BLOCK)
+        await probe.close()
+        return wrong
+
     async def come_back(self, fate: Fate) -> str:
         """Host a is there again: what it says when its VM is to run there."""
         a = self.world.a
@@ -274,9 +304,16 @@ class Trial:
         return await self.refused("owned by")
 
     async def ended_there(self) -> str:
-        """The VM has ended on b: what a says when the VM is to run there as it was before."""
+        """The VM has ended on b: what a says when the VM is to run there as it was before, or that
+        b has not given it back.
+        """
         async with self.world.b.client() as client:
             await client.kill_vm(VM)
+        give_up = time.monotonic() + BACK_S
+        while (owned := await self.world.ownership(VM)).custody is not Custody.FREE:
+            if time.monotonic() > give_up:
+                return f"it is {owned.custody.value} by {owned.owner} after its end"
+            await asyncio.sleep(POLL_S)  # poll interval
         return await self.refused("lacks what was written since")
 
     async def refused(self, why: str) -> str:
@@ -328,6 +365,7 @@ async def run(fate: Fate, *, refuses: bool = True) -> list[str]:
         again = await trial.rows_on(trial.world.b, view.last_take_over.number)
         if again != found:
             wrong.append(f"{len(found) - len(again)} rows are lost in the take-over on host b")
+        wrong += await trial.goes_on_as_any_vm(trial.world.b, view.last_take_over.number)
         said = await trial.come_back(fate)
         if "owned by b" not in said:
             wrong.append(f"host a is not refused: {said}")
