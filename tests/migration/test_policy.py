@@ -21,6 +21,7 @@ from sempervirt.migration.messages import MigrationView, MovePolicy
 from sempervirt.migration.peer import DestinationPeer
 from sempervirt.qemu.state import Runstate
 from sempervirt.vm.phases import Arrival, Mode, Phase
+from tests.migration import faults
 from tests.migration.judge import faults_of
 from tests.migration.phases import Phases
 
@@ -160,6 +161,41 @@ async def test_a_host_that_is_gone_loses_its_vm_by_evidence_only() -> None:
         async with a.client() as client, asyncio.timeout(DEADLINE_S):
             while (await client.vm(VM)).end is None:  # noqa: ASYNC110
                 await asyncio.sleep(POLL_S)  # poll interval
+
+
+@pytest.mark.parametrize("ended_first", [True, False], ids=["ended-first", "ended-by-the-next"])
+async def test_an_arrival_that_was_given_up_while_its_agent_was_away_leaves_nothing(
+    ended_first: bool,
+) -> None:
+    """The VM has not crashed there: it never ran there. The next agent forgets it, whether its QEMU
+    has ended by then or not, and the same move is possible again.
+    """
+    async with at_home(FAR) as guest:
+        a, b = guest.world.hosts
+        await begin(guest, MovePolicy())
+        await until(a, Phase.PRECOPY, over=False)
+        pids = faults.aim(faults.Sides(guest.world, a, b), "destination qemu")
+        b.kill_agent()
+        async with a.client() as client:
+            assert (await client.cancel_migration(VM)).phase is Phase.ABANDONED
+        if ended_first:
+            for pid in pids:
+                os.kill(pid, signal.SIGKILL)
+        await b.start_agent()
+        async with b.client() as client, asyncio.timeout(DEADLINE_S):
+            while views := await client.vms():
+                assert [view.state for view in views] != [Runstate.CRASHED]
+                await asyncio.sleep(POLL_S)  # poll interval
+        await goes_on(guest, a)
+        await a.semper("vm", "migrate", VM, "--to", "b")
+        await unharmed(guest, b)
+        # The control: one that ran there has crashed, also for an agent that was away.
+        b.kill_agent()
+        for pid in faults.aim(faults.Sides(guest.world, b, a), "source qemu"):
+            os.kill(pid, signal.SIGKILL)
+        await b.start_agent()
+        async with b.client() as client:
+            assert (await client.vm(VM)).state is Runstate.CRASHED
 
 
 async def refused(peer: DestinationPeer) -> None:

@@ -36,6 +36,7 @@ from sempervirt.vm.config import AgentConfig
 from sempervirt.vm.ending import merge_at_end
 from sempervirt.vm.house import Adopted
 from sempervirt.vm.ledger import Ledger
+from sempervirt.vm.phases import Arrival
 from sempervirt.vm.processes import NOTHING, Living, living, living_of
 from sempervirt.vm.record import VmRecord, read_vm_record, record_path
 from sempervirt.vm.setup import adopted_setups, device_setups
@@ -219,8 +220,10 @@ def _held_for(work: Work | None) -> tuple[Request | None, str]:
     match work:
         case Departing():
             return Request.DEPART, work.farewell
+        case Arriving(phase=Arrival.PROMISED | Arrival.RUNNING | Arrival.LOST):
+            return Request.ARRIVE, ""  # it may be this host's VM, and then it has crashed
         case Arriving():
-            return Request.ARRIVE, ""
+            return Request.ARRIVE, f"it did not come from {work.source}: the agent here began anew"
         case Restarting() | Saving() | Restoring() | Rescuing() | Snapshotting():
             return None, ""
         case MergingLayers() | None:

@@ -293,7 +293,8 @@ async def resume_all(house: Receiving) -> None:
     held, and the next agent tries again.
     """
     for vm in list(house.vms.values()):
-        if vm.freed or not isinstance(vm.work, Departing | Arriving):
+        # An arrival is over when the agent has forgotten the VM, or knows it to be its own.
+        if not isinstance(vm.work, Arriving) and (vm.freed or not isinstance(vm.work, Departing)):
             continue
         try:
             await _resume(house, vm)
