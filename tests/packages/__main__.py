@@ -41,10 +41,12 @@ OLD, NEW = "0.1.0~trial1", "0.1.0~trial2"
 OTHERS = (
     *("/var/lib/dpkg", "/var/lib/apt", "/var/cache", "/var/log", "/var/lib/systemd"),
     *("/proc", "/sys", "/dev", "/run", "/tmp", "/root", "/etc/group-", "/etc/gshadow-"),
+    *("/var/tmp/systemd-private-", "/var/backups"),
 )
 IMAGES = "/srv/vms"
 MIB = 1 << 20
 BOOT_S = 240.0
+INSTALL_S = 600.0
 DEADLINE_S = 120.0
 POLL_S = 0.2
 
@@ -147,7 +149,7 @@ class Machine:
         files = [f"/srv/packages/{path.name}" for path in sorted(place.iterdir())]
         wanted = [name for name in files if Path(name).name.split("_")[0] in PACKAGES]
         options = ["-y", "--no-install-recommends", "-o", "Dpkg::Use-Pty=0"]
-        return await self.tell("apt-get", "install", *options, *wanted, deadline_s=300)
+        return await self.tell("apt-get", "install", *options, *wanted, deadline_s=INSTALL_S)
 
     async def wait(self, expected: str, *words: str) -> None:
         """Waits until a command says that. Raises Failed."""
