@@ -8,7 +8,7 @@ Two versions are built by `scripts/deb`, each twice: the bytes have to be the sa
 install   semperd runs, `semper` and its manual page are there, a VM starts
 upgrade   with VMs whose guests write and verify: no error, the same QEMUs, another agent, and each
           disk on the new program after `semper disk upgrade --all`
-remove    is refused while VMs run, and leaves no unit and no program once they have ended
+remove    is refused while VMs run or a disk is guarded; then it leaves no unit and no program
 purge     leaves images, and no other file that was not there before
 
 Needs root and mmdebstrap.
@@ -309,6 +309,19 @@ async def upgraded(machine: Machine, folder: Path, count: int) -> None:
         await machine.tell("semper", "vm", "kill", name)
 
 
+async def guarded(machine: Machine) -> None:
+    """A disk of another manager's VM stands in the way as well, wherever its socket is."""
+    image, name = f"{IMAGES}/theirs.raw", "theirs/vda"
+    with (machine.root / image.strip("/")).open("wb") as disk:
+        disk.truncate(MIB)
+    words = ("semper", "disk", "guard", image, "--name", name, "--socket", "/run/theirs.sock")
+    await machine.tell(*words)
+    code, said = await machine.ask("apt-get", "remove", "-y", "sempervirt")
+    require(code != 0 and "disks of some are served" in said, f"it was removed: {said}")
+    require(name in await machine.tell("semper", "disk", "list"), "the disk is gone")
+    await machine.tell("semper", "disk", "unguard", name)
+
+
 async def removed(machine: Machine) -> None:
     """Without VMs the packages go; what was configured stays."""
     await machine.tell("apt-get", "remove", "-y", *PACKAGES)
@@ -358,6 +371,7 @@ async def trial(suite: str, place: Path, count: int, built: list[Path]) -> None:
             told("install")
             await upgraded(machine, new, count)
             told("upgrade")
+            await guarded(machine)
             await removed(machine)
             told("remove")
             await purged(machine, before)
