@@ -170,7 +170,7 @@ class Agent:
         try:
             vm_name, disk_name = split_disk_name(name)
         except ValueError as error:
-            raise InvalidRequest(str(error)) from error
+            raise InvalidRequest.of(error) from error
         if name in self.disks:
             return self.disks[name]
         self.guarded.require_served(name)
@@ -385,6 +385,11 @@ class Agent:
     async def rescue_disk(self, name: str, target: Path) -> Rescued:
         """Copies the image of a running disk to `target`. Raises as `disk` and `rescue_disk`."""
         disk = self.disk(name)
+        if name in self.guarded.disks:
+            raise InvalidRequest(
+                f"{name} is a disk of another manager's VM, which nobody here can hold still",
+                remedy=f"end that VM, and copy {disk.image.path}",
+            )
         return await rescue_disk(self.vm(name.partition("/")[0]), disk, target)
 
     async def forget_vm(self, name: str) -> None:

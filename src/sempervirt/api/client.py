@@ -484,5 +484,5 @@ def _disk_path(name: str) -> str:
     try:
         vm, disk = split_disk_name(name)
     except ValueError as error:
-        raise InvalidRequest(str(error)) from error
+        raise InvalidRequest.of(error) from error
     return f"/disks/{vm}/{disk}"

@@ -7,6 +7,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 
 from sempervirt.core.errors import InvalidRequest, SempervirtError, kind_of
+from sempervirt.core.remedies import remedy_of
 from sempervirt.host.http import ErrorBody, ErrorView
 
 # Of a request that is wrong in many things, so many are told.
@@ -34,7 +35,7 @@ def install(app: FastAPI) -> None:
 def to_response(error: SempervirtError) -> JSONResponse:
     """The response for an error."""
     kind = kind_of(error)
-    message, remedy = _sendable(error.message), _sendable(error.remedy)
+    message, remedy = _sendable(error.message), _sendable(remedy_of(error))
     body = ErrorView(error=ErrorBody(kind=kind.name, message=message, remedy=remedy))
     return JSONResponse(body.model_dump(), status_code=kind.http_status)
 

@@ -56,7 +56,7 @@ from sempervirt.api.views import (
 from sempervirt.cluster.certificate import RenewRequest, RenewView, read_standing
 from sempervirt.cluster.cluster import Cluster, check_address
 from sempervirt.cluster.joining import JoinRequest, JoinView
-from sempervirt.core.errors import InvalidRequest, NotAllowed, Unavailable
+from sempervirt.core.errors import InvalidRequest, NotAllowed, NotFound, Unavailable
 from sempervirt.core.names import split_disk_name, suggest
 from sempervirt.core.queue_map import Binding, spread
 from sempervirt.disk.running import DiskFiles
@@ -412,7 +412,15 @@ async def merge_layers(agent: AgentHere, vm: str, disk: str, request: MergeReque
 @router.post("/disks/{vm}/{disk}/unpin", tags=["disk"])
 async def unpin_snapshot(agent: AgentHere, vm: str, disk: str, request: UnpinRequest) -> LayersView:
     """Forgets a reader that died."""
-    await agent.disk(f"{vm}/{disk}").active().unpin(request.snapshot, request.reader)
+    backend = agent.disk(f"{vm}/{disk}").active()
+    pins = (await backend.layers()).pins
+    if not any((one.snapshot, one.reader) == (request.snapshot, request.reader) for one in pins):
+        found = ", ".join(f"{one.reader} reads {one.snapshot}" for one in pins)
+        raise NotFound(
+            f"{request.reader} reads no snapshot {request.snapshot} of {vm}/{disk}",
+            remedy=found or f"nobody reads one: semper disk snapshots {vm}/{disk}",
+        )
+    await backend.unpin(request.snapshot, request.reader)
     return await get_layers(agent, vm, disk)
 
 

@@ -63,7 +63,7 @@ async def enable_standby(agent: AgentHere, name: str, request: EnableStandbyRequ
     try:
         policy = Policy(request.every_s, request.keep, request.tier, request.test_every_s)
     except ValueError as error:
-        raise InvalidRequest(str(error)) from error
+        raise InvalidRequest.of(error) from error
     settings = read_settings(agent.config)
     if request.on and (settings is None or request.on != settings.host):
         vm = agent.vm(name)
@@ -135,6 +135,8 @@ async def disable_standby(
 async def list_losses(agent: AgentHere, name: str) -> list[LossView]:
     """What take-overs of a VM have lost, and where it is."""
     losses = await agent.standbys.losses(name)
+    if not losses and name not in agent.vms:
+        agent.standbys.require(name)  # of a name that nobody has there is nothing to tell
     return [await _loss(name, loss) for loss in losses]
 
 

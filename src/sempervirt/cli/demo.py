@@ -19,8 +19,9 @@ from rich.table import Table
 from sempervirt.cli.demo_guard import demo_guard
 from sempervirt.cli.demo_passthrough import demo_passthrough
 from sempervirt.cli.demo_standby import standby
-from sempervirt.cli.output import Output, OutputOption
-from sempervirt.core.errors import Unavailable
+from sempervirt.cli.output import Output, OutputOption, progress_console
+from sempervirt.cli.session import require_here
+from sempervirt.core.errors import SempervirtError, StateConflict, Unavailable
 from sempervirt.guest.errors import ProbeGone, ProbeSilent
 
 if TYPE_CHECKING:
@@ -221,6 +222,7 @@ def demo(
 
     The exit status is 0 only if nothing was lost, nothing hung and nothing was wrong.
     """
+    require_here()
     if context.invoked_subcommand is not None:
         return
     import asyncio
@@ -232,7 +234,7 @@ def demo(
 
     # Every kill is a warning of the supervision; here they are what was ordered.
     logging.getLogger("sempervirt").setLevel(logging.ERROR)
-    console = Console(stderr=output is Output.JSON)
+    console = progress_console(output)
     story = Story(kills=kills, pauses=pauses, upgrades=upgrades, seed=seed)
     chosen = image or _default_image()
     setup = TrialSetup(
@@ -243,8 +245,7 @@ def demo(
         load=Load(writers=writers, depth=depth, flush_every=flush_every),
     )
     if setup.image.exists() and image is not None:
-        console.print(f"[red]{image} exists; name a path where a new image can be made[/]")
-        raise typer.Exit(2)
+        raise StateConflict(f"{image} exists", remedy="name a path where a new image can be made")
     try:
         with Screen(story, console, live=console.is_terminal) as screen:
             trial, acts, completions = asyncio.run(_ended_by_signals(_run(setup, story, screen)))
@@ -254,8 +255,10 @@ def demo(
                 killing = kill_until_lost(with_peer(setup), more, seed, screen.say)
                 beside = asyncio.run(_ended_by_signals(killing))
     except (ProbeGone, ProbeSilent) as error:
-        console.print(f"[red bold]The guest is gone or does not answer:[/] {error}")
-        raise typer.Exit(1) from error
+        raise SempervirtError(
+            f"the guest is gone or does not answer: {error.message}",
+            remedy="is this machine too busy to boot a guest? Try once more",
+        ) from error
     verdict, start_ns, accelerator = trial.verdict, trial.started_ns, trial.accelerator
     drawn: str | None = str(plot)
     try:

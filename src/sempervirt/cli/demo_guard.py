@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 import sempervirt
-from sempervirt.cli.output import Output, OutputOption
+from sempervirt.cli.output import Output, OutputOption, progress_console
 from sempervirt.core.errors import CommandFailed, NotFound, OutcomeUnknown, Unavailable
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def demo_guard(
     """
     from sempervirt.demo.guard import plot
 
-    console = Console(stderr=output is Output.JSON)
+    console = progress_console(output)
     with console.status("fetching a kernel, building the module (the first time)"):
         tree, module = _prepared()
     with console.status("a host boots, its kernel is killed, its guest is moved …"):
@@ -111,7 +111,12 @@ def _script(command: list[str]) -> None:
     )
     if done.returncode:
         lines = (done.stdout + done.stderr).splitlines()[-10:]
-        raise CommandFailed(" ".join(command), done.returncode, lines)
+        raise CommandFailed(
+            " ".join(command),
+            done.returncode,
+            lines,
+            remedy="see what it says by hand; what it needs: make setup, and apt-get for kernels",
+        )
 
 
 def _run(tree: Path, module: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from sempervirt.cli.output import Output, OutputOption
+from sempervirt.cli.output import Output, OutputOption, progress_console
 from sempervirt.core.errors import SempervirtError, Unavailable
 from sempervirt.guest.errors import ProbeGone, ProbeSilent
 
@@ -74,12 +74,14 @@ def demo_passthrough(
 
     from sempervirt.demo.passthrough.picture import draw
 
-    console = Console(stderr=output is Output.JSON)
+    console = progress_console(output)
     try:
         shown = asyncio.run(_run(moves, qemu, console))
     except (ProbeGone, ProbeSilent) as error:
-        console.print(f"[red bold]The guest is gone or does not answer:[/] {error}")
-        raise typer.Exit(1) from error
+        raise SempervirtError(
+            f"the guest is gone or does not answer: {error.message}",
+            remedy="is this machine too busy to boot a guest? Try once more",
+        ) from error
     picture: str | None = str(plot)
     try:
         draw(shown.completions, [_seconds(shown, one) for one in shown.moves], plot)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from sempervirt.cli.output import Output, OutputOption
-from sempervirt.core.errors import SempervirtError, Unavailable
+from sempervirt.cli.output import Output, OutputOption, progress_console
+from sempervirt.core.errors import Unavailable
 from sempervirt.standby.values import Tier
 
 if TYPE_CHECKING:
@@ -60,12 +60,8 @@ def standby(
     import asyncio
 
     logging.getLogger("sempervirt").setLevel(logging.ERROR)
-    console = Console(stderr=output is Output.JSON)
-    try:
-        trial, done = asyncio.run(_run(tier, kills, console))
-    except SempervirtError as error:
-        console.print(f"[red bold]No standby went on:[/] {error.message}")
-        raise typer.Exit(1) from error
+    console = progress_console(output)
+    trial, done = asyncio.run(_run(tier, kills, console))
     answers, killed = trial.client.answers, trial.kills
     drawn: str | None = str(plot)
     try:

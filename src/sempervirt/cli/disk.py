@@ -178,7 +178,7 @@ def resize(
     try:
         size_bytes = parse_size(size)
     except ValueError as error:
-        raise InvalidRequest(str(error)) from error
+        raise InvalidRequest.of(error) from error
     view = ask_agent(lambda client: client.resize_disk(name, size_bytes))
     if output is Output.JSON:
         print_json(view)

@@ -72,7 +72,7 @@ async def _verify(client: Client, name: str) -> None:
 
     view = await client.verify_block_map(name)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=err, transient=True) as bar:
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
         task = bar.add_task(STEPS["index"], total=None)
         while (running := view.running) is not None:
             text = STEPS.get(running.step, running.step)

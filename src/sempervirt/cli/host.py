@@ -27,8 +27,9 @@ from sempervirt.cli.output import (
     print_json,
     styled,
 )
-from sempervirt.cli.session import ask_agent, is_here
+from sempervirt.cli.session import ask_agent, here, is_here
 from sempervirt.core.durations import format_duration
+from sempervirt.core.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from sempervirt.api.schemas import HostView
@@ -95,9 +96,8 @@ def audit_host(output: OutputOption = Output.TABLE) -> None:
     Works with or without an agent, for VMs of the user who asks.
     """
     from sempervirt.cli import audit
-    from sempervirt.vm.config import AgentConfig
 
-    audit.show(AgentConfig.default(), output)
+    audit.show(here(), output)
 
 
 async def _host() -> HostView:
@@ -245,7 +245,7 @@ def join(
 
     from sempervirt.cli import cluster as work
 
-    invitation = work.parse_invitation(token.read())
+    invitation = work.parse_invitation(_read(token))
     settings = asyncio.run(
         work.join_cluster(work.prepared(), invitation, listen, _directory(etcd_files))
     )
@@ -295,7 +295,7 @@ def renew(
 
     from sempervirt.cli import cluster as work
 
-    settings = asyncio.run(work.renew(work.parse_invitation(token.read())))
+    settings = asyncio.run(work.renew(work.parse_invitation(_read(token))))
     out.print(
         f"this host is {settings.host} of the cluster {settings.cluster} again", highlight=False
     )
@@ -373,6 +373,16 @@ def revoke(
 
     asyncio.run(work.revoke(name, reason))
     out.print(f"{name} is revoked; to take it back: semper host add {name}", highlight=False)
+
+
+def _read(token: typer.FileText) -> str:
+    try:
+        return token.read()
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(
+            f"{token.name} is no join token: {error}",
+            remedy=f"make one on the first host: semper host add NAME > {token.name}",
+        ) from error
 
 
 def _any_out(views: Sequence[MemberView]) -> bool:

@@ -87,7 +87,10 @@ def check(
             out.print(f"  {one.remedy}", highlight=False, markup=False, soft_wrap=True)
     wrong = sum(not one.hint for one in found)
     if wrong:
-        raise StateConflict(f"domain {domain}: {wrong} to put right")
+        raise StateConflict(
+            f"domain {domain}: {wrong} to put right",
+            remedy=f"do what is said of each, then again: semper libvirt check {domain}",
+        )
     if output is Output.TABLE:
         out.print(f"domain {domain}: nothing is wrong", highlight=False)
 
@@ -111,7 +114,9 @@ def _read(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"{file} cannot be read: {error}") from error
+        raise InvalidRequest(
+            f"{file} cannot be read: {error}", remedy="write it: virsh dumpxml DOMAIN > FILE"
+        ) from error
 
 
 def _dumped(uri: str, domain: str) -> str:

@@ -23,9 +23,11 @@ def main() -> NoReturn:
     wants_json = failures.wants_json(sys.argv[1:])
     try:
         signal.signal(signal.SIGINT, handler)
-        code = program.app(standalone_mode=not wants_json)
+        code = program.app(standalone_mode=False)
+        if (unwritten := failures.finish()) is not None:
+            code = failures.tell(unwritten, as_json=wants_json)
     except failures.TOLD as error:
-        code = failures.tell(error, as_json=wants_json)
+        code = failures.tell(failures.finish() or error, as_json=wants_json)
     except KeyboardInterrupt:
         code = INTERRUPTED
     finally:

@@ -191,7 +191,7 @@ async def _watch(client: Client, view: MigrationView) -> MigrationView:
         TextColumn("{task.fields[about]}"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=err, transient=True) as progress:
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
         task = progress.add_task(f"{view.vm} to {view.destination}", about="", total=1.0)
         certain = monotonic()
         while not view.over:

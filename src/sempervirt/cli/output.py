@@ -40,6 +40,11 @@ class Output(Enum):
     JSON = "json"
 
 
+def progress_console(output: Output) -> Console:
+    """Where a demonstration tells people how it goes: nowhere, if programs read what it prints."""
+    return Console(quiet=output is Output.JSON)
+
+
 OutputOption = Annotated[
     Output, typer.Option("--output", "-o", help="How to print the result.", show_default=True)
 ]

@@ -168,7 +168,7 @@ def with_bar(text: str, name: str | None, request: Callable[[Client], Awaitable[
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
 
     async def _with_bar(client: Client) -> Answer:
-        with Progress(*columns, console=err, transient=True) as bar:
+        with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
             task = bar.add_task(text, total=None)
             following = asyncio.ensure_future(_follow(client, name, bar, task))
             try:

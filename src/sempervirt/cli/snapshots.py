@@ -125,7 +125,7 @@ def merge(
     try:
         rate_bytes = None if rate is None else parse_size(rate)
     except ValueError as error:
-        raise InvalidRequest(str(error)) from error
+        raise InvalidRequest.of(error) from error
 
     async def merged(client: Client) -> LayersView | MergingView:
         begun = await client.merge_layers(name, through, rate_bytes)
@@ -188,7 +188,7 @@ async def _followed(client: Client, disk: str, merging: set[int]) -> LayersView:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=err, transient=True) as progress:
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
         shown = progress.add_task(f"merging {disk}", total=None)
         while True:
             view = await client.layers(disk)

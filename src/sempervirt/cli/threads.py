@@ -75,7 +75,7 @@ def _parsed(text: str) -> ThreadMap:
     try:
         return parse_map(text)
     except ValueError as error:
-        raise InvalidRequest(f"--map: {error}") from error
+        raise InvalidRequest.of(error, "--map: ") from error
 
 
 def _rows(view: DiskView) -> list[tuple[str, str]]:

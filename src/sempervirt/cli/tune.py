@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from sempervirt.cli.output import Output, OutputOption, err, out, print_json
+from sempervirt.cli.session import require_here
 from sempervirt.core.errors import InvalidRequest, Unavailable
 from sempervirt.core.sizes import format_size, parse_size
 from sempervirt.disk.tuning.bounds import SECONDS, Bounds
@@ -112,6 +113,7 @@ def tune(
     from sempervirt.disk.tuning.tune import alone
     from sempervirt.host.places import default_state_dir
 
+    require_here()
     if show:
         listed = asyncio.run(preparation.show(default_state_dir(), Blkd().binary(), _qemu()))
         tune_output.print_presets(listed) if output is Output.TABLE else print_json(listed)
@@ -211,10 +213,12 @@ def _size(text: str) -> int:
     try:
         size_bytes = parse_size(text)
     except ValueError as error:
-        raise InvalidRequest(f"--size: {error}") from error
+        raise InvalidRequest.of(error, "--size: ") from error
     if not preparation.SIZE_LEAST <= size_bytes <= preparation.SIZE_MOST:
         least, most = (
             format_size(size) for size in (preparation.SIZE_LEAST, preparation.SIZE_MOST)
         )
-        raise InvalidRequest(f"--size: {text} is not between {least} and {most}")
+        raise InvalidRequest(
+            f"--size: {text} is not between {least} and {most}", remedy=f"give {least} to {most}"
+        )
     return size_bytes

@@ -228,6 +228,8 @@ def logs(
     output: OutputOption = Output.TABLE,
 ) -> None:
     """Print the last lines of a log: the serial console, QEMU, or the backend of a disk."""
+    if follow:
+        require_here()  # the file is followed
     view = ask_agent(lambda client: client.vm_log(name, source, lines))
     if output is Output.JSON:
         print_json(view)

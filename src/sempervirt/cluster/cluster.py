@@ -564,7 +564,7 @@ def _check(host: str) -> None:
     try:
         check_name(host)
     except ValueError as error:
-        raise InvalidRequest(str(error)) from error
+        raise InvalidRequest.of(error) from error
 
 
 def level_of(state: Snapshot) -> int:

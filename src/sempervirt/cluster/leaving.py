@@ -37,7 +37,10 @@ async def leave_cluster(config: Places, *, force: bool) -> Left:
     # What is left after an init, or a leaving, that failed midway.
     remains = [name for name in KEPT if (config.state_dir / name).exists()]
     if settings is None and not remains:
-        raise StateConflict("this host belongs to no cluster, so there is nothing to leave")
+        raise StateConflict(
+            "this host belongs to no cluster, so there is nothing to leave",
+            remedy="begin one: semper host init NAME; or join one: semper host join",
+        )
     _require_no_vms(config)
     if settings is not None and Authority.is_in(config.trust_dir) and not force:
         await _require_alone(config, settings.host)

@@ -29,7 +29,7 @@ async def add_operator(cluster: Cluster, name: str, role: Role, valid: timedelta
     try:
         check_name(name)
     except ValueError as error:
-        raise InvalidRequest(str(error)) from error
+        raise InvalidRequest.of(error) from error
     directory = cluster.identity.directory
     doors = Authority.doors(directory, cluster.settings.cluster)
     made = make_operator_key(Authority.load(directory), doors, name, valid)

@@ -50,6 +50,12 @@ def reason(error: Exception) -> str:
 class InvalidRequest(SempervirtError):
     """The request can never succeed. Nothing was done."""
 
+    @classmethod
+    def of(cls, error: ValueError, what: str = "") -> InvalidRequest:
+        """For a value that was refused; what stands behind the last ";" of that is the remedy."""
+        message, _, remedy = str(error).rpartition("; ")
+        return cls(f"{what}{message or remedy}", remedy=remedy if message else "")
+
 
 class SpecError(InvalidRequest):
     """A key of a VM file is wrong. `line` is 1-based, 0 when it cannot be told."""

@@ -208,8 +208,10 @@ class Trial:
             raise
 
     async def _kill_vm(self) -> None:
+        if (vm := self.agent.vms.get(VM)) is None:  # it was not begun
+            return
         with suppress(SempervirtError):
-            await self.agent.vms[VM].kill()
+            await vm.kill()
 
     # The load
 

@@ -297,7 +297,7 @@ class Disk(Owner[State, SupervisionEvent, Effect]):
         try:
             check_map(binding.map, self.setup.options.queues)
         except ValueError as error:
-            raise InvalidRequest(f"disk {self.name}: {error}") from error
+            raise InvalidRequest.of(error, f"disk {self.name}: ") from error
         ticket, ended = self._replies.open()
         self.post(RebindAsked(binding, ticket))
         await ended

@@ -190,4 +190,6 @@ def _told(error: CommandFailed) -> SempervirtError:
         )
     if error.exit_code == _UNUSABLE:
         return InvalidRequest(said, remedy="use another saved state")
-    return Unavailable(said) if said != last else error
+    if said == last:
+        return error
+    return Unavailable(said, remedy="name a file that is there, and that the agent may use")

@@ -476,7 +476,7 @@ class Standbys:
         RecordDamaged, NotFound for what is no name of a VM, and so of no record.
         """
         if not is_name(name):
-            raise NotFound("no VM can be called so")
+            raise NotFound("no VM can be called so", remedy="see: semper standby list")
         return await asyncio.to_thread(losses_of(self._config.state_dir, name).read)
 
     def _spec_there(self, name: str) -> VmSpec | None:

@@ -24,6 +24,8 @@ from sempervirt.trust.authority import Authority, Issued
 from sempervirt.trust.identity import host_context
 from sempervirt.trust.keyfiles import MALFORMED, KeyExposed, private_pem
 
+NO_FILE = "name a file of semper operator add that you may read: --key FILE"
+
 
 @dataclass(frozen=True)
 class OperatorKey:
@@ -64,7 +66,7 @@ def life_of(path: Path) -> Life:
     try:
         issued = Issued(x509.load_pem_x509_certificate(read_file(path, follow=True)))
     except OSError as error:
-        raise Unavailable(f"cannot read {path}: {error.strerror}") from error
+        raise Unavailable(f"cannot read {path}: {error.strerror}", remedy=NO_FILE) from error
     except MALFORMED as error:
         raise InvalidRequest(f"{path} is no operator's key: {error}") from error
     return Life(issued.not_before, issued.not_after)
@@ -79,7 +81,7 @@ def operator_context(path: Path) -> ssl.SSLContext:
         mode = stat.S_IMODE(path.stat().st_mode)
         content = read_file(path, follow=True)
     except OSError as error:
-        raise Unavailable(f"cannot read {path}: {error.strerror}") from error
+        raise Unavailable(f"cannot read {path}: {error.strerror}", remedy=NO_FILE) from error
     if mode & 0o077:
         raise KeyExposed(
             f"the key {path} can be read by others (mode {mode:04o})",

@@ -156,7 +156,7 @@ class Guarded:
         try:
             check_name(wanted.vm)
         except ValueError as error:
-            raise InvalidRequest(str(error)) from error
+            raise InvalidRequest.of(error) from error
         if name in self.wanted or name in self._guarding:
             raise StateConflict(
                 f"disk {name} is guarded already", remedy=f"look at it: semper disk show {name}"
