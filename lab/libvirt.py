@@ -1,7 +1,8 @@
-"""A domain of libvirt's own daemon, with nothing of ours in it but the lines of `semper libvirt
-xml`: kills of its disk's backend under sixteen writers, and what the guest says of them.
+"""A domain of libvirt's own daemon, with nothing of ours in it but what `semper libvirt adopt`
+puts there: kills of its disk's backend under sixteen writers, and what the guest says of them; then
+the domain gets its former description back.
 
-    python -m lab.libvirt PLACE [--count N]       run by scripts/libvirt, which gives it a libvirt
+    python -m lab.libvirt PLACE [--count N] [--no-guest]   run by scripts/libvirt, with a libvirt
 
 Prints one line for each kill and a summary; exit status 0 only if nothing was lost.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import difflib
 import json
 import os
 import pwd
@@ -24,6 +26,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sempervirt.agent import Agent, AgentConfig
+from sempervirt.api.server import serving
 from sempervirt.disk.driver import Disk
 from sempervirt.guest import ProbeClient
 from sempervirt.guest import image as guest_image
@@ -151,7 +154,27 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
-async def run(place: Path, count: int) -> int:
+PLAIN = """<!-- in <devices> -->
+    <disk type='file' device='disk'>
+      <driver name='qemu' type='raw'/>
+      <source file='{image}'/>
+      <target dev='vda' bus='virtio'/>
+    </disk>"""
+
+
+async def semper(config: AgentConfig, *words: str) -> None:
+    """Runs `semper`, asking the agent of this trial. Raises SystemExit."""
+    own = {"SEMPERVIRT_STATE_DIR": config.state_dir, "SEMPERVIRT_RUN_DIR": config.run_dir}
+    process = await asyncio.create_subprocess_exec(
+        Path(sys.executable).with_name("semper"),
+        *words,
+        env={**os.environ, **{name: str(path) for name, path in own.items()}},
+    )
+    if status := await process.wait():
+        raise SystemExit(f"semper {' '.join(words)}: exit code {status}")
+
+
+async def run(place: Path, count: int, *, guest: bool) -> int:
     """The trial; the exit status."""
     image = prepared(place)
     config = AgentConfig(place / "s", place / "r")
@@ -159,14 +182,28 @@ async def run(place: Path, count: int) -> int:
         spec = DiskSpec(name="vda", image=image, serial="loaded")
         disk = await agent.guard_disk(GuardedDisk(vm="web", disk=spec, group=QEMU_GROUP))
         served = Served(disk.name, image, disk.setup.files.socket, disk.setup.options.queues)
-        text = domain(place, domain_xml([served]), image)
-        _require_sound(text, served)
+        _require_sound(domain(place, domain_xml([served]), image), served)
         with libvirtd(place):
             say(virsh("version") or "")
+            text = domain(place, PLAIN.format(image=image), image)
             (place / "web.xml").write_text(text, encoding="utf-8")
             virsh("define", str(place / "web.xml"))
-            virsh("start", "web")
-            return await _kill(place, disk, count)
+            before = virsh("dumpxml", "--inactive", "web")
+            async with serving(agent, config.socket):
+                await semper(config, "libvirt", "adopt", "web")
+                _require_sound(virsh("dumpxml", "--inactive", "web") or "", served)
+                status = 0
+                if guest:
+                    virsh("start", "web")
+                    status = await _kill(place, disk, count)
+                    virsh("destroy", "web")
+                await semper(config, "libvirt", "adopt", "web", "--undo")
+            after = virsh("dumpxml", "--inactive", "web") or ""
+            # In another order: libvirt has added a controller to what was there.
+            if sorted(after.splitlines()) != sorted((before or "").splitlines()):
+                lines = difflib.unified_diff((before or "").splitlines(), after.splitlines(), n=0)
+                raise SystemExit("\n".join(["the domain is not described as before", *lines]))
+            return status
 
 
 def _require_sound(text: str, served: Served) -> None:
@@ -217,8 +254,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="A libvirt domain whose disk's backend dies.")
     parser.add_argument("place", type=Path)
     parser.add_argument("--count", type=int, default=20)
+    parser.add_argument("--no-guest", action="store_true", help="adopt and undo, and start nothing")
     options = parser.parse_args()
-    return asyncio.run(run(options.place, options.count))
+    return asyncio.run(run(options.place, options.count, guest=not options.no_guest))
 
 
 if __name__ == "__main__":

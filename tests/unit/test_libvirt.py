@@ -9,7 +9,17 @@ from pathlib import Path
 import pytest
 
 from sempervirt.core.errors import InvalidRequest
-from sempervirt.vm.libvirt import Found, Node, Served, User, check, domain_xml, parse, sockets
+from sempervirt.vm.libvirt import (
+    Found,
+    Node,
+    Served,
+    User,
+    adopted,
+    check,
+    domain_xml,
+    parse,
+    sockets,
+)
 
 SOCKET = Path("/run/sempervirt/disks/web/vda.sock")
 DISK = Served("web/vda", Path("/srv/web.raw"), SOCKET, queues=4)
@@ -127,3 +137,48 @@ def test_targets_are_the_names_of_disks_where_they_can_be() -> None:
     disks = [Served(f"web/{name}", Path("/i"), Path("/s"), 1) for name in ("root", "vda", "vda2")]
     found = [line for line in domain_xml(disks).splitlines() if "<target" in line]
     assert [line.split("'")[1] for line in found] == ["vdb", "vda", "vdc"]
+
+
+PLAIN = (
+    "<domain xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'><name>web</name>"
+    "<memory>64</memory><devices><disk type='file'><driver name='qemu' type='raw' cache='none'/>"
+    "<source file='/srv/web.raw'/><target dev='vdb' bus='virtio'/><boot order='2'/></disk>"
+    "<disk type='file'><source file='/srv/other.raw'/><target dev='vdc'/></disk></devices>"
+    "<qemu:commandline><qemu:arg value='-S'/></qemu:commandline></domain>"
+)
+
+
+def test_a_domain_that_is_adopted_is_sound_and_keeps_the_rest() -> None:
+    assert [one.what for one in look(PLAIN)] != []  # the control
+    text, disks = adopted(parse(PLAIN), [DISK])
+    assert disks == [DISK]
+    assert look(text) == []
+    for kept in ("/srv/other.raw", 'dev="vdb"', 'order="2"', '<qemu:arg value="-S" />'):
+        assert kept in text
+    assert "/srv/web.raw" not in text
+    assert text.index("<memory>") < text.index("memoryBacking") < text.index("<devices>")
+
+
+def test_memory_that_is_shared_already_stays_as_it_is() -> None:
+    backing = "<memoryBacking><hugepages/><access mode='private'/></memoryBacking><devices>"
+    text, _ = adopted(parse(PLAIN.replace("<devices>", backing)), [DISK])
+    assert text.count("<memoryBacking>") == 1
+    assert "memfd" not in text
+    assert 'mode="shared"' in text
+
+
+def test_what_is_not_guarded_is_not_touched() -> None:
+    text, disks = adopted(parse(PLAIN.replace("web.raw", "third.raw")), [DISK])
+    assert disks == []
+    assert "memoryBacking" not in text
+    assert "vhostuser" not in text
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "remedy"),
+    [("type='raw'", "type='qcow2'", "convert"), ("bus='virtio'", "bus='sata'", "driver first")],
+)
+def test_a_disk_that_cannot_become_one_is_refused(before: str, after: str, remedy: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        adopted(parse(PLAIN.replace(before, after)), [DISK])
+    assert remedy in refused.value.remedy

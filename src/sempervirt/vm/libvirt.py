@@ -19,6 +19,8 @@ from sempervirt.core.errors import InvalidRequest
 
 # More of it is not a domain; the parser bounds nothing by itself.
 XML_MAX_BYTES = 4 << 20
+# As libvirt writes it, where something is given to QEMU as it is.
+ElementTree.register_namespace("qemu", "http://libvirt.org/schemas/domain/qemu/1.0")
 QUEUES = 4
 MEMORY = """<memoryBacking>
   <source type='memfd'/>
@@ -121,6 +123,70 @@ def parse(text: str) -> ElementTree.Element:
     if domain.tag != "domain":
         raise InvalidRequest(f"this describes no domain, but a {domain.tag}")
     return domain
+
+
+def adopted(domain: ElementTree.Element, served: Iterable[Served]) -> tuple[str, list[Served]]:
+    """The description with each disk whose image is guarded as that guarded disk, and which those
+    are. Place, name and order of boot of a disk stay. Raises InvalidRequest for a disk that cannot
+    become one.
+    """
+    by_image = {disk.image: disk for disk in served}
+    changed = ElementTree.fromstring(ElementTree.tostring(domain))
+    devices = changed.find("devices")
+    taken: list[Served] = []
+    for number, disk in enumerate(devices if devices is not None else ()):
+        guarded = by_image.get(_image(disk) or Path())
+        if disk.tag != "disk" or guarded is None or disk.find("readonly") is not None:
+            continue
+        _require_adoptable(disk)
+        ours = ElementTree.fromstring(disk_xml(guarded, _target(disk)))
+        ours.extend(part for name in ("boot", "alias", "address") for part in disk.findall(name))
+        assert devices is not None
+        devices[number] = ours
+        taken.append(guarded)
+    if taken:
+        _share_memory(changed)
+    ElementTree.indent(changed)
+    return ElementTree.tostring(changed, encoding="unicode") + "\n", taken
+
+
+def _require_adoptable(disk: ElementTree.Element) -> None:
+    driver, target = disk.find("driver"), disk.find("target")
+    kind = driver.get("type", "raw") if driver is not None else "raw"
+    bus = target.get("bus", "virtio") if target is not None else "virtio"
+    if kind != "raw":
+        raise InvalidRequest(
+            f"disk {_target(disk)} has an image of type {kind}",
+            remedy="convert it (qemu-img convert -O raw), and guard what came of it",
+        )
+    if bus != "virtio":
+        raise InvalidRequest(
+            f"disk {_target(disk)} is on the bus {bus}, and a backend is virtio-blk",
+            remedy="virsh edit: bus='virtio', without <address>; the guest needs the driver first",
+        )
+
+
+def _share_memory(domain: ElementTree.Element) -> None:
+    backing = domain.find("memoryBacking")
+    if backing is None:
+        backing = ElementTree.Element("memoryBacking")
+        before = domain.find("currentMemory")
+        before = before if before is not None else domain.find("memory")
+        places = list(domain)
+        domain.insert(places.index(before) + 1 if before is not None else len(places), backing)
+    wanted = [("access", "mode", "shared")]
+    if backing.find("hugepages") is None:
+        wanted.insert(0, ("source", "type", "memfd"))
+    for tag, key, value in wanted:
+        found = backing.find(tag)
+        found = found if found is not None else ElementTree.SubElement(backing, tag)
+        found.set(key, value)
+
+
+def _image(disk: ElementTree.Element) -> Path | None:
+    source = disk.find("source")
+    text = (source.get("file") or source.get("dev")) if source is not None else None
+    return Path(text) if text else None
 
 
 def check(
