@@ -735,7 +735,10 @@ impl Keeper {
             let name = || self.files.name(part);
             let file = self.files.create(part, identity.file_bytes(kind));
             let file = file.map_err(failed("make", name))?;
-            let headed = file.write_at(&identity.encode(kind), identity.header_at(kind));
+            // Direct I/O does not take any memory.
+            let mut header = Pages::new(1);
+            header.bytes().copy_from_slice(&identity.encode(kind));
+            let headed = file.write_at(header.bytes(), identity.header_at(kind));
             headed.and_then(|()| file.sync()).map_err(failed("write", name))?;
             Ok::<_, LayersError>(file)
         };

@@ -150,6 +150,8 @@ impl Content {
 
 struct File {
     fd: RawFd,
+    /// It is reached around the page cache, as layers and images may be.
+    direct: bool,
     content: Mutex<Content>,
 }
 
@@ -168,6 +170,9 @@ impl Bytes for Open {
     }
 
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        if self.0.direct && bytes.as_ptr().addr() % SECTOR as usize != 0 {
+            return Err(io::Error::from_raw_os_error(libc::EINVAL));
+        }
         self.0.content().write(bytes, offset);
         Ok(())
     }
@@ -222,7 +227,7 @@ impl Store {
         let mut state = State::default();
         let mut content = Content::default();
         (content.size, content.durable_size) = (SIZE, SIZE);
-        state.files.push(Arc::new(File { fd: 0, content: Mutex::new(content) }));
+        state.files.push(Arc::new(File { fd: 0, direct: true, content: Mutex::new(content) }));
         Arc::new(Self { state: Mutex::new(state) })
     }
 
@@ -277,7 +282,8 @@ impl Files for Host {
         let mut state = self.0.state();
         let fd = state.files.len() as RawFd;
         let content = Mutex::new(Content { size, ..Content::default() });
-        let file = Arc::new(File { fd, content });
+        let direct = matches!(part, Part::Data(_));
+        let file = Arc::new(File { fd, direct, content });
         state.files.push(Arc::clone(&file));
         state.names.insert(part, Arc::clone(&file));
         Ok(Arc::new(Open(file)))
