@@ -24,6 +24,7 @@ pub enum Submission {
 /// * it never panics on a request, and never blocks except in [`Engine::wait`] and, for a
 ///   synchronous engine, in [`Engine::submit`];
 /// * every token that was queued is given back exactly once, in any order;
+/// * tokens are below 2^48: a decorator that does a request in parts tells these by what is above;
 /// * a result may be short; [`Io::absorb`] decides whether to submit the rest;
 /// * bounds were checked by the caller; an engine may still answer with any errno.
 pub trait Engine {

@@ -126,19 +126,23 @@ impl Io {
         self.detour = None;
     }
 
-    /// Makes `part` the first `len` bytes of a read or write: what an engine submits that does a
-    /// request in parts.
-    pub fn begin_part(&self, part: &mut Self, len: u64) {
+    /// Makes `part` the `len` bytes of a read or write that follow the first `skip`: what an engine
+    /// submits that does a request in parts.
+    pub fn begin_part(&self, part: &mut Self, skip: u64, len: u64) {
         part.reset(self.op);
-        (part.offset, part.len) = (self.offset, len);
-        let mut left = len as usize;
+        (part.offset, part.len) = (self.offset + skip, len);
+        let (mut skip, mut left) = (skip as usize, len as usize);
         for segment in self.segments() {
+            let skipped = segment.iov_len.min(skip);
+            let iov_len = (segment.iov_len - skipped).min(left);
+            if iov_len > 0 {
+                let iov_base = segment.iov_base.cast::<u8>().wrapping_add(skipped).cast();
+                part.iov.push(libc::iovec { iov_base, iov_len });
+            }
+            (skip, left) = (skip - skipped, left - iov_len);
             if left == 0 {
                 break;
             }
-            let iov_len = segment.iov_len.min(left);
-            part.iov.push(libc::iovec { iov_len, ..*segment });
-            left -= iov_len;
         }
     }
 

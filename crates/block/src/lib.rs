@@ -35,7 +35,7 @@ pub use image::{GrowError, Image, ImageError, Name, OpenOptions, Unit};
 pub use io::{Absorbed, Io, Prepared};
 pub use lock::{Holder, LockError};
 #[cfg(target_arch = "x86_64")]
-pub use mapped::{MappedEngine, Mapping};
+pub use mapped::{Known, MappedEngine, Mapping};
 pub use nowait::NowaitEngine;
 pub use null::NullEngine;
 pub use op::Op;

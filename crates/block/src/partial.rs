@@ -93,9 +93,12 @@ impl PartialWrites {
     pub(crate) fn try_enter(&self, offset: u64, len: u64) -> bool {
         let wanted = self.wanted(offset, len);
         let (partial, wide) = (u32::from(wanted.is_partial()), u32::from(wanted.is_wide()));
-        // Each counts itself before it looks for others, so at least one of two sees the other.
-        self.partial.fetch_add(partial, SeqCst);
-        self.wide.fetch_add(wide, SeqCst);
+        // Each counts itself before it looks for others, so at least one of two sees the other. Most are
+        // neither, and write to nothing that all threads share.
+        if partial + wide > 0 {
+            self.partial.fetch_add(partial, SeqCst);
+            self.wide.fetch_add(wide, SeqCst);
+        }
         let alone = (partial == 0 || self.wide.load(SeqCst) == wide)
             && (wide == 0 || self.partial.load(SeqCst) == partial);
         let (mut own, mut shared) = (0, 0);
@@ -119,8 +122,11 @@ impl PartialWrites {
     }
 
     fn uncount(&self, wanted: &Wanted) {
-        self.wide.fetch_sub(u32::from(wanted.is_wide()), SeqCst);
-        self.partial.fetch_sub(u32::from(wanted.is_partial()), SeqCst);
+        let (partial, wide) = (u32::from(wanted.is_partial()), u32::from(wanted.is_wide()));
+        if partial + wide > 0 {
+            self.wide.fetch_sub(wide, SeqCst);
+            self.partial.fetch_sub(partial, SeqCst);
+        }
     }
 
     fn take(&self, block: u64) -> Result<(), i32> {

@@ -7,7 +7,8 @@
 //!
 //! Requests look, note what they have seen themselves, and ask for what they do not know: each a few
 //! loads and stores, whatever the size of the image. Who answers is a thread beside them (`search`).
-//! To forget everything makes the age one more, and no piece of another age counts.
+//! To forget everything makes the age one more, and no piece of another age counts. A file that is
+//! made anew has no page, which needs no look: its pieces are `Empty` until then.
 //!
 //! All of it is a guess. A page that is wrongly held for present costs a page of memory on tmpfs,
 //! and elsewhere a wait for the medium; one that is missing here costs a system call. Threads
@@ -51,6 +52,8 @@ pub(crate) struct Present {
     pieces: Box<[AtomicU32]>,
     pages: Box<[AtomicU64]>,
     age: AtomicU32,
+    /// What stands for a piece that nothing is noted of, which is zero.
+    untouched: u32,
     /// Numbers of pieces, plus one; each has its place.
     questions: Box<[AtomicU64]>,
     /// Bytes of the file that count: whole pages.
@@ -88,16 +91,17 @@ fn units(offset: u64, len: u64, shift: u32) -> Range<u64> {
 }
 
 impl Present {
-    /// Knows nothing of a file of `len` bytes.
+    /// Knows nothing of a file of `len` bytes, or that it has no page.
     ///
     /// # Errors
     /// There is not enough address space.
-    pub(crate) fn new(len: u64) -> io::Result<Self> {
+    pub(crate) fn new(len: u64, empty: bool) -> io::Result<Self> {
         let pieces = (len >> PIECE_SHIFT) + 1;
         Ok(Self {
             pieces: zeros(pieces)?,
             pages: zeros(pieces * PIECE_WORDS as u64)?,
             age: AtomicU32::new(FIRST_AGE),
+            untouched: if empty { FIRST_AGE | State::Empty as u32 } else { 0 },
             questions: zeros(QUESTIONS as u64)?,
             len,
         })
@@ -113,6 +117,7 @@ impl Present {
     }
 
     fn state_of(&self, word: u32) -> State {
+        let word = if word == 0 { self.untouched } else { word };
         if word & !(FIRST_AGE - 1) != self.age() {
             return State::Unknown;
         }
@@ -304,7 +309,7 @@ mod tests {
 
     #[test]
     fn what_is_not_known_is_asked_for_once_and_answered() {
-        let present = Present::new(3 * PIECE + 5 * PAGE).unwrap();
+        let present = Present::new(3 * PIECE + 5 * PAGE, false).unwrap();
         assert_eq!(present.has(0, PAGE), (false, true));
         assert_eq!(present.has(PAGE, PAGE), (false, false), "somebody looks already");
         assert_eq!(present.has(3 * PIECE, 5 * PAGE), (false, true), "the last, which is short");
@@ -317,7 +322,7 @@ mod tests {
 
     #[test]
     fn pages_that_went_through_a_request_are_there() {
-        let present = Present::new(PIECE).unwrap();
+        let present = Present::new(PIECE, false).unwrap();
         present.add(0, PAGE);
         assert!(!present.has(0, PAGE).0, "the search will find it");
         answer(&present, |_| false);
@@ -330,7 +335,7 @@ mod tests {
 
     #[test]
     fn what_is_discarded_during_a_search_is_not_taken_for_there() {
-        let present = Present::new(2 * PIECE).unwrap();
+        let present = Present::new(2 * PIECE, false).unwrap();
         for discarded in [0..PAGE, 0..2 * PIECE] {
             present.has(0, PAGE);
             let piece = present.questions().next().unwrap();
@@ -349,7 +354,7 @@ mod tests {
     #[test]
     fn to_forget_is_one_store_and_what_was_asked_can_be_asked_again() {
         // 16 EiB would take 30 s to walk.
-        let present = Present::new(1 << 44).unwrap();
+        let present = Present::new(1 << 44, false).unwrap();
         present.has(0, PAGE);
         present.has(PIECE, PAGE);
         answer(&present, |page| page == 0);
@@ -364,8 +369,23 @@ mod tests {
     }
 
     #[test]
+    fn a_new_file_has_the_pages_that_went_through_requests_and_no_others() {
+        let present = Present::new(2 * PIECE, true).unwrap();
+        assert_eq!(present.has(0, PAGE), (false, false), "nobody has to look");
+        present.add(PAGE, PAGE);
+        assert!(present.has(PAGE, PAGE).0 && !present.has(0, 2 * PAGE).0);
+        present.remove(0, PIECE);
+        assert_eq!(present.has(PAGE, PAGE), (false, false));
+        present.add(0, PAGE);
+        assert!(present.has(0, PAGE).0 && !present.has(PAGE, PAGE).0);
+        // Under memory pressure nothing is known of the others either.
+        present.forget();
+        assert_eq!(present.has(PIECE, PAGE), (false, true));
+    }
+
+    #[test]
     fn more_questions_than_have_room_are_asked_later() {
-        let present = Present::new((QUESTIONS as u64 + 1) * PIECE).unwrap();
+        let present = Present::new((QUESTIONS as u64 + 1) * PIECE, false).unwrap();
         for piece in 0..QUESTIONS as u64 {
             assert!(present.has(piece * PIECE, PAGE).1);
         }
@@ -376,6 +396,6 @@ mod tests {
 
     #[test]
     fn a_file_that_is_too_large_is_refused() {
-        assert!(Present::new(1 << 62).is_err());
+        assert!(Present::new(1 << 62, false).is_err());
     }
 }

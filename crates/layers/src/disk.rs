@@ -18,9 +18,9 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-#[cfg(target_arch = "x86_64")]
-use semper_block::Mapping;
 use semper_block::{Image, Op, SECTOR_SIZE, Target};
+#[cfg(target_arch = "x86_64")]
+use semper_block::{Known, Mapping};
 use semper_epoch::{Denied, lock, record_path, set_layered};
 
 use crate::BLOCK;
@@ -88,14 +88,22 @@ impl Disk {
         Ok(beside(path, &format!("-{}-{}", key.epoch, key.id)))
     }
 
-    fn wrap(&self, part: Part, file: File, access: Access) -> io::Result<Arc<dyn Bytes>> {
+    /// `new`: nothing was written to it yet.
+    fn wrap(
+        &self,
+        part: Part,
+        file: File,
+        (access, new): (Access, bool),
+    ) -> io::Result<Arc<dyn Bytes>> {
         let again = || File::open(format!("/proc/self/fd/{}", file.as_raw_fd()));
         let flushed = if access == Access::Write { Some(again()?) } else { None };
         #[cfg(target_arch = "x86_64")]
         let mapping = match part {
             Part::Data(_) if self.mapped => {
                 let (size, reads) = (file.metadata()?.len(), access == Access::Read);
-                Some(Mapping::of(file.as_raw_fd(), size, reads, is_tmpfs(&file))?)
+                let elsewhere = if new { Known::NoPage } else { Known::Nothing };
+                let known = if is_tmpfs(&file) { Known::Lasting } else { elsewhere };
+                Some(Mapping::of(file.as_raw_fd(), size, reads, known)?)
             }
             _ => None,
         };
@@ -185,7 +193,7 @@ impl Files for Disk {
             (Access::Read, Part::Record) => lock(&file, libc::F_RDLCK)?,
             (Access::Read, Part::Data(_) | Part::Map(_)) => {}
         }
-        self.wrap(part, file, access).map(Some)
+        self.wrap(part, file, (access, false)).map(Some)
     }
 
     fn create(&self, part: Part, size: u64) -> io::Result<Arc<dyn Bytes>> {
@@ -193,7 +201,7 @@ impl Files for Disk {
         let file = self.options(part, Access::Write).create_new(true).open(self.path(part))?;
         lock(&file, libc::F_WRLCK)?;
         file.set_len(size)?;
-        self.wrap(part, file, Access::Write)
+        self.wrap(part, file, (Access::Write, true))
     }
 
     fn remove(&self, part: Part) -> io::Result<()> {

@@ -2,7 +2,7 @@
 //!
 //! | request | goes to |
 //! |---|---|
-//! | read | the file that has its first block, as far as the blocks behind are in the same; the result is short, and the rest is submitted again |
+//! | read | the file that has each block: what lies together is a part, and all parts are under way at the same time |
 //! | write | the highest layer. A block that it has not as data and that is written in part is completed first: read from below, written as a whole |
 //! | discard, write zeroes | the highest layer, in whole blocks; what it did not have reads as zeros from then on |
 //! | flush | data of each file that may not be on the medium, then the maps |
@@ -25,6 +25,13 @@ use crate::bits::Have;
 use crate::chain::{Chain, Current, Level, Look, Source};
 use crate::keeper::Pages;
 use crate::mistake::{Mistake, made};
+
+/// Parts of a read that are under way at the same time; what is behind them is submitted afterwards.
+const PARTS: usize = 32;
+/// With so many requests under way nothing is gained by more, and the kernel has room for them.
+const ENOUGH: usize = 256;
+/// Where in a token the number of a part stands, plus one.
+const PART_SHIFT: u32 = 48;
 
 /// An engine that serves the chain of an image, if there is one.
 pub struct LayeredEngine<E> {
@@ -49,8 +56,8 @@ struct Pending {
 }
 
 enum Next {
-    /// Nothing but its result.
-    Answer,
+    /// Parts of a read are under way.
+    Gather(Box<Gather>),
     /// Blocks are to be noted that were written from `offset` on; `stable`: and brought to the medium.
     Note { offset: u64, stable: bool },
     /// Blocks are to be noted that read as zeros.
@@ -76,6 +83,35 @@ struct Part {
     stable: bool,
 }
 
+/// A read of several files.
+struct Gather {
+    /// Bytes that each part asks for, and what has become of it.
+    parts: Vec<(u64, Option<i32>)>,
+    /// What was submitted for those that are, or were, under way; boxed, as they stay where they are.
+    #[allow(clippy::vec_box)]
+    ios: Vec<Box<Io>>,
+}
+
+impl Gather {
+    /// The result: up to the first part that is short or failed. Its rest is submitted again, so an error
+    /// that is not the first part's is met then.
+    fn result(&self) -> i32 {
+        let mut moved = 0;
+        for (len, result) in &self.parts {
+            let result = result.unwrap_or(0);
+            match u64::try_from(result) {
+                Err(_) if moved == 0 => return result,
+                Err(_) => break,
+                Ok(done) => moved += done.min(*len),
+            }
+            if u64::try_from(result).is_ok_and(|done| done < *len) {
+                break;
+            }
+        }
+        result_of(moved)
+    }
+}
+
 /// A flush of several files.
 struct Flush {
     looks: Vec<(Arc<Level>, Look)>,
@@ -96,7 +132,7 @@ enum File {
 
 /// The next system call, or the end.
 enum Turn {
-    Submit(Pending),
+    Submit(Box<Io>, Next),
     End(i32),
 }
 
@@ -131,12 +167,6 @@ impl<E: FileEngine> LayeredEngine<E> {
         self.chain = self.current.get();
     }
 
-    fn part_of(&mut self, io: &Io, len: u64) -> Box<Io> {
-        let mut part = self.spare.pop().unwrap_or_default();
-        io.begin_part(&mut part, len);
-        part
-    }
-
     /// Submits to a file of the chain.
     ///
     /// # Safety
@@ -162,14 +192,88 @@ impl<E: FileEngine> LayeredEngine<E> {
             unsafe { fill_zeros(io, len) };
             return Submission::Done(result_of(len));
         }
-        if len == io.len {
-            // SAFETY: the caller's promise, handed on; so below.
-            return unsafe { self.to(chain, source, token, io) };
+        // SAFETY: the caller's promise, handed on.
+        unsafe {
+            match len == io.len {
+                true => self.to(chain, source, token, io),
+                false => self.gather(chain, token, io),
+            }
         }
-        let part = self.part_of(io, len);
-        // SAFETY: see above; the part lives in `pending` until it was reaped.
-        let submission = unsafe { self.to(chain, source, token, &part) };
-        self.keep(chain, Some(part), Next::Answer, token, submission)
+    }
+
+    /// Reads what lies in several files.
+    ///
+    /// # Safety
+    /// As [`Engine::submit`].
+    unsafe fn gather(&mut self, chain: &Arc<Chain>, token: u64, io: &Io) -> Submission {
+        let (mut at, end) = (io.offset, io.offset + io.len);
+        let parts = Vec::with_capacity(PARTS);
+        let mut gather = Box::new(Gather { parts, ios: Vec::new() });
+        let mut part = self.spare.pop().unwrap_or_default();
+        while at < end
+            && gather.parts.len() < PARTS
+            && (gather.parts.is_empty() || self.inner.in_flight() < ENOUGH)
+        {
+            let (source, count) = chain.run(at / BLOCK, (end - 1) / BLOCK);
+            let len = ((at / BLOCK + count) * BLOCK).min(end) - at;
+            io.begin_part(&mut part, at - io.offset, len);
+            let token = token | (gather.parts.len() as u64 + 1) << PART_SHIFT;
+            // SAFETY: the caller's promise, handed on; the part lives in `pending` until it was reaped.
+            let submission = unsafe {
+                match source {
+                    Source::Zeros => {
+                        fill_zeros(&part, len);
+                        Submission::Done(result_of(len))
+                    }
+                    Source::Base | Source::Layer(_) => self.to(chain, source, token, &part),
+                }
+            };
+            at += len;
+            match submission {
+                Submission::Queued => {
+                    let next = self.spare.pop().unwrap_or_default();
+                    gather.ios.push(std::mem::replace(&mut part, next));
+                    gather.parts.push((len, None));
+                }
+                Submission::Done(result) => {
+                    gather.parts.push((len, Some(result)));
+                    if u64::try_from(result) != Ok(len) {
+                        break;
+                    }
+                }
+            }
+        }
+        self.give_back(Some(part));
+        match gather.ios.is_empty() {
+            true => Submission::Done(gather.result()),
+            false => self.hold(chain, token, None, Next::Gather(gather)),
+        }
+    }
+
+    /// A part of a read has ended; the read's result if it was the last.
+    fn gathered(&mut self, token: u64, result: i32) -> Option<i32> {
+        let (n, token) = ((token >> PART_SHIFT) as usize - 1, token & ((1 << PART_SHIFT) - 1));
+        let Next::Gather(gather) = &mut self.pending.get_mut(&token)?.next else { return None };
+        gather.parts.get_mut(n)?.1 = Some(result);
+        if gather.parts.iter().any(|(_, result)| result.is_none()) {
+            return None;
+        }
+        let (result, ios) = (gather.result(), std::mem::take(&mut gather.ios));
+        self.pending.remove(&token);
+        ios.into_iter().for_each(|io| self.give_back(Some(io)));
+        Some(result)
+    }
+
+    /// Keeps what is under way.
+    fn hold(
+        &mut self,
+        chain: &Arc<Chain>,
+        token: u64,
+        io: Option<Box<Io>>,
+        next: Next,
+    ) -> Submission {
+        self.pending.insert(token, Pending { chain: Arc::clone(chain), io, next });
+        Submission::Queued
     }
 
     /// Takes a submission into account: goes on with what is done, keeps what is under way.
@@ -181,13 +285,9 @@ impl<E: FileEngine> LayeredEngine<E> {
         token: u64,
         submission: Submission,
     ) -> Submission {
-        let pending = Pending { chain: Arc::clone(chain), io, next };
         match submission {
-            Submission::Queued => {
-                self.pending.insert(token, pending);
-                Submission::Queued
-            }
-            Submission::Done(result) => self.go_on(token, pending, result),
+            Submission::Queued => self.hold(chain, token, io, next),
+            Submission::Done(result) => self.go_on(chain, token, (io, next), result),
         }
     }
 
@@ -221,7 +321,11 @@ impl<E: FileEngine> LayeredEngine<E> {
             // SAFETY: the caller's promise, handed on; so below.
             return unsafe { self.to(chain, target, token, io) };
         }
-        let part = (len < io.len).then(|| self.part_of(io, len));
+        let part = (len < io.len).then(|| {
+            let mut part = self.spare.pop().unwrap_or_default();
+            io.begin_part(&mut part, 0, len);
+            part
+        });
         // SAFETY: see above; the part lives in `pending` until it was reaped.
         let submission = unsafe { self.to(chain, target, token, part.as_deref().unwrap_or(io)) };
         let next = Next::Note { offset, stable: unmapped };
@@ -246,8 +350,7 @@ impl<E: FileEngine> LayeredEngine<E> {
             done: if source == Source::Zeros { BLOCK as usize } else { 0 },
             stable,
         };
-        let pending = Pending { chain: Arc::clone(chain), io: None, next: Next::Load(part.into()) };
-        self.go_on(token, pending, 0)
+        self.go_on(chain, token, (None, Next::Load(part.into())), 0)
     }
 
     /// # Safety
@@ -273,111 +376,108 @@ impl<E: FileEngine> LayeredEngine<E> {
             // SAFETY: the caller's promise, handed on.
             return unsafe { self.to(chain, Source::Layer(n), token, io) };
         }
-        let flush = Next::Flush(Flush::new(chain, 0));
-        let pending = Pending { chain: Arc::clone(chain), io: None, next: flush };
-        self.go_on(token, pending, 0)
+        self.go_on(chain, token, (None, Next::Flush(Flush::new(chain, 0))), 0)
     }
 
     /// A system call of the request ended: the next one, or the end.
-    fn go_on(&mut self, token: u64, mut pending: Pending, mut result: i32) -> Submission {
+    fn go_on(
+        &mut self,
+        chain: &Arc<Chain>,
+        token: u64,
+        (mut io, mut next): (Option<Box<Io>>, Next),
+        mut result: i32,
+    ) -> Submission {
         loop {
-            match self.turn(pending, result) {
+            let now = match self.turn(chain, io, next, result) {
                 Turn::End(result) => return Submission::Done(result),
-                Turn::Submit(next) => pending = next,
-            }
-            let Pending { chain, io: Some(io), next } = &pending else {
-                return Submission::Done(-libc::EIO);
+                Turn::Submit(now, then) => {
+                    next = then;
+                    now
+                }
             };
-            // SAFETY: the memory that `io` names is in `pending`, which lives until it was reaped; the
-            // chain keeps the descriptors open.
+            // SAFETY: the memory that `now` names is in `pending` until it was reaped; the chain keeps the
+            // descriptors open.
             let submission = unsafe {
-                match next {
+                match &next {
                     Next::Load(part) => match part.source {
                         Source::Layer(n) => {
-                            self.inner.submit_to(&chain.levels[n].targets.0, token, io)
+                            self.inner.submit_to(&chain.levels[n].targets.0, token, &now)
                         }
-                        Source::Base | Source::Zeros => self.inner.submit(token, io),
+                        Source::Base | Source::Zeros => self.inner.submit(token, &now),
                     },
                     Next::Flush(flush) => match flush.files.last() {
                         Some(File::Data(n)) => {
-                            self.inner.submit_to(&chain.levels[*n].targets.0, token, io)
+                            self.inner.submit_to(&chain.levels[*n].targets.0, token, &now)
                         }
                         Some(File::Map(n)) => {
-                            self.inner.submit_to(&flush.looks[*n].0.targets.1, token, io)
+                            self.inner.submit_to(&flush.looks[*n].0.targets.1, token, &now)
                         }
-                        Some(File::Base) | None => self.inner.submit(token, io),
+                        Some(File::Base) | None => self.inner.submit(token, &now),
                     },
                     _ => match chain.top() {
-                        Some(top) => self.inner.submit_to(&top.targets.0, token, io),
+                        Some(top) => self.inner.submit_to(&top.targets.0, token, &now),
                         None => Submission::Done(-libc::EROFS),
                     },
                 }
             };
             match submission {
-                Submission::Done(done) => result = done,
-                Submission::Queued => {
-                    self.pending.insert(token, pending);
-                    return Submission::Queued;
-                }
+                Submission::Done(done) => (io, result) = (Some(now), done),
+                Submission::Queued => return self.hold(chain, token, Some(now), next),
             }
         }
     }
 
     /// What follows a result.
-    fn turn(&mut self, mut pending: Pending, result: i32) -> Turn {
+    fn turn(&mut self, chain: &Chain, io: Option<Box<Io>>, next: Next, result: i32) -> Turn {
         if result < 0 {
-            self.give_back(pending.io.take());
+            self.give_back(io);
             return Turn::End(result);
         }
-        let chain = Arc::clone(&pending.chain);
-        match pending.next {
-            Next::Answer => {
-                self.give_back(pending.io.take());
-                Turn::End(result)
-            }
+        match next {
+            // It has no system calls of its own.
+            Next::Gather(_) => Turn::End(result),
             Next::Note { offset, stable } => {
-                self.give_back(pending.io.take());
+                self.give_back(io);
                 let asked = u64::from(result.unsigned_abs());
-                note_written(&chain, offset, asked)
-                    .map_or_else(Turn::End, |done| self.end_write(&chain, done, stable))
+                note_written(chain, offset, asked)
+                    .map_or_else(Turn::End, |done| self.end_write(chain, done, stable))
             }
-            Next::NoteZeros { first, count } => match note(&chain, first, count, Have::Zeros) {
+            Next::NoteZeros { first, count } => match note(chain, first, count, Have::Zeros) {
                 Ok(()) => Turn::End(result),
                 Err(errno) => Turn::End(errno),
             },
             Next::Load(mut part) => {
                 let before = part.done;
                 part.done += (result.unsigned_abs() as usize).min(BLOCK as usize - before);
-                let begun = pending.io.is_some();
+                let begun = io.is_some();
                 // The end of the file: what is behind it is zeros.
                 if part.done == BLOCK as usize || begun && part.done == before {
                     let (at, len) = (part.at, part.bytes.len());
                     part.page.bytes()[at..at + len].copy_from_slice(&part.bytes);
                     part.done = 0;
-                    let io = self.page_io(pending.io.take(), &mut part, true);
-                    return Turn::Submit(Pending { chain, io: Some(io), next: Next::Store(part) });
+                    let io = self.page_io(io, &mut part, true);
+                    return Turn::Submit(io, Next::Store(part));
                 }
-                let io = self.page_io(pending.io.take(), &mut part, false);
-                Turn::Submit(Pending { chain, io: Some(io), next: Next::Load(part) })
+                let io = self.page_io(io, &mut part, false);
+                Turn::Submit(io, Next::Load(part))
             }
             Next::Store(mut part) => {
                 if result == 0 {
-                    self.give_back(pending.io.take());
+                    self.give_back(io);
                     return Turn::End(-libc::EIO);
                 }
                 part.done += (result.unsigned_abs() as usize).min(BLOCK as usize - part.done);
                 if part.done < BLOCK as usize {
-                    let io = self.page_io(pending.io.take(), &mut part, true);
-                    return Turn::Submit(Pending { chain, io: Some(io), next: Next::Store(part) });
+                    let io = self.page_io(io, &mut part, true);
+                    return Turn::Submit(io, Next::Store(part));
                 }
-                self.give_back(pending.io.take());
-                match note(&chain, part.block, 1, Have::Data) {
-                    Ok(()) => self.end_write(&chain, part.bytes.len() as u64, part.stable),
+                self.give_back(io);
+                match note(chain, part.block, 1, Have::Data) {
+                    Ok(()) => self.end_write(chain, part.bytes.len() as u64, part.stable),
                     Err(errno) => Turn::End(errno),
                 }
             }
             Next::Flush(mut flush) => {
-                let mut io = pending.io.take();
                 if io.is_some() {
                     flush.files.pop();
                 }
@@ -392,21 +492,19 @@ impl<E: FileEngine> LayeredEngine<E> {
                     flush.looks.iter().for_each(|(level, look)| level.flushed(look));
                     return Turn::End(flush.result);
                 }
-                let mut io = io.take().or_else(|| self.spare.pop()).unwrap_or_default();
+                let mut io = io.or_else(|| self.spare.pop()).unwrap_or_default();
                 io.reset(Op::Flush);
-                Turn::Submit(Pending { chain, io: Some(io), next: Next::Flush(flush) })
+                Turn::Submit(io, Next::Flush(flush))
             }
         }
     }
 
     /// A write is done, but for what `stable` asks.
-    fn end_write(&mut self, chain: &Arc<Chain>, done: u64, stable: bool) -> Turn {
+    fn end_write(&mut self, chain: &Chain, done: u64, stable: bool) -> Turn {
         if !stable {
             return Turn::End(result_of(done));
         }
-        let flush = Next::Flush(Flush::new(chain, result_of(done)));
-        let pending = Pending { chain: Arc::clone(chain), io: None, next: flush };
-        self.turn(pending, 0)
+        self.turn(chain, None, Next::Flush(Flush::new(chain, result_of(done))), 0)
     }
 
     /// A read or write of what is left of a block's page.
@@ -556,9 +654,14 @@ impl<E: FileEngine> Engine for LayeredEngine<E> {
         let mut reaped = std::mem::take(&mut self.reaped);
         self.inner.reap(&mut reaped);
         for (token, result) in reaped.drain(..) {
+            if token >> PART_SHIFT != 0 {
+                let whole = token & ((1 << PART_SHIFT) - 1);
+                into.extend(self.gathered(token, result).map(|result| (whole, result)));
+                continue;
+            }
             let result = match self.pending.remove(&token) {
                 None => Submission::Done(result),
-                Some(pending) => self.go_on(token, pending, result),
+                Some(Pending { chain, io, next }) => self.go_on(&chain, token, (io, next), result),
             };
             if let Submission::Done(result) = result {
                 into.push((token, result));
