@@ -4,6 +4,7 @@ use std::fs::File;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use semper_block::{Image, OpenOptions, SyncEngine};
 use semper_device::Device;
@@ -52,7 +53,9 @@ impl Target {
             line: true,
             walls: Standing::default(),
         };
-        let server = Server::new(device, None, incoming, inbox, facts).expect("a page");
+        let mut server = Server::new(device, None, incoming, inbox, facts).expect("a page");
+        // Nobody answers here, and each question that waits for an answer would take half a minute.
+        server.patience = Duration::from_millis(1);
         // SAFETY: the name is a string; the result is checked and then owned.
         let memory = unsafe {
             let fd = libc::memfd_create(c"attack".as_ptr(), libc::MFD_CLOEXEC);

@@ -107,6 +107,7 @@ pub(crate) struct Server {
     doorbells_trapped: u64,
     protocol_errors: u64,
     last_error: Option<String>,
+    pub(crate) patience: Duration,
 }
 
 /// A body, and a file that goes with it.
@@ -156,6 +157,7 @@ impl Server {
             doorbells_trapped: 0,
             protocol_errors: 0,
             last_error: None,
+            patience: PATIENCE,
         })
     }
 
@@ -173,12 +175,12 @@ impl Server {
                 self.let_spare_end();
                 self.device.hold(true);
                 self.dma.quiet = true;
-                let finished = self.finish_in_flight(PATIENCE);
+                let finished = self.finish_in_flight(self.patience);
                 match finished {
                     true => log::info!("everything in flight was finished"),
                     false => log::error!(
                         "requests did not end within {} s, and may still reach the image; its claim stays",
-                        PATIENCE.as_secs()
+                        self.patience.as_secs()
                     ),
                 }
                 if let Some(tenure) =
@@ -230,7 +232,7 @@ impl Server {
     /// Turns until something is so; false when it does not become so in time, or QEMU goes.
     fn turn_until(&mut self, is_so: impl Fn(&Self) -> bool) -> bool {
         let begun = Instant::now();
-        while self.end.is_none() && begun.elapsed() < PATIENCE {
+        while self.end.is_none() && begun.elapsed() < self.patience {
             let activity = self.turn();
             if is_so(self) {
                 return true;

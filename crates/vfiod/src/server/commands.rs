@@ -7,7 +7,7 @@ use semper_device::registers::Kind;
 use semper_epoch::{Claim, Id};
 use serde::Serialize;
 
-use super::{PATIENCE, Phase, Server};
+use super::{Phase, Server};
 use crate::answers;
 use crate::args::Doorbells;
 use crate::control::{
@@ -203,7 +203,7 @@ impl Server {
             false => Err(failed(format!(
                 "requests did not end within {} s; look at the image's storage, and whether QEMU \
                  still answers",
-                PATIENCE.as_secs()
+                self.patience.as_secs()
             ))),
         }
     }
@@ -220,7 +220,7 @@ impl Server {
             true => Ok(()),
             false => Err(failed(format!(
                 "QEMU has sent more than could be heard within {} s; try it again",
-                PATIENCE.as_secs()
+                self.patience.as_secs()
             ))),
         }
     }
