@@ -19,16 +19,19 @@
 //!   maker dies, and also when the agent does.
 //! - What does not work: to shut the listening socket down is for ever (listen(2) does not undo it),
 //!   and a backlog of 0 is room for one all the same.
-//! - A process that dies between its accept of the plug and the next plug, some 20 µs, leaves room.
+//! - The plug is made by the process beside (`connects`), which nobody waits for: a process that dies
+//!   between its accept of the plug and the next plug, some 50 µs, leaves room.
 //!   The agent, which holds the same socket, turns away whoever came in then, when it has no backend.
 //!
 //! A plug is known by its own address, an abstract one that begins with [`PREFIX`].
 
+use std::ffi::OsString;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::linux::net::SocketAddrExt;
-use std::os::unix::ffi::OsStrExt;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
 
 use crate::state::now_ns;
 
@@ -36,19 +39,21 @@ use crate::state::now_ns;
 const PREFIX: &[u8] = b"semper-plug-";
 
 /// The socket that front ends connect to.
-pub(crate) struct Door {
+pub(crate) struct Door<P> {
     listener: UnixListener,
+    plug: P,
 }
 
-impl Door {
-    /// Narrows the backlog; the door is shut when the first front end is in.
-    pub(crate) fn new(listener: UnixListener) -> Self {
+impl<P: Fn() -> io::Result<()>> Door<P> {
+    /// Narrows the backlog; the door is shut when the first front end is in. `plug` has
+    /// [`take_the_room`] called, by whoever may connect.
+    pub(crate) fn new(listener: UnixListener, plug: P) -> Self {
         // SAFETY: no memory is passed; of a socket that listens already only the backlog changes.
         if unsafe { libc::listen(listener.as_raw_fd(), 0) } != 0 {
             let error = io::Error::last_os_error();
             log::warn!("front ends will be let in while nobody serves error=\"{error}\"");
         }
-        Self { listener }
+        Self { listener, plug }
     }
 
     /// Waits for a front end, and shuts the door behind it.
@@ -68,39 +73,60 @@ impl Door {
 
     /// Keeps others out: a front end is in, whichever way.
     pub(crate) fn shut(&self) {
-        if let Err(error) = self.plug() {
+        if let Err(error) = (self.plug)() {
             log::warn!("another front end will be let in error=\"{error}\"");
         }
     }
+}
 
-    /// Takes the room in the backlog, unless somebody else has it already.
-    fn plug(&self) -> io::Result<()> {
-        let here = self.listener.local_addr()?;
-        let Some(path) = here.as_pathname() else { return Ok(()) };
-        let unique = format!("{}-{}", std::process::id(), now_ns());
-        let (own, own_len) = address(&[b"\0", PREFIX, unique.as_bytes()].concat())?;
-        let (door, door_len) = address(path.as_os_str().as_bytes())?;
-        let kind = libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
-        // SAFETY: no memory is passed.
-        let plug = unsafe { libc::socket(libc::AF_UNIX, kind, 0) };
-        if plug < 0 {
-            return Err(io::Error::last_os_error());
+/// Where the door is that listens at an inherited descriptor; none, if that is no door with a path.
+pub(crate) fn place_of(fd: i32) -> Option<PathBuf> {
+    // SAFETY: plain data, of which zeros are a value; the kernel writes at most `length` bytes. What
+    // is no socket is refused.
+    let (address, length) = unsafe {
+        let mut address: libc::sockaddr_un = std::mem::zeroed();
+        let mut length = size_of::<libc::sockaddr_un>() as libc::socklen_t;
+        if libc::getsockname(fd, (&raw mut address).cast(), &mut length) != 0 {
+            return None;
         }
-        // SAFETY: the descriptor is new, and nobody else has it.
-        let plug = unsafe { OwnedFd::from_raw_fd(plug) };
-        // SAFETY: both addresses live across the calls, and have at least as many bytes as is said.
-        let status = unsafe {
-            match libc::bind(plug.as_raw_fd(), (&raw const own).cast(), own_len) {
-                0 => libc::connect(plug.as_raw_fd(), (&raw const door).cast(), door_len),
-                failed => failed,
-            }
-        };
-        match io::Error::last_os_error() {
-            _ if status == 0 => Ok(()),
-            // Whoever has the room waits for this process, as for a plug.
-            error if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
-            error => Err(error),
+        (address, length as usize)
+    };
+    let start = std::mem::offset_of!(libc::sockaddr_un, sun_path);
+    let path = address.sun_path.get(..length.checked_sub(start)?)?;
+    let bytes: Vec<u8> =
+        path.iter().map(|&byte| byte as u8).take_while(|&byte| byte != 0).collect();
+    let named = i32::from(address.sun_family) == libc::AF_UNIX && !bytes.is_empty();
+    named.then(|| PathBuf::from(OsString::from_vec(bytes)))
+}
+
+/// Takes the room in the backlog of the door at `path`, unless somebody else has it already.
+///
+/// # Errors
+/// The system's.
+pub(crate) fn take_the_room(path: &Path) -> io::Result<()> {
+    let unique = format!("{}-{}", std::process::id(), now_ns());
+    let (own, own_len) = address(&[b"\0", PREFIX, unique.as_bytes()].concat())?;
+    let (door, door_len) = address(path.as_os_str().as_bytes())?;
+    let kind = libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+    // SAFETY: no memory is passed.
+    let plug = unsafe { libc::socket(libc::AF_UNIX, kind, 0) };
+    if plug < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor is new, and nobody else has it.
+    let plug = unsafe { OwnedFd::from_raw_fd(plug) };
+    // SAFETY: both addresses live across the calls, and have at least as many bytes as is said.
+    let status = unsafe {
+        match libc::bind(plug.as_raw_fd(), (&raw const own).cast(), own_len) {
+            0 => libc::connect(plug.as_raw_fd(), (&raw const door).cast(), door_len),
+            failed => failed,
         }
+    };
+    match io::Error::last_os_error() {
+        _ if status == 0 => Ok(()),
+        // Whoever has the room waits for this process, as for a plug.
+        error if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
+        error => Err(error),
     }
 }
 
@@ -135,7 +161,7 @@ mod tests {
     const SOON: Duration = Duration::from_millis(300);
     const LATE: Duration = Duration::from_secs(20);
 
-    fn connect(path: &std::path::Path) -> mpsc::Receiver<UnixStream> {
+    fn connect(path: &Path) -> mpsc::Receiver<UnixStream> {
         let (sender, receiver) = mpsc::channel();
         let path = path.to_owned();
         std::thread::spawn(move || sender.send(UnixStream::connect(path).unwrap()));
@@ -150,7 +176,7 @@ mod tests {
         let kept = listener.try_clone().unwrap();
 
         let first = connect(&path);
-        let door = Door::new(listener);
+        let door = Door::new(listener, || take_the_room(&path));
         let mut served = door.accept().unwrap();
         served.write_all(b"1").unwrap();
         first.recv_timeout(LATE).unwrap().read_exact(&mut [0]).unwrap();
@@ -160,7 +186,7 @@ mod tests {
         let second = connect(&path);
         assert!(second.recv_timeout(SOON).is_err(), "connected to nobody");
 
-        let next = Door::new(kept);
+        let next = Door::new(kept, || take_the_room(&path));
         let mut served = next.accept().unwrap();
         served.write_all(b"2").unwrap();
         second.recv_timeout(LATE).unwrap().read_exact(&mut [0]).unwrap();
@@ -177,6 +203,19 @@ mod tests {
         drop(listener.accept().unwrap());
         drop(first);
         connect(&path).recv_timeout(LATE).unwrap();
+    }
+
+    #[test]
+    fn a_door_is_known_by_its_descriptor() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("door");
+        let listener = UnixListener::bind(&path).unwrap();
+        assert_eq!(place_of(listener.as_raw_fd()), Some(path));
+        let (unnamed, _) = UnixStream::pair().unwrap();
+        let tcp = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        for other in [unnamed.as_raw_fd(), tcp.as_raw_fd(), -1] {
+            assert_eq!(place_of(other), None);
+        }
     }
 
     #[test]

@@ -6,6 +6,7 @@
 //!   control threads  the control socket; see `control`
 //!   session thread   tells the spares what the front end has said, or follows who serves; see `session`
 //!   signal thread    SIGTERM, SIGINT: drain, show everything to the guest, exit 0
+//!   processes beside one that connects, and nothing else (`connects`), and the memory reaper
 //! ```
 //!
 //! Exit status: see `semper_program`; 3 means that the image is another's (locked, or given away: see
@@ -18,6 +19,7 @@ mod args;
 mod block_map;
 mod channel;
 mod config;
+mod connects;
 mod contention;
 mod control;
 mod crash;

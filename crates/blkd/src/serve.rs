@@ -22,6 +22,7 @@ use vhost::vhost_user::Error as VhostError;
 
 use crate::args::{Args, EngineKind};
 use crate::block_map::{DiskMap, Keeping};
+use crate::connects::Connects;
 use crate::control::Control;
 use crate::descriptors;
 use crate::device::{Device, Offer};
@@ -52,6 +53,9 @@ pub(crate) fn run(args: Args, shared: Shared) -> Result<(), Failure> {
         log::warn!("hundreds of queues may be too many error=\"{error}\"");
     }
     urgency::ask_for_short_turns();
+    // Before anything is opened.
+    let connects =
+        Connects::start(&args).map_err(system("start the process that makes connections"))?;
     if let Err(error) = memory_reaper::engage() {
         log::warn!("memory will be taken apart before the image is free error=\"{error}\"");
     }
@@ -109,8 +113,8 @@ pub(crate) fn run(args: Args, shared: Shared) -> Result<(), Failure> {
     let (threads, engine) = start_threads(&args, &disk, &faults, &rings)?;
     let device = Arc::new(Mutex::new(Device::new(Arc::clone(&disk), threads, offer)));
     let session = urgency.without(|| {
-        let session =
-            Arc::new(session(&args, &disk.shared).map_err(system("start the session thread"))?);
+        let session = session(&args, &disk.shared, &connects);
+        let session = Arc::new(session.map_err(system("start the session thread"))?);
         if let Some(listener) = control_listener {
             let (device, session) = (Arc::clone(&device), Arc::clone(&session));
             let disk = Arc::clone(&disk);
@@ -153,8 +157,8 @@ pub(crate) fn run(args: Args, shared: Shared) -> Result<(), Failure> {
         disk.image.read_only(),
         args.num_queues
     );
-    let door = Door::new(listener);
-    manager.ready("serves");
+    let door = Door::new(listener, || connects.take_the_room());
+    manager.serves();
     session.listen(&mirror);
     if let Some(line) = line {
         door.shut();
@@ -164,9 +168,11 @@ pub(crate) fn run(args: Args, shared: Shared) -> Result<(), Failure> {
 }
 
 /// A spare follows whoever serves, and whoever serves lets itself be followed.
-fn session(args: &Args, shared: &Arc<Shared>) -> io::Result<Session> {
+fn session(args: &Args, shared: &Arc<Shared>, connects: &Connects) -> io::Result<Session> {
     let Some(socket) = args.session_socket.clone() else { return Ok(Session::default()) };
-    let follower = args.spare.then(|| Follower::start(socket.clone(), shared)).transpose()?;
+    let connects = connects.clone();
+    let follow = || Follower::start(move || connects.to_session(), shared);
+    let follower = args.spare.then(follow).transpose()?;
     Ok(Session::new(socket, follower))
 }
 
@@ -378,7 +384,7 @@ fn spawn_with<E: FileEngine + 'static>(
 }
 
 fn accept_forever(
-    door: &Door,
+    door: &Door<impl Fn() -> io::Result<()>>,
     mut peers: Peers,
     disk: &Arc<Disk>,
     device: &Arc<Mutex<Device>>,

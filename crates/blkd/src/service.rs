@@ -34,9 +34,16 @@ pub(crate) struct Manager(Option<UnixDatagram>);
 
 impl Manager {
     /// Connects: behind the walls it is too late for that. One that cannot be reached is told nothing.
+    /// By this socket, as it sends datagrams, others could be reached as well, and no other process
+    /// may speak for this one (`NotifyAccess=main`): so it is closed with the last word.
     pub(crate) fn connect() -> Self {
         let address = std::env::var_os("NOTIFY_SOCKET").unwrap_or_default();
         Self(connected(&address).ok().flatten())
+    }
+
+    /// It serves, and that is the last word.
+    pub(crate) fn serves(self) {
+        self.ready("serves");
     }
 
     /// It is ready; `status` says to people what it is doing.

@@ -23,7 +23,7 @@ pub fn listen(path: &Path, backlog: i32) -> io::Result<OwnedFd> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => return Err(error),
     }
-    let listener = new()?;
+    let listener = new(SocketFlags::empty())?;
     rustix::net::bind(&listener, &SocketAddrUnix::new(path)?)?;
     rustix::net::listen(&listener, backlog)?;
     semper_control::remember(path)?;
@@ -49,7 +49,18 @@ pub fn accept(listener: impl AsFd) -> io::Result<OwnedFd> {
 /// # Errors
 /// The system's; `ConnectionRefused` and `NotFound` while nobody serves.
 pub fn connect(path: &Path) -> io::Result<OwnedFd> {
-    let link = new()?;
+    connected(new(SocketFlags::empty())?, path)
+}
+
+/// The same, with `WouldBlock` where others wait already; nor does anything else wait at this socket.
+///
+/// # Errors
+/// As [`connect`].
+pub fn connect_without_waiting(path: &Path) -> io::Result<OwnedFd> {
+    connected(new(SocketFlags::NONBLOCK)?, path)
+}
+
+fn connected(link: OwnedFd, path: &Path) -> io::Result<OwnedFd> {
     rustix::net::connect(&link, &SocketAddrUnix::new(path)?)?;
     Ok(link)
 }
@@ -75,9 +86,9 @@ pub fn credentials(connection: impl AsFd) -> io::Result<libc::ucred> {
     if status == 0 { Ok(peer) } else { Err(io::Error::last_os_error()) }
 }
 
-fn new() -> io::Result<OwnedFd> {
-    let kind = SocketType::SEQPACKET;
-    Ok(rustix::net::socket_with(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None)?)
+fn new(flags: SocketFlags) -> io::Result<OwnedFd> {
+    let (kind, flags) = (SocketType::SEQPACKET, flags | SocketFlags::CLOEXEC);
+    Ok(rustix::net::socket_with(AddressFamily::UNIX, kind, flags, None)?)
 }
 
 #[cfg(test)]

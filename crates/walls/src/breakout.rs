@@ -13,7 +13,7 @@ use std::io::{self, Read};
 use std::net::{TcpStream, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::os::linux::net::SocketAddrExt;
-use std::os::unix::net::{SocketAddr, UnixStream};
+use std::os::unix::net::{SocketAddr, UnixDatagram, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
@@ -51,6 +51,10 @@ fn attempt(name: &str, at: &str) -> io::Result<()> {
         "abstract" => {
             UnixStream::connect_addr(&SocketAddr::from_abstract_name(at.as_bytes())?).map(drop)
         }
+        "path" => UnixStream::connect(at).map(drop),
+        "datagram" => UnixDatagram::unbound()?.send_to(b"broke out", at).map(drop),
+        // Connected to each other, and yet they may send to others.
+        "pair" => UnixDatagram::pair()?.0.send_to(b"broke out", at).map(drop),
         // /bin/echo, for example.
         "execute" => Err(Command::new(at).arg("broke out").exec()),
         "thread" => std::thread::Builder::new().spawn(|| ()).map(drop),

@@ -57,7 +57,10 @@ const NAMESPACES: u64 = (libc::CLONE_NEWUSER
     | libc::CLONE_NEWIPC
     | libc::CLONE_NEWUTS
     | libc::CLONE_NEWCGROUP) as u64;
-const UNIX: u64 = libc::AF_UNIX as u64;
+const FAMILY_UNIX: Word = Word(0, u64::MAX >> 32, libc::AF_UNIX as u64);
+/// SOCK_STREAM and SOCK_SEQPACKET, with or without their flags.
+const STREAM: Word = Word(1, 0xf, libc::SOCK_STREAM as u64);
+const PACKETS: Word = Word(1, 0xf, libc::SOCK_SEQPACKET as u64);
 const EXECUTE: u64 = libc::PROT_EXEC as u64;
 /// Names memory of the C library, in kernels that know it.
 const PR_SET_VMA: u64 = 0x5356_4d41;
@@ -205,11 +208,11 @@ pub(crate) const BLKD: &[Call] = &[
     always(libc::SYS_epoll_wait, "the same"),
     always(libc::SYS_pipe2, "answers that outlive the process"),
     always(libc::SYS_splice, "the same"),
-    when(libc::SYS_socket, Kind::Masked(0, u64::MAX >> 32, UNIX), "sessions, plugs of the door"),
-    when(libc::SYS_socketpair, Kind::Masked(0, u64::MAX >> 32, UNIX), "the parser of messages"),
-    always(libc::SYS_bind, "the session's socket, plugs"),
+    // No datagrams: they go to any socket without a connection. And none is connected.
+    when(libc::SYS_socket, Kind::Both(FAMILY_UNIX, PACKETS), "the session's socket"),
+    when(libc::SYS_socketpair, Kind::Both(FAMILY_UNIX, STREAM), "the parser of messages"),
+    always(libc::SYS_bind, "the session's socket"),
     always(libc::SYS_listen, "the session's socket, the door"),
-    always(libc::SYS_connect, "a spare to a session, a plug to the door"),
     always(libc::SYS_accept4, "front ends, spares, clients of the control socket"),
     always(libc::SYS_getsockname, "the path of the door"),
     always(libc::SYS_getsockopt, "who has connected"),
@@ -243,22 +246,8 @@ pub(crate) const BLKD: &[Call] = &[
 pub(crate) const EXPORT: &[Call] =
     &[always(libc::SYS_linkat, "the file gets its name, over no other; Landlock says where")];
 
-/// `semper-wired`.
+/// `semper-wired`, which has its sockets before its walls, and others from the process beside.
 pub(crate) const WIRED: &[Call] = &[
-    when(libc::SYS_socket, Kind::Masked(0, u64::MAX >> 32, UNIX), "QEMU, backends"),
-    when(
-        libc::SYS_socket,
-        Kind::Both(Word(0, u64::MAX >> 32, libc::AF_INET as u64), STREAM),
-        "the other end; Landlock says which port",
-    ),
-    when(
-        libc::SYS_socket,
-        Kind::Both(Word(0, u64::MAX >> 32, libc::AF_INET6 as u64), STREAM),
-        "the other end; Landlock says which port",
-    ),
-    always(libc::SYS_bind, "where it listens"),
-    always(libc::SYS_listen, "where it listens"),
-    always(libc::SYS_connect, "the other end, QEMU, backends"),
     always(libc::SYS_accept4, "the other end, QEMU, clients of the control socket"),
     always(libc::SYS_getsockname, "which port was free"),
     always(libc::SYS_getpeername, "who has connected"),
@@ -274,9 +263,6 @@ pub(crate) const WIRED: &[Call] = &[
     always(libc::SYS_setpriority, "work that nobody waits for"),
     when(libc::SYS_ioctl, Kind::One(1, &[TIOCOUTQ, FIONREAD, FIONBIO]), "what is unread"),
 ];
-
-/// SOCK_STREAM, with or without its flags.
-const STREAM: Word = Word(1, 0xf, libc::SOCK_STREAM as u64);
 
 /// `semper-saved`.
 pub(crate) const SAVED: &[Call] = &[
@@ -337,9 +323,55 @@ pub(crate) const VFIOD_PCI: &[Call] = &[
     ),
 ];
 
+/// The process that connects, and that is all that it does: not even [`ALL`].
+pub(crate) const CONNECTS: &[Call] = &[
+    always(libc::SYS_recvfrom, "what is asked for"),
+    always(libc::SYS_sendmsg, "the connection is handed over"),
+    always(libc::SYS_write, "the log"),
+    when(libc::SYS_socket, Kind::Both(FAMILY_UNIX, STREAM), "QEMU, backends, plugs of the door"),
+    when(libc::SYS_socket, Kind::Both(FAMILY_UNIX, PACKETS), "a spare to a session"),
+    when(
+        libc::SYS_socket,
+        Kind::Both(Word(0, u64::MAX >> 32, libc::AF_INET as u64), STREAM),
+        "the other end; Landlock says which port",
+    ),
+    when(
+        libc::SYS_socket,
+        Kind::Both(Word(0, u64::MAX >> 32, libc::AF_INET6 as u64), STREAM),
+        "the other end; Landlock says which port",
+    ),
+    always(libc::SYS_bind, "the name of a plug"),
+    always(libc::SYS_connect, "what was named on the command line"),
+    always(libc::SYS_getsockopt, "whether it is connected"),
+    when(libc::SYS_ioctl, Kind::One(1, &[FIONBIO]), "waits no longer than is said"),
+    always(libc::SYS_ppoll, "the same"),
+    #[cfg(target_arch = "x86_64")]
+    always(libc::SYS_poll, "the same"),
+    always(libc::SYS_close, "descriptors"),
+    when(
+        libc::SYS_fcntl,
+        Kind::One(1, &[libc::F_GETFD as u64]),
+        "whether a descriptor is open, in builds for tests",
+    ),
+    when(libc::SYS_mmap, Kind::Masked(2, EXECUTE, 0), "memory, none that can be executed"),
+    always(libc::SYS_munmap, "memory"),
+    always(libc::SYS_mremap, "memory"),
+    always(libc::SYS_madvise, "memory"),
+    always(libc::SYS_brk, "memory"),
+    always(libc::SYS_futex, "the lock of the log"),
+    always(libc::SYS_getpid, "the name of a plug"),
+    always(libc::SYS_clock_gettime, "the time, where the kernel does not show it in memory"),
+    always(libc::SYS_rt_sigreturn, "a system call was refused"),
+    always(libc::SYS_restart_syscall, "a call was interrupted"),
+    always(libc::SYS_exit_group, "the end"),
+];
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const TABLES: [&[&[Call]]; 6] =
+        [&[ALL, BLKD], &[ALL, WIRED], &[ALL, SAVED], &[ALL, VFIOD], &[ALL, VFIOD_PCI], &[CONNECTS]];
 
     fn allows(tables: &[&[Call]], number: libc::c_long) -> bool {
         tables.iter().any(|table| table.iter().any(|call| call.number == number))
@@ -347,7 +379,7 @@ mod tests {
 
     #[test]
     fn each_call_has_a_reason_and_what_must_not_be_there_is_not() {
-        for tables in [[ALL, BLKD], [ALL, WIRED], [ALL, SAVED], [ALL, VFIOD], [ALL, VFIOD_PCI]] {
+        for tables in TABLES {
             assert!(tables.iter().all(|table| table.iter().all(|call| !call.why.is_empty())));
             for refused in [
                 libc::SYS_execve,
@@ -381,8 +413,16 @@ mod tests {
                 libc::SYS_fchownat,
                 libc::SYS_reboot,
             ] {
-                assert!(!allows(&tables, refused), "{refused}");
+                assert!(!allows(tables, refused), "{refused}");
             }
+        }
+        // Only who does nothing else may connect, and opens nothing.
+        let all = || TABLES.into_iter();
+        let connect = |tables: &&[&[Call]]| allows(tables, libc::SYS_connect);
+        assert_eq!(all().filter(connect).count(), 1);
+        assert!(allows(&[CONNECTS], libc::SYS_connect));
+        for refused in [libc::SYS_openat, libc::SYS_clone, libc::SYS_accept4, libc::SYS_recvmsg] {
+            assert!(!allows(&[CONNECTS], refused), "{refused}");
         }
         // The control: the look at the tables finds what is there.
         assert!(allows(&[ALL], libc::SYS_read));
@@ -392,7 +432,7 @@ mod tests {
     #[test]
     fn a_call_that_is_listed_twice_says_when_both_times() {
         // An entry without conditions would be lost among those that have some.
-        for tables in [[ALL, BLKD], [ALL, WIRED], [ALL, SAVED], [ALL, VFIOD], [ALL, VFIOD_PCI]] {
+        for tables in TABLES {
             let calls: Vec<_> = tables.iter().flat_map(|table| table.iter()).collect();
             for call in &calls {
                 let same = calls.iter().filter(|other| other.number == call.number).count();

@@ -8,6 +8,7 @@
 //!   Landlock            the files and directories that were named, and no other; ports of TCP, signals
 //!                       and abstract sockets in the same way            (`landing`)
 //!   seccomp             the system calls of one table, each with its reason            (`calls`)
+//!   connections         those that a process beside makes, by number                   (`connects`)
 //! ```
 //!
 //! A program raises its walls once, in its only thread: threads inherit them, and no call takes them
@@ -15,6 +16,7 @@
 //! operator's to judge, for a VM without one wall is better than none.
 
 mod calls;
+mod connects;
 mod filter;
 mod landing;
 mod privileges;
@@ -25,6 +27,7 @@ pub mod breakout;
 use std::fs::File;
 use std::path::Path;
 
+pub use connects::{Connects, Way};
 pub use filter::{refuse_all_but_the_end, system_call_is_refused};
 pub use landing::{Access, Tcp};
 use serde::Serialize;
@@ -47,6 +50,8 @@ pub enum Program {
     Vfiod,
     /// The same with a real PCI device behind it.
     VfiodPci,
+    /// The process beside one that makes its connections ([`Connects`]).
+    Connects,
 }
 
 impl Program {
@@ -58,6 +63,7 @@ impl Program {
             Self::Saved => vec![calls::ALL, calls::SAVED],
             Self::Vfiod => vec![calls::ALL, calls::VFIOD],
             Self::VfiodPci => vec![calls::ALL, calls::VFIOD_PCI],
+            Self::Connects => vec![calls::CONNECTS],
         }
     }
 }

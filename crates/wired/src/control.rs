@@ -5,7 +5,7 @@
 //!   anything else            -> {"id":…,"error":{"kind":"invalid","message":"…"}}
 //! ```
 
-use std::path::Path;
+use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 
 use semper_control::Answer;
@@ -15,9 +15,9 @@ use crate::failure::Failure;
 use crate::progress::Progress;
 
 /// Serves clients until the process ends.
-pub(crate) fn spawn(path: &Path, progress: &Arc<Progress>) -> Result<(), Failure> {
+pub(crate) fn spawn(listener: UnixListener, progress: &Arc<Progress>) -> Result<(), Failure> {
     let progress = Arc::clone(progress);
-    semper_control::serve(semper_control::bind(path)?, move |line| answer(line, &progress))
+    semper_control::serve(listener, move |line| answer(line, &progress))
         .map_err(Failure::system("start the control thread"))
 }
 

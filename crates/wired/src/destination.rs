@@ -25,6 +25,7 @@ use semper_wire::{Decoded, Decoder, Ready, Start, agree};
 use crate::admission::Admission;
 use crate::args::DestinationArgs;
 use crate::channel::{Channel, Inbox, expect};
+use crate::connects::Connects;
 use crate::control;
 use crate::disks::Disk;
 use crate::failure::Failure;
@@ -67,12 +68,14 @@ enum Ended {
 
 /// Carries one migration.
 pub(crate) fn run(args: &DestinationArgs, progress: &Arc<Progress>) -> Result<(), Failure> {
+    let connects = Connects::start(&args.end, Some(&args.qemu_socket), None)?;
     let listener = TcpListener::bind(args.listen).map_err(Failure::system("listen"))?;
-    progress.walls(walls::raise(&args.end, None, None));
+    let control = args.end.control_socket.as_deref().map(semper_control::bind).transpose()?;
+    progress.walls(walls::raise(&args.end, None));
     #[cfg(feature = "breakout")]
     semper_walls::breakout::try_if_told();
-    if let Some(path) = &args.end.control_socket {
-        control::spawn(path, progress)?;
+    if let Some(listener) = control {
+        control::spawn(listener, progress)?;
     }
     let identity = Identity::load(&args.end)?;
     let config = identity.server()?;
@@ -85,7 +88,7 @@ pub(crate) fn run(args: &DestinationArgs, progress: &Arc<Progress>) -> Result<()
     let (channel, inbox, Guest { decoder, qemu, touched }) = loop {
         let (channel, from) = admission.next()?;
         let mut inbox = Inbox::new();
-        match greet(args, &channel, &mut inbox, progress) {
+        match greet(args, &connects, &channel, &mut inbox, progress) {
             Ok(guest) => break (channel, inbox, guest),
             // Of another migration, perhaps: the right source may still come.
             Err(error) => {
@@ -113,7 +116,7 @@ pub(crate) fn run(args: &DestinationArgs, progress: &Arc<Progress>) -> Result<()
     let _ = shared.qemu.shutdown(Shutdown::Both);
     shared.channel.close(result.as_ref().err());
     if result.is_ok() {
-        touched.tell();
+        touched.tell(|socket| connects.to(socket));
     }
     result
 }
@@ -128,6 +131,7 @@ struct Guest {
 /// Finds out whether this is the source that was meant.
 fn greet(
     args: &DestinationArgs,
+    connects: &Connects,
     channel: &Channel,
     inbox: &mut Inbox,
     progress: &Progress,
@@ -153,7 +157,8 @@ fn greet(
         }
         disks.push(disk);
     }
-    let qemu = UnixStream::connect(&args.qemu_socket)
+    let qemu = connects
+        .to(&args.qemu_socket)
         .map_err(Failure::file("connect to QEMU at", &args.qemu_socket))?;
     let sizes: Vec<u64> = disks.iter().map(|disk| disk.as_ref().map_or(0, Disk::blocks)).collect();
     channel

@@ -17,6 +17,7 @@ use semper_blockmap::Page;
 use semper_wire::{BlockRef, ContentIndex, Fingerprint, Fingerprinter, PAGE_SIZE};
 
 use crate::args::MapSource;
+use crate::connects::Connects;
 use crate::disks::{Disk, RUN};
 use crate::failure::Failure;
 use crate::maps::{Known, Named, named};
@@ -72,12 +73,13 @@ impl News {
 /// the destination cannot read.
 pub(crate) fn spawn(
     disks: Vec<Option<Disk>>,
+    connects: Connects,
     index: &ContentIndex,
 ) -> Result<Receiver<News>, Failure> {
     let (news, listener) = channel();
     let known = disks.iter().map(|_| Vec::new()).collect();
     let (fingerprints, room) = (index.fingerprints(), index.limit());
-    let indexer = Indexer { disks, known, fingerprints, room, news };
+    let indexer = Indexer { disks, connects, known, fingerprints, room, news };
     let spawned = thread::Builder::new().name("index".into()).spawn(move || indexer.run());
     spawned.map_err(Failure::system("start a thread"))?;
     Ok(listener)
@@ -104,6 +106,7 @@ impl From<SendError<News>> for Stop {
 
 struct Indexer {
     disks: Vec<Option<Disk>>,
+    connects: Connects,
     /// By disk and block: what its map has named.
     known: Vec<Vec<Known>>,
     fingerprints: Fingerprinter,
@@ -149,7 +152,7 @@ impl Indexer {
     fn begin(&mut self, number: usize, later: &mut Vec<(usize, Vec<Known>)>) -> Result<(), Stop> {
         let Some(disk) = &self.disks[number] else { return Ok(()) };
         let Some(map) = &disk.map else { return self.read_all(number) };
-        let Named { held, others } = named(disk, map)?;
+        let Named { held, others } = named(disk, map, &self.connects)?;
         self.look(number, held)?;
         match others.len() <= AT_ONCE {
             true => self.look(number, others)?,
@@ -161,7 +164,7 @@ impl Indexer {
     fn look_again(&mut self, number: usize) -> Result<(), Stop> {
         let Some(disk) = &self.disks[number] else { return Ok(()) };
         let Some(map) = &disk.map else { return Ok(()) };
-        let Named { mut held, mut others } = named(disk, map)?;
+        let Named { mut held, mut others } = named(disk, map, &self.connects)?;
         held.append(&mut others);
         self.look(number, held)
     }

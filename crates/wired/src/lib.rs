@@ -17,6 +17,7 @@ mod answers;
 mod args;
 mod carrier;
 mod channel;
+mod connects;
 mod control;
 mod destination;
 mod disks;

@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
@@ -12,6 +11,7 @@ use semper_wire::Fingerprint;
 use serde_json::Value;
 
 use crate::args::MapSource;
+use crate::connects::Connects;
 use crate::disks::Disk;
 use crate::failure::Failure;
 
@@ -44,13 +44,13 @@ pub(crate) struct Named {
 }
 
 /// Asks a map; every block is on the disk, and none is named twice.
-pub(crate) fn named(disk: &Disk, map: &MapSource) -> Result<Named, Failure> {
+pub(crate) fn named(disk: &Disk, map: &MapSource, connects: &Connects) -> Result<Named, Failure> {
     let (path, (capacity, mut named)) = match map {
         MapSource::File(path) => {
             let bytes = fs::read(path).map_err(Failure::file("read the map", path))?;
             (path, exported(&bytes, path)?)
         }
-        MapSource::Backend(path) => (path, ask(path)?),
+        MapSource::Backend(path) => (path, ask(path, connects)?),
     };
     if capacity != disk.size {
         let (path, image) = (path.display(), disk.path.display());
@@ -82,15 +82,15 @@ fn exported(bytes: &[u8], path: &Path) -> Result<(u64, Named), Failure> {
 }
 
 /// Asks semper-blkd for the blocks; one of an earlier release only knows how to export its map.
-fn ask(path: &Path) -> Result<(u64, Named), Failure> {
+fn ask(path: &Path, connects: &Connects) -> Result<(u64, Named), Failure> {
     let refused = |answer: &Value| {
         let path = path.display();
         Failure::Usage(format!("the backend at {path} gives no map: {answer}"))
     };
-    let (answer, bytes) = request(path, b"{\"id\":1,\"cmd\":\"map-blocks\"}\n")?;
+    let (answer, bytes) = request(path, connects, b"{\"id\":1,\"cmd\":\"map-blocks\"}\n")?;
     let Some(capacity) = answer["ok"]["capacity"].as_u64() else {
         let export = b"{\"id\":1,\"cmd\":\"map-export\",\"verify\":false}\n";
-        let (answer, bytes) = request(path, export)?;
+        let (answer, bytes) = request(path, connects, export)?;
         answer["ok"].as_object().ok_or_else(|| refused(&answer))?;
         return exported(&bytes, path);
     };
@@ -103,9 +103,9 @@ fn ask(path: &Path) -> Result<(u64, Named), Failure> {
 }
 
 /// One request to semper-blkd: the answer, and the bytes that it announces.
-fn request(path: &Path, request: &[u8]) -> Result<(Value, Vec<u8>), Failure> {
+fn request(path: &Path, connects: &Connects, request: &[u8]) -> Result<(Value, Vec<u8>), Failure> {
     let cannot = || Failure::file("ask the backend for its map at", path);
-    let socket = UnixStream::connect(path).map_err(cannot())?;
+    let socket = connects.to(path).map_err(cannot())?;
     socket.set_read_timeout(Some(PATIENCE)).map_err(cannot())?;
     (&socket).write_all(request).map_err(cannot())?;
     let mut reader = BufReader::new(&socket);

@@ -1,7 +1,7 @@
 //! The source's end: finding the destination, agreeing with it, and the index; then it carries.
 
 use std::io::ErrorKind;
-use std::net::{Shutdown, TcpStream};
+use std::net::Shutdown;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::thread;
@@ -13,6 +13,7 @@ use semper_wire::{ContentIndex, Encoder, EncoderOptions, OfferedDisk, Ready, Sta
 use crate::args::SourceArgs;
 use crate::carrier::Carrier;
 use crate::channel::{Channel, Inbox, expect};
+use crate::connects::Connects;
 use crate::control;
 use crate::disks::Disk;
 use crate::failure::Failure;
@@ -21,7 +22,6 @@ use crate::progress::{Phase, Progress};
 use crate::tls::Identity;
 use crate::walls;
 
-const CONNECT: Duration = Duration::from_secs(10);
 /// Threads that pack, unless more are asked for.
 const PACKERS: usize = 4;
 
@@ -40,22 +40,23 @@ fn random<const N: usize>() -> Result<[u8; N], Failure> {
 pub(crate) fn run(args: &SourceArgs, progress: &Arc<Progress>) -> Result<(), Failure> {
     // Which processors there are cannot be read behind walls.
     let packers = packers(args);
-    let walls = walls::raise(&args.end, Some(&args.qemu_socket), Some(args.connect.port()));
-    progress.walls(walls);
+    let connects = Connects::start(&args.end, None, Some(args.connect))?;
+    let control = args.end.control_socket.as_deref().map(semper_control::bind).transpose()?;
+    let listener = semper_control::bind(&args.qemu_socket)?;
+    progress.walls(walls::raise(&args.end, Some(&args.qemu_socket)));
     #[cfg(feature = "breakout")]
     semper_walls::breakout::try_if_told();
-    if let Some(path) = &args.end.control_socket {
-        control::spawn(path, progress)?;
+    if let Some(listener) = control {
+        control::spawn(listener, progress)?;
     }
     let identity = Identity::load(&args.end)?;
     let disks = args.end.disks.iter().map(Disk::open).collect::<Result<Vec<_>, _>>()?;
-    let listener = semper_control::bind(&args.qemu_socket)?;
-    let socket = TcpStream::connect_timeout(&args.connect, CONNECT).map_err(Failure::Lost)?;
+    let socket = connects.to_other_end().map_err(Failure::Lost)?;
     let channel = Channel::new(socket, identity.client()?)?;
     let mut inbox = Inbox::new();
     let prepared =
         greet(args, &channel, &mut inbox, &disks, progress).and_then(|(options, window)| {
-            Ok((index(args, disks, &options, progress)?, options, window))
+            Ok((index(args, disks, connects, &options, progress)?, options, window))
         });
     let ((index, news), options, window) = prepared.inspect_err(|why| channel.close(Some(why)))?;
     progress.phase(Phase::Ready);
@@ -124,6 +125,7 @@ fn packers(args: &SourceArgs) -> usize {
 fn index(
     args: &SourceArgs,
     disks: Vec<Disk>,
+    connects: Connects,
     options: &EncoderOptions,
     progress: &Progress,
 ) -> Result<(ContentIndex, Receiver<News>), Failure> {
@@ -132,7 +134,7 @@ fn index(
     let mut index = ContentIndex::new(u64::from_ne_bytes(random()?), limit);
     let readable = disks.into_iter().zip(&options.readable);
     let disks = readable.map(|(disk, &readable)| readable.then_some(disk)).collect();
-    let news = indexing::spawn(disks, &index)?;
+    let news = indexing::spawn(disks, connects, &index)?;
     let deadline = Instant::now() + Duration::from_secs(args.index_wait_s);
     loop {
         match news.recv_timeout(deadline.saturating_duration_since(Instant::now())) {

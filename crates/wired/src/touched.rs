@@ -3,7 +3,7 @@
 //! A backend that has just begun knows none, and the next move of this guest would find nothing to
 //! refer to. What was referred to in this one was used. It is a hint: nothing is believed of it.
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{self, BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
@@ -52,12 +52,12 @@ impl Touched {
     }
 
     /// Tells every backend.
-    pub(crate) fn tell(&self) {
+    pub(crate) fn tell(&self, connect: impl Fn(&Path) -> io::Result<UnixStream>) {
         for (number, socket) in (0..).zip(&self.backends) {
             let Some(socket) = socket else { continue };
             let runs = self.of(number);
             let path = socket.display();
-            match send(socket, &runs) {
+            match connect(socket).and_then(|socket| send(&socket, &runs)) {
                 Ok(()) => log::info!("told which blocks were used path={path} runs={}", runs.len()),
                 Err(why) => log::warn!("a backend was not told path={path} error=\"{why}\""),
             }
@@ -85,14 +85,13 @@ fn follows(last: BlockRef, length: u64, first: BlockRef) -> bool {
     last.disk == first.disk && last.block + length == first.block
 }
 
-fn send(socket: &Path, runs: &[(u64, u64)]) -> std::io::Result<()> {
-    let socket = UnixStream::connect(socket)?;
+fn send(mut socket: &UnixStream, runs: &[(u64, u64)]) -> io::Result<()> {
     socket.set_read_timeout(Some(PATIENCE))?;
     socket.set_write_timeout(Some(PATIENCE))?;
-    let mut answers = BufReader::new(&socket);
+    let mut answers = BufReader::new(socket);
     for runs in runs.chunks(TOLD) {
         let request = json!({"id": 1, "cmd": "map-touch", "runs": runs});
-        (&socket).write_all(format!("{request}\n").as_bytes())?;
+        socket.write_all(format!("{request}\n").as_bytes())?;
         answers.read_line(&mut String::new())?;
     }
     Ok(())

@@ -3,12 +3,12 @@
 
 use std::path::Path;
 
-use semper_walls::{Access, Program, Standing, Tcp, Walls};
+use semper_walls::{Access, Program, Standing, Walls};
 
 use crate::args::{EndArgs, MapSource};
 
-/// Raises them; `listens` is what QEMU connects to, `connects` the port of the other end.
-pub(crate) fn raise(end: &EndArgs, listens: Option<&Path>, connects: Option<u16>) -> Standing {
+/// Raises them, around sockets that are there; `listens` is what QEMU connects to.
+pub(crate) fn raise(end: &EndArgs, listens: Option<&Path>) -> Standing {
     let mut walls = Walls::new(Program::Wired);
     for path in [&end.ca, &end.cert, &end.key] {
         walls = walls.path(path, Access::Read);
@@ -24,9 +24,6 @@ pub(crate) fn raise(end: &EndArgs, listens: Option<&Path>, connects: Option<u16>
     }
     for folder in [end.control_socket.as_deref(), listens].into_iter().flatten() {
         walls = walls.path(folder.parent().unwrap_or(Path::new(".")), Access::Sockets);
-    }
-    if let Some(port) = connects {
-        walls = walls.tcp(Tcp::Connect(port));
     }
     let standing = walls.raise();
     if !standing.missing.is_empty() {

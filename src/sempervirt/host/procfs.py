@@ -50,8 +50,8 @@ def boot_id() -> str:
 
 
 # Processes of our programs that have a program's arguments and are not that program: the one that
-# shares a backend's memory.
-HELPERS = ("blkd-reaper",)
+# shares a backend's memory, and the one that makes connections (crates/walls/src/connects.rs).
+HELPERS = ("blkd-reaper", "semper-connects")
 
 
 def stat_fields(pid: int) -> list[str] | None:
@@ -101,7 +101,7 @@ def find_processes(pattern: re.Pattern[str], *, of_all: bool = False) -> list[Fo
 
     Only those of this pid namespace (the agent of a container has paths of its own), and of this
     user, unless `of_all`: others may write what they like into their arguments. Without the helpers
-    of our programs, which share a program's arguments and end with the program.
+    of our programs, which have a program's arguments and end with the program.
     """
     found = []
     for entry in PROC.iterdir():

@@ -2,14 +2,12 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{Shutdown, shutdown};
 use semper_spare::outbox::Outbox;
-use semper_spare::socket::connect;
 
 use super::mirror::Known;
 use super::packet::{Kind, Packet};
@@ -105,19 +103,22 @@ impl Follower {
         state.complete && state.link.is_some()
     }
 
-    /// Follows the process at `path` from a thread of its own. Everything else is prepared: once
-    /// the spare follows, it is ready.
+    /// Follows the process that `connect` finds from a thread of its own. Everything else is
+    /// prepared: once the spare follows, it is ready.
     ///
     /// # Errors
     /// The system's, when it has no thread left.
-    pub(crate) fn start(path: PathBuf, shared: &Arc<Shared>) -> io::Result<Arc<Self>> {
+    pub(crate) fn start(
+        connect: impl Fn() -> io::Result<OwnedFd> + Send + 'static,
+        shared: &Arc<Shared>,
+    ) -> io::Result<Arc<Self>> {
         let shared = Arc::clone(shared);
         let follower = Arc::new(Self::default());
         let ours = Arc::clone(&follower);
         let run = move || {
             let (mut pause, begin) = (SOON, Instant::now());
             while !ours.state().over {
-                let told = connect(&path).map(|link| ours.listen(&Arc::new(link), &shared));
+                let told = connect().map(|link| ours.listen(&Arc::new(link), &shared));
                 pause = match told {
                     Ok(true) => SOON,
                     Ok(false) => (pause * 2).min(RARELY),

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::net::TcpListener;
 use std::os::linux::net::SocketAddrExt;
-use std::os::unix::net::{SocketAddr, UnixListener};
+use std::os::unix::net::{SocketAddr, UnixDatagram, UnixListener};
 use std::process::{Child, Command, Stdio};
 
 use serde_json::json;
@@ -87,6 +87,13 @@ fn processes_and_sockets_of_others_are_out_of_reach() {
     is_refused(&site, "abstract", &name);
     is_refused(&site, "tcp", &listener.local_addr().unwrap().port().to_string());
     is_refused(&site, "udp", "");
+    // With a path, as QEMU's monitor has one: no wall of this kernel knows which.
+    let (monitor, log) = (site.path("monitor"), site.path("log"));
+    let _monitor = UnixListener::bind(&monitor).unwrap();
+    let _log = UnixDatagram::bind(&log).unwrap();
+    is_refused(&site, "path", &monitor.to_string_lossy());
+    is_refused(&site, "datagram", &log.to_string_lossy());
+    is_refused(&site, "pair", &log.to_string_lossy());
 }
 
 #[test]
@@ -140,7 +147,7 @@ fn kernel_says(pid: u32, field: &str) -> Vec<String> {
 }
 
 #[test]
-fn every_thread_is_behind_the_walls_and_so_is_the_reaper() {
+fn every_thread_is_behind_the_walls_and_so_are_the_processes_beside() {
     for engine in ENGINES {
         let site = Site::new(1 << 20);
         let session = format!("--session-socket={}", site.path("session").display());
@@ -164,20 +171,44 @@ fn every_thread_is_behind_the_walls_and_so_is_the_reaper() {
             assert_eq!(process.status()["walls"]["seccomp"], json!(true));
         }
         for process in [&active, &spare] {
-            let seccomp = kernel_says(reaper_of(process.pid()), "Seccomp:");
-            assert_eq!(seccomp, ["2"], "{engine}");
+            for name in ["blkd-reaper", "semper-connects"] {
+                let seccomp = kernel_says(beside(name, process.pid()), "Seccomp:");
+                assert_eq!(seccomp, ["2"], "{engine} {name}");
+            }
         }
     }
 }
 
-/// The process that will take the memory of this one apart.
-fn reaper_of(parent: u32) -> u32 {
-    wait_until("the reaper", || {
+#[test]
+fn the_process_that_connects_has_no_file_of_the_image_and_dies_with_the_backend() {
+    let site = Site::new(1 << 20);
+    let session = format!("--session-socket={}", site.path("session").display());
+    let mut active = site.start(&[session.as_str()]);
+    active.wait_status("/standing", &json!("held"));
+    let connects = beside("semper-connects", active.pid());
+    let files = std::fs::read_dir(format!("/proc/{connects}/fd")).unwrap().flatten();
+    let files: Vec<_> = files.filter_map(|it| it.path().read_link().ok()).collect();
+    // The link, and stderr: neither the image, whose lock it would share, nor the door.
+    assert_eq!(files.len(), 2, "{files:?}");
+    assert!(files.iter().all(|file| *file != site.image), "{files:?}");
+    for field in ["CapPrm:", "CapEff:", "CapBnd:"] {
+        assert_eq!(kernel_says(connects, field), ["0000000000000000"]);
+    }
+    active.kill();
+    wait_until("the end of the process that connects", || {
+        let stat = std::fs::read_to_string(format!("/proc/{connects}/stat"));
+        stat.map_or(true, |stat| stat.contains(") Z ")).then_some(())
+    });
+}
+
+/// The process of that name beside a backend: what will take its memory apart, for example.
+fn beside(name: &str, parent: u32) -> u32 {
+    wait_until(name, || {
         let processes = std::fs::read_dir("/proc").unwrap().flatten();
         let mut numbers = processes.filter_map(|it| it.file_name().to_str()?.parse().ok());
         numbers.find(|&pid| {
             std::fs::read_to_string(format!("/proc/{pid}/stat"))
-                .is_ok_and(|stat| stat.contains(&format!("(blkd-reaper) S {parent} ")))
+                .is_ok_and(|stat| stat.contains(&format!("({name}) S {parent} ")))
         })
     })
 }

@@ -1,6 +1,7 @@
 //! What a mediator that was taken over by its guest can do to its host: nothing of this list.
 
 use std::net::TcpListener;
+use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::process::Command;
 
 use crate::machine::Place;
@@ -30,6 +31,10 @@ fn it_reads_nothing_else_says_nothing_and_executes_nothing() {
     let pid = bystander.id().to_string();
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = listener.local_addr().unwrap().port().to_string();
+    let at = |name: &str| place.path(name).to_string_lossy().into_owned();
+    let (monitor, log) = (at("monitor"), at("log"));
+    let _monitor = UnixListener::bind(&monitor).unwrap();
+    let _log = UnixDatagram::bind(&log).unwrap();
     let tries = [
         ("read", "/etc/shadow"),
         ("write", &*other),
@@ -40,6 +45,9 @@ fn it_reads_nothing_else_says_nothing_and_executes_nothing() {
         ("signal", &pid),
         ("tcp", &port),
         ("udp", ""),
+        ("path", &monitor),
+        ("datagram", &log),
+        ("pair", &log),
         ("execute", "/bin/echo"),
         ("fork", ""),
         ("ring", ""),
