@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -19,7 +19,7 @@ from sempervirt.disk.state import Condition
 from sempervirt.migration.messages import MigrationView, MovePolicy
 from sempervirt.passthrough.answers import MediatorState, SpareState
 from sempervirt.qemu.accel import AcceleratorKind
-from sempervirt.qemu.spec import AUTO_QUEUES_MAX, QUEUES_MAX, VmSpec
+from sempervirt.qemu.spec import AUTO_QUEUES_MAX, DEVICES_MAX, QUEUES_MAX, VmSpec, few
 from sempervirt.qemu.state import Runstate
 from sempervirt.renewal.snapshot import Consistency, Freezing
 from sempervirt.standby.state import First, Life, Step
@@ -360,8 +360,12 @@ class RestoreRequest(BaseModel):
 
     file: Path
     name: str | None = Field(default=None, description="by default the name that it had")
-    images: dict[str, Path] = Field(default={}, description="other images, by the disk's name")
-    taps: dict[str, str] = Field(default={}, description="other taps, by those that it had")
+    images: Annotated[dict[str, Path], few(DEVICES_MAX)] = Field(
+        default={}, max_length=DEVICES_MAX, description="other images, by the disk's name"
+    )
+    taps: Annotated[dict[str, str], few(DEVICES_MAX)] = Field(
+        default={}, max_length=DEVICES_MAX, description="other taps, by those that it had"
+    )
     new_macs: bool = Field(
         default=False, description="network addresses that go with the name, after a reboot"
     )

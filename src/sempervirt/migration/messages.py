@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import BaseModel, Field
 
 from sempervirt.passthrough.answers import (
@@ -14,7 +16,7 @@ from sempervirt.passthrough.answers import (
 )
 from sempervirt.passthrough.leaving import Moved
 from sempervirt.qemu.accel import AcceleratorKind
-from sempervirt.qemu.spec import PASSTHROUGH_MAX, VmSpec
+from sempervirt.qemu.spec import DEVICES_MAX, PASSTHROUGH_MAX, VmSpec, few
 from sempervirt.vm.phases import Arrival, Mode, Phase
 
 
@@ -110,8 +112,8 @@ class ArrivalRequest(BaseModel):
     running: bool = Field(description="whether the guest is to run on; otherwise it is paused")
     postcopy: bool = False
     by_images: bool = False
-    images: dict[str, str]
-    devices: dict[str, DeviceConfiguration] = Field(
+    images: Annotated[dict[str, str], few(DEVICES_MAX)] = Field(max_length=DEVICES_MAX)
+    devices: Annotated[dict[str, DeviceConfiguration], few(PASSTHROUGH_MAX)] = Field(
         default_factory=dict,
         max_length=PASSTHROUGH_MAX,
         description="configurations of the passed-through devices, by name",

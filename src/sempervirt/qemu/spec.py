@@ -43,6 +43,21 @@ QUEUES_MAX = 64
 # A queue for each virtual processor spares the guest the locks between them; beyond this many
 # the memory for the queues is better spent otherwise.
 AUTO_QUEUES_MAX = 16
+# Of each kind. No machine has places for so many; looking at 20,000 takes the agent half a second.
+DEVICES_MAX = 1024
+
+
+def few(most: int) -> BeforeValidator:
+    """Counts before any of them is looked at: errors of all would be made, as `max_length` does it
+    for everything but a list.
+    """
+
+    def check(these: object) -> object:
+        if isinstance(these, list | tuple | dict) and len(these) > most:
+            raise ValueError(f"{len(these)} are too many: at most {most}")
+        return these
+
+    return BeforeValidator(check)
 
 
 def _check_mac(mac: str) -> str:
@@ -77,6 +92,15 @@ class _Table(BaseModel):
     """A table of the file: unknown keys are errors, values do not change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_unknown(cls, table: Any) -> Any:
+        """An error for each of 20,000 unknown keys would take 0.1 s."""
+        if isinstance(table, dict) and len(unknown := table.keys() - cls.model_fields.keys()) > 9:
+            some = ", ".join(repr(key)[:20] for key in sorted(map(str, unknown))[:3])
+            raise ValueError(f"{len(unknown)} keys are none of a {cls.__name__}: {some}, …")
+        return table
 
 
 class DiskSpec(_Table):
@@ -119,8 +143,11 @@ class DiskSpec(_Table):
         description="auto: as a preset of semper disk tune says, or 4",
         examples=[2],
     )
-    thread_map: tuple[int, ...] | None = Field(
-        default=None, description="the thread of each queue", examples=[[0, 0, 1, 1]]
+    thread_map: Annotated[tuple[int, ...] | None, few(QUEUES_MAX)] = Field(
+        default=None,
+        max_length=QUEUES_MAX,
+        description="the thread of each queue",
+        examples=[[0, 0, 1, 1]],
     )
     poll_us: int | None = Field(
         default=None,
@@ -205,8 +232,6 @@ class DiskSpec(_Table):
         if info.data.get("queues_per_thread", "auto") != "auto":
             raise ValueError("give thread_map or queues_per_thread, not both")
         queues = info.data.get("queues", "auto")
-        if len(thread_map) > QUEUES_MAX:
-            raise ValueError(f"a disk has at most {QUEUES_MAX} queues")
         return check_map(thread_map, None if queues == "auto" else queues)
 
 
@@ -456,15 +481,6 @@ class StandbySpec(_Table):
 
 # Each takes two slots of the machine: its own, and that of its shim.
 PASSTHROUGH_MAX = 4
-# Of each kind. No machine has places for so many; looking at 20,000 takes the agent half a second.
-DEVICES_MAX = 1024
-
-
-def _few(devices: object) -> object:
-    """Before any of them is looked at: errors of all would be told."""
-    if isinstance(devices, list | tuple) and len(devices) > DEVICES_MAX:
-        raise ValueError(f"{len(devices)} are too many: at most {DEVICES_MAX}")
-    return devices
 
 
 class VmSpec(_Table):
@@ -551,16 +567,16 @@ class VmSpec(_Table):
         "memory is kept on this host, and the next start goes on from there",
     )
     ha: HaSpec = Field(default=HaSpec(), exclude_if=lambda ha: ha == HaSpec())
-    disks: Annotated[tuple[DiskSpec, ...], BeforeValidator(_few)] = Field(
+    disks: Annotated[tuple[DiskSpec, ...], few(DEVICES_MAX)] = Field(
         default=(), max_length=DEVICES_MAX
     )
-    passthrough: Annotated[tuple[PassedThrough, ...], BeforeValidator(_few)] = Field(
+    passthrough: Annotated[tuple[PassedThrough, ...], few(DEVICES_MAX)] = Field(
         default=(), max_length=PASSTHROUGH_MAX
     )
-    nics: Annotated[tuple[NicSpec, ...], BeforeValidator(_few)] = Field(
+    nics: Annotated[tuple[NicSpec, ...], few(DEVICES_MAX)] = Field(
         default=(), max_length=DEVICES_MAX
     )
-    channels: Annotated[tuple[ChannelSpec, ...], BeforeValidator(_few)] = Field(
+    channels: Annotated[tuple[ChannelSpec, ...], few(DEVICES_MAX)] = Field(
         default=(), max_length=DEVICES_MAX
     )
 

@@ -11,12 +11,12 @@ take_over  this way round as well: the VM's host is about to die, and has a stan
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from sempervirt.host.http import Connection, understood
-from sempervirt.qemu.spec import VmSpec
+from sempervirt.qemu.spec import DEVICES_MAX, VmSpec, few
 from sempervirt.standby.ports import Snapshot
 from sempervirt.standby.values import Policy
 from sempervirt.standby.watching import Seen
@@ -39,7 +39,7 @@ class _Message(BaseModel):
 class SnapshotFirst(_Message):
     """Take a snapshot of those disks."""
 
-    disks: tuple[str, ...]
+    disks: Annotated[tuple[str, ...], few(DEVICES_MAX)] = Field(max_length=DEVICES_MAX)
 
 
 class GiveUpFirst(_Message):
@@ -47,7 +47,7 @@ class GiveUpFirst(_Message):
 
     disk: str
     snapshot: int = Field(ge=1)
-    ours: frozenset[int]
+    ours: Annotated[frozenset[int], few(DEVICES_MAX)] = Field(max_length=DEVICES_MAX)
     reader: str = Field(min_length=1, max_length=40)
 
 
