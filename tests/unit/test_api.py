@@ -111,8 +111,8 @@ async def test_a_wrong_request_names_its_key(config: AgentConfig, client: Client
         ({"name": "a", "disks": [{}] * 20_000}, "disks: 20000 are too many: at most 1024"),
         ({"name": "a", "disks": [{}] * 1000}, "and 1980 more"),
         (
-            dict.fromkeys(map(str, range(20_000))),
-            "20000 keys are none of a VmSpec: '0', '1', '10', …",
+            dict.fromkeys(map(str, range(9_000)), 1),
+            "9000 keys are none of a VmSpec: '0', '1', '10', …",
         ),
         (
             {"name": "a", "disks": [{"name": "a", "image": "/a", "thread_map": [{}] * 20_000}]},
