@@ -16,10 +16,9 @@
 //! * A write through a mapping learns of a full disk only when it is written back, too late for the
 //!   guest. So only tmpfs is written through it, which has no write-back.
 //!
-//! Of a layer only blocks are read that were written. So on tmpfs all that is ever read is there, whatever
-//! is known; what is written for the first time takes a system call (2.0 µs for a hole, of which the most is
-//! the page; 2.8 by touching it). Elsewhere a layer that is new has no page but those that requests have
-//! brought, and no search has to find them first.
+//! A layer that is new has no page but those that requests have brought, and no search has to find them
+//! first. What is written for the first time takes a system call (on tmpfs 2.0 µs for a hole, of which the most
+//! is the page; 2.8 by touching it).
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -41,7 +40,6 @@ pub struct Mapping {
     range: Arc<Range>,
     /// None where the kernel does not tell what the page cache has.
     search: Option<Search>,
-    known: Known,
 }
 
 /// What is known of the pages of a file that is mapped.
@@ -51,8 +49,6 @@ pub enum Known {
     Nothing,
     /// There is none yet. Those that come do so with requests.
     NoPage,
-    /// A layer on tmpfs: those that are read are there. Of the others those that come with requests.
-    Lasting,
 }
 
 impl Mapping {
@@ -69,14 +65,18 @@ impl Mapping {
         Self::make(fd, size, image.read_only(), (lasting, searched, Known::Nothing))
     }
 
-    /// Maps `size` bytes of a layer, which is open as `fd` and which the caller keeps open.
+    /// Maps `size` bytes of a layer, which is open as `fd` and which the caller keeps open. `lasting`: it is
+    /// on tmpfs.
     ///
     /// # Errors
     /// The kernel's, when it does not map the file.
-    pub fn of(fd: RawFd, size: u64, read_only: bool, known: Known) -> io::Result<Arc<Self>> {
-        let lasting = known == Known::Lasting;
-        let searched = !lasting && may_write(fd);
-        Self::make(fd, size, read_only, (lasting, searched, known))
+    pub fn of(
+        fd: RawFd,
+        size: u64,
+        read_only: bool,
+        (lasting, known): (bool, Known),
+    ) -> io::Result<Arc<Self>> {
+        Self::make(fd, size, read_only, (lasting, may_write(fd), known))
     }
 
     fn make(
@@ -110,7 +110,7 @@ impl Mapping {
         unsafe { libc::madvise(base, len as usize, libc::MADV_DONTDUMP) };
         let base = base.cast();
         let range = Arc::new(Range { base, present, lasting });
-        let mut mapping = Self { range, search: None, known };
+        let mut mapping = Self { range, search: None };
         if searched {
             mapping.search = Some(Search::start(Arc::clone(&mapping.range), file)?);
         }
@@ -124,11 +124,12 @@ impl Mapping {
     /// Whether the range can be copied at once, as far as known.
     #[inline]
     fn ready(&self, offset: u64, len: u64) -> bool {
-        if self.search.is_none() && self.known != Known::Lasting || !self.covers(offset, len) {
+        let Some(search) = &self.search else { return false };
+        if !self.covers(offset, len) {
             return false;
         }
         let (ready, asked) = self.range.present.has(offset, len);
-        if asked && let Some(search) = &self.search {
+        if asked {
             search.wake();
         }
         ready
@@ -231,7 +232,6 @@ impl Mapping {
     /// Whether to copy.
     fn copies(&self, io: &Io) -> bool {
         match io.op {
-            Op::Read if self.known == Known::Lasting => self.covers(io.offset, io.len),
             Op::Read => self.ready(io.offset, io.len),
             Op::Write { .. } => self.range.lasting && self.ready(io.offset, io.len),
             Op::Discard | Op::WriteZeroes { .. } | Op::Flush => false,

@@ -101,9 +101,8 @@ impl Disk {
         let mapping = match part {
             Part::Data(_) if self.mapped => {
                 let (size, reads) = (file.metadata()?.len(), access == Access::Read);
-                let elsewhere = if new { Known::NoPage } else { Known::Nothing };
-                let known = if is_tmpfs(&file) { Known::Lasting } else { elsewhere };
-                Some(Mapping::of(file.as_raw_fd(), size, reads, known)?)
+                let known = if new { Known::NoPage } else { Known::Nothing };
+                Some(Mapping::of(file.as_raw_fd(), size, reads, (is_tmpfs(&file), known))?)
             }
             _ => None,
         };

@@ -580,8 +580,9 @@ fn note(chain: &Chain, first: u64, count: u64, have: Have) -> Result<(), i32> {
     noted.map(drop).map_err(|error| -error.raw_os_error().unwrap_or(libc::EIO))
 }
 
+/// As the kernel bounds it (MAX_RW_COUNT): what is left is submitted again, from an aligned place on.
 fn result_of(len: u64) -> i32 {
-    i32::try_from(len).unwrap_or(i32::MAX)
+    i32::try_from(len.min(0x7fff_f000)).unwrap_or(i32::MAX)
 }
 
 /// The first `len` bytes of a write.

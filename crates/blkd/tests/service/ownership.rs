@@ -212,10 +212,20 @@ fn sigterm_finishes_what_is_in_flight() {
 
 /// The process that shares the backend's memory.
 fn memory_reaper(backend: &Backend) -> i32 {
+    beside(backend, "blkd-reaper")
+}
+
+/// The process of that name which the backend has started.
+fn beside(backend: &Backend, name: &str) -> i32 {
     let pid = backend.pid();
     let children = format!("/proc/{pid}/task/{pid}/children");
-    wait_until("the reaper of the memory", || {
-        std::fs::read_to_string(&children).unwrap().split_whitespace().next()?.parse().ok()
+    wait_until(name, || {
+        let children = std::fs::read_to_string(&children).unwrap();
+        let named = |child: &&str| {
+            let told = std::fs::read_to_string(format!("/proc/{child}/comm"));
+            told.is_ok_and(|told| told.trim_end() == name)
+        };
+        children.split_whitespace().find(named)?.parse().ok()
     })
 }
 
@@ -257,14 +267,19 @@ fn the_lock_is_free_before_the_memory_of_the_dead_process_is() {
 }
 
 #[test]
-fn a_backend_without_its_memory_reaper_serves_on() {
+fn a_backend_without_the_processes_beside_it_serves_on() {
     let site = Site::new(1 << 20);
     let backend = site.start(&[]);
     let mut machine = Machine::new(1, 64);
     machine.connect(&site.socket()).unwrap();
-    let reaper = memory_reaper(&backend);
-    // SAFETY: a signal to a process of ours.
-    unsafe { libc::kill(reaper, libc::SIGKILL) };
-    wait_until("the end of the reaper", || is_gone(reaper).then_some(()));
-    assert_eq!(machine.ask(&backend, &Ask::write(0, [1; 4096])).status, 0);
+    for (at, name) in ["blkd-reaper", "semper-connects"].into_iter().enumerate() {
+        let beside = beside(&backend, name);
+        // SAFETY: a signal to a process of ours.
+        unsafe { libc::kill(beside, libc::SIGKILL) };
+        wait_until("its end", || is_gone(beside).then_some(()));
+        assert_eq!(machine.ask(&backend, &Ask::write(at as u64 * 8, [1; 4096])).status, 0);
+        machine.disconnect();
+        machine.connect(&site.socket()).unwrap();
+        assert_eq!(machine.ask(&backend, &Ask::read(at as u64 * 8, 4096)).data, [1; 4096]);
+    }
 }

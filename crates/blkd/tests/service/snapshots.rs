@@ -217,6 +217,41 @@ fn a_snapshot_stays_what_it_was_and_the_disk_goes_on() {
 }
 
 #[test]
+fn what_a_layer_on_tmpfs_has_discarded_takes_no_memory_when_it_is_read() {
+    use std::os::unix::fs::MetadataExt;
+    let mut world = World::new(Site::on_tmpfs(SIZE), "--engine=mmap", 1);
+    let mut folder = fs::canonicalize(&world.site.image).unwrap().into_os_string();
+    folder.push(".layers");
+    let taken = || -> u64 {
+        let files = fs::read_dir(&folder).unwrap().flatten();
+        files.map(|file| file.metadata().unwrap().blocks()).sum()
+    };
+    let mut backend = world.start();
+    snapshot(&backend);
+    let empty = taken();
+    for block in 0..16 {
+        assert_eq!(world.machine.ask(&backend, &Ask::write(block * 8, [1; 4096])).status, 0);
+    }
+    // The control: what is written takes memory.
+    assert!(taken() >= empty + 128, "{empty}, {}", taken());
+    assert_eq!(world.machine.ask(&backend, &Ask::trim(T_DISCARD, 0, 128, 0)).status, 0);
+    let discarded = taken();
+    assert!(discarded < empty + 64, "{empty}, {discarded}");
+    world.check(&backend, "after a discard");
+    assert_eq!(taken(), discarded);
+    // The next process is not told which blocks are holes.
+    assert!(backend.terminate().success());
+    world.machine.disconnect();
+    let backend = world.start();
+    let discarded = taken();
+    let end = Instant::now() + Duration::from_secs(1);
+    while Instant::now() < end {
+        world.check(&backend, "by the next process");
+    }
+    assert_eq!(taken(), discarded);
+}
+
+#[test]
 fn what_a_layer_has_not_is_discarded_as_well() {
     let mut world = World::new(Site::new(SIZE), "--engine=sync", 1);
     let backend = world.start();
