@@ -141,6 +141,8 @@ def _remove_old(image: Path, ended: float) -> None:
     """Not one that somebody has begun to use again after that: it may be a VM's that is not known
     here.
     """
+    if not OF_A_STANDBY.search(image.name):  # a record that is damaged may name anything
+        return
     for file in (image, *image.with_name(f"{image.name}.layers").glob("*")):
         with contextlib.suppress(FileNotFoundError):
             if file.stat().st_mtime > ended + AGAIN_S:
