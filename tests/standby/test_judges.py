@@ -31,6 +31,10 @@ def test_a_refresh_that_costs_too_much_is_told(
 ) -> None:
     plain = Turn([2.0] * 100, seconds=10.0, processor_s=10.0)
     busy = Turn([2.0] * 95 + [worst_ms] * 5, seconds=10.0, processor_s=processor_s)
-    said, well = table(Tier.READY, plain, busy, [1.0, 2.0, 3.0])
+    counting = Turn([2.0] * 100, seconds=10.0, processor_s=13.0)
+    busy.note("booting", 8.0, 4.0)
+    said, well = table(Tier.READY, plain, busy, counting, [1.0, 2.0, 3.0])
     assert well is reached
     assert f"added to p99: {worst_ms - 2.0:.1f} ms" in said
+    assert "beside a program that counts +30%" in said
+    assert "booting: 1 rows in 8.0 s, 50% of a processor" in said

@@ -50,6 +50,19 @@ def test_whoever_starts_it_keeps_everything() -> None:
     assert (held.capabilities, held.new_privileges) == (before.capabilities, before.new_privileges)
 
 
+def test_one_that_gives_way_does_so_alone() -> None:
+    def nice() -> int:
+        return os.getpriority(os.PRIO_PROCESS, 0)
+
+    before = nice()
+    assert with_capabilities((), nice, nice=19) == 19
+    assert with_capabilities((), nice) == before, "the control"
+    said = subprocess.PIPE
+    with with_capabilities((), lambda: subprocess.Popen("nice", stdout=said), nice=19) as child:
+        assert child.communicate()[0] == b"19\n"
+    assert nice() == before
+
+
 async def test_a_program_that_is_not_there_is_told_as_ever(tmp_path: Path) -> None:
     with pytest.raises(CommandFailed, match="absent"):
         process.spawn(

@@ -15,6 +15,7 @@ import pytest
 from sempervirt.api.schemas import FailoverRequest
 from sempervirt.api.standby import failover_standby
 from sempervirt.core.errors import NotFound, StateConflict, Unavailable
+from sempervirt.core.names import is_name
 from sempervirt.qemu.spec import VmSpec
 from sempervirt.qemu.state import Runstate
 from sempervirt.standby import decide
@@ -296,3 +297,24 @@ def test_rehearsals_are_due(changes: dict[str, Any], due: bool) -> None:
     )
     kept: Any = SimpleNamespace(driver=SimpleNamespace(state=replace(state, **changes)))
     assert rehearsals_due({"web": kept}, 1000.0) == ["web"] * due
+
+
+def test_what_runs_for_standbys_is_in_no_group_of_the_agents(standbys: Standbys) -> None:
+    """Which goes before all VMs: what boots beside one took the processors from it."""
+    vms = {number: cast("Vm", SimpleNamespace(name="web")) for number in (1, 2, 3, 900_000_002)}
+    lives = {1: Life.SERVING, 2: Life.READY, 3: Life.BOOTING}
+    state = Standby("web", Policy(), generations=tuple(Generation(n, lives[n]) for n in lives))
+    kept: Any = SimpleNamespace(
+        driver=SimpleNamespace(state=state), generations=SimpleNamespace(vms=vms)
+    )
+    standbys.kept["web"] = kept
+    standbys._house.vms["web"] = vms[1]
+    assert [(one.vm, one.group, one.gives_way) for one in standbys.beside()] == [
+        (vms[2], "web@2", False),
+        (vms[3], "web@3", True),
+        (vms[900_000_002], "web@900000002", True),
+    ]
+    assert not any(is_name(one.group) for one in standbys.beside())
+    standing = replace(state, generations=(Generation(3, Life.STANDING),))
+    kept.driver.state = standing
+    assert [one.gives_way for one in standbys.beside() if one.vm is vms[3]] == [False]

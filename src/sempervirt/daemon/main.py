@@ -159,7 +159,9 @@ async def _serve(config: AgentConfig, options: argparse.Namespace) -> None:
     async with Agent.open(config) as agent, AsyncExitStack() as stack:
         await readiness.begin()
         if not isinstance(config.groups, str):
-            held = background.start(keep_groups(agent.vms.values, config.groups), "groups")
+            held = background.start(
+                keep_groups(agent.vms.values, agent.standbys.beside, config.groups), "groups"
+            )
             stack.push_async_callback(_ended, held)
         if why := why_no_groups(config):
             log.warning("groups: VMs are not limited in all: %s", why)

@@ -8,6 +8,7 @@ what the program shall not have, starts it, and ends; nothing runs between fork 
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -49,17 +50,22 @@ class Identity:
 
 
 def with_capabilities(
-    kept: Collection[str], start: Callable[[], Started], ground: Ground | None = None
+    kept: Collection[str],
+    start: Callable[[], Started],
+    ground: Ground | None = None,
+    nice: int = 0,
 ) -> Started:
     """What `start` gives, which starts a program that has `kept` (names as in `CAPABILITIES`) at
-    most, and gains nothing by what it executes; with a `ground` it has nothing else. Raises what
-    `start` raises, OSError.
+    most, and gains nothing by what it executes; with a `ground` it has nothing else. One that is
+    `nice` gives way to others by so much (setpriority(2)). Raises what `start` raises, OSError.
 
     An agent that may not take capabilities away (it is no root, or its unit leaves it no
     CAP_SETPCAP) passes on what it has.
     """
 
     def reduced() -> Started:
+        if nice:
+            os.setpriority(os.PRIO_PROCESS, 0, nice)  # of this thread, and of what it starts
         _give_up_all_but(kept)
         if ground is not None:
             ground.enclose()

@@ -156,14 +156,15 @@ def spawn(
     capabilities: Collection[str] | None = None,
     identity: Identity | None = None,
     stdin: int = subprocess.DEVNULL,
+    nice: int = 0,
 ) -> Process:
     """Starts a process that outlives the agent; its output is appended to `log`, after a line that
     tells the output of this process from that of earlier ones (see `said`).
 
     `stdin` is a descriptor, or nothing. `executable` is the file to execute, if not argv[0];
     `capabilities` are those that the process has at most (see `host.privileges`), if not those of
-    the agent; with an `identity` of its own it has none. Raises CommandFailed when the program
-    cannot be started, or the log cannot be opened.
+    the agent; with an `identity` of its own it has none. With one of both it may be `nice` as well.
+    Raises CommandFailed when the program cannot be started, or the log cannot be opened.
     """
     with contextlib.suppress(OSError):  # no room: then the process says nothing either
         note_in_log(log, f"{Path(argv[0]).name} started")
@@ -188,9 +189,9 @@ def spawn(
                 )
 
             if identity is not None:
-                child = with_capabilities(TO_BECOME, start, identity.ground)
+                child = with_capabilities(TO_BECOME, start, identity.ground, nice)
             elif capabilities is not None:
-                child = with_capabilities(capabilities, start)
+                child = with_capabilities(capabilities, start, nice=nice)
             else:
                 child = start()
     except OSError as error:

@@ -110,9 +110,11 @@ class Machine(Owner[VmState, VmEvent, VmEffect]):
         inherited: Sequence[int],
         absent: Collection[str] = (),
         identity: Identity | None = None,
+        nice: int = 0,
     ) -> Machine:
         """Starts QEMU, with `inherited` descriptors and all disks but those `absent`, as `identity`
-        if it has one of its own. Raises CommandFailed when the program cannot be started.
+        if it has one of its own; one that is `nice` gives way to others by so much. Raises
+        CommandFailed when the program cannot be started.
         """
         machine = cls(spec, files, patience, absent=absent)
         started = process.spawn(
@@ -122,6 +124,7 @@ class Machine(Owner[VmState, VmEvent, VmEffect]):
             pass_fds=inherited,
             capabilities=capabilities(),
             identity=identity,
+            nice=nice,
         )
         process.expose_to_oom(started.pid)
         machine._watch(started)

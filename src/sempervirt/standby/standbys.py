@@ -53,11 +53,12 @@ from sempervirt.standby.record import (
 )
 from sempervirt.standby.recovery import Adopt, Leftovers
 from sempervirt.standby.rehearsal import Rehearsal, Rehearsing
-from sempervirt.standby.state import Effect, First, Standby
+from sempervirt.standby.state import Effect, First, Life, Standby
 from sempervirt.standby.there import FirstThere
 from sempervirt.standby.values import Policy
 from sempervirt.vm import claims
 from sempervirt.vm.config import AgentConfig
+from sempervirt.vm.groups import Beside
 from sempervirt.vm.house import House
 from sempervirt.vm.vm import Vm
 
@@ -213,6 +214,22 @@ class Standbys:
         if name not in self._house.vms:
             self._learn(name, spec)
         return self._start(state, [], self._generations(name, spec)).driver
+
+    def beside(self) -> list[Beside]:
+        """What runs for standbys and rehearsals. What boots, or is rehearsed, gives way to VMs;
+        what waits has a VM's share: it is one as soon as it takes over.
+        """
+        found = []
+        for name, kept in self.kept.items():
+            making = kept.driver.state.making
+            boots = making is not None and making.life is not Life.STANDING
+            for number, vm in kept.generations.vms.items():
+                if vm is self._house.vms.get(name):
+                    continue
+                made = boots and making is not None and making.number == number
+                gives_way = made or number >= REHEARSALS
+                found.append(Beside(vm, f"{name}@{number}", gives_way))
+        return found
 
     async def rehearse(self, name: str) -> Rehearsal:
         """Has a copy of the newest standby of a VM go on, isolated. Raises NotFound, StateConflict

@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 LOOK_S = 1.0
 # Before all VMs together, as far as a weight can be.
 AGENT_WEIGHT = WEIGHT_MAX
+# So many times less than a VM of its size has what gives way.
+GIVES_WAY = 10
 # Threads of QEMU and of the backends, and some hundreds that do I/O for a moment.
 TASKS = 4096
 # Beside the guest's memory: QEMU, and the page cache of disks that it serves itself.
@@ -65,12 +67,17 @@ def why_no_groups(config: AgentConfig) -> str:
     return config.groups if isinstance(config.groups, str) else config.groups.missing
 
 
-async def keep_groups(vms: Callable[[], Iterable[Vm]], groups: Groups) -> None:
-    """Puts processes where they belong, until it is cancelled."""
+async def keep_groups(
+    vms: Callable[[], Iterable[Vm]], beside: Callable[[], Iterable[Beside]], groups: Groups
+) -> None:
+    """Puts processes where they belong, until it is cancelled. What runs `beside` the VMs has
+    groups of its own as well: that of the agent goes before all VMs.
+    """
     told = ""
     try:
         while True:
             wanted = [_wanted(vm) for vm in vms() if not vm.freed]
+            wanted += [_wanted(one.vm, one) for one in beside() if not one.vm.freed]
             # To move a process the kernel waits for all processors, some milliseconds.
             said = await asyncio.to_thread(put, wanted, groups)
             if said and said != told:
@@ -79,6 +86,17 @@ async def keep_groups(vms: Callable[[], Iterable[Vm]], groups: Groups) -> None:
             await asyncio.sleep(LOOK_S)
     finally:
         groups.leave()
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What runs beside the VMs, and may be one later: a standby. `group` is its name among groups,
+    which no VM can have; one that `gives_way` will never be a VM.
+    """
+
+    vm: Vm
+    group: str
+    gives_way: bool
 
 
 @dataclass(frozen=True)
@@ -103,13 +121,16 @@ def put(wanted: Collection[Wanted], groups: Groups) -> str:
     return said
 
 
-def _wanted(vm: Vm) -> Wanted:
+def _wanted(vm: Vm, beside: Beside | None = None) -> Wanted:
     qemus = [vm.pid, *(one.pid for one in vm.record.qemus if one.is_alive())]
     others = [pid for disk in vm.disks.values() for pid in disk.backends.pids]
     devices = [pid for one in vm.devices.values() for pid in (one.pid, one.spare_pid)]
+    limits = limits_of(vm.spec)
+    if beside is not None and beside.gives_way:
+        limits = replace(limits, weight=limits.weight // GIVES_WAY)
     return Wanted(
-        vm.name,
+        vm.name if beside is None else beside.group,
         tuple(dict.fromkeys(pid for pid in qemus if pid is not None)),
         (*others, *(pid for pid in devices if pid is not None)),
-        limits_of(vm.spec),
+        limits,
     )

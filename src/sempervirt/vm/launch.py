@@ -55,6 +55,10 @@ log = logging.getLogger(__name__)
 # From the start of QEMU until its monitor answers; TCG on a busy machine is slow.
 START_DEADLINE_S = 60.0
 
+# Of a QEMU that is no VM, and never will be: where all processors are wanted it has a tenth of what
+# a VM has, so that it comes to its end as well.
+GIVES_WAY = 10
+
 # Gets the VM's files and a descriptor of its memory, which is open until the call returns.
 Fill = Callable[[VmFiles, int], None]
 
@@ -162,6 +166,7 @@ async def launch(
                     (memory_fd, *given.descriptors),
                     beginning.absent,
                     user.identity(ground),
+                    GIVES_WAY if beginning.isolated else 0,
                 )
             stack.pop_all()
     for text in return_to_bridges(config.run_dir, spec):
