@@ -176,7 +176,16 @@ def test_what_is_not_guarded_is_not_touched() -> None:
 
 @pytest.mark.parametrize(
     ("before", "after", "remedy"),
-    [("type='raw'", "type='qcow2'", "convert"), ("bus='virtio'", "bus='sata'", "driver first")],
+    [
+        ("type='raw'", "type='qcow2'", "convert"),
+        ("bus='virtio'", "bus='sata'", "driver first"),
+        ("<boot order='2'/>", "<encryption format='luks'/>", "leave the disk"),
+        ("web.raw'/>", "web.raw'><slices/></source>", "leave the disk"),
+        ("<boot order='2'/>", "<transient/>", "leave the disk"),
+        ("<boot order='2'/>", "<blockio logical_block_size='4096'/>", "leave the disk"),
+        ("<boot order='2'/>", "<serial>a</serial>", "leave the disk"),
+        ("<boot order='2'/>", "<iotune/>", "leave the disk"),
+    ],
 )
 def test_a_disk_that_cannot_become_one_is_refused(before: str, after: str, remedy: str) -> None:
     with pytest.raises(InvalidRequest) as refused:

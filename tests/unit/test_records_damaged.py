@@ -404,8 +404,11 @@ async def _lost(config: AgentConfig) -> None:
 async def _users(config: AgentConfig) -> None:
     """Whatever stands there, another VM gets a number, which is nobody else's."""
     pool = UserPool(config.state_dir / "users", count=64)
+    # Without its note a number is free, unless a process has it, and here none has.
+    taken = await asyncio.to_thread(os.path.lexists, pool.registry / str(USER))
     number = pool.take(config.state_dir / "vm/other")
-    assert number not in (USER, None)
+    assert number is not None
+    assert not (taken and number == USER)
     pool.release(config.state_dir / "vm/other", ())
 
 

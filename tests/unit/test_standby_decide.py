@@ -177,14 +177,17 @@ def test_one_that_does_not_wait_once_more_is_replaced_at_once() -> None:
 
 def test_an_agent_that_died_meanwhile_leaves_one_that_waits_or_none() -> None:
     state, _ = called_off()
-    for found, life in (
-        (Found.WAITS, Life.READY),
-        (Found.KEPT, Life.READY),
-        (Found.LOADED, Life.RETIRING),
-        (Found.NOTHING, Life.RETIRING),
+    (one,) = state.generations
+    for found, life, effect in (
+        # Nobody knows whether it was prepared for its state before the agent died.
+        (Found.WAITS, Life.RETURNING, [StandAgain(1, one.machine, one.tier)]),
+        (Found.KEPT, Life.READY, []),
+        (Found.LOADED, Life.RETIRING, [Remove(1)]),
+        (Found.NOTHING, Life.RETIRING, [Remove(1)]),
     ):
-        recovered, _ = machine.recover(state, {1: found}, 100.0)
+        recovered, effects = machine.recover(state, {1: found}, 100.0)
         assert [one.life for one in recovered.generations] == [life], found
+        assert [each for each in effects if isinstance(each, StandAgain | Remove)] == effect, found
 
 
 def test_a_vm_that_was_stopped_in_order_is_not_taken_over() -> None:

@@ -216,8 +216,12 @@ def recover(state: Standby, found: Mapping[int, Found], now: float) -> Decision:
             one.life is Life.READY and usable and (seen is not Found.LOADED or taking_over)
         ):
             kept.append(one)
-        elif one.life is Life.RETURNING and seen in (Found.KEPT, Found.WAITS):
+        elif one.life is Life.RETURNING and seen is Found.KEPT:
             kept.append(replace(one, life=Life.READY))
+        elif one.life is Life.RETURNING and seen is Found.WAITS:
+            # It may not have been prepared for its state yet: it is made to wait once more.
+            kept.append(one)
+            effects.append(StandAgain(one.number, one.machine, one.tier))
         else:
             kept.append(replace(one, life=Life.RETIRING, again_at=None, snapshots=()))
             effects.append(Remove(one.number))

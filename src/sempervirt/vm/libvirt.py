@@ -125,6 +125,19 @@ def parse(text: str) -> ElementTree.Element:
     return domain
 
 
+# What changes the meaning of a disk's bytes, its name in the guest, or what becomes of writes.
+_KEPT_BY_LIBVIRT = (
+    "encryption",
+    "source/encryption",
+    "source/slices",
+    "transient",
+    "shareable",
+    "blockio",
+    "serial",
+    "iotune",
+)
+
+
 def adopted(domain: ElementTree.Element, served: Iterable[Served]) -> tuple[str, list[Served]]:
     """The description with each disk whose image is guarded as that guarded disk, and which those
     are. Place, name and order of boot of a disk stay. Raises InvalidRequest for a disk that cannot
@@ -164,6 +177,15 @@ def _require_adoptable(disk: ElementTree.Element) -> None:
             f"disk {_target(disk)} is on the bus {bus}, and a backend is virtio-blk",
             remedy="virsh edit: bus='virtio', without <address>; the guest needs the driver first",
         )
+
+    for what in _KEPT_BY_LIBVIRT:
+        if disk.find(what) is not None:
+            tag = what.split("/")[-1]
+            raise InvalidRequest(
+                f"disk {_target(disk)} has <{tag}>, which a guarded disk does not have",
+                remedy="virsh edit: without it, if the guest can do without; "
+                "otherwise leave the disk to libvirt",
+            )
 
 
 def _share_memory(domain: ElementTree.Element) -> None:
