@@ -32,13 +32,16 @@ struct Load {
     completed: Vec<u64>,
     open: HashMap<Ticket, (u64, Option<u64>)>,
     answers: u64,
+    /// Reads that found a part of one write and a part of another.
+    mixed: u64,
 }
 
 impl Load {
     fn new() -> Self {
         let none = vec![0; BLOCKS as usize];
         let dice = Dice(0x9e37_79b9_7f4a_7c15);
-        Self { dice, submitted: none.clone(), completed: none, open: HashMap::new(), answers: 0 }
+        let (submitted, open) = (none.clone(), HashMap::new());
+        Self { dice, submitted, completed: none, open, answers: 0, mixed: 0 }
     }
 
     /// Fills all queues up to the depth. A block belongs to one queue, as it belongs to one
@@ -81,17 +84,33 @@ impl Load {
                     let completed = &mut self.completed[block as usize];
                     *completed = floor.max(*completed);
                 }
+                // Nothing older than what was completed when it was submitted. One that was under way together
+                // with a write of its block, and is done again before that write, finds there what the
+                // dead process had written of it: a part of each.
                 Some(least) => {
-                    let number = u64::from_le_bytes(answer.data[..8].try_into().unwrap());
-                    assert!(number >= least, "block {block}: {number} came back, after {least}");
-                    assert!(number == 0 || answer.data == stamp(block, number), "a torn block");
+                    let known: Vec<_> =
+                        (least..=self.submitted[block as usize]).map(|n| stamp(block, n)).collect();
+                    let is_known =
+                        |(at, byte): (usize, &u8)| known.iter().any(|it| it[at] == *byte);
+                    let data = &answer.data;
+                    if !known.contains(data) {
+                        assert!(
+                            data.len() == BLOCK && data.iter().enumerate().all(is_known),
+                            "{block}"
+                        );
+                        self.mixed += 1;
+                    }
                 }
             }
         }
     }
 }
 
+/// What a block has after that write of it; 0 is before the first.
 fn stamp(block: u64, number: u64) -> Vec<u8> {
+    if number == 0 {
+        return vec![0; BLOCK];
+    }
     let mut bytes = number.to_le_bytes().to_vec();
     let mut dice = Dice(block << 32 | number);
     while bytes.len() < BLOCK {
@@ -139,6 +158,8 @@ fn survives_on(site: Site, kills: u32, options: &[&str], meanwhile: impl Fn(u32,
     assert_eq!(machine.wait_all(&active), Waited::Answered);
     load.judge(&mut machine);
     assert!(load.open.is_empty());
+    // Seldom: a dead process was in the middle of one write of each queue, if of any.
+    assert!(load.mixed <= u64::from(kills), "{} mixed", load.mixed);
     for (block, number) in load.submitted.iter().enumerate().filter(|(_, number)| **number > 0) {
         let answer = machine.ask(&active, &Ask::read(block as u64 * 8, BLOCK));
         assert!(answer.data == stamp(block as u64, *number), "block {block} is not {number}");
